@@ -46,10 +46,10 @@ def dotted(path: Path) -> str:
     return text
 
 
-def closest(word: str, known: Iterable[str]) -> str | None:
+def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name that was probably meant, if any is near enough."""
     by_plain = {name.lower().replace("-", "_"): name for name in known}
-    matches = get_close_matches(word.lower().replace("-", "_"), by_plain, n=1, cutoff=0.6)
+    matches = get_close_matches(word.lower().replace("-", "_"), by_plain, n=1, cutoff=cutoff)
     return by_plain[matches[0]] if matches else None
 
 
@@ -135,6 +135,8 @@ _EXPECTED = {
     "url_parsing": "a URL such as http://127.0.0.1:8000",
 }
 
+_CHOICES = frozenset({"literal_error", "enum"})
+
 _BOUNDS = {
     "greater_than": ("must be more than", "gt"),
     "greater_than_equal": ("must be at least", "ge"),
@@ -152,8 +154,15 @@ class _Located(NamedTuple):
     error: ErrorDetails
 
     @property
-    def is_about_type(self) -> bool:
-        return self.error["type"] in _EXPECTED
+    def is_mismatch(self) -> bool:
+        """The whole value is of the wrong kind, so that another branch may fit better."""
+        return self.error["type"] in _EXPECTED or self.error["type"] in _CHOICES
+
+    @property
+    def expected(self) -> str:
+        """What a mismatch expected."""
+        kind = self.error["type"]
+        return str(self.error["ctx"]["expected"]) if kind in _CHOICES else _EXPECTED[kind]
 
 
 def explain(error: ValidationError, model: type[BaseModel], value: object) -> list[Finding]:
@@ -202,7 +211,7 @@ def _holds(value: object, step: str | int) -> bool:
 def _without_wrong_branches(located: list[_Located]) -> Iterator[_Located]:
     """Without the type errors at a union's own place: they are merged, or another branch fits better."""
     for one in located:
-        if one.union_at is None or one.path != one.union_at or not one.is_about_type:
+        if one.union_at is None or one.path != one.union_at or not one.is_mismatch:
             yield one
 
 
@@ -211,9 +220,9 @@ def _merged_type_errors(located: list[_Located]) -> Iterator[Finding]:
     places = {one.union_at: one for one in located if one.union_at is not None}
     for place, first in places.items():
         group = [one for one in located if one.union_at == place]
-        if all(one.path == place and one.is_about_type for one in group):
-            expected = list(dict.fromkeys(_EXPECTED[one.error["type"]] for one in group))
-            yield _type_finding(first.path, expected, first.error["input"])
+        if all(one.path == place and one.is_mismatch for one in group):
+            expected = list(dict.fromkeys(one.expected for one in group))
+            yield _mismatch(first.path, expected, first.error["input"])
 
 
 def _unknown_keys(located: list[_Located], schema: dict[str, Any], value: object) -> list[Finding]:
@@ -224,13 +233,13 @@ def _unknown_keys(located: list[_Located], schema: dict[str, Any], value: object
         *parent, key = path
         known = _known_keys(schema, parent)
         unused = [name for name in known if name not in _value_at(value, parent)]
-        suggestion = closest(str(key), unused)
+        homes = _homes(schema, str(key))
+        suggestion = closest(str(key), unused, cutoff=0.8 if homes else 0.6)
         message = "unknown key"
-        if suggestion is None:
-            if home := _homes(schema, str(key)):
-                message = f"unknown key here; it belongs {listed(home)}"
-            elif known:
-                message = f"unknown key; known here: {', '.join(known)}"
+        if homes:
+            message = f"unknown key here; it belongs {listed(homes)}"
+        elif suggestion is None and known:
+            message = f"unknown key; known here: {', '.join(known)}"
         findings.append(Finding(path, message, suggestion, at_key=True))
     return findings
 
@@ -244,15 +253,11 @@ def _finding(one: _Located) -> Finding:
         if isinstance(cause, BadValueError):
             return Finding((*path, *cause.at), cause.message, cause.suggestion, at_key)
         return Finding(path, str(cause), None, at_key)
-    if kind in _EXPECTED:
-        return _type_finding(path, [_EXPECTED[kind]], got)
-    if kind in ("literal_error", "enum"):
-        options = re.findall(r"'([^']*)'", context["expected"])
-        suggestion = closest(got, options) if isinstance(got, str) else None
-        return Finding(path, f"expected {context['expected']}, got {shown(got)}", suggestion, at_key)
+    if one.is_mismatch:
+        return _mismatch(path, [one.expected], got, at_key)
     if kind in _BOUNDS:
         words, bound = _BOUNDS[kind]
-        return Finding(path, f"{words} {context[bound]}, got {shown(got)}")
+        return Finding(path, f"{words} {context[bound]:g}, got {shown(got)}")
     if kind == "too_short":
         count = context["min_length"]
         return Finding(path, f"needs at least {count} {'entry' if count == 1 else 'entries'}")
@@ -266,14 +271,17 @@ def _finding(one: _Located) -> Finding:
     return Finding(path, f"{message.replace('input should be', 'expected')}, got {shown(got)}", None, at_key)
 
 
-def _type_finding(path: Path, expected: list[str], got: object) -> Finding:
+def _mismatch(path: Path, expected: list[str], got: object, at_key: bool = False) -> Finding:
     message = f"expected {listed(expected)}, got {shown(got)}"
-    plain = isinstance(got, str | int | float) and len(str(got)) <= 60
-    if expected == ["text"] and plain:
-        return Finding(path, message, f'"{shown(got)}"')
-    if expected == ["a list"] and plain:
-        return Finding(path, message, f"[{got}]")
-    return Finding(path, message)
+    suggestion = None
+    if options := re.findall(r"'([^']*)'", " ".join(expected)):
+        suggestion = closest(got, options) if isinstance(got, str) else None
+    elif isinstance(got, str | int | float) and len(str(got)) <= 60:
+        # The two slips that YAML invites: a number where text is meant, one entry where a list is.
+        suggestion = (
+            {"text": f'"{shown(got)}"', "a list": f"[{got}]"}.get(expected[0]) if len(expected) == 1 else None
+        )
+    return Finding(path, message, suggestion, at_key)
 
 
 # --- the model's own JSON Schema -----------------------------------------------------------------------
