@@ -1,88 +1,50 @@
-"""The compiled policy file: which backends a request may go to, in which order they are asked, and who chooses.
+"""The compiled policy file: where a request may go, in which order backends are asked, and who chooses.
 
-The first rule that matches a request applies. Its tiers are asked in order, and only when none of them takes the
-request it is held: spilling comes before waiting.
+The first rule that matches a request applies. Its tiers are asked in order, and only when none of them takes
+the request it is held: spilling comes before waiting.
 
-A tier with `spill` is open or closed, with hysteresis: it opens when the capacity-weighted mean saturation of its
-available backends passes `enter` and closes below `leave`. While closed, the tier takes every request, on its
-backends with a free slot if there are any (so `enter` above 1 lets the engine queue a little). While open, it still
-takes a request whenever one of its backends has a free slot. A tier without `spill` takes a request only with a free
-slot. The flag itself is what sessions, waking and alerts go by.
+A tier with `spill` is open or closed, with hysteresis: it opens when the capacity-weighted mean saturation of
+its available backends reaches `enter`, and closes below `leave`. While closed, the tier takes every request,
+on its backends with a free slot if there are any (so `enter` above 1 lets the engine queue a little). While
+open, it still takes a request whenever one of its backends has a free slot. A tier without `spill` takes a
+request only with a free slot. The flag itself is what sessions, waking and alerts go by.
+
+Saturation is taken over the backends that may serve the request at hand: one model being full says nothing
+about another. So the flag is kept per tier and set of feasible backends, which in a fleet with one model is
+one flag per tier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from math import inf
 
-from policies.base import BackendView, Policy
+from policies.base import BackendView, Hold, Policy, Reject, RequestFacts, Send
+from policies.candidates import Candidates, CandidateSets, Spill, SpillState
+from policies.guarded import Guarded
+from policies.match import Hours, Match, Selector
+from policies.routing import Candidate, Routing, copy_figures
+from policies.state import Backend, Fleet
 
-EMPTY: Mapping[str, str] = MappingProxyType({})
+__all__ = [
+    "Candidate",
+    "Hours",
+    "Match",
+    "Queue",
+    "Routing",
+    "Rule",
+    "RuleSet",
+    "Selector",
+    "Spill",
+    "SpillState",
+    "Tier",
+]
 
+NOTHING_TRIED: frozenset[str] = frozenset()
 
-@dataclass(frozen=True, slots=True)
-class Hours:
-    """A daily window of local time, on some weekdays.
-
-    Local time is Unix time plus a fixed offset: a zone that moves its clocks has to be given twice.
-    """
-
-    start_minute: int = 0
-    """Minutes after local midnight; inclusive."""
-    end_minute: int = 1440
-    """Minutes after local midnight; exclusive. Not after `start_minute`: the window passes midnight."""
-    weekdays: frozenset[int] = frozenset(range(7))
-    """Days on which the window starts; 0 is Monday."""
-    utc_offset_s: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """Conditions on a request; what is given must hold, all of it. Without conditions it matches everything."""
-
-    models: tuple[str, ...] = ()
-    """Shell patterns (`qwen*`), any of which may match."""
-    tenants: frozenset[str] = frozenset()
-    data_classes: frozenset[str] = frozenset()
-    endpoints: frozenset[str] = frozenset()
-    min_priority: int | None = None
-    max_priority: int | None = None
-    """Inclusive, both."""
-    min_prompt_tokens: int | None = None
-    max_prompt_tokens: int | None = None
-    """Inclusive, both; of the estimate."""
-    stream: bool | None = None
-    labels: Mapping[str, str] = field(default_factory=lambda: EMPTY)
-    """Labels the request must carry, with these values."""
-    hours: Hours | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Selector:
-    """A set of backends; what is given must hold, all of it. Without conditions it is every backend."""
-
-    sites: frozenset[str] = frozenset()
-    """Site names; empty, or with `*` among them: any site."""
-    backends: frozenset[str] = frozenset()
-    """Backend names; empty: any."""
-    labels: Mapping[str, str] = field(default_factory=lambda: EMPTY)
-    """Labels the backend must carry, with these values."""
-
-    def accepts(self, backend: BackendView) -> bool:
-        if self.sites and "*" not in self.sites and backend.site not in self.sites:
-            return False
-        if self.backends and backend.name not in self.backends:
-            return False
-        return all(backend.labels.get(key) == value for key, value in self.labels.items())
-
-
-@dataclass(frozen=True, slots=True)
-class Spill:
-    """Saturation at which a tier opens to the next one, and below which it closes. 0 < leave <= enter."""
-
-    enter: float
-    leave: float
+RETRY_AFTER_S = 5.0
+"""What a client is told to wait when no backend is up: probes and breakers move on this scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +57,18 @@ class Tier:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """How long a request of a rule may be held, and how many may be at once (per set of candidates)."""
+    """How long a request of a rule may be held, and how many may be at once (per set of feasible
+    backends)."""
 
     wait_s: float = 10.0
     depth: int = 200
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Rule:
-    """One rule of the file: for the requests it matches, on the backends of `require`, by tiers, `policy` chooses.
+    """One rule of the file: for the requests it matches, on the backends of `require`, tier by tier.
 
-    Each rule has its own policy object, so policies keep their state per rule.
+    Each rule has a policy object of its own, so policies keep their state per rule.
     """
 
     name: str
@@ -117,3 +80,164 @@ class Rule:
     tiers: tuple[Tier, ...] = (Tier(),)
     """Asked in order; without `prefer` in the file there is one that takes every backend."""
     queue: Queue = field(default_factory=Queue)
+    guarded: Guarded = field(init=False)
+    """The policy, unable to take a request down; counts its failures."""
+    matches_all: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guarded = Guarded(self.policy, self.policy_name)
+        self.matches_all = self.match == Match()
+
+    def tier_of(self, backend: BackendView) -> int:
+        """Index of the first tier that selects the backend; -1: none does."""
+        for index, tier in enumerate(self.tiers):
+            if tier.selector.accepts(backend):
+                return index
+        return -1
+
+    def allows(self, backend: BackendView) -> bool:
+        """Whether the rule lets the backend serve at all."""
+        return self.require.accepts(backend) and self.tier_of(backend) >= 0
+
+
+class RuleSet:
+    """All rules of a policy file, with the state of their spills. The last one must match every request."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        assert rules, "a policy file needs a rule"
+        assert rules[-1].matches_all, "the last rule must match every request"
+        assert len({rule.name for rule in rules}) == len(rules), "names of rules must be unique"
+        self.rules = tuple(rules)
+        self._sets = CandidateSets()
+
+    @property
+    def spills(self) -> Sequence[SpillState]:
+        """Every spill flag there is, for `/state`, metrics and alerts."""
+        return tuple(self._sets.spills.values())
+
+    def rule_for(self, request: RequestFacts) -> Rule:
+        """The first rule that matches."""
+        for rule in self.rules:
+            if rule.matches_all or rule.match.accepts(request):
+                return rule
+        raise AssertionError("the last rule matches every request")
+
+    def candidates(self, request: RequestFacts, fleet: Fleet) -> Candidates:
+        """Who may serve the request under its rule, by tier; cached until the fleet changes."""
+        return self._sets.find(self.rule_for(request), request, fleet)
+
+    def observe(self, fleet: Fleet, now: float) -> None:
+        """Let spill flags close that no request asks for any more."""
+        if self._sets.open_spills:
+            self._sets.close_spills(fleet, now)
+
+    def route(
+        self, request: RequestFacts, fleet: Fleet, now: float, tried: frozenset[str] = NOTHING_TRIED
+    ) -> Routing:
+        """Decide; nothing is counted yet. Backends in `tried` (attempts that failed) are left out.
+
+        Without a backend that may serve it: `Reject`, named after the constraint. With none that is
+        available: `Reject` with `no_backend`. With none that has room: `Hold`.
+        """
+        candidates = self._sets.find(self.rule_for(request), request, fleet)
+        rule = candidates.rule
+        if tried:
+            candidates = candidates.without(tried)
+        if not candidates.order:
+            return self._refused(request, candidates, now)
+        passed: tuple[float, ...] = ()
+        spilling = False
+        for tier in candidates.tiers:
+            free = []
+            figures = []
+            load = 0.0
+            slots = 0
+            for backend in tier.backends:
+                saturation = backend.saturation(now)
+                load += saturation * backend.slots
+                slots += backend.slots
+                if saturation < 1.0:
+                    free.append(backend)
+                    figures.append(copy_figures(backend, saturation))
+            mean = load / slots if slots else inf
+            spill = tier.spill
+            if spill is not None:
+                # What is left after failed attempts says nothing about the tier.
+                if not tried and spill.move(mean, now):
+                    self._sets.moved(spill)
+                spilling = spilling or spill.open
+                if not free and slots and not spill.open:
+                    free = list(tier.backends)
+                    figures = [copy_figures(backend, backend.saturation(now)) for backend in free]
+            if free:
+                routing = self._choose(request, candidates, tier.tier, free, figures, now)
+                routing.passed = passed
+                routing.spilling = spilling
+                return routing
+            passed = (*passed, mean)
+        return Routing(
+            request,
+            rule.name,
+            Hold(self.hold_until(request, rule), "no free slot"),
+            "tiers",
+            rule.guarded,
+            -1,
+            passed,
+            spilling,
+            candidates.removed,
+            (),
+            now,
+        )
+
+    @staticmethod
+    def hold_until(request: RequestFacts, rule: Rule) -> float:
+        """The latest a request of this rule may be held, monotonic."""
+        return min(request.arrived + rule.queue.wait_s, request.deadline)
+
+    def _choose(
+        self,
+        request: RequestFacts,
+        candidates: Candidates,
+        tier: int,
+        eligible: list[Backend],
+        figures: list[Candidate],
+        now: float,
+    ) -> Routing:
+        rule = candidates.rule
+        decision, decided_by = rule.guarded.decide(request, eligible, now)
+        if type(decision) is Send:
+            fallbacks = candidates.fallbacks(tier, decision.backend, decision.fallbacks)
+            decision = Send(
+                decision.backend, fallbacks, decision.reason, decision.scores, decision.propensity
+            )
+        elif type(decision) is Hold:
+            decision = Hold(min(decision.until, self.hold_until(request, rule)), decision.reason)
+        return Routing(
+            request,
+            rule.name,
+            decision,
+            decided_by,
+            rule.guarded,
+            tier,
+            (),
+            False,
+            candidates.removed,
+            tuple(figures),
+            now,
+        )
+
+    @staticmethod
+    def _refused(request: RequestFacts, candidates: Candidates, now: float) -> Routing:
+        refusal, decided_by = candidates.refusal, "constraints"
+        if refusal is None:
+            refusal = Reject("no_backend", "no backend that may serve this is available", RETRY_AFTER_S)
+            decided_by = "availability"
+        return Routing(
+            request,
+            candidates.rule.name,
+            refusal,
+            decided_by,
+            candidates.rule.guarded,
+            removed=candidates.removed,
+            at=now,
+        )

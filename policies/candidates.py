@@ -1,0 +1,206 @@
+"""Candidate sets: who may serve a kind of request under a rule, tier by tier, and who of them is available.
+
+They change only when the fleet does, so they are worked out once per rule, model, data class and length
+bucket, and kept until `fleet.version` moves. Length buckets are cut at the context limits known for the
+model: all requests between two limits have the same candidates.
+
+The spill flags live here too, since they outlast a change of the fleet: a flag belongs to a tier and the
+feasible backends in it, and goes when one of them leaves the fleet.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING, NamedTuple
+
+from policies.base import BackendView, Reject, RequestFacts
+from policies.constraints import feasible, least_context
+from policies.state import Backend, Fleet
+
+if TYPE_CHECKING:
+    from policies.rules import Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Saturation at which a tier opens to the next, and below which it closes: 0 < leave <= enter."""
+
+    enter: float
+    leave: float
+
+
+@dataclass(slots=True)
+class SpillState:
+    """The flag of one tier for one set of feasible backends."""
+
+    rule: str
+    tier: int
+    backends: frozenset[str]
+    spill: Spill
+    open: bool = False
+    openings: int = 0
+    """Since start."""
+    moved_at: float = -inf
+    """Monotonic time of the last opening or closing."""
+    saturation: float = 0.0
+    """As last seen; inf: no backend of the tier was available."""
+
+    def move(self, saturation: float, now: float) -> bool:
+        """Take a new figure. True: it opened or closed."""
+        self.saturation = saturation
+        if self.open:
+            if saturation >= self.spill.leave:
+                return False
+        elif saturation < self.spill.enter:
+            return False
+        else:
+            self.openings += 1
+        self.open = not self.open
+        self.moved_at = now
+        return True
+
+
+class AvailableTier(NamedTuple):
+    """One tier as a kind of request finds it."""
+
+    tier: int
+    backends: tuple[Backend, ...]
+    """Available ones; may be empty."""
+    spill: SpillState | None
+
+
+class Candidates(NamedTuple):
+    """Everything about the backends of a kind of request that holds until the fleet changes."""
+
+    rule: Rule
+    key: tuple[str, frozenset[str]]
+    """Rule and feasible backends, available or not: requests with the same key wait for the same things."""
+    tiers: tuple[AvailableTier, ...]
+    """Tiers with feasible backends, in order."""
+    order: tuple[str, ...]
+    """Available backends in the order of their tiers."""
+    tier_of: Mapping[str, int]
+    """Tier by name of available backend."""
+    removed: Mapping[str, str]
+    refusal: Reject | None
+    """Set when nothing is feasible."""
+
+    def without(self, tried: frozenset[str]) -> Candidates:
+        """The same, less the backends in `tried`."""
+        return self._replace(
+            tiers=tuple(
+                tier._replace(backends=tuple(b for b in tier.backends if b.name not in tried))
+                for tier in self.tiers
+            ),
+            order=tuple(name for name in self.order if name not in tried),
+        )
+
+    def fallbacks(self, tier: int, chosen: str, proposed: tuple[str, ...]) -> tuple[str, ...]:
+        """Where to go after `chosen` has failed: as the policy proposed, then on through this tier and
+        later."""
+        names = self.order
+        if len(names) == 1:
+            return ()
+        tier_of = self.tier_of
+        rest = [name for name in names if name != chosen and tier_of[name] >= tier]
+        if not proposed:
+            return tuple(rest)
+        known = [name for name in dict.fromkeys(proposed) if name in names and name != chosen]
+        return (*known, *(name for name in rest if name not in known))
+
+
+class CandidateSets:
+    """Finds the candidates of a request; holds the spill flags."""
+
+    def __init__(self) -> None:
+        self.spills: dict[tuple[str, int, frozenset[str]], SpillState] = {}
+        self.open_spills: set[tuple[str, int, frozenset[str]]] = set()
+        self._fleet: Fleet | None = None
+        self._version = -1
+        self._found: dict[tuple[str, str, str, int], Candidates] = {}
+        self._limits: dict[str, tuple[int, ...]] = {}
+
+    def find(self, rule: Rule, request: RequestFacts, fleet: Fleet) -> Candidates:
+        """The candidates of `request` under `rule`."""
+        if fleet.version != self._version or fleet is not self._fleet:
+            self._forget(fleet)
+        limits = self._limits.get(request.model)
+        if limits is None:  # nobody serves it: not kept, or clients could fill the memory with invented names
+            return self._build(rule, request, fleet)
+        bucket = bisect_left(limits, least_context(request)) if limits else 0
+        key = (rule.name, request.model, request.data_class, bucket)
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = self._build(rule, request, fleet)
+        return found
+
+    def moved(self, state: SpillState) -> None:
+        """Note that a flag has opened or closed."""
+        key = (state.rule, state.tier, state.backends)
+        if state.open:
+            self.open_spills.add(key)
+        else:
+            self.open_spills.discard(key)
+
+    def close_spills(self, fleet: Fleet, now: float) -> None:
+        """Take a new figure for every open flag."""
+        for key in tuple(self.open_spills):
+            state = self.spills[key]
+            backends = [fleet[name] for name in state.backends if name in fleet.backends]
+            available = [backend for backend in backends if backend.available]
+            if state.move(mean_saturation(available, now), now):
+                self.moved(state)
+
+    def _forget(self, fleet: Fleet) -> None:
+        self._fleet, self._version = fleet, fleet.version
+        self._found.clear()
+        limits: dict[str, set[int]] = {}
+        for backend in fleet:
+            for model in backend.models:
+                known = limits.setdefault(model, set())
+                if model in backend.context_tokens:
+                    known.add(backend.context_tokens[model])
+        self._limits = {model: tuple(sorted(known)) for model, known in limits.items()}
+        names = fleet.backends.keys()
+        for key in [key for key in self.spills if not key[2] <= names]:
+            del self.spills[key]
+            self.open_spills.discard(key)
+
+    def _build(self, rule: Rule, request: RequestFacts, fleet: Fleet) -> Candidates:
+        found = feasible(request, fleet, rule.allows, rule.name)
+        members: list[list[Backend]] = [[] for _ in rule.tiers]
+        for backend in found.backends:
+            members[rule.tier_of(backend)].append(backend)
+        tiers = tuple(
+            AvailableTier(
+                index,
+                tuple(backend for backend in inside if backend.available),
+                self._spill(rule, index, inside),
+            )
+            for index, inside in enumerate(members)
+            if inside
+        )
+        tier_of = {backend.name: tier.tier for tier in tiers for backend in tier.backends}
+        feasible_names = frozenset(backend.name for backend in found.backends)
+        return Candidates(
+            rule, (rule.name, feasible_names), tiers, tuple(tier_of), tier_of, found.removed, found.refusal
+        )
+
+    def _spill(self, rule: Rule, tier: int, backends: list[Backend]) -> SpillState | None:
+        spill = rule.tiers[tier].spill
+        if spill is None:
+            return None
+        key = (rule.name, tier, frozenset(backend.name for backend in backends))
+        state = self.spills.get(key)
+        if state is None:
+            state = self.spills[key] = SpillState(*key, spill)
+        return state
+
+
+def mean_saturation(backends: Sequence[BackendView], now: float) -> float:
+    """Capacity-weighted mean saturation; inf of no backends."""
+    slots = sum(backend.slots for backend in backends)
+    return sum(backend.saturation(now) * backend.slots for backend in backends) / slots if slots else inf

@@ -1,0 +1,73 @@
+"""A policy that cannot take requests down with it.
+
+Policies come from other people, and from training. One that raises, or names a backend that it was not
+offered, costs its say in that decision and is counted; the request goes to the least loaded backend
+instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from policies.base import BackendView, Decision, Finished, Policy, Reject, RequestFacts, Send
+
+FAILED = "policy failed"
+"""`decided_by` of decisions made in a policy's stead."""
+
+
+class Guarded:
+    """A policy with its name; itself a `Policy`."""
+
+    __slots__ = ("failures", "last_failure", "name", "needs", "policy")
+
+    def __init__(self, policy: Policy, name: str) -> None:
+        self.policy = policy
+        self.name = name
+        self.needs = policy.needs
+        self.failures = 0
+        """Calls that raised, or answered with an unknown backend, since start."""
+        self.last_failure = ""
+
+    def decide(
+        self, request: RequestFacts, backends: Sequence[BackendView], now: float
+    ) -> tuple[Decision, str]:
+        """The policy's decision and its name; on failure the least loaded backend and `policy failed`."""
+        try:
+            decision = self.policy.choose(request, backends, now)
+            if isinstance(decision, Send):
+                chosen = decision.backend
+                for backend in backends:
+                    if backend.name == chosen and type(decision.fallbacks) is tuple:
+                        return decision, self.name
+            elif isinstance(decision, Reject) or decision.until == decision.until:  # until is not NaN
+                return decision, self.name
+            self._count(f"not an answer here: {decision!r}")
+        except Exception as error:
+            self._count(f"{type(error).__name__}: {error}")
+        idlest = min(backends, key=lambda backend: backend.in_flight / backend.slots)
+        return Send(idlest.name, reason=f"{FAILED}: {self.last_failure}"), FAILED
+
+    def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
+        return self.decide(request, backends, now)[0]
+
+    def dispatched(self, request: RequestFacts, backend: BackendView, now: float) -> None:
+        try:
+            self.policy.dispatched(request, backend, now)
+        except Exception as error:
+            self._count(f"dispatched: {type(error).__name__}: {error}")
+
+    def first_token(self, request: RequestFacts, backend: BackendView, now: float) -> None:
+        try:
+            self.policy.first_token(request, backend, now)
+        except Exception as error:
+            self._count(f"first_token: {type(error).__name__}: {error}")
+
+    def finished(self, finished: Finished) -> None:
+        try:
+            self.policy.finished(finished)
+        except Exception as error:
+            self._count(f"finished: {type(error).__name__}: {error}")
+
+    def _count(self, failure: str) -> None:
+        self.failures += 1
+        self.last_failure = failure
