@@ -1,12 +1,12 @@
 """The contract between what decides and what acts.
 
 A policy sees plain values and answers with a plain value. It never awaits, does no I/O, reads no clock and
-draws no global randomness: `now` is handed in, a random generator comes by the constructor. So the same object
-runs in the proxy, in the simulator and in a test, and one recorded log of events gives the same decisions in
-all three.
+draws no global randomness: `now` is handed in, a random generator comes by the constructor. So the same
+object runs in the proxy, in the simulator and in a test, and one recorded log of events gives the same
+decisions in all three.
 
-Times are seconds. `now` and every `*_at` field are monotonic; only `RequestFacts.wall` is Unix time, for rules
-on the time of day. Backends are named, never passed around: a name is what a record can hold.
+Times are seconds. `now` and every `*_at` field are monotonic; only `RequestFacts.wall` is Unix time, for
+rules on the time of day. Backends are named, never passed around: a name is what a record can hold.
 """
 
 from __future__ import annotations
@@ -66,13 +66,14 @@ class RequestFacts:
 
 @dataclass(slots=True)
 class BackendView:
-    """One backend as a policy sees it: valid during the call only, never to be kept or changed by a policy."""
+    """One backend as a policy sees it: valid during the call only, not to be kept or changed by a policy."""
 
     name: str
     site: str = "local"
     slots: int = 32
-    """Requests it serves at once inside its SLA."""
+    """Requests it serves at once inside its SLA; at least 1."""
     weight: float = 1.0
+    """Its share where a policy goes by weight, 0 or more; 0: nothing while another candidate has a weight."""
     models: frozenset[str] = frozenset()
     labels: Mapping[str, str] = field(default_factory=dict)
     operator: str = ""
@@ -83,7 +84,7 @@ class BackendView:
     context_tokens: Mapping[str, int] = field(default_factory=dict)
     """Longest prompt plus answer by model, tokens; a model that is not named has no known limit."""
     bandwidth: float = 125_000_000.0
-    """Bytes per second towards it."""
+    """Bytes per second towards it, above 0."""
     price_input: float | None = None
     price_output: float | None = None
     """Per million tokens in the ledger's currency; None: unknown, which is not free."""
@@ -194,15 +195,23 @@ class Policy(Protocol):
 
     `choose` gets at least one backend, all of them feasible and in a stable order. It must not change
     anything that another request's decision depends on: what was really leased is told by `dispatched`.
+
+    A class that inherits from this one has to write `choose` only.
     """
 
-    needs: frozenset[str]
+    needs: frozenset[str] = frozenset()
     """Costly facts it reads: `prefix`."""
 
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision: ...
 
-    def dispatched(self, request: RequestFacts, backend: BackendView, now: float) -> None: ...
+    def dispatched(self, request: RequestFacts, backend: BackendView, now: float) -> None:
+        """The request was leased to `backend`, chosen or fallback; the view already counts the lease."""
+        return
 
-    def first_token(self, request: RequestFacts, backend: BackendView, now: float) -> None: ...
+    def first_token(self, request: RequestFacts, backend: BackendView, now: float) -> None:
+        """The backend sent its first data event; its averages already hold it."""
+        return
 
-    def finished(self, finished: Finished) -> None: ...
+    def finished(self, finished: Finished) -> None:
+        """The attempt has ended; its lease is already released."""
+        return

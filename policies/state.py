@@ -1,11 +1,12 @@
 """What the router itself knows of each backend: leases, counts, averages.
 
-Load is counted from the moment a request is sent until its stream has ended, never until the response head:
-for a stream of tokens the head says nothing. Every count goes up in `Fleet.lease` and down in `Fleet.release`,
-nowhere else, and a lease is released exactly once whatever happens to its request.
+Load is counted from the moment a request is sent until its stream has ended, never until the response
+head: for a stream of tokens the head says nothing. Every count goes up in `Fleet.lease` and down in
+`Fleet.release`, nowhere else, and a lease is released exactly once whatever happens to its request.
 
 Averages are exponentially weighted with a time constant, so that an average ages with time and not with the
-number of requests: `average += (1 - exp(-dt / tau)) * (sample - average)` (Finagle's Peak-EWMA form).
+number of requests: `average += (1 - exp(-dt / tau)) * (sample - average)` (Finagle's Peak-EWMA form). After a
+pause much longer than tau the next sample replaces the average.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Backend(BackendView):
     """What the active probes say; True until they have said otherwise."""
     draining: bool = False
     """Removed from the configuration: finishes what it has, gets nothing new."""
+    backoff_until: float = -inf
+    """It said that it is full (429 or 503 with Retry-After): nothing new before this time."""
     breaker: Breaker = field(default_factory=Breaker)
     ttft_at: float = -inf
     tpot_at: float = -inf
@@ -37,6 +40,16 @@ class Backend(BackendView):
     failed: int = 0
     ignored: int = 0
     """Attempts by outcome since start."""
+
+    def probed(self, up: bool, now: float) -> None:
+        """What the active probes say now; call `Fleet.refresh` afterwards.
+
+        Coming up ends the wait of an open breaker: the next request is its trial, and a failed one still
+        doubles the wait. Otherwise a backend that is back would stay out for up to five minutes.
+        """
+        if up and not self.probed_up:
+            self.breaker.up_again(now)
+        self.probed_up = up
 
     def observe_ttft(self, seconds: float, now: float) -> None:
         self.ttft_s = _ewma(self.ttft_s, seconds, now - self.ttft_at)
@@ -61,7 +74,16 @@ def _ewma(average: float, sample: float, age: float) -> float:
 class Lease:
     """Load that one attempt holds on a backend, from dispatch until its stream has ended."""
 
-    __slots__ = ("backend", "decided_by", "first_token_at", "policy", "released", "request", "started", "tokens")
+    __slots__ = (
+        "backend",
+        "decided_by",
+        "first_token_at",
+        "policy",
+        "released",
+        "request",
+        "started",
+        "tokens",
+    )
 
     def __init__(
         self, request: RequestFacts, backend: Backend, policy: Policy | None, decided_by: str, now: float
@@ -99,16 +121,30 @@ class Fleet:
         self.version += 1
 
     def refresh(self, now: float) -> bool:
-        """Recompute who is available (after a probe, an outcome, or time passing). True: something changed."""
+        """Recompute who is available (after a probe, an outcome, or time). True: something has changed."""
         changed = False
         for backend in self.backends.values():
-            available = backend.probed_up and not backend.draining and backend.breaker.allows(now)
+            available = (
+                backend.probed_up
+                and not backend.draining
+                and now >= backend.backoff_until
+                and backend.breaker.allows(now)
+            )
             if available != backend.available:
                 backend.available = available
                 changed = True
         if changed:
             self.version += 1
         return changed
+
+    def back_off(self, name: str, seconds: float, now: float) -> bool:
+        """Send a backend nothing new for a while, because it said that it is full. True: something changed.
+
+        It comes back with the first `refresh` after that; a shorter back-off never cuts a longer one.
+        """
+        backend = self.backends[name]
+        backend.backoff_until = max(backend.backoff_until, now + seconds)
+        return self.refresh(now)
 
     def lease(
         self, request: RequestFacts, name: str, now: float, policy: Policy | None = None, decided_by: str = ""
@@ -130,6 +166,8 @@ class Fleet:
             return
         lease.first_token_at = now
         lease.backend.observe_ttft(now - lease.started, now)
+        if lease.backend.breaker.first_token(lease.started, now):
+            self.refresh(now)
         if lease.policy is not None:
             lease.policy.first_token(lease.request, lease.backend, now)
 
@@ -154,7 +192,8 @@ class Fleet:
         ttft = None
         if lease.first_token_at is not None:
             ttft = lease.first_token_at - lease.started
-            if completion > 1:
+            # A stream that stalled or broke is the breaker's business and no measure of speed.
+            if completion > 1 and outcome is not Outcome.FAILED:
                 backend.observe_tpot((now - lease.first_token_at) / (completion - 1), now)
         if outcome is Outcome.OK:
             backend.ok += 1
@@ -162,10 +201,19 @@ class Fleet:
             backend.failed += 1
         else:
             backend.ignored += 1
-        if backend.breaker.record(outcome, now):
+        if backend.breaker.record(outcome, lease.started, now):
             self.refresh(now)
         finished = Finished(
-            lease.request, backend.name, outcome, now, lease.started, ttft, prompt, cached, completion, lease.decided_by
+            request=lease.request,
+            backend=backend.name,
+            outcome=outcome,
+            ended=now,
+            started=lease.started,
+            ttft_s=ttft,
+            prompt_tokens=prompt,
+            cached_tokens=cached,
+            completion_tokens=completion,
+            decided_by=lease.decided_by,
         )
         if lease.policy is not None:
             lease.policy.finished(finished)
