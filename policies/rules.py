@@ -53,6 +53,9 @@ class Tier:
 
     selector: Selector = field(default_factory=Selector)
     spill: Spill | None = None
+    policy: Policy | None = None
+    """Chooses in this tier instead of the rule's policy."""
+    policy_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +85,16 @@ class Rule:
     queue: Queue = field(default_factory=Queue)
     guarded: Guarded = field(init=False)
     """The policy, unable to take a request down; counts its failures."""
+    choosers: tuple[Guarded, ...] = field(init=False)
+    """By tier: the tier's own policy, guarded, or `guarded`."""
     matches_all: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.guarded = Guarded(self.policy, self.policy_name)
+        self.choosers = tuple(
+            Guarded(tier.policy, tier.policy_name) if tier.policy is not None else self.guarded
+            for tier in self.tiers
+        )
         self.matches_all = self.match == Match()
 
     def tier_of(self, backend: BackendView) -> int:
@@ -204,7 +213,8 @@ class RuleSet:
         now: float,
     ) -> Routing:
         rule = candidates.rule
-        decision, decided_by = rule.guarded.decide(request, eligible, now)
+        chooser = rule.choosers[tier]
+        decision, decided_by = chooser.decide(request, eligible, now)
         if type(decision) is Send:
             fallbacks = candidates.fallbacks(tier, decision.backend, decision.fallbacks)
             decision = Send(
@@ -217,7 +227,7 @@ class RuleSet:
             rule.name,
             decision,
             decided_by,
-            rule.guarded,
+            chooser,
             tier,
             (),
             False,
