@@ -24,7 +24,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.reader import ReaderError
 
 from policies import yamlproblems
-from policies.units import BadValueError, Duration, Fraction, Size
+from policies.units import BadValueError, Duration, Fraction, Size, shown
 from policies.yamlproblems import Path
 
 __all__ = [
@@ -221,10 +221,10 @@ class _Composer:
             raise self.fail(line, column, path[:3], f"nested more than {MAX_DEPTH} levels deep")
         if isinstance(event, yaml_events.AliasEvent):
             if (target := self.anchors.get(event.anchor)) is None:
-                raise self.fail(line, column, path, f"no anchor &{event.anchor} stands before this alias")
+                raise self.fail(line, column, path, f"no anchor {shown(event.anchor)} stands before this alias")
             return target
         if event.tag is not None:
-            raise self.fail(line, column, path, f"YAML tags such as {event.tag} are not used here")
+            raise self.fail(line, column, path, f"YAML tags such as {shown(event.tag)} are not used here")
         if isinstance(event, yaml_events.ScalarEvent):
             node = Node(line, column, event.value if event.style else _plain_scalar(event.value))
         elif isinstance(event, yaml_events.SequenceStartEvent):

@@ -156,10 +156,10 @@ c.yaml:7:1: wait: this key is already given in line 1
         ("listen: a\x00b", "1:10: character U+0000 is not allowed in YAML"),
         (
             "listen: !!python/name:os.system x",
-            "1:9: listen: YAML tags such as tag:yaml.org,2002:python/name:os.system are not used here",
+            "1:9: listen: YAML tags such as 'tag:yaml.org,2002:python/name:os.system' are not used here",
         ),
-        ("listen: *other", "1:9: listen: no anchor &other stands before this alias"),
-        ("sites: &a [*a]", "1:12: sites[0]: no anchor &a stands before this alias"),
+        ("listen: *other", "1:9: listen: no anchor 'other' stands before this alias"),
+        ("sites: &a [*a]", "1:12: sites[0]: no anchor 'a' stands before this alias"),
         ("? [a]\n: 1", "1:3: a key must be a single word or text"),
         ("<<: {a: 1}", "1:1: merge keys (<<) are not used here; write the keys out"),
         ("sites: " + "[" * 200, "1:58: sites[0][0]: nested more than 50 levels deep"),

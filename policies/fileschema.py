@@ -1,0 +1,330 @@
+"""The language of policy files: every key, its type and what it does.
+
+The descriptions below feed `tidegate schema` (editors show them) and are checked against docs/policies.md. What a
+single value must look like is said here; what must fit together is in `filechecks.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from policies.units import BadValueError, Duration, parse_fraction, shown
+from policies.yamlfile import FileModel
+from policies.yamlproblems import closest
+
+DEFAULT_PICK = "least-load"
+"""Policy of a rule that names none."""
+
+ANY_SITE = "*"
+
+WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+_WEEKDAY_NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+
+Endpoint = Literal["chat", "completions", "tokenize", "detokenize"]
+
+Item = TypeVar("Item")
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str | int | float) else value
+
+
+Name = Annotated[str, Field(min_length=1, max_length=100)]
+
+Names = Annotated[
+    tuple[Name, ...],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+            ]
+        }
+    ),
+]
+"""One name or a list of names."""
+
+Endpoints = Annotated[tuple[Endpoint, ...], BeforeValidator(_as_list), Field(min_length=1)]
+
+
+# --- time ----------------------------------------------------------------------------------------------------
+
+_WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-(?:([01]\d|2[0-3]):([0-5]\d)|24:00)", re.ASCII)
+_OFFSET = re.compile(r"([+-])(0\d|1[0-4]):([0-5]\d)", re.ASCII)
+
+
+def window_minutes(text: str) -> tuple[int, int]:
+    """Minutes after midnight of `22:00-06:00`: (1320, 360).
+
+    Raises: BadValueError.
+    """
+    match = _WINDOW.fullmatch(text)
+    if match is None:
+        guess = re.fullmatch(r"(\d{1,2})(?::(\d\d))? ?[-–] ?(\d{1,2})(?::(\d\d))?", text, re.ASCII)
+        suggestion = None
+        if guess is not None:
+            h1, m1, h2, m2 = (int(part or 0) for part in guess.groups())
+            suggestion = f"{h1:02}:{m1:02}-{h2:02}:{m2:02}"
+            suggestion = suggestion if _WINDOW.fullmatch(suggestion) else None
+        raise BadValueError(f"expected a time of day such as 08:00-18:00, got {shown(text)}", suggestion)
+    start = int(match[1]) * 60 + int(match[2])
+    end = 1440 if match[3] is None else int(match[3]) * 60 + int(match[4])
+    if start == end:
+        raise BadValueError(f"this window is empty: it ends at {text[6:]}, when it starts", "00:00-24:00")
+    return start, end
+
+
+def weekday_numbers(text: str) -> frozenset[int]:
+    """Days of `mon`, `mon-fri` or `sat-mon`; 0 is Monday.
+
+    Raises: BadValueError.
+    """
+    first, dash, last = text.partition("-")
+    numbers = []
+    for name in (first, last) if dash else (first,):
+        if name not in WEEKDAYS:
+            suggestion = closest(name[:3] if name.lower() in _WEEKDAY_NAMES else name, WEEKDAYS)
+            fixed = text.replace(name, suggestion) if suggestion and name else None
+            message = f"expected a weekday such as mon, or mon-fri, got {shown(text)}"
+            raise BadValueError(message, fixed)
+        numbers.append(WEEKDAYS.index(name))
+    length = (numbers[-1] - numbers[0]) % 7 + 1
+    return frozenset((numbers[0] + day) % 7 for day in range(length))
+
+
+def offset_seconds(text: str) -> int:
+    """Seconds of `+08:00`.
+
+    Raises: BadValueError.
+    """
+    if (match := _OFFSET.fullmatch(text)) is None:
+        guess = re.fullmatch(r"(?:UTC|GMT)? ?([+-])?(\d{1,2})(?::?(\d\d))?", text, re.ASCII | re.IGNORECASE)
+        suggestion = f"{guess[1] or '+'}{int(guess[2]):02}:{guess[3] or '00'}" if guess else None
+        if suggestion is not None and not _OFFSET.fullmatch(suggestion):
+            suggestion = None
+        message = (
+            f"expected an offset from UTC such as +08:00 (zones by name are not known), got {shown(text)}"
+        )
+        raise BadValueError(message, suggestion)
+    seconds = int(match[2]) * 3600 + int(match[3]) * 60
+    return -seconds if match[1] == "-" else seconds
+
+
+def _checked(parse: Any) -> AfterValidator:
+    """Check the syntax, keep the text: what is written back is what was read."""
+
+    def check(text: str) -> str:
+        parse(text)
+        return text
+
+    return AfterValidator(check)
+
+
+Window = Annotated[
+    str,
+    _checked(window_minutes),
+    Field(json_schema_extra={"pattern": r"^\d\d:\d\d-\d\d:\d\d$", "examples": ["22:00-06:00"]}),
+]
+Weekday = Annotated[str, _checked(weekday_numbers)]
+Weekdays = Annotated[
+    tuple[Weekday, ...],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+]
+Offset = Annotated[
+    str,
+    _checked(offset_seconds),
+    Field(json_schema_extra={"pattern": r"^[+-]\d\d:\d\d$", "examples": ["+08:00"]}),
+]
+
+
+# --- numbers -------------------------------------------------------------------------------------------------
+
+
+class Range(FileModel):
+    """Bounds of a number, both inclusive."""
+
+    min: int | None = None
+    """At least this."""
+    max: int | None = None
+    """At most this."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.min is None and self.max is None:
+            raise BadValueError("expected a number, or bounds such as {min: 1, max: 5}, got no bounds")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise BadValueError(f"min ({self.min}) is above max ({self.max}): no number fits", at=("min",))
+        return self
+
+
+def _as_range(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return {"min": value, "max": value}
+    if isinstance(value, dict | Range):
+        return value
+    raise BadValueError(f"expected a number, or bounds such as {{min: 1, max: 5}}, got {shown(value)}")
+
+
+NumberOrRange = Annotated[Range, BeforeValidator(_as_range)]
+
+
+def _parse_level(value: object) -> float:
+    level = parse_fraction(value)
+    if not 0.0 < level <= 4.0:
+        suggestion = f"{level:g}%" if 4.0 < level <= 400.0 and not isinstance(value, str) else None
+        raise BadValueError(
+            f"expected a saturation above 0 and up to 4 (1 is full), or a percentage, got {shown(value)}",
+            suggestion,
+        )
+    return level
+
+
+Saturation = Annotated[
+    float,
+    BeforeValidator(_parse_level),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0, "maximum": 4},
+                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? ?%$"},
+            ],
+            "examples": [0.85, "85%"],
+        }
+    ),
+]
+
+
+# --- the file ------------------------------------------------------------------------------------------------
+
+
+class When(FileModel):
+    """Conditions on a request. All that are given must hold; a list holds if one of its entries does."""
+
+    model: Names | None = None
+    """Models, after aliases. Patterns may be used: `qwen*`."""
+    tenant: Names | None = None
+    """Tenants, as keys name them."""
+    data_class: Names | None = None
+    """Data classes, as keys name them; a key without one is `public`."""
+    endpoint: Endpoints | None = None
+    """API endpoints."""
+    priority: NumberOrRange | None = None
+    """The request's priority, higher is more urgent: a number, or bounds."""
+    prompt_tokens: NumberOrRange | None = None
+    """Length of the prompt in tokens, estimated from its bytes: a number, or bounds."""
+    stream: bool | None = None
+    """Whether the answer is streamed."""
+    labels: Mapping[Name, Name] | None = None
+    """Labels the request must carry, each with this value."""
+    time: Window | None = None
+    """A daily window, `08:00-18:00`; one that ends before it starts passes midnight."""
+    days: Weekdays | None = None
+    """Weekdays, `mon` or `mon-fri`; of a window that passes midnight, the days it starts on."""
+
+
+def _as_pick(value: object) -> object:
+    return {"policy": value} if isinstance(value, str) else value
+
+
+class Pick(FileModel):
+    """The policy that chooses among the backends, with its parameters beside its name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    policy: Name
+    """Name of the policy."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+PickOrName = Annotated[Pick, BeforeValidator(_as_pick)]
+
+
+class Spill(FileModel):
+    """When requests start to flow from a tier to the next, and when they stop to.
+
+    Saturation is 0 for an empty tier, 1 for a full one, above 1 when its engines queue.
+    """
+
+    enter: Saturation
+    """Saturation above which new requests may go to the next tier."""
+    leave: Saturation
+    """Saturation below which they stay again. At most `enter`; the distance keeps it from flapping."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Spill:
+        if self.leave > self.enter:
+            raise BadValueError(
+                f"leave ({self.leave:g}) must not be above enter ({self.enter:g})",
+                at=("leave",),
+            )
+        return self
+
+
+class Tier(FileModel):
+    """Backends that are asked together: those of a site, those named, or those with labels."""
+
+    site: Names | None = None
+    """Sites; `"*"` is any site. A backend belongs to the first tier that takes it."""
+    backend: Names | None = None
+    """Backends by name."""
+    labels: Mapping[Name, Name] | None = None
+    """Labels the backends must carry, each with this value."""
+    spill: Spill | None = None
+    """When requests flow to the next tier. Without it: when no backend of the tier has a free slot."""
+    pick: PickOrName | None = None
+    """Policy that chooses in this tier, instead of the rule's."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Tier:
+        if self.site is None and self.backend is None and self.labels is None:
+            raise BadValueError("say which backends: site, backend or labels", 'site: "*"')
+        return self
+
+
+class Queue(FileModel):
+    """What happens when no tier has room."""
+
+    wait: Duration = 10.0
+    """How long a request is held for room, at most. Then it goes to any backend, full or not."""
+    depth: int = Field(200, ge=0, le=1_000_000)
+    """How many requests may be held at once. One more is answered 429."""
+
+
+class Rule(FileModel):
+    """What happens to the requests that it matches. The first rule that matches applies."""
+
+    name: Name
+    """Shown in logs, in `x-tidegate-reason` and by `tidegate explain`. Unique."""
+    when: When | None = None
+    """Which requests. Without it: all."""
+    sites: Names | None = None
+    """The only sites these requests may ever reach, on spill and retry too. Without it: all."""
+    prefer: tuple[Tier, ...] | None = Field(None, min_length=1)
+    """Backends in the order in which they are asked. Without it: all at once."""
+    pick: PickOrName | None = None
+    """Policy that chooses one of the backends asked: a name, or a name with parameters. Default: `least-load`."""
+    weights: Mapping[Name, Annotated[float, Field(gt=0, le=1000)]] | None = None
+    """Weights of backends, by name, that replace those of the configuration in this rule."""
+    queue: Queue = Queue()
+    """How long a request is held when no tier has room, and how many may be."""
+
+
+class PolicyFile(FileModel):
+    """Where requests go. Rules are tried from the top; the last one has to match every request."""
+
+    model_config = ConfigDict(title="Tidegate policy file")
+
+    rules: tuple[Rule, ...] = Field(min_length=1)
+    """Tried in order; the first that matches a request decides."""
+    utc_offset: Offset = "+00:00"
+    """What `time` and `days` mean: local time as an offset from UTC. A zone's summer time is not followed."""
