@@ -1,0 +1,197 @@
+"""One row per request: what the journal saves, the ledger keeps and an export writes.
+
+A row becomes `values`, one flat tuple: the columns of the SQL table in the order of `COLUMNS` and, last, the
+fields of `DETAIL` as one JSON array. The journal saves that tuple, SQL takes it as it is; nothing is encoded
+twice. `DETAIL` may only ever grow at its end: an older row then has fewer elements, and its missing fields
+take their defaults.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any, TypeAlias
+
+import orjson
+
+OK = "ok"
+CLIENT_ERROR = "client_error"
+"""The client's fault: bad request, no key, unknown model, or the backend's own 4xx."""
+REJECTED = "rejected"
+"""Refused by us: limit, budget, full queue, no backend, policy."""
+BACKEND_FAILED = "backend_failed"
+"""No backend answered; nothing of an answer reached the client."""
+CLIENT_GONE = "client_gone"
+"""The client left before the end; what was delivered is billed."""
+CUT = "cut"
+"""The backend was lost after the first data event."""
+SHUTDOWN = "shutdown"
+"""The proxy stopped before the answer had ended."""
+LOST = "lost"
+"""The proxy died while it served this; written by the replay of the journal."""
+OUTCOMES = (OK, CLIENT_ERROR, REJECTED, BACKEND_FAILED, CLIENT_GONE, CUT, SHUTDOWN, LOST)
+
+USAGE_SOURCES = ("reported", "counted", "estimated", "none")
+
+
+@dataclass(slots=True)
+class Row:
+    """One request, rejected ones too. Not to be changed any more once the journal has closed it."""
+
+    op: str
+    """Operation id, unique for ever: the idempotency key of the ledger. Minted by `OperationIds`."""
+    instance: str = ""
+    """The journal that holds it: one per state directory."""
+    arrived: float = 0.0
+    """Unix time, seconds."""
+    tenant: str = ""
+    key_id: str = ""
+    endpoint: str = ""
+    model: str = ""
+    """As the client asked."""
+    served_model: str = ""
+    """As backends name it; empty while the asked one is not resolved."""
+    data_class: str = ""
+    session: str = ""
+    """Salted hash of the affinity key, or empty."""
+    prefix: Sequence[int] = ()
+    """Salted hashes of the prompt's leading blocks; each below 2**63."""
+    stream: bool = False
+    status: int = 0
+    """HTTP status sent to the client; 0: none was."""
+    outcome: str = OK
+    code: str = ""
+    """Our error code, or empty."""
+    backend: str = ""
+    site: str = ""
+    rule: str = ""
+    policy: str = ""
+    reason: str = ""
+    propensity: float = 1.0
+    candidates: Sequence[Sequence[Any]] = ()
+    """The figures that the decision used, one list per backend considered."""
+    attempts: int = 0
+    """Backends that this request was sent to."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Those of `prompt_tokens` that came from a prefix cache."""
+    completion_tokens: int = 0
+    usage_source: str = "none"
+    overhead_prompt_tokens: int = 0
+    """Tokens of failed or lost attempts: metered, not billed to the client."""
+    overhead_completion_tokens: int = 0
+    max_tokens: int = 0
+    expected_tokens: int = 0
+    body_bytes: int = 0
+    queue_s: float = 0.0
+    ttft_s: float | None = None
+    total_s: float = 0.0
+    overhead_s: float = 0.0
+    """Our own part of `total_s`."""
+    cost_nano: int = 0
+    """Nano-units (1e-9) of `currency`."""
+    currency: str = ""
+    """Empty: no price was known, the cost is 0 and nobody invented it."""
+
+
+COLUMNS = (
+    "op",
+    "instance",
+    "arrived_us",
+    "tenant",
+    "key_id",
+    "served_model",
+    "backend",
+    "site",
+    "status",
+    "outcome",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "overhead_prompt_tokens",
+    "overhead_completion_tokens",
+    "cost_nano",
+    "currency",
+    "ttft_s",
+    "total_s",
+)
+"""What is queried or summed: columns of their own. `arrived_us` is `Row.arrived` in integer microseconds."""
+
+DETAIL = (
+    "endpoint",
+    "model",
+    "data_class",
+    "session",
+    "prefix",
+    "stream",
+    "code",
+    "rule",
+    "policy",
+    "reason",
+    "propensity",
+    "candidates",
+    "attempts",
+    "usage_source",
+    "max_tokens",
+    "expected_tokens",
+    "body_bytes",
+    "queue_s",
+    "overhead_s",
+)
+"""The rest: elements of the JSON array in the column `detail`."""
+
+FIELDS = tuple(field.name for field in fields(Row))
+
+Values: TypeAlias = tuple[Any, ...]
+"""`COLUMNS`, then the detail as JSON text: the parameters of one SQL row."""
+
+_head: Callable[[Row], tuple[str, str]] = attrgetter(*COLUMNS[:2])
+_columns: Callable[[Row], tuple[Any, ...]] = attrgetter(*COLUMNS[3:])
+_detail: Callable[[Row], tuple[Any, ...]] = attrgetter(*DETAIL)
+
+
+def to_values(row: Row) -> Values:
+    """Flatten a row. Raises TypeError when a field holds what JSON cannot."""
+    detail = orjson.dumps(_detail(row), option=orjson.OPT_SERIALIZE_NUMPY).decode()
+    return (*_head(row), round(row.arrived * 1e6), *_columns(row), detail)
+
+
+def from_values(values: Sequence[Any]) -> Row:
+    """The row that `to_values` flattened, to the microsecond of its arrival."""
+    row = Row(op=values[0], instance=values[1], arrived=values[2] / 1e6)
+    for name, value in zip(COLUMNS[3:], values[3:], strict=False):
+        setattr(row, name, value)
+    for name, value in zip(DETAIL, orjson.loads(values[-1]), strict=False):
+        setattr(row, name, value)
+    return row
+
+
+class OperationIds:
+    """Mints operation ids: unique over restarts and instances, growing, telling nobody how many there are.
+
+    An id is 12 hex digits of Unix milliseconds, 10 of a random number drawn per process, and 3 that count
+    within the millisecond. The time never goes back, whatever the clock does, so ids of one process grow and
+    an index over them is written at its end.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._process = secrets.token_hex(5)
+        self._ms = 0
+        self._count = 0
+
+    def mint(self) -> str:
+        """A new id, 25 hex digits."""
+        ms = int(self._clock() * 1000)
+        if ms > self._ms:
+            self._ms = ms
+            self._count = 0
+        elif self._count == 0xFFF:
+            self._ms += 1
+            self._count = 0
+        else:
+            self._count += 1
+        return f"{self._ms:012x}{self._process}{self._count:03x}"
