@@ -1,0 +1,378 @@
+"""The configuration file: one YAML document, checked whole, with defaults for everything but backends.
+
+Every field's description says its unit and what it does; `tidegate schema` and `docs/configuration.md` are made
+from them. Unknown keys are errors that name file, line and column.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from policies.units import BadValueError, Duration, Size
+from policies.yamlfile import FileModel, read_yaml
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+METADATA_HOSTS = frozenset({"169.254.169.254", "fd00:ec2::254", "metadata.google.internal", "metadata"})
+"""Cloud metadata services: never a backend, whoever asks."""
+
+
+def _check_name(value: str) -> str:
+    if _NAME.fullmatch(value) is None:
+        raise BadValueError(f"a name is made of letters, digits, '.', '_' and '-', got '{value[:40]}'")
+    return value
+
+
+def _check_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:
+        raise BadValueError(f"not a URL: '{value[:80]}'") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BadValueError(f"a URL begins with http:// or https:// and names a host, got '{value[:80]}'")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise BadValueError("a backend's URL has no user, query or fragment; keys go into api_key_env")
+    if port == 0:
+        raise BadValueError("port 0 cannot be connected to")
+    if parts.hostname.lower() in METADATA_HOSTS or _is_link_local(parts.hostname):
+        raise BadValueError(f"{parts.hostname} is a metadata or link-local address, never a backend")
+    return value.rstrip("/")
+
+
+def _is_link_local(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_link_local
+
+
+def _check_address(value: str) -> str:
+    host, port = split_address(value)
+    if not 0 <= port <= 65535:
+        raise BadValueError(f"a port is between 0 and 65535, got {port}")
+    if not host:
+        raise BadValueError("an address needs a host; 0.0.0.0 means every IPv4 interface")
+    return value
+
+
+def split_address(value: str) -> tuple[str, int]:
+    """`127.0.0.1:8080` or `[::1]:8080` -> host and port. BadValueError otherwise."""
+    host, colon, port = value.rpartition(":")
+    if not colon or not port.isdigit():
+        raise BadValueError(f"an address is HOST:PORT, got '{value[:60]}'")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+Url = Annotated[str, AfterValidator(_check_url)]
+Address = Annotated[str, AfterValidator(_check_address)]
+DecimalText = Annotated[
+    str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)
+]
+
+
+class Price(FileModel):
+    """Per million tokens, as decimals; money is counted exactly."""
+
+    input: DecimalText = Field(description="Price of a million prompt tokens.")
+    output: DecimalText = Field(description="Price of a million tokens of the answer.")
+    cached_input: DecimalText | None = Field(
+        None, description="Price of a million prompt tokens served from a prefix cache. Default: as `input`."
+    )
+    currency: str = Field("USD", description="ISO code. All prices of one configuration share one currency.")
+
+
+class Tls(FileModel):
+    """How a backend's certificate is checked."""
+
+    ca_file: Path | None = Field(
+        None, description="PEM file of the authorities to trust. Default: the system's."
+    )
+    server_name: str | None = Field(
+        None, description="Name the certificate must carry. Default: the URL's host."
+    )
+    certificate: Path | None = Field(
+        None, description="Client certificate chain (PEM), for backends that ask."
+    )
+    key: Path | None = Field(None, description="Private key of the client certificate (PEM).")
+
+
+class BackendConfig(FileModel):
+    """One OpenAI-compatible endpoint."""
+
+    name: Name = Field(description="How files, headers, logs and metrics call it.")
+    url: Url = Field(description="Where it answers, without `/v1`: `http://127.0.0.1:8000`.")
+    site: Name = Field("local", description="Where it stands: `local`, or a name from `sites`.")
+    slots: int | None = Field(
+        None,
+        ge=1,
+        description="Requests it serves at once inside its SLA. Default: what the engine reports, else 32.",
+    )
+    weight: float = Field(1.0, ge=0, description="Share of traffic for the policies that use weights.")
+    models: Literal["auto"] | list[str] = Field(
+        "auto", description="Models it serves: `auto` asks it, a list limits it to those."
+    )
+    engine: Literal["vllm", "openai"] = Field(
+        "vllm",
+        description="What it understands: `vllm` (running usage, cache salt) or `openai` (the plain API).",
+    )
+    api_key_env: str | None = Field(
+        None, description="Environment variable with the key that this backend wants."
+    )
+    api_key_file: Path | None = Field(
+        None, description="File with that key, when it is not in the environment."
+    )
+    price: Price | None = Field(
+        None, description="What its tokens cost. Without one, usage counts as unpriced."
+    )
+    prices: dict[str, Price] = Field(
+        default_factory=dict, description="Prices of single models, by model name."
+    )
+    labels: dict[str, str] = Field(default_factory=dict, description="Marks that policy rules match on.")
+    bandwidth: Size | None = Field(
+        None, gt=0, description="Bytes per second towards it, for `shortest-path`. Default: 125 MB."
+    )
+    tls: Tls = Field(default_factory=Tls, description="For https backends.")
+
+    @model_validator(mode="after")
+    def _check(self) -> BackendConfig:
+        if self.api_key_env is not None and self.api_key_file is not None:
+            raise BadValueError("give api_key_env or api_key_file, not both", at=("api_key_file",))
+        if (self.tls.certificate is None) != (self.tls.key is None):
+            raise BadValueError("a client certificate needs both certificate and key", at=("tls",))
+        return self
+
+
+class SiteConfig(FileModel):
+    """A place where backends stand."""
+
+    operator: str = Field(
+        "", description="Who runs it: residency asks who controls a machine, not only where."
+    )
+    location: tuple[float, float] | None = Field(None, description="Latitude and longitude, degrees.")
+    carbon_gco2_kwh: float | None = Field(
+        None, ge=0, description="Carbon intensity of its power, gCO2 per kWh."
+    )
+    data_classes: list[str] | None = Field(
+        None,
+        description="Data classes it may see. Default: `[public]`; the site `local` may see all.",
+    )
+    labels: dict[str, str] = Field(default_factory=dict, description="Marks of every backend there.")
+
+
+class Timeouts(FileModel):
+    """Deadlines of one exchange. Each ends it with the error named."""
+
+    head: Duration = Field(10.0, gt=0, description="For a whole request head, from its first byte: 408.")
+    body: Duration = Field(60.0, gt=0, description="For a whole request body: 408.")
+    idle: Duration = Field(75.0, gt=0, description="Between two requests of a client's connection: closed.")
+    connect: Duration = Field(2.0, gt=0, description="To connect to a backend: next backend.")
+    first_token: Duration = Field(
+        120.0, gt=0, description="Until the first data of an answer: next backend, else 504."
+    )
+    between_tokens: Duration = Field(30.0, gt=0, description="Silence within a stream: error event.")
+    total: Duration = Field(3600.0, gt=0, description="For the whole request: error event or 504.")
+    client_write: Duration = Field(
+        60.0, gt=0, description="A client that reads nothing for so long is cut off."
+    )
+    backend_idle: Duration = Field(
+        4.0, gt=0, description="An idle backend connection is closed after this; vLLM closes its own at 5 s."
+    )
+    drain: Duration = Field(30.0, ge=0, description="On SIGTERM, how long running requests may take to end.")
+
+
+class LimitsConfig(FileModel):
+    """Sizes and counts that are refused beyond."""
+
+    head: Size = Field(65536, ge=1024, description="Bytes of a request head: 431.")
+    target: Size = Field(8192, ge=64, description="Bytes of a request target: 414.")
+    fields: int = Field(100, ge=8, description="Header fields of a request: 431.")
+    body: Size = Field(32 * 1024 * 1024, ge=1024, description="Bytes of a request body: 413.")
+    connections: int = Field(10000, ge=1, description="Client connections; further ones wait in the backlog.")
+
+
+class Retries(FileModel):
+    """Further attempts on other backends, before an answer has begun."""
+
+    ratio: float = Field(0.2, ge=0, le=1, description="Retries allowed per request of the last 10 seconds.")
+    per_second: float = Field(10.0, ge=0, description="Retries allowed per second besides.")
+    attempts: int = Field(3, ge=1, le=10, description="Attempts per request at most, the first included.")
+
+
+class Probing(FileModel):
+    """How the state of backends is learnt."""
+
+    interval: Duration = Field(2.0, gt=0, description="Between two health checks of a backend.")
+    timeout: Duration = Field(1.0, gt=0, description="A check that takes longer has failed.")
+    up: int = Field(2, ge=1, description="Successes in a row that bring a backend up.")
+    down: int = Field(3, ge=1, description="Failures in a row that take it down.")
+    metrics: bool = Field(True, description="Read the engine's own figures from `/metrics`.")
+    enabled: bool = Field(True, description="Probe at all; without, only real traffic tells.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Probing:
+        if self.timeout >= self.interval:
+            raise BadValueError("timeout must be shorter than interval", at=("timeout",))
+        return self
+
+
+class Config(FileModel):
+    """The configuration file."""
+
+    listen: Address = Field("127.0.0.1:8080", description="Where the OpenAI API is served.")
+    admin: Address = Field(
+        "127.0.0.1:8081", description="Where health, metrics and state are served. Keep it inside."
+    )
+    state: Path = Field(Path("tidegate-data"), description="Directory of journal, ledger and keys.")
+    database: str | None = Field(
+        None, description="SQLAlchemy URL of the ledger. Default: an SQLite file in `state`."
+    )
+    policy: str = Field("local-first", description="A policy of the library, or a policy file.")
+    backends: list[BackendConfig] = Field(min_length=1, description="The endpoints to serve from.")
+    sites: dict[Name, SiteConfig] = Field(default_factory=dict, description="The places backends stand at.")
+    aliases: dict[str, str] = Field(
+        default_factory=dict, description="Further names of models: `gpt-4: qwen3-32b`."
+    )
+    currency: str | None = Field(None, description="Currency of the ledger. Default: that of the prices.")
+    durability: Literal["normal", "strict"] = Field(
+        "normal",
+        description="`strict` sends nothing to a backend before the journal has reached the disk.",
+    )
+    log: str = Field("-", description="Request log: `-` is standard output, `off`, or a file.")
+    forward_headers: list[Name] = Field(
+        default_factory=list,
+        description="Client header fields that go on to backends besides accept, content-type, user-agent, "
+        "traceparent and tracestate.",
+    )
+    media_urls: bool = Field(
+        False, description="Let engines fetch the URLs of images and the like. A way into their network."
+    )
+    recent: int = Field(1000, ge=0, description="Decision records kept in memory for `tidegate explain`.")
+    seed: int | None = Field(None, description="Seed of random policies. Default: a new one at every start.")
+    timeouts: Timeouts = Field(default_factory=Timeouts, description="Deadlines.")
+    limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Sizes and counts.")
+    retries: Retries = Field(default_factory=Retries, description="Attempts on other backends.")
+    probing: Probing = Field(default_factory=Probing, description="Health checks and engine figures.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        seen: set[str] = set()
+        currencies: set[str] = {self.currency} if self.currency else set()
+        for number, backend in enumerate(self.backends):
+            if backend.name in seen:
+                raise BadValueError(
+                    f"two backends are called '{backend.name}'", at=("backends", number, "name")
+                )
+            seen.add(backend.name)
+            for price in [*([backend.price] if backend.price else []), *backend.prices.values()]:
+                currencies.add(price.currency)
+            if len(currencies) > 1:
+                raise BadValueError(
+                    f"one ledger has one currency, but there are {' and '.join(sorted(currencies))}",
+                    at=("backends", number),
+                )
+        for alias, model in self.aliases.items():
+            if model in self.aliases:
+                raise BadValueError(f"'{model}' is itself an alias", at=("aliases", alias))
+        return self
+
+    @property
+    def ledger_currency(self) -> str:
+        """The one currency of this configuration."""
+        if self.currency:
+            return self.currency
+        for backend in self.backends:
+            for price in [*([backend.price] if backend.price else []), *backend.prices.values()]:
+                return price.currency
+        return "USD"
+
+
+def load_config(path: Path) -> Config:
+    """Read a configuration file. Raises FileProblems, or OSError when it cannot be read.
+
+    Relative paths in it are relative to its folder.
+    """
+    config = read_yaml(path.read_text(encoding="utf-8"), str(path), Config)
+    return _resolve(config, path.resolve().parent)
+
+
+def _resolve(config: Config, base: Path) -> Config:
+    """Make relative paths absolute."""
+    backends = []
+    for backend in config.backends:
+        files = {name: base / value for name, value in backend.tls if isinstance(value, Path)}
+        update: dict[str, Any] = {"tls": backend.tls.model_copy(update=files)}
+        if backend.api_key_file is not None:
+            update["api_key_file"] = base / backend.api_key_file
+        backends.append(backend.model_copy(update=update))
+    changes: dict[str, Any] = {"state": base / config.state, "backends": backends}
+    if config.log not in ("-", "off"):
+        changes["log"] = str(base / config.log)
+    if is_policy_file(config.policy):
+        changes["policy"] = str(base / config.policy)
+    return config.model_copy(update=changes)
+
+
+def is_policy_file(policy: str) -> bool:
+    """Whether `policy` is a file rather than a name of the library."""
+    return policy.endswith((".yaml", ".yml")) or "/" in policy
+
+
+def config_from_flags(local: list[str], remote: list[str], **settings: Any) -> Config:
+    """`--local URL` and `--remote name=URL` as a configuration."""
+    backends: list[dict[str, Any]] = []
+    for number, url in enumerate(local, 1):
+        name, given, rest = url.partition("=")
+        named = bool(given) and _NAME.fullmatch(name) is not None
+        backends.append(
+            {
+                "name": name if named else ("local" if len(local) == 1 else f"local-{number}"),
+                "url": rest if named else url,
+            }
+        )
+    for text in remote:
+        name, given, url = text.partition("=")
+        if not given:
+            raise BadValueError(f"--remote takes NAME=URL, got '{text[:80]}'")
+        backends.append({"name": name, "url": url, "site": name})
+    sites: dict[str, Any] = {backend["site"]: {} for backend in backends if "site" in backend}
+    return Config.model_validate({"backends": backends, "sites": sites, **settings})
+
+
+def backend_key(backend: BackendConfig) -> str | None:
+    """The key a backend wants, from environment or file. BadValueError when it is named but not there."""
+    if backend.api_key_env is not None:
+        value = os.environ.get(backend.api_key_env, "").strip()
+        if not value:
+            raise BadValueError(
+                f"backend {backend.name}: {backend.api_key_env} is not set in the environment"
+            )
+    elif backend.api_key_file is not None:
+        try:
+            value = backend.api_key_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise BadValueError(f"backend {backend.name}: {error}") from None
+    else:
+        return None
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise BadValueError(f"backend {backend.name}: its key holds characters that cannot stand in a header")
+    return value

@@ -1,0 +1,177 @@
+"""Tokens counted while they flow.
+
+Backends are asked to report usage in every event of a stream. What is kept is the last value seen, never a sum
+and never a count of events (an event may carry several tokens or none); each figure only grows, since engines
+have reported less for a moment during chunked prefill. So when a stream breaks off, the last value is exact for
+what came until then. Usage that the client did not ask for is cut out again.
+
+Cutting without a JSON round trip: inside a JSON string a quote is always escaped, so the bytes `,"usage":{` can
+only be a key, at any depth. If the object they open holds no string and ends the document (`}}`), or is followed
+by nothing but the system fingerprint, the last brace closes the document and the one before it the usage, so the
+key stands at depth 1. That is the shape vLLM writes; everything else is parsed.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+import orjson
+
+from proxy.sse import Event
+
+_USAGE_KEY: Final = b',"usage":{'
+# vLLM's compact usage at the end of an event: no strings inside, so no brace can hide in one.
+_USAGE_TAIL: Final = re.compile(
+    rb',"usage":\{"prompt_tokens":([0-9]{1,12}+),"total_tokens":[0-9]{1,12}+(?:,"completion_tokens":([0-9]{1,12}+))?+'
+    rb'((?:,"[a-z_]++":(?:null|[0-9]{1,12}+|\{(?:"[a-z_]++":(?:null|[0-9]{1,12}+),?+)*+\}))*+)\}'
+    rb'((?:,"(?:system_fingerprint|prompt_token_ids|prompt_text)":(?:null|"[A-Za-z0-9._\-]*+"))*+)\}'
+)
+_CACHED: Final = re.compile(rb'"cached_tokens":([0-9]{1,12}+)')
+
+BYTES_PER_TOKEN: Final = 4
+"""For estimates where a backend reports nothing: about four bytes of English text a token."""
+
+
+class Meter:
+    """The tokens of one attempt."""
+
+    __slots__ = ("cached", "completion", "done", "failed", "prompt", "reported", "text_bytes")
+
+    def __init__(self) -> None:
+        self.prompt = 0
+        self.cached = 0
+        self.completion = 0
+        self.reported = False
+        """Whether the backend reported usage at all."""
+        self.text_bytes = 0
+        """Bytes of answer text seen while nothing was reported."""
+        self.done = False
+        """`[DONE]` was seen."""
+        self.failed = False
+        """The backend sent an error event."""
+
+    @property
+    def usage(self) -> tuple[int, int, int]:
+        """(prompt, cached, completion) tokens as last reported."""
+        return self.prompt, self.cached, self.completion
+
+    def take(self, usage: Any) -> None:
+        """A usage object as parsed from JSON, OpenAI's field names; anything else is ignored."""
+        if not isinstance(usage, dict):
+            return
+        details = usage.get("prompt_tokens_details")
+        self._take(
+            usage.get("prompt_tokens"),
+            details.get("cached_tokens") if isinstance(details, dict) else None,
+            usage.get("completion_tokens"),
+        )
+
+    def _take(self, prompt: Any, cached: Any, completion: Any) -> None:
+        self.reported = True
+        if type(prompt) is int and prompt > self.prompt:
+            self.prompt = prompt
+        if type(cached) is int and cached > self.cached:
+            self.cached = cached
+        if type(completion) is int and completion > self.completion:
+            self.completion = completion
+
+    def body(self, body: bytes) -> None:
+        """A whole JSON answer."""
+        try:
+            answer = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            return
+        if isinstance(answer, dict) and (usage := answer.get("usage")) is not None:
+            self.take(usage)
+
+    def event(self, event: Event, *, include_usage: bool, every_event: bool) -> bytes:
+        """Read one event of a stream. -> the bytes for the client; empty: the event is not for it.
+
+        `include_usage`: the client asked for the last event with the usage; `every_event`: for running usage.
+        """
+        data = event.data
+        if data is None:
+            return event.raw
+        at = data.rfind(_USAGE_KEY)
+        if at >= 0:
+            match = _USAGE_TAIL.fullmatch(data, at)
+            if match is None:
+                return self._parsed(event, data, include_usage=include_usage, every_event=every_event)
+            prompt, completion, details, rest = match.groups()
+            self.reported = True
+            if (tokens := int(prompt)) > self.prompt:
+                self.prompt = tokens
+            if completion is not None and (tokens := int(completion)) > self.completion:
+                self.completion = tokens
+            if (
+                len(details) > 40
+                and (cached := _CACHED.search(details)) is not None
+                and (tokens := int(cached[1])) > self.cached
+            ):
+                self.cached = tokens
+            if every_event:
+                return event.raw
+            if data.find(b'"choices":[]', 0, at) >= 0:
+                return event.raw if include_usage else b""
+            return b"data: %b%b}\n\n" % (data[:at], rest)
+        if data == b"[DONE]":
+            self.done = True
+            return event.raw
+        return self._parsed(event, data, include_usage=include_usage, every_event=every_event)
+
+    def _parsed(self, event: Event, data: bytes, *, include_usage: bool, every_event: bool) -> bytes:
+        """Any other event: read as JSON, its usage taken and, where it was not asked for, removed."""
+        try:
+            document = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            return event.raw
+        if not isinstance(document, dict):
+            return event.raw
+        if document.get("error") is not None:
+            self.failed = True
+        choices = document.get("choices")
+        if "usage" not in document:
+            if not self.reported:
+                self.text_bytes += _text_bytes(choices)
+            return event.raw
+        usage = document["usage"]
+        if usage is None:
+            # The shape of OpenAI's own servers for clients that asked; it says nothing.
+            if not self.reported:
+                self.text_bytes += _text_bytes(choices)
+        else:
+            self.take(usage)
+        if every_event or (include_usage and (choices == [] or usage is None)):
+            return event.raw
+        if choices == [] and usage is not None:
+            return event.raw if include_usage else b""
+        del document["usage"]
+        name = b"event: %b\n" % event.name if event.name else b""
+        return b"%bdata: %b\n\n" % (name, orjson.dumps(document))
+
+    def estimate_completion(self) -> int:
+        """Tokens of the answer for a backend that reports nothing, from the bytes of its text."""
+        return -(-self.text_bytes // BYTES_PER_TOKEN)
+
+
+def _text_bytes(choices: Any) -> int:
+    """Bytes of content, reasoning and tool arguments in the choices of one event or answer."""
+    if not isinstance(choices, list):
+        return 0
+    size = 0
+    for choice in choices:
+        if not isinstance(choice, dict):
+            continue
+        message = choice.get("delta") or choice.get("message")
+        if isinstance(message, dict):
+            for field in ("content", "reasoning_content", "reasoning"):
+                if isinstance(text := message.get(field), str):
+                    size += len(text.encode("utf-8", "surrogatepass"))
+            for call in message.get("tool_calls") or ():
+                function = call.get("function") if isinstance(call, dict) else None
+                if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
+                    size += len(text.encode("utf-8", "surrogatepass"))
+        elif isinstance(text := choice.get("text"), str):
+            size += len(text.encode("utf-8", "surrogatepass"))
+    return size

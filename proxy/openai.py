@@ -1,0 +1,243 @@
+"""What a request body says, and the body that goes on to a backend.
+
+The body is parsed whole, since smuggling hides in what is skipped, and checked as far as a decision or the meter
+depends on it; everything else is the engine's to judge. Two parsers may disagree on duplicate keys, so those are
+refused. What goes on is the client's own bytes with our fields spliced in, or, where fields must be taken out or
+replaced, the parsed document written anew.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import orjson
+
+from proxy.errors import RequestError
+from proxy.meter import BYTES_PER_TOKEN
+
+ENGINE_FIELDS: Final = ("cache_salt", "priority", "kv_transfer_params", "vllm_xargs")
+"""Fields by which a client could reach into the engine: other tenants' cache, the queue, other hosts. Removed."""
+
+DEFAULT_EXPECTED_TOKENS: Final = 256
+"""Assumed length of an answer when the client gives no limit below it, tokens."""
+
+_MEDIA_KEYS: Final = (b'_url"', b'"url"')
+
+
+@dataclass(slots=True)
+class RequestBody:
+    """One body, read and checked."""
+
+    raw: bytes
+    document: dict[str, Any]
+    model: str
+    stream: bool = False
+    include_usage: bool = False
+    """The client asked for the usage at the end of the stream."""
+    every_event: bool = False
+    """The client asked for running usage in every event."""
+    choices: int = 1
+    max_tokens: int = 0
+    prompt_tokens: int = 0
+    session: str = ""
+    must_rewrite: bool = field(default=False)
+    """Holds fields that must not go on as they are."""
+
+    @property
+    def expected_tokens(self) -> int:
+        """Forecast of the answer's length over all choices, tokens."""
+        length = self.max_tokens or DEFAULT_EXPECTED_TOKENS
+        return min(length, DEFAULT_EXPECTED_TOKENS) * self.choices
+
+
+def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> RequestBody:
+    """Parse and check a body. Raises RequestError that names the field at fault.
+
+    `media_urls`: whether this client may have the engine fetch URLs.
+    """
+    try:
+        document = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise RequestError("invalid_json", f"the body is not valid JSON: {error}") from None
+    if type(document) is not dict:
+        raise RequestError("invalid_json", "the body must be a JSON object")
+    if orjson.dumps(document) != raw:
+        _refuse_duplicates(raw)
+    model = document.get("model")
+    if type(model) is not str or not model:
+        if model is None:
+            raise RequestError("missing_field", "you must provide a model parameter", "model")
+        raise RequestError("invalid_value", "model must be a non-empty string", "model")
+    body = RequestBody(raw, document, model)
+    if endpoint == "chat":
+        _read_chat(body, document)
+        _read_generation(body, document)
+    elif endpoint == "completions":
+        _read_prompt(body, document)
+        _read_generation(body, document)
+    else:
+        body.prompt_tokens = len(raw) // BYTES_PER_TOKEN
+    for name in ENGINE_FIELDS:
+        if name in document:
+            body.must_rewrite = True
+    if not media_urls and (_MEDIA_KEYS[0] in raw or _MEDIA_KEYS[1] in raw):
+        _refuse_media_urls(document.get("messages"))
+    return body
+
+
+def _refuse_duplicates(raw: bytes) -> None:
+    """Duplicate keys survive in no canonical form, so only bodies that are not in it come here."""
+    try:
+        json.loads(raw, object_pairs_hook=_unique)
+    except RequestError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise RequestError("invalid_json", f"the body is not valid JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise RequestError("duplicate_key", f"the key {name[:64]!r} stands twice", name[:64])
+            seen.add(name)
+    return document
+
+
+def _read_chat(body: RequestBody, document: dict[str, Any]) -> None:
+    messages = document.get("messages")
+    if type(messages) is not list:
+        code = "missing_field" if messages is None else "invalid_value"
+        raise RequestError(code, "messages must be a list", "messages")
+    for number, message in enumerate(messages):
+        if type(message) is not dict:
+            raise RequestError("invalid_value", "each message must be an object", f"messages[{number}]")
+    body.prompt_tokens = len(body.raw) // BYTES_PER_TOKEN
+
+
+def _read_prompt(body: RequestBody, document: dict[str, Any]) -> None:
+    prompt = document.get("prompt")
+    if prompt is None and "prompt_embeds" not in document:
+        raise RequestError("missing_field", "you must provide a prompt", "prompt")
+    if prompt is not None and type(prompt) not in (str, list):
+        raise RequestError("invalid_value", "prompt must be a string or a list", "prompt")
+    if type(prompt) is list and prompt and type(prompt[0]) is int:
+        body.prompt_tokens = len(prompt)
+    elif type(prompt) is list and prompt and type(prompt[0]) is list:
+        body.prompt_tokens = sum(len(tokens) for tokens in prompt if type(tokens) is list)
+    else:
+        body.prompt_tokens = len(body.raw) // BYTES_PER_TOKEN
+
+
+def _read_generation(body: RequestBody, document: dict[str, Any]) -> None:
+    """Fields common to chat and completions."""
+    stream = document.get("stream")
+    if stream is not None:
+        if type(stream) is not bool:
+            raise RequestError("invalid_value", "stream must be true or false", "stream")
+        body.stream = stream
+    if "stream_options" in document:
+        options = document["stream_options"]
+        if options is not None:
+            if type(options) is not dict:
+                raise RequestError("invalid_value", "stream_options must be an object", "stream_options")
+            for name in ("include_usage", "continuous_usage_stats"):
+                if type(options.get(name)) not in (bool, type(None)):
+                    raise RequestError(
+                        "invalid_value", f"{name} must be true or false", f"stream_options.{name}"
+                    )
+            if not body.stream:
+                raise RequestError("invalid_value", "stream_options needs stream: true", "stream_options")
+            body.include_usage = bool(options.get("include_usage"))
+            body.every_event = body.include_usage and bool(options.get("continuous_usage_stats"))
+        body.must_rewrite = True
+    n = _count(document, "n", 1)
+    if (best_of := _count(document, "best_of", 1)) > n:
+        n = best_of
+    body.choices = n
+    limit = _count(document, "max_completion_tokens", 0) or _count(document, "max_tokens", 0)
+    body.max_tokens = limit
+    for name in ("prompt_cache_key", "user"):
+        value = document.get(name)
+        if type(value) is str and value:
+            body.session = value[:256]
+            break
+
+
+def _count(document: dict[str, Any], name: str, least: int) -> int:
+    value = document.get(name)
+    if value is None:
+        return least
+    if type(value) is not int or value < least:
+        raise RequestError("invalid_value", f"{name} must be a whole number of at least {least}", name)
+    if value > 2**31:
+        raise RequestError("invalid_value", f"{name} is too large", name)
+    return value
+
+
+def _refuse_media_urls(messages: Any) -> None:
+    """An engine that fetches URLs for a client is a way into its network: only data: URLs pass."""
+    if type(messages) is not list:
+        return
+    for number, message in enumerate(messages):
+        content = message.get("content") if type(message) is dict else None
+        if type(content) is not list:
+            continue
+        for part_number, part in enumerate(content):
+            if _has_remote_url(part, 0):
+                where = f"messages[{number}].content[{part_number}]"
+                raise RequestError("media_url", "media must be sent inline as a data: URL", where)
+
+
+def _has_remote_url(value: Any, depth: int) -> bool:
+    """Whether any `url` or `*_url` inside is a string other than a data: URL."""
+    if depth > 8:
+        return True
+    if type(value) is dict:
+        for name, inner in value.items():
+            if (name == "url" or name.endswith("_url")) and type(inner) is str:
+                if inner[:5].lower() != "data:":
+                    return True
+            elif type(inner) in (dict, list) and _has_remote_url(inner, depth + 1):
+                return True
+    elif type(value) is list:
+        return any(_has_remote_url(inner, depth + 1) for inner in value)
+    return False
+
+
+_ASK_USAGE: Final = b'"stream_options":{"include_usage":true,"continuous_usage_stats":true}'
+_ASK_FINAL_USAGE: Final = b'"stream_options":{"include_usage":true}'
+
+
+def body_for_backend(body: RequestBody, *, model: str, continuous: bool, cache_salt: str = "") -> bytes:
+    """The body as one backend shall see it.
+
+    `continuous`: the backend knows `continuous_usage_stats` (vLLM does, OpenAI's own servers refuse it).
+    `cache_salt`: separates this tenant's prefix cache from others'; empty: the backend does not know it.
+    """
+    if body.must_rewrite or model != body.model:
+        document = {name: value for name, value in body.document.items() if name not in ENGINE_FIELDS}
+        document["model"] = model
+        document.pop("stream_options", None)
+        if body.stream:
+            options = dict(body.document.get("stream_options") or {})
+            options["include_usage"] = True
+            if continuous:
+                options["continuous_usage_stats"] = True
+            document["stream_options"] = options
+        if cache_salt:
+            document["cache_salt"] = cache_salt
+        return orjson.dumps(document)
+    raw = body.raw
+    if not body.stream and not cache_salt:
+        return raw
+    at = raw.index(b"{") + 1
+    added = (_ASK_USAGE if continuous else _ASK_FINAL_USAGE) if body.stream else b""
+    if cache_salt:
+        salt = b'"cache_salt":"%b"' % cache_salt.encode("ascii")
+        added = b"%b,%b" % (added, salt) if added else salt
+    return b"%b%b,%b" % (raw[:at], added, raw[at:])

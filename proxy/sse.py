@@ -1,0 +1,145 @@
+"""Server-sent events as the HTML standard reads them, keeping each event's own bytes.
+
+A relay needs both: what an event says, and the bytes it came in, so that what is not changed goes on as it was.
+Lines end in LF, CRLF or CR and in nothing else; one byte order mark at the very beginning is dropped; an event
+without its blank line at the end of the stream was never finished and is not dispatched.
+(WHATWG HTML, section 9.2.6 "Interpreting an event stream".)
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+_BOM: Final = b"\xef\xbb\xbf"
+MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
+"""An event that grows beyond this is passed on unread, in pieces, so that memory stays bounded."""
+
+
+class Event(NamedTuple):
+    """One block of lines up to and including its blank line."""
+
+    raw: bytes
+    data: bytes | None
+    """The `data` lines joined by LF; None: a block that dispatches nothing (comments, `retry`), or a piece of
+    one that is too large to read."""
+    name: bytes = b""
+    """Value of `event`; empty: `message`."""
+
+
+class EventReader:
+    """Feed it bytes in any pieces; it answers with the events that became complete."""
+
+    __slots__ = ("_at_start", "_block", "_data", "_has_data", "_held", "_name", "_pending", "_swallow_lf")
+
+    def __init__(self) -> None:
+        self._at_start = True
+        self._pending: list[bytes] = []
+        """Pieces of a line that has not ended."""
+        self._block: list[bytes] = []
+        """Raw lines of the event that has not ended."""
+        self._held = 0
+        """Bytes in both."""
+        self._data: list[bytes] = []
+        self._has_data = False
+        self._name = b""
+        self._swallow_lf = False
+        """The last line ended in CR: an LF that follows belongs to it."""
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether bytes of an event that has not ended are held."""
+        return bool(self._pending or self._block)
+
+    def feed(self, chunk: bytes) -> list[Event]:
+        """-> complete events, in order."""
+        if (
+            not self._pending
+            and not self._block
+            and not self._swallow_lf
+            and chunk.startswith(b"data: ")
+            and chunk.endswith(b"\n\n")
+            and b"\r" not in chunk
+        ):
+            # The usual read: whole events of one `data` line each.
+            self._at_start = False
+            first = chunk.find(b"\n\n")
+            if first == len(chunk) - 2:
+                if chunk.find(b"\n", 0, first) < 0:
+                    return [Event(chunk, chunk[6:-2])]
+            else:
+                events = _plain_events(chunk)
+                if events is not None:
+                    return events
+        return self._feed_lines(chunk)
+
+    def _feed_lines(self, chunk: bytes) -> list[Event]:
+        if self._at_start:
+            chunk = b"".join(self._pending) + chunk
+            self._pending = []
+            if len(chunk) < 3 and _BOM.startswith(chunk):
+                if chunk:
+                    self._pending = [chunk]
+                return []
+            self._at_start = False
+            chunk = chunk.removeprefix(_BOM)
+        if self._swallow_lf and chunk:
+            self._swallow_lf = False
+            if chunk[0] == 10:
+                # The blank line before it is gone already: a stray LF would end an empty event, so drop it.
+                chunk = chunk[1:]
+        events: list[Event] = []
+        position = 0
+        while position < len(chunk):
+            lf, cr = chunk.find(b"\n", position), chunk.find(b"\r", position)
+            if lf < 0 and cr < 0:
+                break
+            end = lf if cr < 0 or 0 <= lf < cr else cr
+            behind = end + 1
+            if end == cr:
+                if behind == len(chunk):
+                    self._swallow_lf = True
+                elif chunk[behind] == 10:
+                    behind += 1
+            self._line(chunk[position:end], chunk[end:behind], events)
+            position = behind
+        rest = chunk[position:]
+        if rest:
+            self._pending.append(rest)
+            self._held += len(rest)
+        if self._held > MAX_EVENT_BYTES:
+            self._give_up(events)
+        return events
+
+    def _line(self, line: bytes, ending: bytes, events: list[Event]) -> None:
+        self._held += len(line) + len(ending)
+        if self._pending:
+            line = b"".join(self._pending) + line
+            self._pending = []
+        self._block.append(line + ending)
+        if not line:
+            raw = b"".join(self._block)
+            events.append(Event(raw, b"\n".join(self._data) if self._has_data else None, self._name))
+            self._block, self._data, self._has_data, self._name, self._held = [], [], False, b"", 0
+            return
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            self._data.append(value.removeprefix(b" "))
+            self._has_data = True
+        elif field == b"event":
+            self._name = value.removeprefix(b" ")
+
+    def _give_up(self, events: list[Event]) -> None:
+        """Pass on the beginning of an event that is too long to keep; its rest follows as it comes."""
+        events.append(Event(b"".join(self._block) + b"".join(self._pending), None))
+        self._pending, self._block, self._held = [], [], 0
+        self._data, self._has_data = [], False
+
+
+def _plain_events(chunk: bytes) -> list[Event] | None:
+    """Events of exactly one `data: ` line each; None when the chunk holds anything else."""
+    events = []
+    for block in chunk[:-2].split(b"\n\n"):
+        if not block.startswith(b"data: ") or b"\n" in block:
+            return None
+        events.append(Event(block + b"\n\n", block[6:]))
+    return events
