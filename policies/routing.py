@@ -13,6 +13,12 @@ from typing import NamedTuple
 from policies.base import BackendView, Decision, Policy, RequestFacts
 from policies.state import Lease
 
+AVAILABILITY = "availability"
+"""`decided_by` when no backend that may serve the request is available."""
+
+TIERS = "tiers"
+"""`decided_by` when no tier has room."""
+
 
 class Candidate(NamedTuple):
     """The changing figures of one backend at the moment of a decision; the others are in the configuration.

@@ -24,7 +24,7 @@ from policies.base import BackendView, Hold, Policy, Reject, RequestFacts, Send
 from policies.candidates import Candidates, CandidateSets, Spill, SpillState
 from policies.guarded import Guarded
 from policies.match import Hours, Match, Selector
-from policies.routing import Candidate, Routing, copy_figures
+from policies.routing import AVAILABILITY, TIERS, Candidate, Routing, copy_figures
 from policies.state import Backend, Fleet
 
 __all__ = [
@@ -188,7 +188,7 @@ class RuleSet:
             request,
             rule.name,
             Hold(self.hold_until(request, rule), "no free slot"),
-            "tiers",
+            TIERS,
             rule.guarded,
             -1,
             passed,
@@ -241,7 +241,7 @@ class RuleSet:
         refusal, decided_by = candidates.refusal, "constraints"
         if refusal is None:
             refusal = Reject("no_backend", "no backend that may serve this is available", RETRY_AFTER_S)
-            decided_by = "availability"
+            decided_by = AVAILABILITY
         return Routing(
             request,
             candidates.rule.name,

@@ -1,0 +1,343 @@
+"""Admission, queueing and dispatch: the valve owns time and the queue.
+
+Its driver (the proxy, the simulator, a test) calls `submit` for every request, `retry` after a failed
+attempt, `poll` after everything that may have freed capacity (a release, a probe, a change of the fleet)
+and at `next_wake`. An answer that is a `Send` carries a lease: it is counted before the next request is
+decided, or all that are answered at once would pick the same backend.
+
+Held requests wait in one queue per rule and set of feasible backends, so that one model's queue, being
+stuck, stops no other. A poll asks at most `HEADS_PER_POLL` heads of each queue, one of each in turn, in
+fair order (`fairness.py`); nothing ever walks over a queue, except when a change of the fleet or of the
+policy file alters who is feasible. A hold ends at the earliest of its policy's `until`, its rule's wait and
+the request's deadline: then the request goes to the least saturated backend that may serve it, whatever its
+tier, or is refused.
+
+Every request that is submitted gets exactly one answer that is not a `Hold`, by `submit` or by `poll`,
+unless it is cancelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from heapq import heapify, heappop, heappush
+from math import inf
+
+from policies.base import Decision, Hold, Reject, RequestFacts, Send
+from policies.candidates import Candidates
+from policies.fairness import FairQueue, Held
+from policies.routing import AVAILABILITY, TIERS, Routing, copy_figures
+from policies.rules import RETRY_AFTER_S, RuleSet
+from policies.state import Fleet
+
+HEADS_PER_POLL = 8
+"""Heads of one queue that are asked in one poll; the rest in the next, which `next_wake` calls for at
+once."""
+
+
+class Valve:
+    """Decides over every request of one router, at the moment when it can be decided."""
+
+    def __init__(self, rules: RuleSet, fleet: Fleet) -> None:
+        self.rules = rules
+        self.fleet = fleet
+        self._held: dict[str, Held] = {}
+        """By request id, in order of arrival."""
+        self._queues: dict[tuple[str, frozenset[str]], FairQueue] = {}
+        """Those with somebody in them."""
+        self._ends: list[tuple[float, int, Held]] = []
+        """Heap by the end of the hold. Answered ones stay until they come up, or outnumber the others."""
+        self._answers: list[Routing] = []
+        """Refusals that were decided between polls."""
+        self._sequence = 0
+        self._turn = 0
+        self._now = -inf
+        self._unasked = False
+        """The last poll stopped at its limit while requests were still being sent."""
+        self._version = -1
+        self._impaired = False
+        """Some backend is not available, so that time, or the end of a trial, may bring it back."""
+        self._back_at = inf
+        """When time alone may make a backend available."""
+
+    def __repr__(self) -> str:
+        return f"<Valve: {len(self._held)} held in {len(self._queues)} queues>"
+
+    @property
+    def queued(self) -> int:
+        """Requests that are held."""
+        return len(self._held)
+
+    def queued_by_tenant(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for queue in self._queues.values():
+            for tenant, count in queue.tenants.items():
+                counts[tenant] = counts.get(tenant, 0) + count
+        return counts
+
+    def oldest_age(self, now: float) -> float:
+        """Seconds for which the longest waiting request has been held; 0: none is."""
+        return max((now - queue.oldest_since() for queue in self._queues.values()), default=0.0)
+
+    def submit(self, request: RequestFacts, now: float) -> Routing:
+        """Decide over a new request. With a `Hold` it is in the queue, and its answer comes from a `poll`."""
+        assert request.id not in self._held, "ids of requests must be unique"
+        self._now = now
+        if now >= self._back_at or self.fleet.version != self._version:
+            self._follow_fleet(now)
+        if self._held:
+            candidates = self.rules.candidates(request, self.fleet)
+            queue = self._queues.get(candidates.key)
+            if queue is not None and candidates.order:
+                if not queue.blocked:  # those before it were held for reasons of their own
+                    self._unasked = True
+                until = self.rules.hold_until(request, candidates.rule)
+                waiting = _routing(request, candidates, Hold(until, "others wait for the same"), "queue", now)
+                return self._enqueue(waiting, candidates, now)
+        routing = self.rules.route(request, self.fleet, now)
+        if type(routing.decision) is Hold:
+            return self._enqueue(routing, self.rules.candidates(request, self.fleet), now)
+        self._lease(routing, now)
+        return routing
+
+    def retry(self, request: RequestFacts, routing: Routing, tried: Collection[str], now: float) -> Routing:
+        """Decide where a request goes after its attempts on `tried` have failed. Never a `Hold`.
+
+        The earlier decision's fallbacks in their order, as far as constraints and availability still allow
+        them; after those a fresh decision without `tried`, on any available backend if no tier has room.
+        """
+        self._now = now
+        if now >= self._back_at or self.fleet.version != self._version:
+            self._follow_fleet(now)
+        excluded = frozenset(tried)
+        candidates = self.rules.candidates(request, self.fleet).without(excluded)
+        if type(routing.decision) is Send:
+            left = tuple(name for name in routing.decision.fallbacks if name in candidates.order)
+            if left:
+                send = Send(left[0], left[1:], f"fallback after {', '.join(sorted(excluded))}")
+                again = _routing(request, candidates, send, "fallback", now)
+                backend = self.fleet[left[0]]
+                again.candidates = (copy_figures(backend, backend.saturation(now)),)
+                self._lease(again, now)
+                return again
+        again = self.rules.route(request, self.fleet, now, excluded)
+        if type(again.decision) is Hold:
+            again = self._to_any(request, candidates, "fallback", "no tier has room for another attempt", now)
+        self._lease(again, now)
+        return again
+
+    def poll(self, now: float) -> list[Routing]:
+        """Answer held requests: those that capacity has come free for, and those whose hold has ended."""
+        self._now = now
+        if self._impaired or self.fleet.version != self._version:
+            self._follow_fleet(now)
+        self.rules.observe(self.fleet, now)
+        self._unasked = False
+        if not self._held and not self._answers:
+            return []
+        answers, self._answers = self._answers, []
+        self._end_holds(now, answers)
+        self._ask_heads(now, answers)
+        return answers
+
+    def next_wake(self) -> float:
+        """When to poll if nothing happens before, monotonic.
+
+        It is the end of the next hold or the moment when a breaker or a back-off lets a backend be tried
+        again; inf: neither is pending.
+        """
+        if self._answers or self._unasked:
+            return self._now
+        while self._ends and self._ends[0][2].queue is None:
+            heappop(self._ends)
+        return min(self._ends[0][0], self._back_at) if self._ends else self._back_at
+
+    def cancel(self, request_id: str) -> bool:
+        """The client has left: forget its request. False: it is not held, so it has been answered."""
+        held = self._held.get(request_id)
+        if held is not None:
+            self._take(held, served=False)
+            return True
+        for index, routing in enumerate(self._answers):
+            if routing.request.id == request_id:
+                del self._answers[index]
+                return True
+        return False
+
+    def swap(self, rules: RuleSet, now: float) -> None:
+        """Take a new policy file. Held requests wait on under its rules; poll afterwards, to ask them
+        again."""
+        self.rules = rules
+        self._now = now
+        self._place_again(now, new_rules=True)
+        self._unasked = bool(self._held)
+
+    def _lease(self, routing: Routing, now: float) -> None:
+        decision = routing.decision
+        if type(decision) is Send:
+            routing.lease = self.fleet.lease(
+                routing.request, decision.backend, now, routing.policy, routing.decided_by
+            )
+
+    def _enqueue(self, routing: Routing, candidates: Candidates, now: float) -> Routing:
+        """Hold the request as `routing` says, or refuse one if the queue is full."""
+        assert type(routing.decision) is Hold
+        request = routing.request
+        queue = self._queues.get(candidates.key)
+        if queue is None:
+            queue = FairQueue(candidates.key)
+        if len(queue) >= candidates.rule.queue.depth:
+            displaced = queue.displaced_by(request)
+            if displaced is None:
+                return _full(request, candidates, now)
+            self._take(displaced, served=False)
+            refusal = _full(displaced.request, candidates, now)
+            refusal.held_s = now - displaced.since
+            self._answers.append(refusal)
+        self._sequence += 1
+        held = Held(request, self._sequence, now, routing.decision.until)
+        if routing.decided_by == TIERS:
+            queue.blocked = True
+        self._queues[candidates.key] = queue
+        queue.add(held)
+        self._held[request.id] = held
+        heappush(self._ends, (held.until, held.sequence, held))
+        return routing
+
+    def _take(self, held: Held, served: bool) -> None:
+        """Take a request out of its queue."""
+        queue = held.queue
+        assert queue is not None
+        queue.remove(held, served)
+        if not queue:
+            del self._queues[queue.key]
+        del self._held[held.request.id]
+        if len(self._ends) > 2 * len(self._held) + 64:
+            self._ends = [end for end in self._ends if end[2].queue is not None]
+            heapify(self._ends)
+
+    def _answer(self, held: Held, routing: Routing, now: float, answers: list[Routing]) -> None:
+        self._take(held, served=type(routing.decision) is Send)
+        routing.held_s = now - held.since
+        self._lease(routing, now)
+        answers.append(routing)
+
+    def _end_holds(self, now: float, answers: list[Routing]) -> None:
+        """Answer those that have been held for long enough."""
+        while self._ends and self._ends[0][0] <= now:
+            held = heappop(self._ends)[2]
+            if held.queue is None:
+                continue
+            request = held.request
+            candidates = self.rules.candidates(request, self.fleet)
+            if request.deadline <= now:
+                late = Reject("queue_timeout", "its deadline passed while it was held", RETRY_AFTER_S)
+                routing = _routing(request, candidates, late, "wait over", now)
+            else:
+                routing = self.rules.route(request, self.fleet, now)
+                if type(routing.decision) is Hold:
+                    routing = self._to_any(request, candidates, "wait over", "held long enough", now)
+            self._answer(held, routing, now, answers)
+
+    def _ask_heads(self, now: float, answers: list[Routing]) -> None:
+        if not self._queues:
+            return
+        queues = list(self._queues.values())
+        self._turn = (self._turn + 1) % len(queues)
+        asking = queues[self._turn :] + queues[: self._turn]
+        for _ in range(HEADS_PER_POLL):
+            asking = [queue for queue in asking if self._ask_head(queue, now, answers)]
+            if not asking:
+                break
+        for queue in queues:
+            queue.resume()
+        self._unasked = bool(asking and answers)
+
+    def _ask_head(self, queue: FairQueue, now: float, answers: list[Routing]) -> bool:
+        """Ask the next head of a queue. True: another may fare better."""
+        held = queue.head(now)
+        if held is None:
+            return False
+        routing = self.rules.route(held.request, self.fleet, now)
+        if type(routing.decision) is Hold:
+            if routing.decided_by == TIERS:
+                queue.blocked = True  # no room, nor for those behind it
+                return False
+            queue.blocked = False
+            queue.pass_over(held)
+            return True
+        if routing.decided_by == AVAILABILITY:
+            return False  # all went down while it waited; one may come back before its wait is over
+        queue.blocked = False
+        self._answer(held, routing, now, answers)
+        return len(queue) > 0
+
+    def _to_any(
+        self, request: RequestFacts, candidates: Candidates, decided_by: str, reason: str, now: float
+    ) -> Routing:
+        """To the least saturated of the available `candidates`, of which there is one at least."""
+        figures = sorted(
+            (
+                copy_figures(backend, backend.saturation(now))
+                for backend in map(self.fleet.__getitem__, candidates.order)
+            ),
+            key=lambda figure: figure.saturation,
+        )
+        names = tuple(figure.name for figure in figures)
+        routing = _routing(request, candidates, Send(names[0], names[1:], reason), decided_by, now)
+        routing.candidates = tuple(figures)
+        return routing
+
+    def _follow_fleet(self, now: float) -> None:
+        """Notice what probes, breakers and time have changed."""
+        fleet = self.fleet
+        fleet.refresh(now)
+        if fleet.version != self._version:
+            self._version = fleet.version
+            if self._held:
+                self._place_again(now, new_rules=False)
+        away = [backend for backend in fleet if not backend.available]
+        self._impaired = bool(away)
+        back_at = (max(backend.breaker.opened_until, backend.backoff_until) for backend in away)
+        self._back_at = min((at for at in back_at if at > now), default=inf)
+
+    def _place_again(self, now: float, new_rules: bool) -> None:
+        """Sort held requests into queues by what may serve them now; refuse those that nothing may any
+        more."""
+        places = [(held, self.rules.candidates(held.request, self.fleet)) for held in self._held.values()]
+        if not new_rules and all(
+            held.queue is not None and held.queue.key == candidates.key for held, candidates in places
+        ):
+            return
+        self._queues.clear()
+        for held, candidates in places:
+            if candidates.refusal is not None:
+                held.queue = None
+                del self._held[held.request.id]
+                refusal = self.rules.route(held.request, self.fleet, now)
+                refusal.held_s = now - held.since
+                self._answers.append(refusal)
+                continue
+            queue = self._queues.get(candidates.key)
+            if queue is None:
+                queue = self._queues[candidates.key] = FairQueue(candidates.key)
+            queue.add(held)
+            if new_rules:
+                held.until = self.rules.hold_until(held.request, candidates.rule)
+        self._ends = [(held.until, held.sequence, held) for held in self._held.values()]
+        heapify(self._ends)
+
+
+def _routing(
+    request: RequestFacts, candidates: Candidates, decision: Decision, decided_by: str, now: float
+) -> Routing:
+    """A decision that no policy made; the policy of the tier that it falls to hears of it all the same."""
+    rule = candidates.rule
+    tier = candidates.tier_of[decision.backend] if isinstance(decision, Send) else -1
+    policy = rule.choosers[tier] if tier >= 0 else rule.guarded
+    return Routing(request, rule.name, decision, decided_by, policy, tier, removed=candidates.removed, at=now)
+
+
+def _full(request: RequestFacts, candidates: Candidates, now: float) -> Routing:
+    queue = candidates.rule.queue
+    reject = Reject("queue_full", f"{queue.depth} requests wait already", max(queue.wait_s, 1.0))
+    return _routing(request, candidates, reject, "queue", now)
