@@ -1,0 +1,181 @@
+"""Opens the database: connects, secures, migrates.
+
+SQLite stands in the state directory, in WAL mode so that reports read while the proxy writes, and with
+`synchronous=FULL`: with NORMAL, a power loss takes commits with it that were already acknowledged
+(https://www.sqlite.org/pragma.html#pragma_synchronous). Any other database comes as a SQLAlchemy URL.
+
+Python's sqlite3 would begin transactions on its own, late and only before some statements. That is switched
+off: a transaction begins where SQLAlchemy begins it. It is deferred, which is right for readers and for
+writers whose first statement writes; a writer that must read first uses `writing`, since a deferred
+transaction that has read cannot wait for another writer, it fails.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, table, text
+from sqlalchemy import column as sql_column
+from sqlalchemy.exc import ArgumentError, DatabaseError
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+from proxy.migrations import REVISIONS
+
+DATABASE_FILE = "tidegate.db"
+BUSY_TIMEOUT_S = 5.0
+WAL_CHECKPOINT_PAGES = 4000
+"""Of 4 KiB: the WAL is written back to the database once it has grown by 16 MiB."""
+WAL_KEEP_BYTES = 64 * 1024 * 1024
+"""A WAL that a long reader has made bigger than this is cut to it afterwards."""
+
+_version_table = table("alembic_version", sql_column("version_num"))
+
+
+class OpenError(RuntimeError):
+    """The database cannot be used; the message says why and what to do."""
+
+
+def open_database(target: str | Path, *, check: bool = True) -> Engine:
+    """Open and migrate. `target`: a directory (SQLite in it, made if missing) or a SQLAlchemy URL.
+
+    `check` reads an SQLite file whole to see that it is sound (a second per gigabyte or so); reports do
+    without. Raises OpenError: not reachable, damaged, written by a newer version.
+    """
+    url = _url(target)
+    engine = create_engine(url)
+    try:
+        if url.get_backend_name() == "sqlite":
+            path = Path(str(url.database))
+            _prepare_sqlite(engine, path)
+            with _one_at_a_time(path):
+                _use_wal(path)
+                _migrate(engine)
+            if check:
+                _quick_check(engine)
+        else:
+            _migrate(engine)
+    except (DatabaseError, sqlite3.Error, OSError) as error:
+        engine.dispose()
+        raise OpenError(f"database {url.render_as_string()}: {_plain(error)}") from error
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """A transaction that will write: it holds SQLite's write lock from its beginning. Commits at the end."""
+    with engine.connect().execution_options(tidegate_writing=True) as connection, connection.begin():
+        yield connection
+
+
+def _url(target: str | Path) -> URL:
+    if isinstance(target, str) and "://" in target:
+        try:
+            url = make_url(target)
+        except ArgumentError as error:
+            raise OpenError(f"database: not a SQLAlchemy URL: {error}") from None
+        if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+            raise OpenError("database: SQLite needs a file, since what is in memory survives nothing")
+        return url
+    return URL.create("sqlite", database=str(Path(target) / DATABASE_FILE))
+
+
+def _prepare_sqlite(engine: Engine, path: Path) -> None:
+    """Make directory and file, for their owner alone, and set up every connection."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+
+    @event.listens_for(engine, "connect")
+    def connected(dbapi: PoolProxiedConnection, _: ConnectionPoolEntry) -> None:
+        dbapi.isolation_level = None  # type: ignore[attr-defined]
+        cursor = dbapi.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_S * 1000)}")
+        cursor.execute("PRAGMA synchronous = FULL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.execute(f"PRAGMA wal_autocheckpoint = {WAL_CHECKPOINT_PAGES}")
+        cursor.execute(f"PRAGMA journal_size_limit = {WAL_KEEP_BYTES}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:
+        immediate = connection.get_execution_options().get("tidegate_writing", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Keep other processes out while the mode or the schema of an SQLite file may change."""
+    lock = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _migrate(engine: Engine) -> None:
+    with engine.connect() as connection:
+        revision = _revision(connection)
+    if revision is None or _is_old(revision):
+        with writing(engine) as connection:
+            revision = _revision(connection)  # another process may have been faster
+            if revision is None or _is_old(revision):
+                _upgrade(connection)
+
+
+def _use_wal(path: Path) -> None:
+    """The mode is kept in the file; it cannot be changed inside a transaction, so not through the engine."""
+    with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as connection:
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise OpenError(
+            f"database {path}: its file system cannot do write-ahead logging (SQLite stays in mode {mode}); "
+            "put the state directory on a local disk"
+        )
+
+
+def _revision(connection: Connection) -> str | None:
+    """The schema's revision; None: the database is empty."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    revision: str | None = connection.execute(select(_version_table.c.version_num)).scalar()
+    return revision
+
+
+def _is_old(revision: str) -> bool:
+    if revision not in REVISIONS:
+        raise OpenError(
+            f"the database has schema {revision}, this version of tidegate knows them up to {REVISIONS[-1]}: "
+            "it was written by a newer tidegate; install that one, or restore a backup"
+        )
+    return revision != REVISIONS[-1]
+
+
+def _upgrade(connection: Connection) -> None:
+    # Imported here: it is a tenth of a second that only a changed schema is worth.
+    from alembic.command import upgrade
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    upgrade(config, "head")
+
+
+def _quick_check(engine: Engine) -> None:
+    with engine.connect() as connection:
+        problem = connection.execute(text("PRAGMA quick_check(1)")).scalar()
+    if problem != "ok":
+        raise OpenError(f"database {engine.url.database} is damaged: {problem}; restore it from a backup")
+
+
+def _plain(error: Exception) -> str:
+    """What the driver said, without SQLAlchemy's frame around it."""
+    return str(error.orig) if isinstance(error, DatabaseError) else str(error)

@@ -1,0 +1,109 @@
+"""The tables of the database, as SQLAlchemy sees them. `migrations/` makes them; a test compares the two.
+
+Only types and operations that SQLite and PostgreSQL share. Times count from the Unix epoch, in seconds unless
+the name says otherwise; money is integer nano-units.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+)
+
+metadata = MetaData()
+
+# SQLite makes only an INTEGER primary key its row id.
+RowId = BigInteger().with_variant(Integer, "sqlite")
+
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("id", RowId, primary_key=True, autoincrement=True),
+    Column("op", Text, nullable=False),
+    Column("instance", Text, nullable=False),
+    Column("arrived_us", BigInteger, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("served_model", Text, nullable=False),
+    Column("backend", Text, nullable=False),
+    Column("site", Text, nullable=False),
+    Column("status", SmallInteger, nullable=False),
+    Column("outcome", Text, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("overhead_prompt_tokens", BigInteger, nullable=False),
+    Column("overhead_completion_tokens", BigInteger, nullable=False),
+    Column("cost_nano", BigInteger, nullable=False),
+    Column("currency", Text, nullable=False),
+    Column("ttft_s", Float(53), nullable=True),
+    Column("total_s", Float(53), nullable=False),
+    Column("detail", Text, nullable=False),
+    Index("ledger_op", "op", unique=True),
+    Index("ledger_arrived", "arrived_us"),
+)
+"""One row per request; `records.py` says what the fields are. `op` is what makes every insert idempotent."""
+
+usage_hourly = Table(
+    "usage_hourly",
+    metadata,
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),
+    Column("tenant", Text, primary_key=True),
+    Column("key_id", Text, primary_key=True),
+    Column("model", Text, primary_key=True),
+    Column("backend", Text, primary_key=True),
+    Column("site", Text, primary_key=True),
+    Column("currency", Text, primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("errors", BigInteger, nullable=False),
+    Column("unpriced", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("overhead_prompt_tokens", BigInteger, nullable=False),
+    Column("overhead_completion_tokens", BigInteger, nullable=False),
+    Column("cost_nano", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+"""Sums of `ledger` by hour of arrival (`hour`: Unix seconds at which it begins), added to in the transaction
+that inserts the rows. `model` is the served one: what a client may invent never becomes a group."""
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Column("created", Float(53), nullable=False),
+    Column("expires", Float(53), nullable=True),
+    Column("revoked", Float(53), nullable=True),
+    Column("data_class", Text, nullable=False),
+    Column("models", JSON(none_as_null=True), nullable=True),
+    Column("rpm", Integer, nullable=True),
+    Column("tpm", Integer, nullable=True),
+    Column("concurrency", Integer, nullable=True),
+    Column("budget_nano", BigInteger, nullable=True),
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("labels", JSON, nullable=False, server_default="{}"),
+)
+"""API keys. `digest` is the keyed hash of the secret, which is nowhere; `created`, `expires`, `revoked` are Unix
+seconds; `models` None: all of them; a limit that is None does not limit."""
+
+settings = Table(
+    "settings",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("value", Text, nullable=False),
+)
+"""Single values that outlive a process, such as the salt of hashes and the pepper of keys (hex)."""
