@@ -8,6 +8,7 @@ instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 from policies.base import BackendView, Decision, Finished, Policy, Reject, RequestFacts, Send
 
@@ -39,7 +40,7 @@ class Guarded:
                 for backend in backends:
                     if backend.name == chosen and type(decision.fallbacks) is tuple:
                         return decision, self.name
-            elif isinstance(decision, Reject) or decision.until == decision.until:  # until is not NaN
+            elif isinstance(decision, Reject) or decision.until >= -inf:  # neither NaN nor None
                 return decision, self.name
             self._count(f"not an answer here: {decision!r}")
         except Exception as error:

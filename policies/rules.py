@@ -215,12 +215,12 @@ class RuleSet:
         rule = candidates.rule
         chooser = rule.choosers[tier]
         decision, decided_by = chooser.decide(request, eligible, now)
-        if type(decision) is Send:
+        if isinstance(decision, Send):
             fallbacks = candidates.fallbacks(tier, decision.backend, decision.fallbacks)
             decision = Send(
                 decision.backend, fallbacks, decision.reason, decision.scores, decision.propensity
             )
-        elif type(decision) is Hold:
+        elif isinstance(decision, Hold):
             decision = Hold(min(decision.until, self.hold_until(request, rule)), decision.reason)
         return Routing(
             request,
