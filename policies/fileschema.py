@@ -19,8 +19,6 @@ from policies.yamlproblems import closest
 DEFAULT_PICK = "least-load"
 """Policy of a rule that names none."""
 
-ANY_SITE = "*"
-
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _WEEKDAY_NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
@@ -274,7 +272,7 @@ class Tier(FileModel):
     """Backends that are asked together: those of a site, those named, or those with labels."""
 
     site: Names | None = None
-    """Sites; `"*"` is any site. A backend belongs to the first tier that takes it."""
+    """Sites by name; `remote` is every site but `local`, `"*"` any site."""
     backend: Names | None = None
     """Backends by name."""
     labels: Mapping[Name, Name] | None = None
@@ -308,13 +306,14 @@ class Rule(FileModel):
     when: When | None = None
     """Which requests. Without it: all."""
     sites: Names | None = None
-    """The only sites these requests may ever reach, on spill and retry too. Without it: all."""
-    prefer: tuple[Tier, ...] | None = Field(None, min_length=1)
-    """Backends in the order in which they are asked. Without it: all at once."""
+    """The only sites these requests may ever reach, on spill and retry too; `remote` is every site but `local`."""
+    prefer: tuple[Tier, ...] | None = Field(None, min_length=1, max_length=100)
+    """Backends in the order in which they are asked, and no others; one belongs to the first tier that takes it.
+    Without it: all at once."""
     pick: PickOrName | None = None
     """Policy that chooses one of the backends asked: a name, or a name with parameters. Default: `least-load`."""
-    weights: Mapping[Name, Annotated[float, Field(gt=0, le=1000)]] | None = None
-    """Weights of backends, by name, that replace those of the configuration in this rule."""
+    weights: Mapping[Name, Annotated[float, Field(ge=0, le=1_000_000)]] | None = None
+    """Weights of backends, by name, that replace those of the configuration in this rule. 0 takes no share."""
     queue: Queue = Queue()
     """How long a request is held when no tier has room, and how many may be."""
 
@@ -324,7 +323,7 @@ class PolicyFile(FileModel):
 
     model_config = ConfigDict(title="Tidegate policy file")
 
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    rules: tuple[Rule, ...] = Field(min_length=1, max_length=1000)
     """Tried in order; the first that matches a request decides."""
     utc_offset: Offset = "+00:00"
     """What `time` and `days` mean: local time as an offset from UTC. A zone's summer time is not followed."""

@@ -6,13 +6,18 @@ Everything is optional, and everything that is given must hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import lru_cache
 from types import MappingProxyType
 
 from policies.base import BackendView, RequestFacts
+
+LOCAL = "local"
+REMOTE = "remote"
+"""In conditions: every site but `local`."""
+ANY_SITE = "*"
 
 NO_LABELS: Mapping[str, str] = MappingProxyType({})
 
@@ -92,18 +97,23 @@ class Selector:
     """A set of backends. Without conditions it is every backend."""
 
     sites: frozenset[str] = frozenset()
-    """Site names; empty, or with `*` among them: any site."""
+    """Site names; `remote` among them: every site but `local`; empty, or with `*` among them: any site."""
     backends: frozenset[str] = frozenset()
     """Backend names; empty: any."""
     labels: Mapping[str, str] = field(default_factory=lambda: NO_LABELS)
     """Labels the backend must carry, with these values."""
 
     def accepts(self, backend: BackendView) -> bool:
-        if self.sites and "*" not in self.sites and backend.site not in self.sites:
+        if self.sites and not sites_include(self.sites, backend.site):
             return False
         if self.backends and backend.name not in self.backends:
             return False
         return all(backend.labels.get(key) == value for key, value in self.labels.items())
+
+
+def sites_include(sites: Collection[str], site: str) -> bool:
+    """Whether site names, with the meanings of `*` and `remote`, include a site."""
+    return ANY_SITE in sites or site in sites or (REMOTE in sites and site != LOCAL)
 
 
 def _within(value: int, low: int | None, high: int | None) -> bool:

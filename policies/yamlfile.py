@@ -169,9 +169,13 @@ class Document:
     def problem(
         self, path: Path, message: str, suggestion: str | None = None, at_key: bool = False
     ) -> Problem:
-        """A problem at a path, for checks beyond the schema. A path that is not in the file points at the
-        deepest part that is; `at_key` points at the key instead of its value."""
+        """A problem at a path, for checks beyond the schema; `at_key` points at the key instead of its value.
+
+        A key that is missing is named, and its mapping pointed at. Steps into what the file writes as a single
+        value (`sites: local` for a list) are left out.
+        """
         node = at = self.root
+        named: Path = ()
         for step in path:
             content = node.content
             if isinstance(content, dict) and isinstance(step, str) and step in content:
@@ -180,8 +184,10 @@ class Document:
             elif isinstance(content, list) and isinstance(step, int) and 0 <= step < len(content):
                 node = at = content[step]
             else:
+                named = (*named, step) if isinstance(content, dict) else named
                 break
-        return Problem(at.line, at.column, yamlproblems.dotted(path), message, suggestion)
+            named = (*named, step)
+        return Problem(at.line, at.column, yamlproblems.dotted(named), message, suggestion)
 
     def failed(self, problems: Iterable[Problem]) -> FileProblems:
         """The exception for problems of this file."""
@@ -221,7 +227,9 @@ class _Composer:
             raise self.fail(line, column, path[:3], f"nested more than {MAX_DEPTH} levels deep")
         if isinstance(event, yaml_events.AliasEvent):
             if (target := self.anchors.get(event.anchor)) is None:
-                raise self.fail(line, column, path, f"no anchor {shown(event.anchor)} stands before this alias")
+                raise self.fail(
+                    line, column, path, f"no anchor {shown(event.anchor)} stands before this alias"
+                )
             return target
         if event.tag is not None:
             raise self.fail(line, column, path, f"YAML tags such as {shown(event.tag)} are not used here")

@@ -177,7 +177,7 @@ def explain(error: ValidationError, model: type[BaseModel], value: object) -> li
             path = (*one.path, one.error["loc"][-1])
             if path not in meant:  # the misspelt key beside it says it already
                 findings.append(Finding(path, "this key is required"))
-        elif one.error["type"] != "extra_forbidden":
+        elif one.error["type"] != "extra_forbidden" and not _only_looks_short(one.error):
             findings.append(_finding(one))
     findings += _merged_type_errors(located)
     if len(details) > MAX_FINDINGS:
@@ -213,6 +213,12 @@ def _without_wrong_branches(located: list[_Located]) -> Iterator[_Located]:
     for one in located:
         if one.union_at is None or one.path != one.union_at or not one.is_mismatch:
             yield one
+
+
+def _only_looks_short(error: ErrorDetails) -> bool:
+    """Pydantic also calls a list too short whose entries it refused one by one."""
+    got = error["input"]
+    return error["type"] == "too_short" and isinstance(got, list) and len(got) >= error["ctx"]["min_length"]
 
 
 def _merged_type_errors(located: list[_Located]) -> Iterator[Finding]:

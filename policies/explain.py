@@ -1,0 +1,214 @@
+"""A policy file in plain words, rule by rule: what `tidegate check` prints.
+
+An admin reads here what the file does, not what it says: defaults are spelled out, and the spill of a tier is
+told as the router carries it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from textwrap import fill
+
+import policies
+from policies.filechecks import picks_of
+from policies.files import CompiledPolicy
+from policies.fileschema import (
+    DEFAULT_PICK,
+    Pick,
+    PolicyFile,
+    Queue,
+    Range,
+    Rule,
+    Spill,
+    Tier,
+    When,
+)
+from policies.match import ANY_SITE, REMOTE
+from policies.yamlproblems import listed
+
+WIDTH = 100
+
+
+def explain_policy(compiled: CompiledPolicy) -> str:
+    """The file in words: a paragraph per rule, then what the policies do; lines of at most WIDTH characters."""
+    file = compiled.file
+    count = len(file.rules)
+    heading = f"{compiled.name}: {count} rules. The first that matches a request decides."
+    if count == 1:
+        heading = f"{compiled.name}: 1 rule, for every request."
+    rules = ["\n".join(_rule(number, rule, file)) for number, rule in enumerate(file.rules, start=1)]
+    return "\n\n".join([heading, *rules, "\n".join(_glossary(file))]) + "\n"
+
+
+def _rule(number: int, rule: Rule, file: PolicyFile) -> Iterator[str]:
+    yield f"{number}. {rule.name}"
+    otherwise = "All requests" if len(file.rules) == 1 else "All other requests"
+    yield _line(f"{_requests(rule.when, file.utc_offset) or otherwise}.")
+    if rule.sites is not None and ANY_SITE not in rule.sites:
+        yield _line(f"They never leave {_sites(rule.sites)}, not even when every backend there is down.")
+    if rule.prefer is None:
+        yield _line(f"Any backend with a free slot may serve them; {_chosen_by(rule.pick)}.")
+    else:
+        yield from _tiers(rule, rule.prefer)
+    if rule.weights:
+        yield _line(f"Weights here: {_pairs(rule.weights)}.")
+    yield _line(_queue(rule.queue))
+
+
+def _line(text: str, first: str = "   ", rest: str = "   ") -> str:
+    return fill(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+# --- which requests ------------------------------------------------------------------------------------------
+
+
+def _requests(when: When | None, utc_offset: str) -> str:
+    """`Requests of tenant acme with data class restricted`; empty if there is no condition."""
+    if when is None:
+        return ""
+    words = [
+        *_one_of("for model", when.model),
+        *_one_of("of tenant", when.tenant),
+        *_one_of("with data class", when.data_class),
+        *_one_of("to endpoint", when.endpoint),
+        *_bounds("with priority", "", when.priority),
+        *_bounds("with a prompt of", " tokens (estimated)", when.prompt_tokens),
+        *([f"labelled {_pairs(when.labels)}"] if when.labels else []),
+        *_times(when, utc_offset),
+    ]
+    streamed = {None: "", True: "Streamed ", False: "Unstreamed "}[when.stream]
+    if not words and not streamed:
+        return ""
+    return f"{streamed}{'requests' if streamed else 'Requests'} {', '.join(words)}".rstrip()
+
+
+def _one_of(what: str, names: Sequence[str] | None) -> list[str]:
+    return [f"{what} {listed(names)}"] if names else []
+
+
+def _bounds(what: str, unit: str, bounds: Range | None) -> list[str]:
+    if bounds is None:
+        return []
+    if bounds.min == bounds.max:
+        return [f"{what} {bounds.min}{unit}"]
+    if bounds.max is None:
+        return [f"{what} at least {bounds.min}{unit}"]
+    if bounds.min is None:
+        return [f"{what} at most {bounds.max}{unit}"]
+    return [f"{what} {bounds.min} to {bounds.max}{unit}"]
+
+
+def _times(when: When, utc_offset: str) -> list[str]:
+    words = []
+    if when.time is not None:
+        start, _, end = when.time.partition("-")
+        words.append(f"from {start} to {end}")
+    if when.days is not None:
+        words.append(f"on {listed(when.days, 'and')}")
+    return [f"{' '.join(words)} (UTC{'' if utc_offset == '+00:00' else utc_offset})"] if words else []
+
+
+# --- where they go -------------------------------------------------------------------------------------------
+
+
+def _tiers(rule: Rule, tiers: Sequence[Tier]) -> Iterator[str]:
+    if len(tiers) == 1:
+        tier = tiers[0]
+        yield _line(
+            f"They go to {_backends(tier, first=True)} and nowhere else; {_chosen_by(tier.pick or rule.pick)}."
+        )
+        if tier.spill is not None:
+            yield _line(f"{_spill(tier.spill)[0].upper()}{_spill(tier.spill)[1:]}.")
+        return
+    yield _line("They are offered, in this order, to")
+    for place, tier in enumerate(tiers):
+        parts = [_backends(tier, first=place == 0)]
+        if tier.spill is None or tier.spill.enter <= 1.0:
+            parts[0] += ", while a slot is free"
+        if tier.spill is not None:
+            parts.append(_spill(tier.spill))
+        if tier.pick is not None:
+            parts.append(_chosen_by(tier.pick))
+        letter = chr(ord("a") + place) if place < 26 else str(place + 1)
+        yield _line(
+            "; ".join(parts) + ("." if place == len(tiers) - 1 else ";"), f"     {letter}) ", "        "
+        )
+    shared = sum(tier.pick is None for tier in tiers)
+    if shared:
+        where = "In each" if shared == len(tiers) else "Otherwise"
+        yield _line(f"{where}, {_chosen_by(rule.pick)}.")
+
+
+def _spill(spill: Spill) -> str:
+    enter, leave = f"{100 * spill.enter:g}% full", f"less than {100 * spill.leave:g}% full"
+    if spill.enter <= 1.0:
+        return f"from {enter} until {leave} it is reported as spilling"
+    return (
+        f"without a free slot too, so that requests queue in its engines, until it is {enter}; from then on, "
+        f"until it is {leave}, only while a slot is free"
+    )
+
+
+def _backends(tier: Tier, first: bool) -> str:
+    """`any other backend at site nanjing labelled card=h20`."""
+    words = []
+    if tier.backend is not None:
+        words.append(f"backend {listed(tier.backend)}")
+    elif tier.site is None or tier.labels is not None or ANY_SITE in tier.site:
+        words.append("any backend" if first else "any other backend")
+    if tier.site is not None and ANY_SITE not in tier.site:
+        words.append(f"at {_sites(tier.site)}" if words else _sites(tier.site))
+    if tier.labels is not None:
+        words.append(f"labelled {_pairs(tier.labels)}")
+    return " ".join(words)
+
+
+def _chosen_by(pick: Pick | None) -> str:
+    pick = pick or Pick(policy=DEFAULT_PICK)
+    given = ", ".join(f"{key} {_value(value)}" for key, value in pick.parameters.items())
+    return f"{pick.policy} chooses" + (f" (with {given})" if given else "")
+
+
+def _glossary(file: PolicyFile) -> Iterator[str]:
+    names = dict.fromkeys(pick.policy for rule in file.rules for _, pick in picks_of(rule))
+    for name in names:
+        yield _line(f"{name}: {policies.summary(name).rstrip('.:')}.", "", "   ")
+
+
+def _queue(queue: Queue) -> str:
+    least_loaded = "to the least loaded backend that may serve it"
+    if queue.depth == 0:
+        return "When none has room, a request is answered 429 at once."
+    if queue.wait == 0:
+        return f"When none has room, a request goes {least_loaded} at once."
+    return (
+        f"When none has room, a request waits for up to {_seconds(queue.wait)} and then goes {least_loaded}. "
+        f"{queue.depth} may wait at once; one more is answered 429."
+    )
+
+
+def _sites(names: Sequence[str]) -> str:
+    """`site local or nanjing`, `any remote site`."""
+    named = [name for name in names if name != REMOTE]
+    return listed(
+        [*([f"site {listed(named)}"] if named else []), *(["any remote site"] if REMOTE in names else [])]
+    )
+
+
+def _pairs(values: Mapping[str, object]) -> str:
+    return listed((f"{key}={_value(value)}" for key, value in values.items()), "and")
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_value(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _seconds(seconds: float) -> str:
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= length and seconds % length == 0:
+            return f"{seconds / length:g} {unit}"
+    return f"{seconds:g} s"

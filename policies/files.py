@@ -1,0 +1,170 @@
+"""The policy file: text in, compiled rules out.
+
+`fileschema.py` says what may be written, `filechecks.py` what must fit together; here the parts become the objects
+of `rules.py`. A file is taken whole or not at all: whoever reloads it keeps the old rules when this raises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import resources
+from random import Random
+
+from policies import PolicyError, filechecks, load
+from policies.base import Policy
+from policies.filechecks import KnownNames, selector
+from policies.fileschema import PolicyFile, When, offset_seconds, weekday_numbers, window_minutes
+from policies.fileschema import Rule as RuleSection
+from policies.fileschema import Tier as TierSection
+from policies.match import NO_LABELS, Hours, Match
+from policies.rules import Queue, Rule, RuleSet, Spill, Tier
+from policies.weights import WithWeights
+from policies.yamlfile import Document, Problem, parse_yaml
+from policies.yamlproblems import Finding, Path, closest
+
+__all__ = [
+    "DEFAULT_POLICY",
+    "CompiledPolicy",
+    "KnownNames",
+    "PolicyFile",
+    "library_names",
+    "library_policy",
+    "read_policy",
+]
+
+DEFAULT_POLICY = "local-first"
+"""Name of the library file that applies when none is configured."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledPolicy:
+    """A policy file that is ready to run."""
+
+    name: str
+    """As given to `read_policy`: a path, or a name from the library."""
+    file: PolicyFile
+    """What was written, for `explain_policy`."""
+    rules: RuleSet
+    warnings: list[Problem]
+    """What may be meant but does nothing with the fleet as it is; in the order of the file."""
+    text_hash: str
+    """SHA-256 of the text, hex: tells in records and logs which version decided."""
+
+
+def read_policy(text: str, name: str, known: KnownNames | None = None, seed: int = 0) -> CompiledPolicy:
+    """Compile the text of a policy file.
+
+    `name` is the file's name in messages. With `known`, names of sites and backends are checked. Each rule's policy
+    gets a random generator of its own, from `seed` and the rule's name, so that rules do not disturb each other
+    when one is added.
+
+    Raises: FileProblems with everything that is wrong.
+    """
+    document = parse_yaml(text, name)
+    file = document.validate(PolicyFile)
+    offset = offset_seconds(file.utc_offset)
+    matches = [_match(rule.when, offset) for rule in file.rules]
+    findings = list(filechecks.errors(file, matches, known))
+    compiled: list[Rule] = []
+    if not findings:
+        for index, (section, match) in enumerate(zip(file.rules, matches, strict=True)):
+            rule = _rule(section, match, seed, ("rules", index), findings)
+            if rule is not None:
+                compiled.append(rule)
+    if findings:
+        raise document.failed(_problems(document, findings))
+    warnings = _problems(document, list(filechecks.warnings(file, known)) if known is not None else [])
+    return CompiledPolicy(
+        name,
+        file,
+        RuleSet(compiled),
+        sorted(warnings, key=lambda problem: problem[:4]),
+        sha256(text.encode(errors="surrogatepass")).hexdigest(),
+    )
+
+
+def library_names() -> list[str]:
+    """Names of the ready policy files, sorted."""
+    folder = resources.files("policies") / "library"
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def library_policy(name: str) -> str:
+    """Text of a ready policy file.
+
+    Raises: ValueError that names the nearest one.
+    """
+    names = library_names()
+    if name not in names:
+        guess = closest(name, names)
+        hint = f"did you mean '{guess}'?" if guess else f"there are {', '.join(names)}"
+        raise ValueError(f"no policy in the library is called '{name}' ({hint})")
+    return (resources.files("policies") / "library" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _problems(document: Document, findings: list[Finding]) -> list[Problem]:
+    return [document.problem(found.path, found.message, found.suggestion, found.at_key) for found in findings]
+
+
+def _match(when: When | None, utc_offset_s: int) -> Match:
+    if when is None:
+        return Match()
+    priority, prompt = when.priority, when.prompt_tokens
+    return Match(
+        models=when.model or (),
+        tenants=frozenset(when.tenant or ()),
+        data_classes=frozenset(when.data_class or ()),
+        endpoints=frozenset(when.endpoint or ()),
+        min_priority=priority.min if priority else None,
+        max_priority=priority.max if priority else None,
+        min_prompt_tokens=prompt.min if prompt else None,
+        max_prompt_tokens=prompt.max if prompt else None,
+        stream=when.stream,
+        labels=dict(when.labels) if when.labels else NO_LABELS,
+        hours=_hours(when, utc_offset_s),
+    )
+
+
+def _hours(when: When, utc_offset_s: int) -> Hours | None:
+    if when.time is None and when.days is None:
+        return None
+    start, end = window_minutes(when.time) if when.time else (0, 1440)
+    days = when.days or ("mon-sun",)
+    return Hours(start, end, frozenset[int]().union(*map(weekday_numbers, days)), utc_offset_s)
+
+
+def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: list[Finding]) -> Rule | None:
+    """The rule; or None, and findings, if a policy does not take its parameters."""
+    made: dict[Path, Policy] = {}
+    for path, pick in filechecks.picks_of(section):
+        stream = "/".join([str(seed), section.name, *map(str, path[:-1])])
+        try:
+            policy = load(pick.policy, Random(stream), **pick.parameters)  # noqa: S311
+        except PolicyError as error:
+            findings.append(Finding((*at, *path), str(error)))
+            continue
+        made[path] = WithWeights(policy, section.weights) if section.weights else policy
+    names = {path: pick.policy for path, pick in filechecks.picks_of(section)}
+    if len(made) < len(names):
+        return None
+    tiers = [
+        _tier(tier, made.get(("prefer", place, "pick")), names.get(("prefer", place, "pick"), ""))
+        for place, tier in enumerate(section.prefer or ())
+    ]
+    return Rule(
+        section.name,
+        made["pick",],
+        names["pick",],
+        match,
+        selector(section),
+        tuple(tiers) or (Tier(),),
+        Queue(section.queue.wait, section.queue.depth),
+    )
+
+
+def _tier(section: TierSection, policy: Policy | None, policy_name: str) -> Tier:
+    spill = Spill(section.spill.enter, section.spill.leave) if section.spill else None
+    return Tier(selector(section), spill, policy, policy_name)
