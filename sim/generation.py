@@ -1,0 +1,143 @@
+"""What stands between the HTTP face of the emulator and the engine that sets its pace.
+
+The face knows the text: it plans every sequence of a request (an answer, or one of `n` answers) down to its
+last token before it submits it. The engine knows time: when a sequence starts, and when each of its tokens is
+there. So an engine is told counts and gives back counts, and any engine fits behind `Engine`.
+
+An engine calls `TokenSequence.start` and `advance`; the face iterates over the `Generation`. A face that falls
+behind (a slow client) finds the tokens it missed merged into one step, as vLLM does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class SequencePlan:
+    """One sequence, as the face wants it served. All counts in tokens."""
+
+    prompt_tokens: int
+    output_tokens: int
+    """How many it will have, at least 1; the end-of-sequence token counts."""
+    max_tokens: int
+    """The request's limit, for the record."""
+    finished_reason: str
+    """`stop` or `length`, for the record."""
+
+
+class EngineFigures(NamedTuple):
+    """What an engine says of itself."""
+
+    running: int
+    """Sequences in the batch."""
+    waiting: int
+    """Sequences in the queue."""
+    kv_use: float
+    """Share of the KV cache in use, 0 to 1."""
+
+
+class Observer(Protocol):
+    """Hears of every sequence; the metrics page is one. Times are the engine's clock, seconds."""
+
+    def started(self, sequence: TokenSequence, now: float) -> None: ...
+
+    def advanced(self, sequence: TokenSequence, tokens: int, now: float) -> None:
+        """`tokens` more are there; called before the sequence's own times and counts move on."""
+
+    def finished(self, sequence: TokenSequence) -> None: ...
+
+
+class Engine(Protocol):
+    """Sets the pace of tokens. Everything it does, it does in the event loop's thread."""
+
+    def submit(self, plans: Iterable[SequencePlan]) -> Generation:
+        """Queue the sequences of one request, in order."""
+
+    def cancel(self, generation: Generation) -> None:
+        """Drop what has not finished, at once; what it held is free when this returns."""
+
+    def figures(self) -> EngineFigures: ...
+
+
+class TokenSequence:
+    """The life of one sequence inside an engine."""
+
+    __slots__ = (
+        "done",
+        "first_token_at",
+        "generation",
+        "index",
+        "last_token_at",
+        "plan",
+        "started_at",
+        "submitted_at",
+    )
+
+    def __init__(self, generation: Generation, index: int, plan: SequencePlan, now: float) -> None:
+        self.generation = generation
+        self.index = index
+        self.plan = plan
+        self.submitted_at = now
+        self.started_at = now
+        self.first_token_at = now
+        self.last_token_at = now
+        self.done = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its tokens are there."""
+        return self.done == self.plan.output_tokens
+
+    def start(self, now: float) -> None:
+        """It left the queue: its prefill begins."""
+        self.started_at = now
+        if self.generation.observer is not None:
+            self.generation.observer.started(self, now)
+
+    def advance(self, tokens: int, now: float) -> None:
+        """`tokens` more are there."""
+        observer = self.generation.observer
+        if observer is not None:
+            observer.advanced(self, tokens, now)
+        if self.done == 0:
+            self.first_token_at = now
+        self.last_token_at = now
+        self.done += tokens
+        self.generation.deliver(self.index, tokens)
+        if observer is not None and self.finished:
+            observer.finished(self)
+
+
+class Generation:
+    """The tokens of one request as they come: an async iterator over `[(sequence index, new tokens), ...]`."""
+
+    def __init__(self, plans: Iterable[SequencePlan], now: float, observer: Observer | None = None) -> None:
+        self.observer = observer
+        self.sequences = [TokenSequence(self, index, plan, now) for index, plan in enumerate(plans)]
+        self._ready: dict[int, int] = {}
+        self._undelivered = sum(sequence.plan.output_tokens for sequence in self.sequences)
+        self._waiter: asyncio.Future[None] | None = None
+
+    def deliver(self, index: int, tokens: int) -> None:
+        """Hand tokens of one sequence to whoever iterates."""
+        self._ready[index] = self._ready.get(index, 0) + tokens
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> list[tuple[int, int]]:
+        if self._undelivered == 0:
+            raise StopAsyncIteration
+        if not self._ready:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        step = list(self._ready.items())
+        self._ready.clear()
+        self._undelivered -= sum(tokens for _, tokens in step)
+        return step

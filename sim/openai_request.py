@@ -1,0 +1,286 @@
+"""Request bodies of the emulated server, and the errors vLLM 0.32 answers them with.
+
+The models name only the fields that change what the emulator does; vLLM accepts and the emulator ignores the
+others. Types are checked as pydantic checks them in vLLM, values as vLLM's sampling parameters do.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sim import tokens
+from sim.json_instance import Schema
+
+
+class RequestError(Exception):
+    """A request that is answered with an error, in vLLM's shape."""
+
+    def __init__(self, status: int, kind: str, message: str, param: str | None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.message = message
+        self.param = param
+
+    def body(self) -> bytes:
+        """`{"error": {"message", "type", "param", "code"}}`."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
+        return orjson.dumps({"error": error})
+
+
+def bad_value(param: str, value: object, message: str) -> RequestError:
+    """400 for a field of the right type and a wrong value."""
+    return RequestError(400, "BadRequestError", f"{message} (parameter={param}, value={value})", param)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class JsonSchemaFormat(BaseModel):
+    """`response_format.json_schema`."""
+
+    name: str
+    schema_: Schema | None = Field(default=None, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """`response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class FunctionDefinition(BaseModel):
+    """What a tool is."""
+
+    name: str
+    parameters: Schema | None = None
+
+
+class Tool(BaseModel):
+    """One entry of `tools`."""
+
+    type: Literal["function"] = "function"
+    function: FunctionDefinition
+
+
+class NamedFunction(BaseModel):
+    """The function that a named tool choice asks for."""
+
+    name: str
+
+
+class NamedToolChoice(BaseModel):
+    """`tool_choice` that names a function."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class Message(BaseModel):
+    """One entry of `messages`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    def text(self) -> str:
+        """The text of all its parts."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        for part in self.content:
+            if part.get("type") != "text":
+                message = f"{part.get('type')} content is not supported by this text-only model."
+                raise RequestError(400, "BadRequestError", message, "messages")
+        return "\n".join(str(part.get("text", "")) for part in self.content)
+
+
+class _Generate(_Body):
+    """What both kinds of completion share."""
+
+    n: int = 1
+    seed: int | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    include_stop_str_in_output: bool = False
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    response_format: ResponseFormat | None = None
+    request_id: str | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> _Generate:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("Stream options can only be defined when `stream=True`.")
+        return self
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, without empty ones."""
+        listed = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(stop for stop in listed if stop)
+
+    def check_values(self, max_tokens: int | None, max_model_len: int) -> None:
+        """Raise RequestError for a value that vLLM refuses."""
+        if self.n < 1:
+            raise bad_value("n", self.n, f"n must be at least 1, got {self.n}.")
+        if self.temperature is not None and self.temperature < 0:
+            raise bad_value(
+                "temperature", self.temperature, f"temperature must be non-negative, got {self.temperature}."
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise bad_value("top_p", self.top_p, f"top_p must be in (0, 1], got {self.top_p}.")
+        if max_tokens is None:
+            return
+        if max_tokens < 1:
+            raise bad_value("max_tokens", max_tokens, f"max_tokens must be at least 1, got {max_tokens}.")
+        if max_tokens > max_model_len:
+            message = (
+                f"max_tokens={max_tokens} cannot be greater than max_model_len={max_model_len}. "
+                "Please request fewer output tokens."
+            )
+            raise bad_value("max_tokens", max_tokens, message)
+
+
+class ChatRequest(_Generate):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens an answer may have, if the client said so."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def pieces(self) -> list[str]:
+        """The prompt, tokenized with the chat template."""
+        return tokens.chat_pieces((message.role, message.text()) for message in self.messages)
+
+    def forced_tool(self) -> FunctionDefinition | None:
+        """The function that the answer has to call."""
+        if self.tool_choice in (None, "none", "auto"):
+            return None
+        if not self.tools:
+            message = "When using `tool_choice`, `tools` must be set."
+            raise RequestError(400, "BadRequestError", message, "tool_choice")
+        if not isinstance(self.tool_choice, NamedToolChoice):
+            return self.tools[0].function
+        wanted = self.tool_choice.function.name
+        for tool in self.tools:
+            if tool.function.name == wanted:
+                return tool.function
+        message = "The tool specified in `tool_choice` does not match any of the specified `tools`"
+        raise RequestError(400, "BadRequestError", message, "tool_choice")
+
+
+class CompletionRequest(_Generate):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: int | None = 16
+    echo: bool | None = False
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens an answer may have, if the client said so."""
+        return self.max_tokens
+
+    def prompts(self) -> list[str]:
+        """The prompts as text; a body may carry several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if all(isinstance(item, int) for item in self.prompt):
+            return [tokens.decode(self.prompt)]  # type: ignore[arg-type]
+        return [item if isinstance(item, str) else tokens.decode(item) for item in self.prompt]  # type: ignore[arg-type]
+
+
+class TokenizeRequest(_Body):
+    """Body of POST /tokenize: a prompt or a conversation."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    return_token_strs: bool | None = False
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("either `prompt` or `messages` is required")
+        return self
+
+    def pieces(self) -> list[str]:
+        """What is to be tokenized, in pieces."""
+        if self.messages is None:
+            return tokens.split(self.prompt or "")
+        return tokens.chat_pieces((message.role, message.text()) for message in self.messages)
+
+
+class DetokenizeRequest(_Body):
+    """Body of POST /detokenize."""
+
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+AnyBody = TypeVar("AnyBody", bound=_Body)
+
+
+def parse(kind: type[AnyBody], data: bytes) -> AnyBody:
+    """A validated body. Raises RequestError (400)."""
+    try:
+        values = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        position, reason = _where_json_breaks(data, error)
+        where = f"body.{position}"
+        problem = {"type": "json_invalid", "loc": where, "msg": "JSON decode error", "input": {}}
+        raise _invalid([problem | {"ctx": {"error": reason}}]) from error
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for entry in error.errors(include_url=False, include_context=False):
+            where = ".".join(["body", *(str(part) for part in entry["loc"])])
+            problems.append(
+                {"type": entry["type"], "loc": where, "msg": entry["msg"], "input": entry["input"]}
+            )
+        raise _invalid(problems) from error
+
+
+def _where_json_breaks(data: bytes, error: orjson.JSONDecodeError) -> tuple[int, str]:
+    """Position and reason, as Python's own parser, which vLLM uses, puts it."""
+    try:
+        json.loads(data)
+    except json.JSONDecodeError as precise:
+        return precise.pos, precise.msg
+    except ValueError:
+        pass  # bytes that are not UTF-8
+    return error.pos, error.msg
+
+
+def _invalid(problems: list[dict[str, Any]]) -> RequestError:
+    lines = [f"{len(problems)} validation error{'s' if len(problems) > 1 else ''}:"]
+    for problem in problems:
+        value = problem["input"]
+        if isinstance(value, dict | list):
+            problem["input"] = f"<{type(value).__name__} of {len(value)} items>"
+        lines.append(f"  {problem}")
+    return RequestError(400, "Bad Request", "\n".join(lines), str(problems[0]["loc"]))

@@ -1,0 +1,406 @@
+"""The HTTP face of the emulator: vLLM's endpoints over any `sim.generation.Engine`.
+
+What a gateway can trip over is done as vLLM does it: a stream's status and headers go out before the prefill,
+the role comes with the first token, 401 is `{"error": "Unauthorized"}` (a string) and guards only /v1, /v2,
+/inference and /cohere, an unknown path is `{"detail": "Not Found"}`, answers carry the first served model name
+whatever alias was asked for, and a client that leaves frees its slot at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from random import Random
+from uuid import uuid4
+
+import orjson
+from aiohttp import web
+
+from sim import tokens
+from sim.answers import Answer, Wish, compose, json_text
+from sim.generation import Engine, SequencePlan
+from sim.json_instance import Schema, UnsupportedSchemaError, minimal_instance
+from sim.openai_request import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RequestError,
+    TokenizeRequest,
+    bad_value,
+    parse,
+)
+from sim.openai_shapes import DONE, ChatShapes, CompletionShapes, Head, Shapes
+from sim.vllm_metrics import CONTENT_TYPE, VllmMetrics
+
+VLLM_VERSION = "0.32.0"
+REASONING_SUFFIX = "-reasoning"
+"""Models whose names end in it reason before they answer."""
+
+MOST_CHOICES = 128
+LARGEST_BODY = 64 * 1024 * 1024
+
+_GUARDED = ("/v1", "/v2", "/inference", "/cohere")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class FaceSettings:
+    """What the face needs to know."""
+
+    models: tuple[str, ...]
+    """Served names; the first one is what answers say."""
+    max_model_len: int
+    """Longest prompt plus answer, tokens."""
+    api_keys: tuple[str, ...] = ()
+    """Accepted keys; none: everybody is let in."""
+    seed: int = 0
+    rtt_s: float = 0.0
+    """Added before every reply, as a network round trip would."""
+    fail_rate: float = 0.0
+    """Share of completions that go wrong."""
+    fault: str = "error"
+    """How they do: `error` (a 500 before the first byte), `reset` (the connection is cut half way through) or
+    `stall` (nothing more comes half way through)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A completion, ready to be served."""
+
+    shapes: Shapes
+    answers: Sequence[Answer]
+    plans: list[SequencePlan]
+    stream: bool
+    usage: bool
+    """Whether the stream ends with a usage event."""
+
+
+class Face:
+    """Serves requests from one engine."""
+
+    def __init__(self, settings: FaceSettings, engine: Engine, metrics: VllmMetrics) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._metrics = metrics
+        self._in_flight = 0
+        self._started = int(time.time())
+        self._fingerprint = f"vllm-{VLLM_VERSION}-{zlib.crc32(f'fingerprint {settings.seed}'.encode()):08x}"
+        self._keys = [key.encode() for key in settings.api_keys]
+        self._faults = Random(settings.seed)  # noqa: S311 - which requests go wrong is no secret
+
+    def application(self) -> web.Application:
+        """The routes."""
+        app = web.Application(client_max_size=LARGEST_BODY, middlewares=[self._around])
+        app.on_response_prepare.append(_set_headers)
+        for path, get in (
+            ("/health", self._empty),
+            ("/ping", self._empty),
+            ("/version", self._version),
+            ("/load", self._load),
+            ("/metrics", self._metrics_page),
+            ("/v1/models", self._models),
+        ):
+            app.router.add_get(path, get, allow_head=False)
+        for path, post in (
+            ("/ping", self._empty),
+            ("/tokenize", self._tokenize),
+            ("/detokenize", self._detokenize),
+            ("/v1/chat/completions", self._chat),
+            ("/v1/completions", self._completions),
+        ):
+            app.router.add_post(path, post)
+        return app
+
+    # Every request
+
+    @web.middleware
+    async def _around(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self._settings.rtt_s:
+            await asyncio.sleep(self._settings.rtt_s)
+        if self._keys and request.path.startswith(_GUARDED) and not self._authorized(request):
+            return _json({"error": "Unauthorized"}, 401)
+        try:
+            return await handler(request)
+        except RequestError as error:
+            return web.Response(status=error.status, body=error.body(), content_type="application/json")
+        except web.HTTPException as error:
+            response = _json({"detail": error.reason}, error.status)
+            if "Allow" in error.headers:
+                response.headers["Allow"] = error.headers["Allow"]
+            return response
+
+    def _authorized(self, request: web.Request) -> bool:
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        given = key.encode(errors="surrogateescape")
+        # Compare with every key, so that timing does not tell which one was near.
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+    def _check_model(self, model: str | None) -> None:
+        names = self._settings.models
+        if model is not None and model not in names:
+            message = f"The model `{model}` does not exist. Valid aliases: {', '.join(names)}."
+            raise RequestError(404, "NotFoundError", message, "model")
+
+    # Small endpoints
+
+    async def _empty(self, request: web.Request) -> web.StreamResponse:
+        return web.Response()
+
+    async def _version(self, request: web.Request) -> web.StreamResponse:
+        return _json({"version": VLLM_VERSION})
+
+    async def _load(self, request: web.Request) -> web.StreamResponse:
+        return _json({"server_load": self._in_flight})
+
+    async def _metrics_page(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(body=self._metrics.page(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        rows = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self._started,
+                "owned_by": "vllm",
+                "root": self._settings.models[0],
+                "parent": None,
+                "max_model_len": self._settings.max_model_len,
+                "permission": [
+                    {
+                        "id": f"modelperm-{uuid4().hex[:16]}",
+                        "object": "model_permission",
+                        "created": self._started,
+                        "allow_create_engine": False,
+                        "allow_sampling": True,
+                        "allow_logprobs": True,
+                        "allow_search_indices": False,
+                        "allow_view": True,
+                        "allow_fine_tuning": False,
+                        "organization": "*",
+                        "group": None,
+                        "is_blocking": False,
+                    }
+                ],
+            }
+            for name in self._settings.models
+        ]
+        return _json({"object": "list", "data": rows})
+
+    async def _tokenize(self, request: web.Request) -> web.StreamResponse:
+        body = parse(TokenizeRequest, await request.read())
+        self._check_model(body.model)
+        pieces = body.pieces()
+        return _json(
+            {
+                "count": len(pieces),
+                "max_model_len": self._settings.max_model_len,
+                "tokens": tokens.encode(pieces),
+                "token_strs": pieces if body.return_token_strs else None,
+            }
+        )
+
+    async def _detokenize(self, request: web.Request) -> web.StreamResponse:
+        body = parse(DetokenizeRequest, await request.read())
+        self._check_model(body.model)
+        return _json({"prompt": tokens.decode(body.tokens)})
+
+    # Completions
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        body = parse(ChatRequest, await request.read())
+        self._check_model(body.model)
+        pieces = body.pieces()
+        tool = body.forced_tool()
+        wish = self._wish(body, len(pieces))
+        if tool is not None:
+            arguments = _instance(tool.parameters or {"type": "object"}, "tools")
+            wish = replace(wish, tool=tool.name, json_text=json_text(arguments))
+        if (body.model or self._settings.models[0]).endswith(REASONING_SUFFIX):
+            wish = replace(wish, reasoning=True)
+        answers = self._answers(body, wish, "".join(pieces))
+        shapes = ChatShapes(
+            self._head(request, body, "chatcmpl", len(pieces)),
+            answers,
+            [f"chatcmpl-tool-{uuid4().hex[:16]}" for _ in answers],
+            forced_any_tool=body.tool_choice == "required",
+        )
+        plans = [_plan(len(pieces), answer, wish.room) for answer in answers]
+        return await self._serve(request, _job(body, shapes, answers, plans))
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        body = parse(CompletionRequest, await request.read())
+        self._check_model(body.model)
+        prompts = body.prompts()
+        counts = [len(tokens.split(prompt)) for prompt in prompts]
+        wishes = [self._wish(body, count) for count in counts]
+        answers = list(
+            chain.from_iterable(
+                self._answers(body, wish, prompt) for wish, prompt in zip(wishes, prompts, strict=True)
+            )
+        )
+        by_choice = [position for position in range(len(prompts)) for _ in range(body.n)]
+        shapes = CompletionShapes(
+            self._head(request, body, "cmpl", sum(counts)),
+            answers,
+            [counts[position] for position in by_choice],
+            [prompts[position] if body.echo else "" for position in by_choice],
+        )
+        plans = [
+            _plan(counts[position], answer, wishes[position].room)
+            for position, answer in zip(by_choice, answers, strict=True)
+        ]
+        return await self._serve(request, _job(body, shapes, answers, plans))
+
+    def _wish(self, body: ChatRequest | CompletionRequest, prompt_tokens: int) -> Wish:
+        longest = self._settings.max_model_len
+        body.check_values(body.limit, longest)
+        if body.n > MOST_CHOICES:
+            raise bad_value("n", body.n, f"n must be at most {MOST_CHOICES}, got {body.n}.")
+        beginning = f"This model's maximum context length is {longest} tokens. However, "
+        if prompt_tokens >= longest:
+            counted = min(prompt_tokens, longest + 1)  # vLLM stops counting there
+            message = (
+                f"{beginning}your prompt contains at least {counted} input tokens, which exceeds this limit "
+                "even without any output tokens. Please reduce the length of the input prompt."
+            )
+            raise bad_value("input_tokens", counted, message)
+        if body.limit is not None and prompt_tokens + body.limit > longest:
+            message = (
+                f"{beginning}you requested {body.limit} output tokens and your prompt contains at least "
+                f"{prompt_tokens} input tokens, for a total of at least {prompt_tokens + body.limit} tokens. "
+                "Please reduce the length of the input prompt or the number of requested output tokens."
+            )
+            raise bad_value("input_tokens", prompt_tokens, message)
+        text = None
+        if body.response_format is not None and body.response_format.type != "text":
+            described = body.response_format.json_schema
+            schema = described.schema_ if described is not None else None
+            text = json_text(_instance(schema or {"type": "object"}, "response_format"))
+        return Wish(
+            room=body.limit or longest - prompt_tokens,
+            least=body.min_tokens,
+            ignore_eos=body.ignore_eos,
+            stop=body.stops(),
+            keep_stop=body.include_stop_str_in_output,
+            json_text=text,
+        )
+
+    def _answers(self, body: ChatRequest | CompletionRequest, wish: Wish, prompt: str) -> list[Answer]:
+        seed = f"{self._settings.seed}/{body.seed}/{zlib.crc32(prompt.encode())}"
+        return [compose(wish, f"{seed}/{index}") for index in range(body.n)]
+
+    def _head(
+        self, request: web.Request, body: ChatRequest | CompletionRequest, kind: str, prompt_tokens: int
+    ) -> Head:
+        name = request.headers.get("X-Request-Id") or body.request_id or uuid4().hex[:16]
+        options = body.stream_options
+        return Head(
+            id=f"{kind}-{name}",
+            created=int(time.time()),
+            model=self._settings.models[0],
+            fingerprint=self._fingerprint,
+            prompt_tokens=prompt_tokens,
+            include_usage=bool(options and options.include_usage),
+            continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
+        )
+
+    async def _serve(self, request: web.Request, job: _Job) -> web.StreamResponse:
+        fault = self._draw_fault()
+        if fault == "error":
+            raise RequestError(500, "InternalServerError", "The emulator was told to fail.", None)
+        breaks_after = sum(plan.output_tokens for plan in job.plans) // 2 if fault else None
+        self._in_flight += 1
+        try:
+            if job.stream:
+                return await self._stream(request, job, breaks_after)
+            return await self._whole(request, job, breaks_after)
+        finally:
+            self._in_flight -= 1
+
+    async def _whole(self, request: web.Request, job: _Job, breaks_after: int | None) -> web.StreamResponse:
+        generation = self._engine.submit(job.plans)
+        done = 0
+        try:
+            async for step in generation:
+                done += sum(new for _, new in step)
+                if breaks_after is not None and done >= breaks_after:
+                    await self._break(request)
+        finally:
+            self._engine.cancel(generation)
+        return web.Response(body=job.shapes.body(), content_type="application/json")
+
+    async def _stream(self, request: web.Request, job: _Job, breaks_after: int | None) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        generation = self._engine.submit(job.plans)
+        try:
+            await response.prepare(request)
+            total = sum(plan.output_tokens for plan in job.plans)
+            done = [0] * len(job.plans)
+            left = total
+            async for step in generation:
+                if left == total:
+                    for event in job.shapes.first():
+                        await response.write(event)
+                for index, new in step:
+                    left -= new
+                    for event in job.shapes.step(index, done[index], new, last=left == 0):
+                        await response.write(event)
+                    done[index] += new
+                if breaks_after is not None and total - left >= breaks_after:
+                    await self._break(request)
+            if job.usage:
+                await response.write(job.shapes.usage_event(total))
+            await response.write(DONE)
+            await response.write_eof()
+        except ConnectionError:
+            pass  # the client left while we wrote
+        finally:
+            self._engine.cancel(generation)
+        return response
+
+    def _draw_fault(self) -> str | None:
+        return self._settings.fault if self._faults.random() < self._settings.fail_rate else None
+
+    async def _break(self, request: web.Request) -> None:
+        """Do what the fault asks for; ends when the connection does."""
+        if self._settings.fault == "reset" and request.transport is not None:
+            request.transport.abort()
+        await asyncio.Event().wait()
+
+
+def _plan(prompt_tokens: int, answer: Answer, room: int) -> SequencePlan:
+    return SequencePlan(prompt_tokens, len(answer.tokens), room, answer.finish_reason)
+
+
+def _job(
+    body: ChatRequest | CompletionRequest,
+    shapes: Shapes,
+    answers: Sequence[Answer],
+    plans: list[SequencePlan],
+) -> _Job:
+    usage = bool(body.stream_options and body.stream_options.include_usage)
+    return _Job(shapes, answers, plans, bool(body.stream), usage)
+
+
+def _instance(schema: Schema, param: str) -> object:
+    try:
+        return minimal_instance(schema)
+    except UnsupportedSchemaError as error:
+        message = f"The JSON schema cannot be honoured: {error}."
+        raise RequestError(400, "BadRequestError", message, param) from error
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=orjson.dumps(value), content_type="application/json")
+
+
+async def _set_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "tidegate-emulator"
+    response.headers["Vary"] = "Origin"

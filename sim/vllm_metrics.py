@@ -1,0 +1,156 @@
+"""The metrics page of a vLLM 0.32: the series that routers and dashboards read, under vLLM's names and labels.
+
+As in vLLM, figures are per sequence: a request with `n = 2` counts its prompt twice, finishes twice, and shows
+as two running. Sequences that a client abandoned count their tokens and never finish: vLLM 0.32 leaves
+`finished_reason="abort"` at zero, so it stays there. Times are those of the clock on the wall, whatever the
+speed of the emulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
+
+from sim.fixed_rate import BLOCK_TOKENS
+from sim.generation import EngineFigures, TokenSequence
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_1_0_0
+
+_TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_TOKEN_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_REQUEST_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+
+
+def _length_buckets(longest: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50 ... up to a length in tokens."""
+    steps = (digit * 10**exponent for exponent in range(12) for digit in (1, 2, 5))
+    return [step for step in steps if step <= longest]
+
+
+class VllmMetrics:
+    """Implements `sim.generation.Observer`; `page` renders what it has seen."""
+
+    def __init__(self, model: str, kv_tokens: int, max_model_len: int) -> None:
+        """`model`: the first served name; `kv_tokens`: size of the KV cache."""
+        self._registry = CollectorRegistry()
+        self._labels = {"model_name": model, "engine": "0"}
+        self._prompt_tokens = self._counter("prompt_tokens", "Number of prefill tokens processed.")
+        self._generation_tokens = self._counter("generation_tokens", "Number of generation tokens processed.")
+        self._counter("prompt_tokens_cached", "Number of prompt tokens found in the cache.")
+        self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self._counter("prefix_cache_hits", "Tokens found in the prefix cache.")
+        self._counter("num_preemptions", "Number of preemptions.")
+        success = Counter(
+            "vllm:request_success",
+            "Count of successfully processed requests.",
+            [*self._labels, "finished_reason"],
+            registry=self._registry,
+        )
+        self._success = {
+            reason: success.labels(**self._labels, finished_reason=reason)
+            for reason in ("stop", "length", "abort", "error", "repetition")
+        }
+        self._ttft = self._histogram("time_to_first_token_seconds", _TTFT_BUCKETS)
+        self._inter_token = self._histogram("inter_token_latency_seconds", _TOKEN_BUCKETS)
+        self._per_token = self._histogram("request_time_per_output_token_seconds", _TOKEN_BUCKETS)
+        self._latency = self._histogram("e2e_request_latency_seconds", _REQUEST_BUCKETS)
+        self._queue_time = self._histogram("request_queue_time_seconds", _REQUEST_BUCKETS)
+        self._inference_time = self._histogram("request_inference_time_seconds", _REQUEST_BUCKETS)
+        self._prefill_time = self._histogram("request_prefill_time_seconds", _REQUEST_BUCKETS)
+        self._decode_time = self._histogram("request_decode_time_seconds", _REQUEST_BUCKETS)
+        lengths = _length_buckets(max_model_len)
+        self._prompt_length = self._histogram("request_prompt_tokens", lengths)
+        self._generation_length = self._histogram("request_generation_tokens", lengths)
+        self._max_tokens = self._histogram("request_params_max_tokens", lengths)
+        self._cache_info(kv_tokens, max_model_len)
+
+    def watch(self, figures: Callable[[], EngineFigures]) -> None:
+        """Read the gauges from an engine at every scrape."""
+        self._gauge("num_requests_running", lambda: figures().running)
+        self._gauge("num_requests_waiting", lambda: figures().waiting)
+        self._gauge("kv_cache_usage_perc", lambda: figures().kv_use)
+        reasons = Gauge(
+            "vllm:num_requests_waiting_by_reason",
+            "Number of waiting requests by reason.",
+            [*self._labels, "reason"],
+            registry=self._registry,
+        )
+        reasons.labels(**self._labels, reason="capacity").set_function(lambda: figures().waiting)
+        reasons.labels(**self._labels, reason="deferred").set(0)
+
+    def page(self) -> bytes:
+        """Prometheus text exposition."""
+        return generate_latest(self._registry)
+
+    def started(self, sequence: TokenSequence, now: float) -> None:
+        """It left the queue."""
+        self._queue_time.observe(now - sequence.submitted_at)
+
+    def advanced(self, sequence: TokenSequence, tokens: int, now: float) -> None:
+        """More of its tokens are there; the first ones say that the prompt is processed."""
+        self._generation_tokens.inc(tokens)
+        if sequence.done:
+            self._inter_token.observe(now - sequence.last_token_at)
+            return
+        self._prompt_tokens.inc(sequence.plan.prompt_tokens)
+        self._ttft.observe(now - sequence.submitted_at)
+        self._prefill_time.observe(now - sequence.started_at)
+
+    def finished(self, sequence: TokenSequence) -> None:
+        """All of its tokens are there."""
+        plan = sequence.plan
+        self._success[plan.finished_reason].inc()
+        end, decode = sequence.last_token_at, sequence.last_token_at - sequence.first_token_at
+        self._latency.observe(end - sequence.submitted_at)
+        self._inference_time.observe(end - sequence.started_at)
+        self._decode_time.observe(decode)
+        if plan.output_tokens > 1:
+            self._per_token.observe(decode / (plan.output_tokens - 1))
+        self._prompt_length.observe(plan.prompt_tokens)
+        self._generation_length.observe(plan.output_tokens)
+        self._max_tokens.observe(plan.max_tokens)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"vllm:{name}", text, list(self._labels), registry=self._registry).labels(
+            **self._labels
+        )
+
+    def _histogram(self, name: str, buckets: tuple[float, ...] | list[int]) -> Histogram:
+        text = f"Histogram of {name.replace('_', ' ')}."
+        metric = Histogram(f"vllm:{name}", text, list(self._labels), registry=self._registry, buckets=buckets)
+        return metric.labels(**self._labels)
+
+    def _gauge(self, name: str, value: Callable[[], float]) -> None:
+        text = f"Engine figure {name.replace('_', ' ')}."
+        gauge = Gauge(f"vllm:{name}", text, list(self._labels), registry=self._registry)
+        gauge.labels(**self._labels).set_function(value)
+
+    def _cache_info(self, kv_tokens: int, max_model_len: int) -> None:
+        info = {
+            "engine": "0",
+            "block_size": str(BLOCK_TOKENS),
+            "cache_dtype": "auto",
+            "enable_prefix_caching": "False",
+            "gpu_memory_utilization": "0.92",
+            "kv_cache_max_concurrency": str(kv_tokens / max_model_len),
+            "kv_cache_size_tokens": str(kv_tokens),
+            "num_gpu_blocks": str(kv_tokens // BLOCK_TOKENS),
+        }
+        gauge = Gauge(
+            "vllm:cache_config_info",
+            "Information of the LLMEngine CacheConfig",
+            list(info),
+            registry=self._registry,
+        )
+        gauge.labels(**info).set(1)
