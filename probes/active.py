@@ -1,0 +1,141 @@
+"""Questions over HTTP: is it alive, and what does it serve?
+
+Never a completion: a probe must cost an engine nothing. Each question has its own connection, so that a
+probe finds out whether new connections work and never meets a pooled one that is about to close.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import aiohttp
+import orjson
+
+from probes.base import ModelsSeen, ProbeError, Target, os_reason
+
+HEALTH_LIMIT: Final = 64 * 1024
+MODELS_LIMIT: Final = 1024 * 1024
+"""Longest answers that are read, bytes."""
+
+MODEL_NAME_LIMIT: Final = 512
+"""Characters; longer names are left out."""
+
+NO_HEALTH_ENDPOINT: Final = frozenset({401, 403, 404, 405, 501})
+"""Answers to `GET /health` that say the server has none, or not for us: then its list of models tells."""
+
+
+def new_session() -> aiohttp.ClientSession:
+    """A client for probes: no pool, no common limit (one hanging backend must not use it up), no proxies from
+    the environment, no cookies, no timeouts of its own."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(force_close=True, limit=0),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": "tidegate", "Accept-Encoding": "identity"},
+        auto_decompress=False,
+    )
+
+
+async def fetch(
+    session: aiohttp.ClientSession,
+    target: Target,
+    path: str,
+    limit: int,
+    headers: Mapping[str, str] | None = None,
+) -> bytes:
+    """The body of a 2xx answer, at most `limit` bytes. ProbeError for everything else."""
+    try:
+        async with session.get(
+            target.url.rstrip("/") + path,
+            headers=headers,
+            ssl=target.tls or True,
+            server_hostname=target.server_name,
+            allow_redirects=False,
+        ) as response:
+            if not 200 <= response.status < 300:
+                raise ProbeError(str(response.status), response.status)
+            body = bytearray()
+            async for piece in response.content.iter_any():
+                body += piece
+                if len(body) > limit:
+                    raise ProbeError(f"answer longer than {limit} bytes")
+            return bytes(body)
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise ProbeError(_describe(error)) from error
+
+
+def _describe(error: Exception) -> str:
+    """What went wrong, in words that hold no header and no URL."""
+    match error:
+        case aiohttp.ClientConnectorCertificateError():
+            return f"certificate refused: {error.certificate_error}"
+        case aiohttp.ClientConnectorDNSError():
+            return "name not resolved"
+        case aiohttp.ClientSSLError():
+            return "TLS handshake failed"
+        case aiohttp.ServerDisconnectedError():
+            return "closed without an answer"
+        case aiohttp.ClientPayloadError():
+            return "answer cut short"
+        case aiohttp.ClientResponseError():
+            return "malformed answer"
+        case OSError():
+            return os_reason(error)
+        case _:
+            return type(error).__name__
+
+
+class Health:
+    """`GET /health`: any 2xx is alive. vLLM answers 200 with an empty body, 503 once its engine is dead."""
+
+    asks = "GET /health"
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def __call__(self, target: Target) -> None:
+        await fetch(self._session, target, "/health", HEALTH_LIMIT)
+
+
+class Models:
+    """`GET /v1/models`, with the backend's key."""
+
+    asks = "GET /v1/models"
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def __call__(self, target: Target) -> ModelsSeen:
+        return parse_models(await fetch(self._session, target, "/v1/models", MODELS_LIMIT, target.headers))
+
+
+def parse_models(body: bytes) -> ModelsSeen:
+    """Read OpenAI's list of models with vLLM's additions (`max_model_len`, `parent`).
+
+    Rows that make no sense are left out; ProbeError if the whole is no list of models.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ProbeError("not JSON") from error
+    rows = document.get("data") if isinstance(document, dict) else None
+    if not isinstance(rows, list):
+        raise ProbeError("not a list of models")
+    lengths: dict[str, int] = {}
+    parents: dict[str, str] = {}
+    names: set[str] = set()
+    for row in rows:
+        name = row.get("id") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not 0 < len(name) <= MODEL_NAME_LIMIT:
+            continue
+        names.add(name)
+        length, parent = row.get("max_model_len"), row.get("parent")
+        if type(length) is int and length > 0:
+            lengths[name] = length
+        if isinstance(parent, str) and parent:
+            parents[name] = parent
+    context_tokens = {
+        name: length for name in names if (length := lengths.get(name) or lengths.get(parents.get(name, "")))
+    }
+    return ModelsSeen(frozenset(names), context_tokens, parents)
