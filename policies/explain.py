@@ -45,7 +45,9 @@ def _rule(number: int, rule: Rule, file: PolicyFile) -> Iterator[str]:
     otherwise = "All requests" if len(file.rules) == 1 else "All other requests"
     yield _line(f"{_requests(rule.when, file.utc_offset) or otherwise}.")
     if rule.sites is not None and ANY_SITE not in rule.sites:
-        yield _line(f"They never leave {_sites(rule.sites)}, not even when every backend there is down.")
+        yield _line(
+            f"They never go anywhere but {_sites(rule.sites)}, not even when every backend there is down."
+        )
     if rule.prefer is None:
         yield _line(f"Any backend with a free slot may serve them; {_chosen_by(rule.pick)}.")
     else:

@@ -34,7 +34,7 @@ def errors(file: PolicyFile, matches: Sequence[Match], known: KnownNames | None)
     yield from _order_of_rules(file, matches)
     for index, rule in enumerate(file.rules):
         at: Path = ("rules", index)
-        yield from _tiers(rule, at)
+        yield from _tiers(rule, at, known)
         yield from _picks(rule, at)
         if known is not None:
             yield from _names(rule, at, known)
@@ -109,7 +109,7 @@ def _order_of_rules(file: PolicyFile, matches: Sequence[Match]) -> Iterator[Find
         yield Finding(("rules", last, "when"), message, at_key=True)
 
 
-def _tiers(rule: Rule, at: Path) -> Iterator[Finding]:
+def _tiers(rule: Rule, at: Path, known: KnownNames | None) -> Iterator[Finding]:
     require = selector(rule)
     tiers = [selector(tier) for tier in rule.prefer or ()]
     for place, tier in enumerate(tiers):
@@ -120,7 +120,8 @@ def _tiers(rule: Rule, at: Path) -> Iterator[Finding]:
                 yield Finding(path, message)
                 break
         for number, site in enumerate((rule.prefer or ())[place].site or ()):
-            if require.sites and site not in (ANY_SITE, REMOTE) and not sites_include(require.sites, site):
+            means_site = site not in (ANY_SITE, REMOTE) and (known is None or site in known.all_sites)
+            if means_site and require.sites and not sites_include(require.sites, site):
                 message = f"site '{site}' is not among the rule's sites ({_sites(rule.sites or ())})"
                 yield Finding((*path, "site", number), message)
 

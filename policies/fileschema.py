@@ -216,7 +216,7 @@ class When(FileModel):
     priority: NumberOrRange | None = None
     """The request's priority, higher is more urgent: a number, or bounds."""
     prompt_tokens: NumberOrRange | None = None
-    """Length of the prompt in tokens, estimated from its bytes: a number, or bounds."""
+    """Length of the prompt in tokens, estimated as a quarter of its bytes: a number, or bounds."""
     stream: bool | None = None
     """Whether the answer is streamed."""
     labels: Mapping[Name, Name] | None = None
@@ -248,23 +248,21 @@ PickOrName = Annotated[Pick, BeforeValidator(_as_pick)]
 
 
 class Spill(FileModel):
-    """When requests start to flow from a tier to the next, and when they stop to.
+    """When a tier begins and ends to spill; while it spills it still takes what it has a free slot for.
 
     Saturation is 0 for an empty tier, 1 for a full one, above 1 when its engines queue.
     """
 
     enter: Saturation
-    """Saturation above which new requests may go to the next tier."""
+    """Saturation from which on it spills. Above 1, it takes requests without a free slot until then."""
     leave: Saturation
-    """Saturation below which they stay again. At most `enter`; the distance keeps it from flapping."""
+    """Saturation below which it no longer does. Below `enter`; the distance keeps it from flapping."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Spill:
-        if self.leave > self.enter:
-            raise BadValueError(
-                f"leave ({self.leave:g}) must not be above enter ({self.enter:g})",
-                at=("leave",),
-            )
+        if self.leave >= self.enter:
+            message = f"leave ({self.leave:g}) must be below enter ({self.enter:g}), or spill would flap"
+            raise BadValueError(message, at=("leave",))
         return self
 
 
@@ -278,7 +276,7 @@ class Tier(FileModel):
     labels: Mapping[Name, Name] | None = None
     """Labels the backends must carry, each with this value."""
     spill: Spill | None = None
-    """When requests flow to the next tier. Without it: when no backend of the tier has a free slot."""
+    """When the tier begins and ends to spill. Without it, it takes a request when it has a free slot."""
     pick: PickOrName | None = None
     """Policy that chooses in this tier, instead of the rule's."""
 
@@ -302,7 +300,7 @@ class Rule(FileModel):
     """What happens to the requests that it matches. The first rule that matches applies."""
 
     name: Name
-    """Shown in logs, in `x-tidegate-reason` and by `tidegate explain`. Unique."""
+    """Shown in logs and by `tidegate explain`. Unique."""
     when: When | None = None
     """Which requests. Without it: all."""
     sites: Names | None = None

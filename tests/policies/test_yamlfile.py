@@ -276,8 +276,8 @@ def test_problems_beyond_the_schema_point_at_the_deepest_part_that_is_there() ->
     document = parse_yaml("a:\n  - {b: 1}\n", "c.yaml")
     assert document.problem(("a", 0, "b"), "m") == Problem(2, 9, "a[0].b", "m")
     assert document.problem(("a", 0, "b"), "m", at_key=True) == Problem(2, 6, "a[0].b", "m")
-    assert document.problem(("a", 0, "c", 3), "m", "s") == Problem(2, 5, "a[0].c[3]", "m", "s")
-    assert document.problem(("a", 7), "m") == Problem(2, 3, "a[7]", "m")
+    assert document.problem(("a", 0, "c", 3), "m", "s") == Problem(2, 5, "a[0].c", "m", "s")
+    assert document.problem(("a", 0, "b", 0), "m") == Problem(2, 9, "a[0].b", "m")
     assert document.problem((), "m") == Problem(1, 1, "", "m")
 
 

@@ -1,0 +1,88 @@
+"""docs/policies.md is complete and true."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+import policies
+from policies.explain import explain_policy
+from policies.files import library_names, read_policy
+from policies.fileschema import PolicyFile, Queue, Rule, Tier, When
+from policies.yamlfile import FileProblems
+
+PAGE = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+
+
+def section(start: str) -> str:
+    """The table that follows a sentence."""
+    return PAGE.partition(start)[2].partition("|\n\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("start", "model"),
+    [
+        ("At the top of the file:", PolicyFile),
+        ("In a rule:", Rule),
+        ("In `when`, everything", When),
+        ("In a tier of `prefer`", Tier),
+        ("In `queue`:", Queue),
+    ],
+)
+def test_every_key_has_its_row_and_no_other_has_one(start: str, model: type[BaseModel]) -> None:
+    assert set(re.findall(r"^\| `(\w+)` \|", section(start), re.M)) == set(model.model_fields)
+
+
+def test_every_policy_is_described_as_its_class_describes_itself() -> None:
+    rows = []
+    for name in policies.POLICIES:
+        what = policies.summary(name).rstrip(".:")
+        takes = [
+            f"`{parameter.name}` ({parameter.type}{_default(parameter.default)}): {parameter.doc}"
+            for parameter in policies.parameters(name)
+        ]
+        rows.append(f"| `{name}` | {what}. | {'<br>'.join(takes)} |")
+    assert section("| policy | chooses | parameters |\n|---|---|---|\n") + "|" == "\n".join(rows)
+
+
+def _default(value: object) -> str:
+    if value is policies.REQUIRED:
+        return ", required"
+    written = str(value).lower() if isinstance(value, bool) else str(value)
+    return f", default {written}" if value is not None and not isinstance(value, Mapping) else ""
+
+
+def test_every_library_file_is_listed() -> None:
+    listed = re.findall(r"^\| `([\w-]+)` \|", section("| library | what it does |"), re.M)
+    assert sorted(listed) == library_names()
+
+
+def test_its_example_compiles_and_is_read_back_like_that() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+    assert f"```text\n{explain_policy(read_policy(example, 'my-policy.yaml'))}```" in PAGE
+
+
+def test_the_mistakes_it_shows_are_told_like_that() -> None:
+    mistaken = """\
+rules:
+  - name: classified stays home
+    when: {data_clas: [restricted]}
+  - name: everything else
+    prefer:
+      - site: local
+        spill: {enter: 85%, leave: 90%}
+"""
+    with pytest.raises(FileProblems) as caught:
+        read_policy(mistaken, "my-policy.yaml")
+    assert f"$ tidegate check my-policy.yaml\n{caught.value}\n```" in PAGE
+
+
+def test_every_key_is_described_for_editors() -> None:
+    schema = PolicyFile.model_json_schema()
+    for model in [schema, *schema["$defs"].values()]:
+        for name, field in model["properties"].items():
+            assert field.get("description"), f"{model['title']}.{name}"
