@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from operator import attrgetter
 from typing import Any, TypeAlias
 
@@ -148,15 +149,56 @@ FIELDS = tuple(field.name for field in fields(Row))
 Values: TypeAlias = tuple[Any, ...]
 """`COLUMNS`, then the detail as JSON text: the parameters of one SQL row."""
 
+MOST_TOKENS = 2**31 - 1
+MOST_NANO = 2**50
+"""Bounds of one row. A backend that reports more is lying, and must not make the sums overflow 64 bits."""
+
+_TOKENS = tuple(name for name in COLUMNS if name.endswith("_tokens"))
+
 _head: Callable[[Row], tuple[str, str]] = attrgetter(*COLUMNS[:2])
 _columns: Callable[[Row], tuple[Any, ...]] = attrgetter(*COLUMNS[3:])
 _detail: Callable[[Row], tuple[Any, ...]] = attrgetter(*DETAIL)
 
 
 def to_values(row: Row) -> Values:
-    """Flatten a row. Raises TypeError when a field holds what JSON cannot."""
-    detail = orjson.dumps(_detail(row), option=orjson.OPT_SERIALIZE_NUMPY).decode()
+    """Flatten a row. What does not fit (numbers out of bounds, foreign types) is made to fit, never refused."""
+    try:
+        # One test for five bounds: a negative number keeps its sign when shifted.
+        tokens = row.prompt_tokens | row.cached_tokens | row.completion_tokens
+        overhead = row.overhead_prompt_tokens | row.overhead_completion_tokens
+        if not (tokens | overhead) >> 31 and not row.cost_nano >> 50:
+            return _flatten(row)
+    except TypeError:
+        pass
+    return _flatten(_repaired(row))
+
+
+def plain(value: Any) -> Any:
+    """The nearest value that JSON and SQL have: 64-bit integers, floats, valid Unicode, lists."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return max(-(2**63), min(int(value), 2**63 - 1))
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return plain(str(value))
+
+
+def _flatten(row: Row) -> Values:
+    detail = orjson.dumps(_detail(row)).decode()
     return (*_head(row), round(row.arrived * 1e6), *_columns(row), detail)
+
+
+def _repaired(row: Row) -> Row:
+    copy = Row(**{name: plain(getattr(row, name)) for name in FIELDS})
+    for name in _TOKENS:
+        setattr(copy, name, max(0, min(getattr(copy, name), MOST_TOKENS)))
+    copy.cost_nano = max(0, min(copy.cost_nano, MOST_NANO))
+    return copy
 
 
 def from_values(values: Sequence[Any]) -> Row:

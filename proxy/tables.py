@@ -6,10 +6,13 @@ the name says otherwise; money is integer nano-units.
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     JSON,
     BigInteger,
     Column,
+    ColumnElement,
     Float,
     Index,
     Integer,
@@ -18,7 +21,13 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    and_,
+    case,
+    cast,
+    func,
 )
+
+from proxy.records import CLIENT_GONE, OK
 
 metadata = MetaData()
 
@@ -77,6 +86,42 @@ usage_hourly = Table(
 )
 """Sums of `ledger` by hour of arrival (`hour`: Unix seconds at which it begins), added to in the transaction
 that inserts the rows. `model` is the served one: what a client may invent never becomes a group."""
+
+HOUR_US = 3_600_000_000
+
+HOURLY_GROUPS: dict[str, ColumnElement[Any]] = {
+    "hour": ledger.c.arrived_us // HOUR_US * 3600,
+    "tenant": ledger.c.tenant,
+    "key_id": ledger.c.key_id,
+    "model": ledger.c.served_model,
+    "backend": ledger.c.backend,
+    "site": ledger.c.site,
+    "currency": ledger.c.currency,
+}
+"""Key columns of `usage_hourly`, as expressions over `ledger`."""
+
+
+def _total(amount: ColumnElement[Any]) -> ColumnElement[Any]:
+    return cast(func.sum(amount), BigInteger)  # PostgreSQL sums bigint to numeric
+
+
+HOURLY_SUMS: dict[str, ColumnElement[Any]] = {
+    "requests": func.count(),
+    "errors": _total(case((ledger.c.outcome.in_((OK, CLIENT_GONE)), 0), else_=1)),
+    "unpriced": _total(
+        case(
+            (and_(ledger.c.currency == "", ledger.c.prompt_tokens + ledger.c.completion_tokens > 0), 1),
+            else_=0,
+        )
+    ),
+    "prompt_tokens": _total(ledger.c.prompt_tokens),
+    "cached_tokens": _total(ledger.c.cached_tokens),
+    "completion_tokens": _total(ledger.c.completion_tokens),
+    "overhead_prompt_tokens": _total(ledger.c.overhead_prompt_tokens),
+    "overhead_completion_tokens": _total(ledger.c.overhead_completion_tokens),
+    "cost_nano": _total(ledger.c.cost_nano),
+}
+"""The other columns of `usage_hourly`, as sums over a group of `ledger`."""
 
 keys = Table(
     "keys",

@@ -1,0 +1,162 @@
+"""The admin port: health, metrics, state and explanations, by aiohttp."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import orjson
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import generate_latest
+
+from proxy.observe import Metrics
+from proxy.runtime import Runtime
+
+_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def admin_app(runtime: Runtime, started: float) -> web.Application:
+    """The application; `started` is the monotonic time of the start."""
+    registry = CollectorRegistry()
+    registry.register(Metrics(runtime))
+
+    async def healthz(_: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def readyz(_: web.Request) -> web.Response:
+        reason = unready(runtime)
+        status = 503 if reason else 200
+        return web.json_response(
+            {"status": "unready" if reason else "ready", "reason": reason}, status=status
+        )
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": _CONTENT_TYPE})
+
+    async def show_state(_: web.Request) -> web.Response:
+        return _json(state(runtime, started))
+
+    async def explain(request: web.Request) -> web.Response:
+        record = runtime.observer.find(request.match_info["id"])
+        if record is None:
+            message = (
+                f"no request {request.match_info['id']!r} among the last {runtime.observer.recent.maxlen}"
+            )
+            return _json({"error": {"message": message}}, 404)
+        return _json(record.explain())
+
+    app = web.Application()
+    app.add_routes(
+        [
+            web.get("/healthz", healthz),
+            web.get("/readyz", readyz),
+            web.get("/metrics", metrics),
+            web.get("/state", show_state),
+            web.get("/explain/{id}", explain),
+        ]
+    )
+    return app
+
+
+def unready(runtime: Runtime) -> str:
+    """Why no request should be sent here now; empty: it may."""
+    if runtime.draining:
+        return "shutting down"
+    if runtime.journal.failed:
+        return f"usage cannot be recorded: {runtime.journal.failed}"
+    if not any(backend.available for backend in runtime.fleet):
+        return "no backend is available"
+    return ""
+
+
+def state(runtime: Runtime, started: float) -> dict[str, Any]:
+    """The figures of this moment, as `GET /state` shows them."""
+    now = runtime.now()
+    observer = runtime.observer
+    totals: dict[str, list[int]] = {}
+    for (name, _), series in observer.series.items():
+        sums = totals.setdefault(name, [0, 0, 0, 0])
+        for index, value in enumerate((series.prompt, series.cached, series.completion, series.cost_nano)):
+            sums[index] += value
+    probes = runtime.probes()
+    backends = []
+    for backend in runtime.fleet:
+        prompt, cached, completion, cost = totals.get(backend.name, (0, 0, 0, 0))
+        age = now - backend.sampled_at
+        backends.append(
+            {
+                "name": backend.name,
+                "site": backend.site,
+                "url": runtime.endpoints[backend.name].url,
+                "available": backend.available,
+                "probed_up": backend.probed_up,
+                "breaker": backend.breaker.state(now),
+                "draining": backend.draining,
+                "in_flight": backend.in_flight,
+                "in_flight_tokens": backend.in_flight_tokens,
+                "slots": backend.slots,
+                "saturation": round(backend.saturation(now), 4),
+                "ttft_s": backend.ttft_s,
+                "tpot_s": backend.tpot_s,
+                "rtt_s": backend.rtt_s,
+                "running": backend.running,
+                "waiting": backend.waiting,
+                "kv_use": backend.kv_use,
+                "engine_age_s": age if math.isfinite(age) else None,
+                "ok": backend.ok,
+                "failed": backend.failed,
+                "ignored": backend.ignored,
+                "spilled": observer.spilled.get(backend.name, 0),
+                "prompt_tokens": prompt,
+                "cached_tokens": cached,
+                "completion_tokens": completion,
+                "cost": cost / 1e9,
+                "models": sorted(backend.models),
+                "probe": probes.get(backend.name),
+            }
+        )
+    return {
+        "uptime_s": now - started,
+        "ready": not unready(runtime),
+        "unready_reason": unready(runtime),
+        "policy": {"name": runtime.built.policy.name, "hash": runtime.built.policy.text_hash},
+        "backends": backends,
+        "queue": {
+            "waiting": runtime.valve.queued,
+            "oldest_s": runtime.valve.oldest_age(now),
+            "by_tenant": runtime.valve.queued_by_tenant(),
+        },
+        "spill": spills(runtime),
+        "requests": observer.totals(),
+        "errors": dict(observer.refusals),
+        "tokens": {
+            "prompt": sum(sums[0] for sums in totals.values()),
+            "cached": sum(sums[1] for sums in totals.values()),
+            "completion": sum(sums[2] for sums in totals.values()),
+        },
+        "currency": runtime.prices.currency,
+        "ledger": {"lag_rows": runtime.ledger.lag, "failed": runtime.ledger.failed or runtime.journal.failed},
+        "connections": {"clients": len(runtime.clients), "open_exchanges": len(runtime.exchanges)},
+    }
+
+
+def spills(runtime: Runtime) -> list[dict[str, Any]]:
+    """The tiers with spill thresholds, and whether each stands open."""
+    now = runtime.now()
+    return [
+        {
+            "rule": flag.rule,
+            "tier": flag.tier,
+            "backends": sorted(flag.backends),
+            "open": flag.open,
+            "openings": flag.openings,
+            "saturation": flag.saturation if math.isfinite(flag.saturation) else None,
+            "moved_s_ago": now - flag.moved_at if math.isfinite(flag.moved_at) else None,
+        }
+        for flag in runtime.valve.rules.spills
+    ]
+
+
+def _json(value: Any, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")

@@ -1,0 +1,55 @@
+"""Answers of our own, as bytes."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from proxy.errors import REASON_PHRASES, RequestError, error_body
+
+
+def answer(
+    status: int,
+    body: bytes,
+    *,
+    fields: bytes = b"",
+    keep_alive: bool = True,
+    version: int = 1,
+    without_body: bool = False,
+) -> bytes:
+    """A whole JSON answer. `fields`: further field lines; `without_body`: the request was HEAD."""
+    connection = b""
+    if not keep_alive:
+        connection = b"connection: close\r\n"
+    elif version == 0:
+        connection = b"connection: keep-alive\r\n"
+    return b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b%b\r\n%b" % (
+        status,
+        REASON_PHRASES[status].encode("ascii"),
+        len(body),
+        fields,
+        connection,
+        b"" if without_body else body,
+    )
+
+
+def error_answer(
+    error: RequestError,
+    *,
+    fields: bytes = b"",
+    keep_alive: bool = True,
+    version: int = 1,
+    without_body: bool = False,
+) -> bytes:
+    """The answer to a request that is refused."""
+    if error.retry_after_s is not None:
+        fields += b"retry-after: %d\r\n" % max(1, ceil(error.retry_after_s))
+    if error.status == 401:
+        fields += b"www-authenticate: Bearer\r\n"
+    return answer(
+        error.status,
+        error_body(error.code, error.message, error.param),
+        fields=fields,
+        keep_alive=keep_alive,
+        version=version,
+        without_body=without_body,
+    )

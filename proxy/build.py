@@ -1,0 +1,194 @@
+"""From a configuration to the objects that run: backends, endpoints, probe targets, prices, rules."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from policies.files import CompiledPolicy, KnownNames, library_policy, read_policy
+from policies.state import Backend
+from policies.units import BadValueError
+from policies.yamlfile import FileProblems
+from probes.base import Target, Timing
+from proxy.config import BackendConfig, Config, SiteConfig, Tls, backend_key, is_policy_file
+from proxy.config import Price as PriceConfig
+from proxy.prices import Price, Prices
+from proxy.upstream import Endpoint
+
+DEFAULT_SLOTS = 32
+"""Until the engine has said how much it can do."""
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message says what is wrong, for the person who wrote it."""
+
+
+@dataclass(slots=True)
+class Built:
+    """What one configuration amounts to. A reload builds it anew and swaps it in whole."""
+
+    config: Config
+    backends: list[Backend]
+    endpoints: dict[str, Endpoint]
+    targets: list[Target]
+    prices: Prices
+    policy: CompiledPolicy
+
+
+def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Built | None = None) -> Built:
+    """Make everything, or raise ConfigError and leave all as it was.
+
+    With `before`, a backend at the same address keeps its counts, averages and connections.
+    """
+    try:
+        backends, endpoints, targets, changes = [], {}, [], []
+        for section in config.backends:
+            site = config.sites.get(section.site) or SiteConfig()
+            key = backend_key(section)
+            tls = _tls(section.tls) if section.url.startswith("https:") else None
+            fresh = _backend(section, site)
+            old = _same_place(section, before)
+            if old is None:
+                backends.append(fresh)
+            else:
+                backends.append(old)
+                changes.append((old, fresh))
+            endpoints[section.name] = _endpoint(section, key, tls, config, loop)
+            targets.append(_target(section, key, tls))
+        prices = _prices(config)
+        policy = load_policy(config, backends, seed)
+    except (BadValueError, ValueError, OSError, FileProblems) as error:
+        raise ConfigError(str(error)) from None
+    for old, fresh in changes:
+        _update(old, fresh)
+    return Built(config, backends, endpoints, targets, prices, policy)
+
+
+def make_backends(config: Config) -> list[Backend]:
+    """The backends as configured, nothing measured yet."""
+    return [_backend(section, config.sites.get(section.site) or SiteConfig()) for section in config.backends]
+
+
+def load_policy(config: Config, backends: list[Backend], seed: int) -> CompiledPolicy:
+    """The policy file that the configuration names. Raises FileProblems, ValueError or OSError."""
+    if is_policy_file(config.policy):
+        text = Path(config.policy).read_text(encoding="utf-8")
+    else:
+        text = library_policy(config.policy)
+    known = KnownNames(backends, frozenset(config.sites))
+    return read_policy(text, config.policy, known, seed)
+
+
+def timing(config: Config) -> Timing:
+    """The probes' clockwork."""
+    probing = config.probing
+    return Timing(
+        interval_s=probing.interval,
+        retry_s=min(1.0, probing.interval),
+        timeout_s=probing.timeout,
+        up=probing.up,
+        down=probing.down,
+    )
+
+
+def _backend(section: BackendConfig, site: SiteConfig) -> Backend:
+    data_classes = site.data_classes
+    if data_classes is None and section.site != "local":
+        data_classes = ["public"]
+    price = section.price
+    return Backend(
+        section.name,
+        section.site,
+        section.slots or DEFAULT_SLOTS,
+        section.weight,
+        frozenset() if section.models == "auto" else frozenset(section.models),
+        {**site.labels, **section.labels},
+        site.operator,
+        site.location,
+        None if data_classes is None else frozenset(data_classes),
+        bandwidth=float(section.bandwidth or 125_000_000),
+        price_input=float(price.input) if price else None,
+        price_output=float(price.output) if price else None,
+        carbon_gco2_kwh=site.carbon_gco2_kwh,
+    )
+
+
+def _update(old: Backend, fresh: Backend) -> None:
+    """Take over what the configuration says; what was measured and counted stays."""
+    for name in (
+        "site",
+        "weight",
+        "labels",
+        "operator",
+        "location",
+        "data_classes",
+        "bandwidth",
+        "price_input",
+        "price_output",
+        "carbon_gco2_kwh",
+    ):
+        setattr(old, name, getattr(fresh, name))
+
+
+def _same_place(section: BackendConfig, before: Built | None) -> Backend | None:
+    if before is None:
+        return None
+    for old_section, backend in zip(before.config.backends, before.backends, strict=True):
+        if (old_section.name, old_section.url) == (section.name, section.url):
+            if section.slots is not None:
+                backend.slots = section.slots
+            if section.models != "auto":
+                backend.models = frozenset(section.models)
+            return backend
+    return None
+
+
+def _endpoint(
+    section: BackendConfig,
+    key: str | None,
+    tls: ssl.SSLContext | None,
+    config: Config,
+    loop: asyncio.AbstractEventLoop,
+) -> Endpoint:
+    is_vllm = section.engine == "vllm"
+    return Endpoint(
+        section.name,
+        section.url,
+        loop,
+        key=key,
+        idle_s=config.timeouts.backend_idle,
+        tls=tls,
+        server_name=section.tls.server_name,
+        continuous_usage=is_vllm,
+        cache_salt=is_vllm,
+    )
+
+
+def _target(section: BackendConfig, key: str | None, tls: ssl.SSLContext | None) -> Target:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    models = None if section.models == "auto" else frozenset(section.models)
+    return Target(section.name, section.url, models, section.slots, headers, tls, section.tls.server_name)
+
+
+def _tls(section: Tls) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=section.ca_file)
+    if section.certificate is not None and section.key is not None:
+        context.load_cert_chain(section.certificate, section.key)
+    return context
+
+
+def _prices(config: Config) -> Prices:
+    prices: dict[str, dict[str, Price]] = {}
+    for section in config.backends:
+        by_model = {model: _price(price) for model, price in section.prices.items()}
+        if section.price is not None:
+            by_model["*"] = _price(section.price)
+        if by_model:
+            prices[section.name] = by_model
+    return Prices(prices, config.ledger_currency)
+
+
+def _price(price: PriceConfig) -> Price:
+    return Price.parse(price.input, price.output, price.currency, price.cached_input)

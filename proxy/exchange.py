@@ -1,0 +1,816 @@
+"""One request's life, from its last byte to its ledger row.
+
+    RECEIVED ──> HELD ──> CONNECTING ──> SENT ──> RELAYING ──> ENDED
+        │          │          ^ │          │ │                   ^
+        └──────────┴──────────┘ └──────────┘ └── retry, refuse ──┘
+
+`MOVES` below is the whole table; a move that is not in it is a bug and raises. Until the first data event of an
+answer its head is withheld (vLLM says 200 before it has begun to work), so up to there a failed attempt can go
+to another backend and the client sees nothing of it. After it, nothing can be taken back: a stream that cannot
+go on ends in one error event, any other answer in an aborted connection, and never in something that looks
+complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from policies.base import Hold, Outcome, Reject, RequestFacts, Send
+from policies.routing import Routing
+from policies.state import Lease
+from probes.passive import AttemptError, backoff_s, outcome_of
+from proxy import records
+from proxy.access.keys import Key
+from proxy.access.limits import Refusal, Reservation
+from proxy.answers import error_answer
+from proxy.errors import RequestError, error_event
+from proxy.http1 import LAST_CHUNK, RequestHead, ResponseHead, chunk
+from proxy.meter import Meter
+from proxy.openai import RequestBody, body_for_backend, read_body
+from proxy.records import Row
+from proxy.sse import EventReader
+from proxy.upstream import BackendConnection, Endpoint
+
+if TYPE_CHECKING:
+    from proxy.runtime import Runtime
+
+WHOLE_ANSWER_BYTES: Final = 1024 * 1024
+"""Answers that are not streams are kept until they are complete, so that a broken one can be tried elsewhere;
+beyond this size they are passed on as they come."""
+
+PREFIX_BLOCK_BYTES: Final = 2048
+PREFIX_BLOCKS: Final = 512
+
+
+class State(Enum):
+    """Where an exchange is."""
+
+    RECEIVED = "received"
+    HELD = "held"
+    """In the valve's queue."""
+    CONNECTING = "connecting"
+    SENT = "sent"
+    """Waiting for the first data of the answer."""
+    RELAYING = "relaying"
+    ENDED = "ended"
+
+
+MOVES: Final[dict[State, frozenset[State]]] = {
+    State.RECEIVED: frozenset({State.HELD, State.CONNECTING, State.SENT, State.ENDED}),
+    State.HELD: frozenset({State.CONNECTING, State.SENT, State.ENDED}),
+    State.CONNECTING: frozenset({State.CONNECTING, State.SENT, State.ENDED}),
+    State.SENT: frozenset({State.CONNECTING, State.SENT, State.RELAYING, State.ENDED}),
+    State.RELAYING: frozenset({State.ENDED}),
+    State.ENDED: frozenset(),
+}
+
+_EVENTS, _WHOLE, _RAW = range(3)
+"""How the answer is passed on: as events, when it is complete, or as it comes."""
+
+_GIVE_UP_CODES: Final = {
+    AttemptError.CONNECT: "backend_unreachable",
+    AttemptError.TLS: "backend_unreachable",
+    AttemptError.RESET: "backend_reset",
+    AttemptError.STALE_CONNECTION: "backend_reset",
+    AttemptError.MALFORMED: "backend_protocol",
+    AttemptError.FIRST_TOKEN_TIMEOUT: "backend_timeout",
+    AttemptError.STALLED: "backend_timeout",
+    AttemptError.ERROR_EVENT: "backend_error",
+    AttemptError.DEADLINE: "backend_timeout",
+}
+
+
+class Client(Protocol):
+    """What an exchange needs of the connection it answers on."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def finished(self, *, keep_alive: bool) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class Exchange:
+    """Glue between one client connection, the valve, one backend connection at a time, meter and journal."""
+
+    def __init__(
+        self, runtime: Runtime, client: Client, head: RequestHead, endpoint: str, key: Key | None, now: float
+    ) -> None:
+        self.runtime = runtime
+        self.client = client
+        self.request = head
+        self.endpoint = endpoint
+        self.key = key
+        self.arrived = now
+        self.state = State.RECEIVED
+        self.row = Row(runtime.operation_ids.mint())
+        self.id = _request_id(head.request_id) or self.row.op
+        self.facts: RequestFacts | None = None
+        self.body_read: RequestBody | None = None
+        self.raw_body: bytes | None = None
+        self.reservation: Reservation | None = None
+        # The present attempt
+        self.routings: list[Routing] = []
+        self.lease: Lease | None = None
+        self.connection: BackendConnection | None = None
+        self.connecting: asyncio.Task[Any] | None = None
+        self.tried: set[str] = set()
+        self.target: Endpoint | None = None
+        self.dispatched = 0.0
+        # Its answer
+        self.reply: ResponseHead | None = None
+        self.mode = _WHOLE
+        self.meter = Meter()
+        self.reader: EventReader | None = None
+        self.parts: list[bytes] = []
+        self.parts_bytes = 0
+        self.last_error: tuple[ResponseHead, bytes] | None = None
+        """A complete error answer, for the client if no other backend does better."""
+        # The client's side
+        self.committed = False
+        self.chunked = head.version == 1
+        self.include_usage = False
+        self.every_event = False
+        self.blocked_since: float | None = None
+        self.alive = False
+        """Data has come since the last sweep."""
+        self.quiet_since = now
+        self.journaled = 0
+        """Completion tokens in the journal."""
+
+    def __repr__(self) -> str:
+        backend = self.lease.backend.name if self.lease else "-"
+        return f"<Exchange {self.id} {self.state.value} {self.endpoint} on {backend}>"
+
+    def _move(self, to: State) -> None:
+        if to not in MOVES[self.state]:
+            raise RuntimeError(f"{self!r} cannot become {to.value}")
+        self.state = to
+
+    # Deciding
+
+    def start(self, body: bytes) -> None:
+        """The request is complete: check it, decide, send, hold or refuse."""
+        try:
+            facts = self._read(body)
+            self._admit(facts)
+        except RequestError as error:
+            self.refuse(error)
+            return
+        runtime = self.runtime
+        runtime.retry_budget.deposit(self.arrived)
+        self._routed(runtime.valve.submit(facts, self.arrived))
+
+    def _read(self, raw: bytes) -> RequestFacts:
+        """Facts from head, key and body, and the ledger row's first half. Raises RequestError."""
+        runtime, head, key, row = self.runtime, self.request, self.key, self.row
+        wall = runtime.wall()
+        row.instance = runtime.instance
+        row.arrived = wall
+        row.endpoint = self.endpoint
+        row.body_bytes = len(raw)
+        data_class, tenant = "public", "default"
+        if key is not None:
+            row.tenant = tenant = key.tenant
+            row.key_id = key.id
+            data_class = key.data_class
+        else:
+            row.tenant = tenant
+        row.data_class = data_class
+        if runtime.journal.failed or runtime.ledger.failed:
+            raise RequestError("ledger_unavailable", "usage cannot be recorded now", retry_after_s=5.0)
+        if self.endpoint == "forward":
+            self.raw_body = raw
+            self.mode = _RAW
+            facts = RequestFacts(
+                row.op, runtime.forward_model, "forward", tenant=tenant, arrived=self.arrived
+            )
+            self.facts = facts
+            return facts
+        if head.content_encoding not in (b"", b"identity"):
+            raise RequestError("unsupported_media_type", "send the body without Content-Encoding")
+        if head.codings:
+            raise RequestError("unsupported_transfer_coding", "only chunked is understood here")
+        body = read_body(self.endpoint, raw, media_urls=runtime.config.media_urls)
+        self.body_read = body
+        row.model = body.model
+        row.stream = body.stream
+        model = runtime.aliases.get(body.model, body.model)
+        row.served_model = model
+        if (
+            key is not None
+            and key.models is not None
+            and not (body.model in key.models or model in key.models)
+        ):
+            raise RequestError(
+                "model_not_allowed", f"this key may not use the model {body.model[:128]!r}", "model"
+            )
+        self.include_usage = body.include_usage
+        self.every_event = body.every_event
+        session = head.session.decode("latin-1")[:256] if head.session else body.session
+        facts = RequestFacts(
+            row.op,
+            model,
+            self.endpoint,
+            tenant=tenant,
+            key_id=row.key_id,
+            data_class=data_class,
+            arrived=self.arrived,
+            wall=wall,
+            deadline=self.arrived + runtime.config.timeouts.total,
+            stream=body.stream,
+            body_bytes=len(raw),
+            prompt_tokens=body.prompt_tokens,
+            max_tokens=body.max_tokens,
+            expected_tokens=body.expected_tokens if self.endpoint in ("chat", "completions") else 0,
+        )
+        if session:
+            facts.session = f"{tenant}\0{session}"
+            row.session = runtime.salted(facts.session.encode("utf-8", "replace"))
+        if key is not None:
+            facts.priority = key.priority
+            facts.labels = key.labels
+        row.max_tokens = facts.max_tokens
+        row.expected_tokens = facts.expected_tokens
+        self.facts = facts
+        return facts
+
+    def _admit(self, facts: RequestFacts) -> None:
+        """Reserve within the key's limits. Raises RequestError."""
+        key = self.key
+        if key is None:
+            return
+        runtime = self.runtime
+        cost = 0
+        if key.budget_nano is not None:
+            cost = runtime.estimate_cost(facts)
+        reservation = runtime.limits.admit(key, facts.tokens, cost, self.arrived, facts.wall)
+        if isinstance(reservation, Refusal):
+            raise RequestError(reservation.code, reservation.message, retry_after_s=reservation.retry_after_s)
+        self.reservation = reservation
+
+    def _routed(self, routing: Routing) -> None:
+        """The valve has decided."""
+        self.routings.append(routing)
+        decision = routing.decision
+        if type(decision) is Send:
+            self._dispatch(routing, decision)
+        elif type(decision) is Hold:
+            self._move(State.HELD)
+            self.runtime.hold(self)
+        else:
+            assert type(decision) is Reject
+            self._rejected(decision)
+
+    def released(self, routing: Routing) -> None:
+        """The valve lets go of a held request."""
+        self.row.queue_s = routing.held_s
+        self._routed(routing)
+
+    def _rejected(self, decision: Reject) -> None:
+        assert self.facts is not None
+        message, param = decision.reason, None
+        if decision.code == "model_not_found":
+            message, param = f"the model {self.row.model[:128]!r} does not exist", "model"
+        self.refuse(RequestError(decision.code, message or decision.code, param, decision.retry_after_s))
+
+    # Sending
+
+    def _dispatch(self, routing: Routing, decision: Send) -> None:
+        runtime, row = self.runtime, self.row
+        lease = routing.lease
+        assert lease is not None
+        self.lease = lease
+        backend = lease.backend
+        self.target = runtime.endpoints[backend.name]
+        row.attempts += 1
+        row.backend = backend.name
+        row.site = backend.site
+        row.rule = routing.rule
+        row.policy = routing.decided_by
+        row.reason = decision.reason
+        row.propensity = decision.propensity
+        row.candidates = routing.candidates
+        self.quiet_since = routing.at
+        if row.attempts == 1:
+            self.dispatched = runtime.now()
+            runtime.exchanges.add(self)
+            runtime.journal.open(row)
+            if runtime.strict:
+                self._move(State.CONNECTING)
+                self.connecting = runtime.tasks.spawn(self._after_sync(), "journal sync")
+                return
+        self._connect()
+
+    async def _after_sync(self) -> None:
+        """`durability: strict`: nothing is sent before the journal says that it will be remembered."""
+        try:
+            await self.runtime.journal.synced()
+        except Exception as error:
+            self.connecting = None
+            self._release(Outcome.IGNORED)
+            self.refuse(RequestError("ledger_unavailable", f"usage cannot be recorded: {error}"))
+            return
+        self.connecting = None
+        if self.state is State.CONNECTING:
+            self._connect()
+
+    def _connect(self) -> None:
+        assert self.target is not None
+        connection = self.target.pool.take()
+        if connection is not None:
+            self._send(connection)
+        else:
+            self._connect_anew()
+
+    def _connect_anew(self) -> None:
+        self._move(State.CONNECTING)
+        self.connecting = self.runtime.tasks.spawn(self._open_connection(), "connect")
+
+    async def _open_connection(self) -> None:
+        endpoint = self.target
+        assert endpoint is not None
+        try:
+            connection = await endpoint.connect(self.runtime.config.timeouts.connect)
+        except (OSError, TimeoutError) as error:
+            self.connecting = None
+            kind = AttemptError.TLS if type(error).__module__ == "ssl" else AttemptError.CONNECT
+            self._attempt_failed(kind, f"cannot connect to {endpoint.name}: {error or 'timed out'}")
+            return
+        self.connecting = None
+        self._send(connection)
+
+    def _send(self, connection: BackendConnection) -> None:
+        endpoint = connection.endpoint
+        head = self.request
+        self._move(State.SENT)
+        self.connection = connection
+        if self.body_read is not None:
+            assert self.facts is not None
+            salt = self.runtime.cache_salt(self.facts.tenant) if endpoint.cache_salt else ""
+            body = body_for_backend(
+                self.body_read,
+                model=self.facts.model,
+                continuous=endpoint.continuous_usage,
+                cache_salt=salt if self.endpoint in ("chat", "completions") else "",
+            )
+            request = endpoint.request(
+                b"POST", self.runtime.targets[self.endpoint], head.forward, body, self.id.encode("ascii")
+            )
+        else:
+            request = self.runtime.forward_request(endpoint, head, self.raw_body or b"", self.id)
+        connection.send(self, request, to_head_request=head.method == b"HEAD")
+
+    # The answer (proxy.upstream.Receiver)
+
+    def head(self, head: ResponseHead) -> None:
+        """A response head arrived; it is withheld."""
+        self.reply = head
+        if self.mode == _RAW:
+            return
+        if 200 <= head.status < 300:
+            if head.content_encoding not in (b"", b"identity"):
+                self.mode = _RAW
+            elif head.content_type.startswith(b"text/event-stream"):
+                self.mode = _EVENTS
+                self.reader = EventReader()
+
+    def body(self, payload: bytes, done: bool) -> None:
+        """Payload of the answer; `done`: its last, and the connection is not ours any more."""
+        self.alive = True
+        if done:
+            self.connection = None
+        if self.mode == _EVENTS:
+            self._relay_events(payload, done)
+        elif self.mode == _RAW:
+            self._relay_raw(payload, done)
+        else:
+            self._collect(payload, done)
+
+    def lost(self, error: AttemptError, message: str) -> None:
+        """The connection is gone before the answer was complete."""
+        self.connection = None
+        if self.committed:
+            self._cut(error, message)
+        elif error is AttemptError.STALE_CONNECTION:
+            # No byte of an answer: the backend closed it as our request was on its way. Once, on a new one.
+            self._connect_anew()
+        else:
+            self._attempt_failed(error, message)
+
+    def _relay_events(self, payload: bytes, done: bool) -> None:
+        reader, meter = self.reader, self.meter
+        assert reader is not None
+        events = reader.feed(payload)
+        if len(events) == 1 and self.committed and not meter.done:
+            out = meter.event(events[0], include_usage=self.include_usage, every_event=self.every_event)
+        else:
+            pieces = []
+            started = self.committed
+            for event in events:
+                if meter.done or meter.failed:
+                    break  # nothing may follow `[DONE]` or an error
+                if event.data is not None:
+                    started = True
+                elif not started:
+                    continue  # the backend's heartbeats before its first data commit nothing
+                pieces.append(
+                    meter.event(event, include_usage=self.include_usage, every_event=self.every_event)
+                )
+            out = b"".join(pieces)
+            if not self.committed:
+                if meter.failed and not any(pieces[:-1]):
+                    self._attempt_failed(
+                        AttemptError.ERROR_EVENT, "the backend answered with an error event", out
+                    )
+                    return
+                if not started:
+                    if done:
+                        self._attempt_failed(AttemptError.RESET, "the backend's stream held no event")
+                    return
+                out = self._commit_stream() + (chunk(out) if self.chunked else out)
+                self._end_of_read(out, done)
+                return
+        self._end_of_read(chunk(out) if self.chunked and out else out, done)
+
+    def _end_of_read(self, out: bytes, done: bool) -> None:
+        """Write what one read of the backend gave, in one go, and end the stream where it ends."""
+        meter = self.meter
+        if not done and not meter.failed:
+            if out:
+                self.client.write(out)
+            return
+        reader, reply = self.reader, self.reply
+        assert reader is not None
+        assert reply is not None
+        if meter.failed:
+            self.client.write(out + LAST_CHUNK if self.chunked else out)
+            self._finish_cut("backend_error", AttemptError.ERROR_EVENT, keep_alive=False)
+        elif not meter.done and (reply.until_close or reader.unfinished):
+            if out:
+                self.client.write(out)
+            self._cut(AttemptError.RESET, "the backend's stream ended before it was complete")
+        else:
+            self.client.write(out + LAST_CHUNK if self.chunked else out)
+            self._release(Outcome.OK)
+            self._end(records.OK, 200, keep_alive=self.chunked)
+
+    def _relay_raw(self, payload: bytes, done: bool) -> None:
+        reply = self.reply
+        assert reply is not None
+        out = b""
+        chunked = reply.content_length is None and self.chunked and self.request.method != b"HEAD"
+        if not self.committed:
+            if chunked:
+                framing = b"transfer-encoding: chunked\r\n"
+            elif reply.content_length is not None and reply.status >= 200 and reply.status not in (204, 304):
+                framing = b"content-length: %d\r\n" % reply.content_length
+            else:
+                framing = b""
+            if self.request.method == b"HEAD":
+                framing = b""
+            out = self._commit(framing)
+        out += chunk(payload) if chunked else payload
+        if done and chunked:
+            out += LAST_CHUNK
+        if out:
+            self.client.write(out)
+        if done:
+            self._release(outcome_of(reply.status))
+            self._end(records.OK, reply.status, keep_alive=chunked or reply.content_length is not None)
+
+    def _collect(self, payload: bytes, done: bool) -> None:
+        """An answer that is not a stream: kept until it is complete, or too large to keep."""
+        reply = self.reply
+        assert reply is not None
+        self.parts.append(payload)
+        self.parts_bytes += len(payload)
+        if not done:
+            if self.parts_bytes > WHOLE_ANSWER_BYTES:
+                body, self.parts = b"".join(self.parts), []
+                self.mode = _RAW
+                self._relay_raw(body, False)
+            return
+        if reply.until_close and not self._is_whole_json():
+            self._attempt_failed(AttemptError.RESET, "the backend's answer broke off")
+            return
+        body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+        status = reply.status
+        if status >= 500 or status in (401, 403, 408, 429):
+            self.last_error = (reply, body)
+            self._attempt_failed(status, f"the backend answered {status}")
+            return
+        self._answer_whole(reply, body)
+
+    def _is_whole_json(self) -> bool:
+        """Whether an answer that only its connection's end delimits is complete, as far as can be told."""
+        body = b"".join(self.parts)
+        self.parts = [body]
+        tail = body.rstrip()
+        return not tail or tail[-1] in b'}]"' or not tail.startswith((b"{", b"["))
+
+    def _answer_whole(self, reply: ResponseHead, body: bytes) -> None:
+        status = reply.status
+        if 200 <= status < 300:
+            self.meter.body(body)
+        head = self._commit(b"content-length: %d\r\n" % len(body))
+        self.client.write(head + body)
+        self._release(outcome_of(status))
+        if status < 300:
+            self._end(records.OK, status, keep_alive=True)
+        else:
+            outcome = records.CLIENT_ERROR if status < 500 and status != 429 else records.BACKEND_FAILED
+            self._end(outcome, status, keep_alive=True)
+
+    def _commit_stream(self) -> bytes:
+        """Head of an event stream: from here on the client knows."""
+        framing = b"transfer-encoding: chunked\r\n" if self.chunked else b""
+        head = self._commit(framing + b"cache-control: no-cache\r\nx-accel-buffering: no\r\n")
+        now = self.runtime.now()
+        self.row.ttft_s = now - self.arrived
+        if self.lease is not None:
+            self.runtime.fleet.first_token(self.lease, now)
+        return head
+
+    def _commit(self, framing: bytes) -> bytes:
+        reply = self.reply
+        assert reply is not None
+        if self.state is State.SENT:
+            self._move(State.RELAYING)
+        self.committed = True
+        row = self.row
+        row.overhead_s = max(self.dispatched - self.arrived - row.queue_s, 0.0)
+        keep_alive = self.request.keep_alive and (self.chunked or framing.startswith(b"content-length"))
+        return b"HTTP/1.1 %d %b\r\n%b%b%b%b\r\n" % (
+            reply.status,
+            reply.phrase,
+            reply.fields,
+            framing,
+            self._own_fields(),
+            b"" if keep_alive and self.chunked else b"connection: keep-alive\r\n" if keep_alive else _CLOSE,
+        )
+
+    def _own_fields(self) -> bytes:
+        row = self.row
+        fields = b"x-request-id: %b\r\nx-tidegate-backend: %b\r\nx-tidegate-reason: %b\r\n" % (
+            self.id.encode("ascii"),
+            row.backend.encode("ascii"),
+            _field_text(row.reason),
+        )
+        fields += b"x-tidegate-queue-ms: %d\r\nx-tidegate-overhead-ms: %.3f\r\n" % (
+            row.queue_s * 1000,
+            row.overhead_s * 1000,
+        )
+        if self.key is not None:
+            fields += self.runtime.limits.headers(self.key, self.arrived)
+        return fields
+
+    # Failing
+
+    def _attempt_failed(self, error: AttemptError | int, message: str, event: bytes = b"") -> None:
+        """Nothing has reached the client: try elsewhere if that is allowed, else say so."""
+        runtime, lease = self.runtime, self.lease
+        assert lease is not None
+        assert self.facts is not None
+        now = runtime.now()
+        self._drop_connection()
+        meter, row = self.meter, self.row
+        row.overhead_prompt_tokens += meter.prompt
+        row.overhead_completion_tokens += meter.completion
+        retry_after: str | None = None
+        if isinstance(error, int) and self.reply is not None and self.reply.retry_after:
+            retry_after = self.reply.retry_after.decode("latin-1")
+        outcome = outcome_of(error, retry_after is not None)
+        name = lease.backend.name
+        self._release(outcome, now)
+        if isinstance(error, int) and (pause := backoff_s(error, retry_after, runtime.wall())) > 0:
+            runtime.fleet.back_off(name, pause, now)
+        runtime.observer.attempt_failed(name, error)
+        self.tried.add(name)
+        self.meter, self.reader, self.reply, self.parts, self.parts_bytes = Meter(), None, None, [], 0
+        if self.mode != _RAW or self.endpoint != "forward":
+            self.mode = _WHOLE
+        if row.attempts < runtime.config.retries.attempts and runtime.retry_budget.withdraw(now):
+            routing = runtime.valve.retry(self.facts, self.routings[-1], self.tried, now)
+            if type(routing.decision) is Send:
+                self._routed(routing)
+                return
+        self._give_up(error, message)
+
+    def _give_up(self, error: AttemptError | int, message: str) -> None:
+        """No other backend: the backend's own error if it is well-formed, else ours."""
+        if self.last_error is not None and self.last_error[0].status not in (401, 403):
+            self.reply, body = self.last_error
+            self._answer_whole(self.reply, body)
+            return
+        if isinstance(error, int):
+            code = "backend_auth" if error in (401, 403) else "backend_error"
+        else:
+            code = _GIVE_UP_CODES.get(error, "backend_error")
+        self.refuse(RequestError(code, message))
+
+    def _cut(self, error: AttemptError, message: str) -> None:
+        """The answer has begun and cannot go on."""
+        if self.mode == _EVENTS:
+            code = _GIVE_UP_CODES.get(error, "shutting_down")
+            event = error_event(code, message)
+            # A half-written event of the backend's was never passed on, so this one stands alone.
+            self.client.write(chunk(event) + LAST_CHUNK if self.chunked else event)
+            self._finish_cut(code, error, keep_alive=False)
+        else:
+            self._finish_cut(_GIVE_UP_CODES.get(error, ""), error, keep_alive=None)
+
+    def _finish_cut(self, code: str, error: AttemptError, *, keep_alive: bool | None) -> None:
+        self._drop_connection()
+        self._release(outcome_of(error))
+        outcome = records.SHUTDOWN if error is AttemptError.SHUTDOWN else records.CUT
+        self.row.code = code
+        self._end(outcome, 200, keep_alive=keep_alive)
+
+    def refuse(self, error: RequestError) -> None:
+        """Answer with an error of ours; nothing has been sent to the client yet."""
+        status = error.status
+        row = self.row
+        row.code = error.code
+        if error.code in ("shutting_down",):
+            outcome = records.SHUTDOWN
+        elif status in (502, 504) or error.code == "internal":
+            outcome = records.BACKEND_FAILED
+        elif status in (429, 503) or error.code in ("data_class", "model_not_allowed"):
+            outcome = records.REJECTED
+        else:
+            outcome = records.CLIENT_ERROR
+        fields = b"x-request-id: %b\r\n" % self.id.encode("ascii")
+        if row.backend:
+            fields += b"x-tidegate-backend: %b\r\n" % row.backend.encode("ascii")
+        if self.key is not None:
+            fields += self.runtime.limits.headers(self.key, self.arrived)
+        self.client.write(
+            error_answer(
+                error,
+                fields=fields,
+                keep_alive=self.request.keep_alive,
+                version=self.request.version,
+                without_body=self.request.method == b"HEAD",
+            )
+        )
+        self._end(outcome, status, keep_alive=True)
+
+    # Events from outside
+
+    def client_gone(self) -> None:
+        """The client reset, closed, or half-closed its connection: stop the engine, bill what was delivered."""
+        if self.state is State.ENDED:
+            return
+        if self.state is State.HELD:
+            self.runtime.cancel_hold(self.row.op)
+        self._drop_connection()
+        self._release(Outcome.IGNORED)
+        self._end(records.CLIENT_GONE, 200 if self.committed else 0, keep_alive=None)
+
+    def block(self) -> None:
+        """The client reads slower than the backend writes: stop reading the backend."""
+        self.blocked_since = self.runtime.now()
+        if self.connection is not None:
+            self.connection.pause()
+
+    def unblock(self) -> None:
+        """The client has caught up."""
+        self.blocked_since = None
+        if self.connection is not None:
+            self.connection.resume()
+
+    def stop(self) -> None:
+        """The proxy stops now."""
+        if self.state is State.ENDED:
+            return
+        if self.committed:
+            self._cut(AttemptError.SHUTDOWN, "the proxy is shutting down")
+            return
+        if self.state is State.HELD:
+            self.runtime.cancel_hold(self.row.op)
+        self._drop_connection()
+        self._release(Outcome.IGNORED)
+        self.refuse(RequestError("shutting_down", "the proxy is shutting down", retry_after_s=1.0))
+
+    def sweep(self, now: float) -> None:
+        """Look at the deadlines; called a few times a second."""
+        timeouts = self.runtime.config.timeouts
+        if self.alive:
+            self.alive = False
+            self.quiet_since = now
+        if self.committed:
+            if self.blocked_since is not None:
+                if now - self.blocked_since > timeouts.client_write:
+                    self.client.abort()  # its connection's end is told to us as to anybody
+                    return
+            elif now - self.quiet_since > timeouts.between_tokens:
+                self._cut(AttemptError.STALLED, f"no token for {timeouts.between_tokens:g} s")
+                return
+            if now - self.arrived > timeouts.total:
+                self._cut(AttemptError.DEADLINE, f"the request took longer than {timeouts.total:g} s")
+                return
+            meter = self.meter
+            if meter.completion != self.journaled:
+                self.journaled = meter.completion
+                self.runtime.journal.progress(
+                    self.row.op, self.row.backend, meter.prompt, meter.cached, meter.completion
+                )
+        elif self.state is State.SENT:
+            if now - self.quiet_since > timeouts.first_token:
+                self._attempt_failed(
+                    AttemptError.FIRST_TOKEN_TIMEOUT, f"no answer within {timeouts.first_token:g} s"
+                )
+            elif now - self.arrived > timeouts.total:
+                self._drop_connection()
+                self._release(Outcome.IGNORED)
+                self.refuse(RequestError("backend_timeout", f"no answer within {timeouts.total:g} s"))
+
+    # Ending
+
+    def _drop_connection(self) -> None:
+        """Abort the attempt's connection, or the attempt to have one."""
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
+        if self.connecting is not None:
+            self.connecting.cancel()
+            self.connecting = None
+
+    def _release(self, outcome: Outcome, now: float | None = None) -> None:
+        """Take the load of the present attempt off its backend."""
+        lease = self.lease
+        if lease is None:
+            return
+        self.lease = None
+        runtime = self.runtime
+        meter = self.meter
+        runtime.fleet.release(lease, outcome, runtime.now() if now is None else now, meter.usage)
+
+    def _end(self, outcome: str, status: int, *, keep_alive: bool | None) -> None:
+        """Settle, record, and give the connection back; `keep_alive` None: it must not look like an end."""
+        self._move(State.ENDED)
+        runtime, row, meter = self.runtime, self.row, self.meter
+        now = runtime.now()
+        row.outcome = outcome
+        row.status = status
+        row.total_s = now - self.arrived
+        if meter.reported:
+            row.prompt_tokens, row.cached_tokens, row.completion_tokens = meter.usage
+            row.usage_source = "reported"
+        elif meter.text_bytes and self.facts is not None:
+            row.prompt_tokens = self.facts.prompt_tokens
+            row.completion_tokens = meter.estimate_completion()
+            row.usage_source = "estimated"
+        if row.usage_source != "none":
+            row.cost_nano, row.currency = runtime.prices.cost(
+                row.backend, row.served_model, row.prompt_tokens, row.cached_tokens, row.completion_tokens
+            )
+        if self.reservation is not None:
+            runtime.limits.settle(
+                self.reservation, row.prompt_tokens + row.completion_tokens, row.cost_nano, now
+            )
+        if self.body_read is not None and len(self.body_read.raw) >= PREFIX_BLOCK_BYTES:
+            row.prefix = _prefix_hashes(self.body_read.raw, runtime.salt)
+        runtime.exchanges.discard(self)
+        runtime.journal.close(row)
+        runtime.observer.ended(self)
+        if keep_alive is not None:
+            self.client.finished(keep_alive=keep_alive and self.request.keep_alive)
+        else:
+            self.client.abort()
+        runtime.capacity_freed(now)
+
+
+_CLOSE: Final = b"connection: close\r\n"
+_ID_BYTES: Final = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_.:")
+
+
+def _request_id(value: bytes) -> str:
+    """The client's own id if it is short and plain; else empty."""
+    if value and len(value) <= 128 and _ID_BYTES.issuperset(value):
+        return value.decode("ascii")
+    return ""
+
+
+def _field_text(text: str) -> bytes:
+    """Any text as a header field value."""
+    raw = text.encode("ascii", "replace")
+    return raw if text.isprintable() else bytes(c if 32 <= c < 127 else 63 for c in raw)
+
+
+def _prefix_hashes(raw: bytes, salt: bytes) -> tuple[int, ...]:
+    """Chained salted hashes of the prompt's leading 2 KiB blocks: equal beginnings share them, nothing else
+    can be told from them."""
+    start = max(raw.find(b'"messages"'), 0) or max(raw.find(b'"prompt"'), 0)
+    hashes = []
+    digest = salt
+    last = min(len(raw) - PREFIX_BLOCK_BYTES, start + PREFIX_BLOCKS * PREFIX_BLOCK_BYTES)
+    for at in range(start, last + 1, PREFIX_BLOCK_BYTES):
+        block = hashlib.blake2b(raw[at : at + PREFIX_BLOCK_BYTES], key=digest, digest_size=16).digest()
+        digest = block
+        hashes.append(int.from_bytes(block[:8], "big") >> 1)
+    return tuple(hashes)

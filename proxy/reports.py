@@ -1,0 +1,339 @@
+"""Usage and export: what the ledger says, summed or row by row.
+
+Sums come from the hourly table for the whole hours of a span and from the rows themselves for the pieces at
+its two ends, in one statement, so they are exact to the microsecond and cheap over a year. Reports read while
+the proxy writes.
+
+Money is summed in integer nano-units. It is rounded once, where it is printed: a table shows 4 decimals (half
+to even); JSON and CSV show all 9.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, BinaryIO, Literal
+
+import orjson
+from rich.table import Table
+from sqlalchemy import BigInteger, ColumnElement, Engine, Select, cast, func, select, tuple_, union_all
+
+from proxy.records import COLUMNS, FIELDS, Row, from_values
+from proxy.tables import HOUR_US, HOURLY_SUMS, ledger, usage_hourly
+
+NANO = 10**9
+GROUPS: dict[str, tuple[ColumnElement[Any], ColumnElement[Any]]] = {
+    "tenant": (usage_hourly.c.tenant, ledger.c.tenant),
+    "model": (usage_hourly.c.model, ledger.c.served_model),
+    "backend": (usage_hourly.c.backend, ledger.c.backend),
+    "key": (usage_hourly.c.key_id, ledger.c.key_id),
+    "site": (usage_hourly.c.site, ledger.c.site),
+    "day": (usage_hourly.c.hour // 86_400, ledger.c.arrived_us // (24 * HOUR_US)),
+}
+"""What usage can be summed by, in the hourly table and in the rows. Days are UTC."""
+
+PAGE_ROWS = 1000
+"""Rows that an export reads at once: no read is long, so the write-ahead log can be recycled meanwhile."""
+
+
+SUMS = tuple(HOURLY_SUMS)
+
+_DURATION = re.compile(r"(\d+)([smhdw])").fullmatch
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+@dataclass(slots=True)
+class Usage:
+    """One line of a statement."""
+
+    group: dict[str, str]
+    """What it is summed by -> its value here; an empty value: requests that never got so far."""
+    currency: str
+    requests: int = 0
+    errors: int = 0
+    """Those that ended neither `ok` nor with the client leaving."""
+    unpriced: int = 0
+    """Requests with tokens whose price was not known: what they cost is missing in `cost_nano`."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    overhead_prompt_tokens: int = 0
+    overhead_completion_tokens: int = 0
+    cost_nano: int = 0
+
+    def add(self, other: Usage) -> None:
+        """Add another line's sums to this one."""
+        for name in SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def as_dict(self) -> dict[str, Any]:
+        """With the keys of `usage --json`, which scripts rely on."""
+        return {
+            **self.group,
+            "requests": self.requests,
+            "errors": self.errors,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens,
+            "overhead_prompt_tokens": self.overhead_prompt_tokens,
+            "overhead_completion_tokens": self.overhead_completion_tokens,
+            "cost": self.cost_nano / NANO,
+            "cost_nano": self.cost_nano,
+            "currency": self.currency,
+            "unpriced": self.unpriced,
+        }
+
+
+def usage(
+    engine: Engine,
+    by: str,
+    since: float | None = None,
+    until: float | None = None,
+    currency: str = "",
+) -> list[Usage]:
+    """What was used by requests that arrived from `since` until before `until` (Unix times; None: open).
+
+    `by`: one of `GROUPS`, or several joined by commas. `currency` is shown where no request had a price.
+    A ledger has one currency; should an older one be in it, its sums are lines of their own. Raises
+    ValueError naming an unknown group.
+    """
+    groups = by.split(",")
+    for group in groups:
+        if group not in GROUPS:
+            raise ValueError(f"cannot sum by {group!r}; there are {', '.join(GROUPS)}")
+    lines: dict[tuple[Any, ...], dict[str, Usage]] = {}
+    with engine.connect() as connection:
+        for row in connection.execute(_sums(groups, since, until)):
+            values = tuple(row[: len(groups)])
+            paid_in, *sums = row[len(groups) :]
+            names = [
+                _day(value) if group == "day" else value for group, value in zip(groups, values, strict=True)
+            ]
+            line = Usage(dict(zip(groups, names, strict=True)), paid_in, *map(int, sums))
+            lines.setdefault(values, {})[paid_in] = line
+    return [line for by_currency in lines.values() for line in _joined(by_currency, currency)]
+
+
+def spent(engine: Engine, key_id: str, since: float) -> int:
+    """What a key has cost since a Unix time, nano-units."""
+    with engine.connect() as connection:
+        rows = connection.execute(_sums(["key"], since, None, key_id=key_id)).all()
+    return sum(int(row.cost_nano) for row in rows)
+
+
+def usage_table(lines: list[Usage]) -> Table:
+    """For people: money with 4 decimals, and a total if there is more than one line."""
+    table = Table()
+    groups = list(lines[0].group) if lines else []
+    for name in groups:
+        table.add_column(name)
+    for name in ("requests", "errors", "prompt", "cached", "completion", "overhead", "cost"):
+        table.add_column(name, justify="right")
+    totals: dict[str, Usage] = {}
+    for line in lines:
+        table.add_row(*(line.group[name] or "-" for name in groups), *_cells(line))
+        totals.setdefault(line.currency, Usage({}, line.currency)).add(line)
+    if len(lines) > 1:
+        table.add_section()
+        for total in totals.values():
+            table.add_row("total", *[""] * (len(groups) - 1), *_cells(total))
+    unpriced = sum(line.unpriced for line in lines)
+    if unpriced:
+        table.caption = f"{unpriced} requests had no price and are not in the cost"
+    return table
+
+
+def usage_json(lines: list[Usage]) -> bytes:
+    """A JSON array of objects, see `Usage.as_dict`."""
+    return orjson.dumps(
+        [line.as_dict() for line in lines], option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
+    )
+
+
+def usage_csv(lines: list[Usage]) -> bytes:
+    """The same columns as JSON, with a header; RFC 4180."""
+    text = io.StringIO()
+    rows = [line.as_dict() | {"cost": money(line.cost_nano, 9)} for line in lines]
+    writer = csv.DictWriter(text, fieldnames=list(rows[0] if rows else Usage({}, "").as_dict()))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def export(
+    engine: Engine,
+    file: BinaryIO,
+    since: float | None = None,
+    until: float | None = None,
+    *,
+    form: Literal["jsonl", "csv"] = "jsonl",
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write one row per request, in order of arrival, with every field of `Row`. Returns how many.
+
+    Needs the memory of one page, whatever the span. `progress` is called after every page with the rows
+    written and those there were at the beginning. A request that ends while this runs is in it if it arrived
+    later than what has been written so far.
+    """
+    write = _write_csv if form == "csv" else _write_jsonl
+    span = _arrived(since, until)
+    with engine.connect() as connection:
+        total = int(connection.execute(select(func.count()).select_from(ledger).where(*span)).scalar_one())
+    written = 0
+    for page in _pages(engine, span):
+        write(file, page, with_header=written == 0)
+        written += len(page)
+        if progress is not None:
+            progress(written, max(total, written))
+    if written == 0:
+        write(file, [], with_header=True)
+    return written
+
+
+def parse_time(text: str, now: float) -> float:
+    """Unix time of `7d`, `24h`, `90m` ago, or of an ISO 8601 date or time (UTC unless it says otherwise).
+
+    Raises ValueError.
+    """
+    if match := _DURATION(text):
+        return now - timedelta(**{_UNITS[match[2]]: int(match[1])}).total_seconds()
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither a duration such as 7d nor a date such as 2026-01-31") from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def money(nano: int, decimals: int) -> str:
+    """Nano-units as a decimal number, rounded once, half to even. At most 9 decimals."""
+    unit = 10 ** (9 - decimals)
+    whole, rest = divmod(abs(nano), unit)
+    whole += 2 * rest > unit or (2 * rest == unit and whole & 1)
+    digits = str(whole).rjust(decimals + 1, "0")
+    sign = "-" if nano < 0 and whole else ""
+    return f"{sign}{digits[:-decimals]}.{digits[-decimals:]}" if decimals else sign + digits
+
+
+def _sums(
+    groups: list[str], since: float | None, until: float | None, key_id: str | None = None
+) -> Select[tuple[Any, ...]]:
+    """Sums by group and currency: whole hours from the hourly table, the ends of the span from the rows."""
+    first = 0 if since is None else -(-_us(since) // HOUR_US)
+    last = None if until is None else _us(until) // HOUR_US
+    if last is not None and last <= first:
+        pieces = [_of_rows(groups, key_id, *_arrived(since, until))]
+    else:
+        hours = [usage_hourly.c.hour >= first * 3600]
+        pieces = []
+        if since is not None and _us(since) % HOUR_US:
+            pieces.append(
+                _of_rows(groups, key_id, *_arrived(since, None), ledger.c.arrived_us < first * HOUR_US)
+            )
+        if last is not None:
+            hours.append(usage_hourly.c.hour < last * 3600)
+            pieces.append(
+                _of_rows(groups, key_id, ledger.c.arrived_us >= last * HOUR_US, *_arrived(None, until))
+            )
+        pieces.append(_of_hours(groups, key_id, *hours))
+    parts = union_all(*pieces).subquery()
+    keys = [parts.c[name] for name in (*groups, "currency")]
+    totals = [cast(func.sum(parts.c[name]), BigInteger).label(name) for name in SUMS]
+    return select(*keys, *totals).group_by(*keys).order_by(*keys)
+
+
+def _of_hours(groups: list[str], key_id: str | None, *where: ColumnElement[bool]) -> Select[tuple[Any, ...]]:
+    columns = [GROUPS[name][0].label(name) for name in groups]
+    sums = [usage_hourly.c[name] for name in SUMS]
+    statement = select(*columns, usage_hourly.c.currency, *sums).where(*where)
+    return statement if key_id is None else statement.where(usage_hourly.c.key_id == key_id)
+
+
+def _of_rows(groups: list[str], key_id: str | None, *where: ColumnElement[bool]) -> Select[tuple[Any, ...]]:
+    columns = [GROUPS[name][1].label(name) for name in groups]
+    sums = [total.label(name) for name, total in HOURLY_SUMS.items()]
+    keys = [GROUPS[name][1] for name in groups]
+    statement = select(*columns, ledger.c.currency, *sums).where(*where).group_by(*keys, ledger.c.currency)
+    return statement if key_id is None else statement.where(ledger.c.key_id == key_id)
+
+
+def _joined(by_currency: dict[str, Usage], currency: str) -> list[Usage]:
+    """Requests without a price have no currency either: they join the line of those that have."""
+    without = by_currency.pop("", None)
+    lines = list(by_currency.values())
+    if without is not None:
+        if lines:
+            lines[0].add(without)
+        else:
+            without.currency = currency
+            lines.append(without)
+    return lines
+
+
+def _cells(line: Usage) -> list[str]:
+    overhead = line.overhead_prompt_tokens + line.overhead_completion_tokens
+    counts = (
+        line.requests,
+        line.errors,
+        line.prompt_tokens,
+        line.cached_tokens,
+        line.completion_tokens,
+        overhead,
+    )
+    return [*(f"{count:,}" for count in counts), f"{money(line.cost_nano, 4)} {line.currency}".rstrip()]
+
+
+def _pages(engine: Engine, span: list[ColumnElement[bool]]) -> Iterator[list[Row]]:
+    position = tuple_(ledger.c.arrived_us, ledger.c.id)
+    columns = [ledger.c[name] for name in (*COLUMNS, "detail")]
+    page = (
+        select(ledger.c.id, *columns).where(*span).order_by(ledger.c.arrived_us, ledger.c.id).limit(PAGE_ROWS)
+    )
+    statement = page
+    while True:
+        with engine.connect() as connection:
+            rows = connection.execute(statement).all()
+        if rows:
+            yield [from_values(row[1:]) for row in rows]
+        if len(rows) < PAGE_ROWS:
+            return
+        statement = page.where(position > (rows[-1].arrived_us, rows[-1].id))
+
+
+def _write_jsonl(file: BinaryIO, rows: list[Row], *, with_header: bool) -> None:
+    file.write(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
+
+
+def _write_csv(file: BinaryIO, rows: list[Row], *, with_header: bool) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    if with_header:
+        writer.writerow(FIELDS)
+    for row in rows:
+        values = (getattr(row, name) for name in FIELDS)
+        # Lists and truth values as JSON has them.
+        writer.writerow(
+            orjson.dumps(value).decode() if isinstance(value, list | tuple | bool) else value
+            for value in values
+        )
+    file.write(text.getvalue().encode())
+
+
+def _arrived(since: float | None, until: float | None) -> list[ColumnElement[bool]]:
+    bounds: list[ColumnElement[bool]] = []
+    if since is not None:
+        bounds.append(ledger.c.arrived_us >= _us(since))
+    if until is not None:
+        bounds.append(ledger.c.arrived_us < _us(until))
+    return bounds
+
+
+def _us(seconds: float) -> int:
+    return round(seconds * 1e6)
+
+
+def _day(days: int) -> str:
+    return (datetime.fromtimestamp(0, UTC) + timedelta(days=days)).date().isoformat()

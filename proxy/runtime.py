@@ -1,0 +1,304 @@
+"""What the exchanges of one running proxy share, and the few things they ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote_to_bytes
+
+import orjson
+
+from policies.base import RequestFacts
+from policies.retries import RetryBudget
+from policies.state import Fleet
+from policies.valve import Valve
+from proxy.access.keys import Key, KeyStore
+from proxy.access.limits import AuthFailures, Limits
+from proxy.answers import answer
+from proxy.build import Built
+from proxy.errors import RequestError
+from proxy.http1 import HeadLimits, RequestGrammar, RequestHead, chunk
+from proxy.journal import Journal
+from proxy.ledger import Ledger
+from proxy.observe import Observer
+from proxy.records import OperationIds
+from proxy.tasks import Tasks
+from proxy.upstream import Endpoint
+
+if TYPE_CHECKING:
+    from proxy.exchange import Exchange
+    from proxy.server import ClientConnection
+
+ROUTES: Final = {
+    b"/v1/chat/completions": "chat",
+    b"/v1/completions": "completions",
+    b"/tokenize": "tokenize",
+    b"/detokenize": "detokenize",
+}
+"""Paths that reach a backend. Nothing else does: an engine's control endpoints stay out of reach."""
+
+TARGETS: Final = {endpoint: path for path, endpoint in ROUTES.items()}
+_MODELS: Final = b"/v1/models"
+
+
+@dataclass(slots=True)
+class Admission:
+    """What is decided of a request from its head alone."""
+
+    endpoint: str = ""
+    key: Key | None = None
+    answer: bytes | None = None
+    """An answer that needs no backend."""
+    error: RequestError | None = None
+    """A refusal that leaves the connection in order."""
+
+
+class Runtime:
+    """Shared state. All of it belongs to the event loop."""
+
+    targets = TARGETS
+
+    def __init__(
+        self,
+        built: Built,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        journal: Journal,
+        ledger: Ledger,
+        keys: KeyStore,
+        limits: Limits,
+        observer: Observer,
+        salt: bytes,
+        forward_model: str = "",
+    ) -> None:
+        """`salt`: secret of this installation, for hashes in the ledger and cache salts.
+
+        `forward_model`: pass every path on, to backends of that model; for conformance tests only.
+        """
+        config = built.config
+        self.loop = loop
+        self.now = time.monotonic
+        self.wall = time.time
+        self.journal = journal
+        self.ledger = ledger
+        self.keys = keys
+        self.limits = limits
+        self.observer = observer
+        self.salt = salt
+        self.forward_model = forward_model
+        self.instance = journal.instance
+        self.operation_ids = OperationIds()
+        self.auth_failures = AuthFailures()
+        self.tasks = Tasks()
+        self.clients: set[ClientConnection] = set()
+        self.exchanges: set[Exchange] = set()
+        """Those that have been sent to a backend."""
+        self.held: dict[str, Exchange] = {}
+        self.draining = False
+        self.probes: Callable[[], Mapping[str, Any]] = dict
+        """What the probes know, by backend, for `/state`."""
+        self.fleet = Fleet(built.backends)
+        self.valve = Valve(built.policy.rules, self.fleet)
+        retries = config.retries
+        self.retry_budget = RetryBudget(retries.ratio, retries.per_second)
+        self._polling = False
+        self._poll_again = False
+        self._wake: asyncio.TimerHandle | None = None
+        self._cache_salts: dict[str, str] = {}
+        self.use(built)
+
+    def use(self, built: Built) -> None:
+        """Run by another configuration from now on; requests that have begun end as they began."""
+        config = built.config
+        self.built = built
+        self.config = config
+        self.endpoints: dict[str, Endpoint] = built.endpoints
+        self.prices = built.prices
+        self.aliases = config.aliases
+        self.strict = config.durability == "strict"
+        limits = config.limits
+        self.grammar = RequestGrammar(
+            HeadLimits(limits.head, limits.target, limits.fields), tuple(config.forward_headers)
+        )
+
+    # What a head alone decides
+
+    def admit(self, head: RequestHead, peer: str) -> Admission:
+        """Authenticate and find the endpoint."""
+        if self.forward_model:
+            return Admission("forward")
+        key: Key | None = None
+        keys = self.keys
+        if not keys.empty:
+            key = keys.authenticate(head.credential, self.wall())
+            if key is None:
+                return Admission(error=self._unauthorized(peer))
+        path = head.target.partition(b"?")[0]
+        endpoint = ROUTES.get(path)
+        if endpoint is not None:
+            if head.method == b"POST":
+                return Admission(endpoint, key)
+            return Admission(error=RequestError("method_not_allowed", f"{path.decode()} takes POST"))
+        if path.startswith(_MODELS):
+            return self._models(head, path, key)
+        return Admission(error=RequestError("not_found", "there is no such path here"))
+
+    def _unauthorized(self, peer: str) -> RequestError:
+        wait = self.auth_failures.failed(peer, self.now())
+        if wait > 0:
+            return RequestError(
+                "auth_rate_limit", "too many requests without a valid key", retry_after_s=wait
+            )
+        return RequestError("invalid_api_key", "no valid API key: send it as `Authorization: Bearer KEY`")
+
+    def _models(self, head: RequestHead, path: bytes, key: Key | None) -> Admission:
+        rest = path[len(_MODELS) :]
+        if rest and not rest.startswith(b"/"):
+            return Admission(error=RequestError("not_found", "there is no such path here"))
+        if head.method not in (b"GET", b"HEAD"):
+            return Admission(error=RequestError("method_not_allowed", "models are read with GET"))
+        rows = self.models(key)
+        if rest in (b"", b"/"):
+            body = orjson.dumps({"object": "list", "data": list(rows.values())})
+        else:
+            name = unquote_to_bytes(rest[1:]).decode("utf-8", "replace")
+            if name not in rows:
+                message = f"the model {name[:128]!r} does not exist"
+                return Admission(error=RequestError("model_not_found", message, "model"))
+            body = orjson.dumps(rows[name])
+        reply = answer(
+            200, body, keep_alive=head.keep_alive, version=head.version, without_body=head.method == b"HEAD"
+        )
+        return Admission(answer=reply)
+
+    def models(self, key: Key | None) -> dict[str, dict[str, object]]:
+        """The models of all backends and their aliases, as rows of `/v1/models`, by name."""
+        limits: dict[str, int | None] = {}
+        for backend in self.fleet:
+            for model in backend.models:
+                length = backend.context_tokens.get(model)
+                known = limits.get(model)
+                limits[model] = length if known is None or (length is not None and length > known) else known
+        for alias, model in self.aliases.items():
+            if model in limits:
+                limits[alias] = limits[model]
+        return {
+            model: {
+                "id": model,
+                "object": "model",
+                "created": 0,
+                "owned_by": "tidegate",
+                "root": self.aliases.get(model, model),
+                "parent": None,
+                "max_model_len": length,
+            }
+            for model, length in sorted(limits.items())
+            if key is None or key.models is None or model in key.models
+        }
+
+    # What exchanges ask
+
+    def salted(self, value: bytes) -> str:
+        """A hash that tells equal values and nothing else."""
+        return hashlib.blake2b(value, key=self.salt, digest_size=12).hexdigest()
+
+    def cache_salt(self, tenant: str) -> str:
+        """Keeps tenants' prefix caches apart inside an engine; empty without keys, where there is one tenant."""
+        if self.keys.empty:
+            return ""
+        salt = self._cache_salts.get(tenant)
+        if salt is None:
+            if len(self._cache_salts) > 10_000:
+                self._cache_salts.clear()
+            salt = self._cache_salts[tenant] = self.salted(b"cache " + tenant.encode())
+        return salt
+
+    def estimate_cost(self, facts: RequestFacts) -> int:
+        """The most that a request may cost, nano-units: at the dearest backend of its model."""
+        tokens = facts.max_tokens or facts.expected_tokens
+        return max(
+            (
+                self.prices.cost(backend.name, facts.model, facts.prompt_tokens, 0, tokens)[0]
+                for backend in self.fleet
+                if facts.model in backend.models
+            ),
+            default=0,
+        )
+
+    def forward_request(self, endpoint: Endpoint, head: RequestHead, body: bytes, request_id: str) -> bytes:
+        """A request that is passed on as it is."""
+        if head.codings:
+            coding = b"transfer-encoding: %b, chunked\r\n" % b", ".join(head.codings)
+            request = endpoint.request(
+                head.method, head.target, head.forward + coding, None, request_id.encode("ascii")
+            )
+            return request + chunk(body) + b"0\r\n\r\n"
+        has_body = bool(body) or head.chunked or head.method in (b"POST", b"PUT", b"PATCH")
+        return endpoint.request(
+            head.method, head.target, head.forward, body if has_body else None, request_id.encode("ascii")
+        )
+
+    def hold(self, exchange: Exchange) -> None:
+        """The valve keeps a request."""
+        self.held[exchange.row.op] = exchange
+        self._schedule()
+
+    def cancel_hold(self, operation: str) -> None:
+        """The client of a held request has left."""
+        self.valve.cancel(operation)
+        self.held.pop(operation, None)
+
+    def capacity_freed(self, now: float) -> None:
+        """A request has ended: somebody may be waiting for its place."""
+        if self.valve.queued:
+            self.poll(now)
+
+    def poll(self, now: float) -> None:
+        """Let the valve answer those that it holds."""
+        if self._polling:
+            self._poll_again = True
+            return
+        self._polling = True
+        try:
+            while True:
+                self._poll_again = False
+                for routing in self.valve.poll(now):
+                    exchange = self.held.pop(routing.request.id, None)
+                    if exchange is not None:
+                        exchange.released(routing)
+                if not self._poll_again:
+                    break
+        finally:
+            self._polling = False
+        self._schedule()
+
+    def _schedule(self) -> None:
+        """Wake up when the next hold ends."""
+        if self._wake is not None:
+            self._wake.cancel()
+            self._wake = None
+        if not self.held:
+            return
+        wait = self.valve.next_wake() - self.now()
+        self._wake = self.loop.call_later(min(max(wait, 0.001), 3600.0), self._woken)
+
+    def _woken(self) -> None:
+        self._wake = None
+        self.poll(self.now())
+
+    # Time
+
+    def sweep(self, now: float) -> None:
+        """Look at every deadline; called a few times a second."""
+        for exchange in list(self.exchanges):
+            exchange.sweep(now)
+        for client in list(self.clients):
+            client.sweep(now)
+        for endpoint in self.endpoints.values():
+            endpoint.pool.sweep(now)
+        self.fleet.refresh(now)
+        self.poll(now)

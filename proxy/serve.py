@@ -1,0 +1,342 @@
+"""The life of the process: start, run, reload, stop.
+
+Start: ledger and keys are opened, the journal of the last run is replayed, backends are probed once, then the
+port opens. A reload builds the whole new configuration first and swaps it in at once; if anything in it is wrong,
+the old one runs on and says so. On SIGTERM or SIGINT the proxy first says that it is not ready, takes no new
+connections, lets running requests end within `timeouts.drain`, ends the rest with an error, and empties the
+journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+import uvloop
+from aiohttp import web
+
+from policies.yamlfile import FileProblems
+from probes.runner import Prober
+from proxy.access.keys import KeyStore
+from proxy.access.limits import Limits
+from proxy.access.pepper import load_pepper
+from proxy.admin.http import admin_app
+from proxy.build import Built, ConfigError, build, timing
+from proxy.config import Config, is_loopback, is_policy_file, load_config, split_address
+from proxy.database import open_database
+from proxy.journal import Journal
+from proxy.ledger import Ledger
+from proxy.observe import Observer, RequestLog
+from proxy.runtime import Runtime
+from proxy.server import ClientConnection
+
+log = logging.getLogger("tidegate")
+
+SWEEP_S = 0.25
+KEYS_S = 0.5
+"""How often the keys are looked at: a revoked one is refused within this time."""
+BACKLOG = 2048
+
+
+@dataclass(slots=True)
+class Ports:
+    """Where the proxy listens, with real port numbers."""
+
+    listen: str
+    admin: str
+
+
+class Service:
+    """One running proxy."""
+
+    def __init__(self, config: Config, path: Path | None = None, *, forward_model: str = "") -> None:
+        """`path`: the configuration file, watched for changes; None: there is none."""
+        self.config = config
+        self.path = path
+        self.runtime: Runtime
+        self.ports: Ports
+        self._forward_model = forward_model
+        self._server: asyncio.Server | None = None
+        self._admin: web.AppRunner | None = None
+        self._prober: Prober | None = None
+        self._ledger: Ledger
+        self._engine: sa.Engine
+        self._seed = config.seed if config.seed is not None else secrets.randbits(32)
+        self._seen: tuple[Any, ...] = ()
+        self._stopping = asyncio.Event()
+        self._started = time.monotonic()
+
+    async def start(self) -> None:
+        """Open everything. Raises ConfigError, OSError and the ledger's own errors with readable messages."""
+        config = self.config
+        loop = asyncio.get_running_loop()
+        built = build(config, loop, self._seed)
+        for warning in built.policy.warnings:
+            log.warning("policy %s:%s: %s", built.policy.name, warning.line, warning.message)
+        config.state.mkdir(parents=True, exist_ok=True)
+        self._engine = open_database(config.database or config.state)
+        pepper = load_pepper(config.state)
+        keys = KeyStore(self._engine, pepper)
+        host, _ = split_address(config.listen)
+        if keys.empty and not is_loopback(host):
+            raise ConfigError(
+                f"without keys the proxy listens on loopback only, not on {config.listen}: "
+                "make one first with `tidegate keys create --tenant NAME`"
+            )
+        journal = Journal(config.state / "journal")
+        self._ledger = ledger = Ledger(self._engine, journal, built.prices)
+        await asyncio.to_thread(ledger.start, loop, self._ledger_failed)
+        limits = Limits(
+            time.time(), lambda since: {key_id: ledger.spent(key_id, since) for key_id in keys.ids}
+        )
+        observer = Observer(config.recent, RequestLog.to(config.log))
+        self.runtime = runtime = Runtime(
+            built,
+            loop=loop,
+            journal=journal,
+            ledger=ledger,
+            keys=keys,
+            limits=limits,
+            observer=observer,
+            salt=pepper[:16],
+            forward_model=self._forward_model,
+        )
+        self._seen = self._fingerprint()
+        if config.probing.enabled:
+            await self._start_probes(built)
+        await self._listen()
+        runtime.tasks.spawn(self._sweep(), "sweep")
+        runtime.tasks.spawn(self._watch(), "watch keys and files")
+        self._write_ports()
+
+    async def _start_probes(self, built: Built) -> None:
+        runtime = self.runtime
+        self._prober = Prober(
+            built.targets,
+            runtime.fleet,
+            spawn=runtime.tasks.spawn,
+            clock=runtime.now,
+            timing=timing(self.config),
+            metrics=self.config.probing.metrics,
+            changed=lambda: runtime.poll(runtime.now()),
+        )
+        runtime.probes = self._prober.snapshot
+        await self._prober.start()
+
+    async def _listen(self) -> None:
+        runtime = self.runtime
+        host, port = split_address(self.config.listen)
+        self._server = await runtime.loop.create_server(
+            lambda: ClientConnection(runtime), host, port, backlog=BACKLOG, reuse_address=True
+        )
+        app = admin_app(runtime, self._started)
+        self._admin = web.AppRunner(app, access_log=None, handle_signals=False)
+        await self._admin.setup()
+        admin_host, admin_port = split_address(self.config.admin)
+        site = web.TCPSite(self._admin, admin_host, admin_port)
+        await site.start()
+        self.ports = Ports(
+            _address(self._server.sockets[0]), "{}:{}".format(*_host_port(self._admin.addresses[0]))
+        )
+
+    def _write_ports(self) -> None:
+        """For scripts that let the system choose: real ports, in the state directory."""
+        path = self.config.state / "ports.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(
+            json.dumps({"listen": self.ports.listen, "admin": self.ports.admin, "pid": os.getpid()})
+        )
+        temporary.replace(path)
+
+    async def run(self) -> None:
+        """Serve until a signal or `request_stop`, then stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        await self._stopping.wait()
+        await self.stop()
+
+    def _signalled(self) -> None:
+        if self._stopping.is_set():
+            log.warning("stopping at once")
+            for exchange in [*self.runtime.exchanges, *self.runtime.held.values()]:
+                exchange.stop()
+        else:
+            log.info("draining: up to %g s for running requests", self.config.timeouts.drain)
+            self._stopping.set()
+
+    def request_stop(self) -> None:
+        """Begin to stop, as a signal does."""
+        self._stopping.set()
+
+    async def stop(self) -> None:
+        """Drain, end, and record everything."""
+        runtime = self.runtime
+        runtime.draining = True
+        if self._server is not None:
+            self._server.close()
+        for client in list(runtime.clients):
+            if client.idle and client.transport is not None:
+                client.transport.close()
+        deadline = runtime.now() + runtime.config.timeouts.drain
+        while (runtime.exchanges or runtime.held) and runtime.now() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        for exchange in [*runtime.exchanges, *runtime.held.values()]:
+            exchange.stop()
+        for _ in range(50):
+            if not any(
+                client.transport and client.transport.get_write_buffer_size() for client in runtime.clients
+            ):
+                break
+            await asyncio.sleep(0.02)
+        if self._prober is not None:
+            await self._prober.close()
+        await runtime.tasks.cancel_all()
+        for client in list(runtime.clients):
+            client.abort()
+        for endpoint in runtime.endpoints.values():
+            endpoint.pool.close()
+        if self._admin is not None:
+            await self._admin.cleanup()
+        await asyncio.to_thread(self._ledger.stop)
+        self._engine.dispose()
+        if runtime.observer.log is not None:
+            runtime.observer.log.close()
+        (self.config.state / "ports.json").unlink(missing_ok=True)
+
+    # Reloading
+
+    def reload(self) -> bool:
+        """Read configuration and policy again and swap them in; False: they are wrong, and nothing changed."""
+        runtime = self.runtime
+        self._seen = self._fingerprint()
+        try:
+            config = load_config(self.path) if self.path is not None else self.config
+            built = build(config, runtime.loop, self._seed, runtime.built)
+            for name in ("listen", "admin", "state", "database", "durability", "recent", "log"):
+                if getattr(config, name) != getattr(self.config, name):
+                    log.warning("a change of `%s` takes effect at the next start", name)
+        except (ConfigError, FileProblems, OSError) as error:
+            runtime.observer.reloads_failed += 1
+            runtime.observer.reload_ok = False
+            log.error("reload refused, the old configuration goes on:\n%s", error)
+            return False
+        old = runtime.endpoints
+        self._keep_connections(old, built)
+        self.config = config
+        for name, endpoint in old.items():
+            if built.endpoints.get(name) is not endpoint:
+                endpoint.pool.close()
+        runtime.use(built)
+        runtime.fleet.replace(built.backends)
+        runtime.valve.swap(built.policy.rules, runtime.now())
+        if self._prober is not None:
+            self._prober.replace(built.targets)
+        runtime.poll(runtime.now())
+        runtime.observer.reloads_ok += 1
+        runtime.observer.reload_ok = True
+        log.info("reloaded: policy %s, %d backends", built.policy.name, len(built.backends))
+        return True
+
+    def _keep_connections(self, old: Mapping[str, Any], built: Built) -> None:
+        """An endpoint whose section did not change keeps its pool."""
+        sections = {section.name: section for section in self.runtime.config.backends}
+        for section in built.config.backends:
+            if sections.get(section.name) == section and section.name in old:
+                built.endpoints[section.name] = old[section.name]
+
+    def _fingerprint(self) -> tuple[Any, ...]:
+        """Changes when a watched file does."""
+        files = [self.path] if self.path is not None else []
+        if is_policy_file(self.config.policy):
+            files.append(Path(self.config.policy))
+        marks: list[tuple[Any, ...]] = []
+        for file in files:
+            try:
+                status = file.stat()
+                marks.append((str(file), status.st_mtime_ns, status.st_size, status.st_ino))
+            except OSError:
+                marks.append((str(file), None))
+        return tuple(marks)
+
+    # What goes on all the time
+
+    async def _sweep(self) -> None:
+        runtime = self.runtime
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                runtime.sweep(runtime.now())
+            except Exception:
+                log.exception("sweep failed")
+
+    async def _watch(self) -> None:
+        runtime = self.runtime
+        turn = 0
+        while True:
+            await asyncio.sleep(KEYS_S)
+            turn += 1
+            try:
+                if await asyncio.to_thread(runtime.keys.refresh):
+                    runtime.limits.keep(runtime.keys.ids)
+            except sa.exc.SQLAlchemyError as error:
+                log.warning("keys cannot be read, the known ones go on: %s", error)
+            if turn % 2 == 0 and self._fingerprint() != self._seen:
+                self.reload()
+
+    def _ledger_failed(self, reason: str) -> None:
+        log.error("usage cannot be recorded any more, new requests are refused: %s", reason)
+
+
+def _host_port(name: Any) -> tuple[str, int]:
+    host, port = name[0], name[1]
+    return (f"[{host}]" if ":" in host else host), port
+
+
+def _address(sock: socket.socket) -> str:
+    return "{}:{}".format(*_host_port(sock.getsockname()))
+
+
+def serve(config: Config, path: Path | None, *, banner: bool = True) -> None:
+    """Run a proxy until it is told to stop."""
+
+    async def main() -> None:
+        service = Service(config, path)
+        await service.start()
+        if banner:
+            _print_banner(service)
+        await service.run()
+
+    uvloop.run(main())
+
+
+def _print_banner(service: Service) -> None:
+    runtime = service.runtime
+    log.info("OpenAI API on http://%s, admin on http://%s", service.ports.listen, service.ports.admin)
+    log.info(
+        "policy %s, ledger in %s", runtime.built.policy.name, service.config.database or service.config.state
+    )
+    if runtime.keys.empty:
+        log.info("no keys: everybody on this machine may use it; `tidegate keys create` makes the first")
+    for backend in runtime.fleet:
+        log.info(
+            "backend %s (%s) %s: %s, %d slots, models %s",
+            backend.name,
+            backend.site,
+            runtime.endpoints[backend.name].url,
+            "up" if backend.available else "down",
+            backend.slots,
+            ", ".join(sorted(backend.models)) or "none yet",
+        )

@@ -1,0 +1,286 @@
+"""The client side: one connection, its requests one after the other.
+
+Bytes are read by `http1.py`; what is malformed or ambiguous is answered with an error of ours and the connection
+is closed in stages (write, shut down our half, read what still comes, close), so that the client sees the answer
+and not a reset (RFC 9112 9.6). Requests that arrive while one is being answered wait their turn, unread.
+
+A client that closes or half-closes its connection while its request runs is gone: its generation is stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from math import inf
+from typing import TYPE_CHECKING, Final
+
+from proxy.answers import error_answer
+from proxy.errors import RequestError
+from proxy.exchange import Exchange
+from proxy.http1 import ChunkedDecoder, RequestHead
+
+if TYPE_CHECKING:
+    from proxy.runtime import Admission, Runtime
+
+PIPELINE_BYTES: Final = 64 * 1024
+"""Bytes of further requests that are kept while one is answered; beyond, the socket is not read."""
+
+WRITE_BUFFER_BYTES: Final = 64 * 1024
+"""Bytes that a slow client may have pending before its backend is not read any more."""
+
+REFUSED_BODY_BYTES: Final = 64 * 1024
+"""A refused request's body is read up to this size, to keep its connection; a larger one ends it."""
+
+LINGER_S: Final = 2.0
+
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class ClientConnection(asyncio.Protocol):
+    """One client connection."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        # The connection
+        self.transport: asyncio.Transport | None = None
+        self.peer = ""
+        self.pending = b""
+        """Bytes that are not read yet."""
+        self.reading = False
+        """Inside `_read`: an exchange that ends at once is followed by the loop there."""
+        self.paused = False
+        self.lingering = False
+        self.deadline = inf
+        """Monotonic time at which `sweep` ends what the connection is doing."""
+        # The request
+        self.head_begun = False
+        self.head: RequestHead | None = None
+        self.admission: Admission | None = None
+        self.decoder: ChunkedDecoder | None = None
+        self.parts: list[bytes] = []
+        self.body_bytes = 0
+        self.exchange: Exchange | None = None
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        peer = transport.get_extra_info("peername")
+        self.peer = peer[0] if isinstance(peer, tuple) else ""
+        runtime = self.runtime
+        runtime.clients.add(self)
+        self.deadline = runtime.now() + runtime.config.timeouts.idle
+        if len(runtime.clients) > runtime.config.limits.connections:
+            self._reject(RequestError("overloaded", "too many connections", retry_after_s=1.0))
+
+    def data_received(self, data: bytes) -> None:
+        if self.exchange is not None:
+            self.pending += data
+            if len(self.pending) > PIPELINE_BYTES and not self.paused and self.transport is not None:
+                self.paused = True
+                self.transport.pause_reading()
+        elif not self.lingering:
+            self._read(self.pending + data if self.pending else data)
+
+    def eof_received(self) -> bool:
+        # Half-closing after a request is how some clients cancel; see the module's docstring.
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.runtime.clients.discard(self)
+        exchange, self.exchange = self.exchange, None
+        self.transport = None
+        self.pending, self.parts = b"", []
+        if exchange is not None:
+            exchange.client_gone()
+
+    def pause_writing(self) -> None:
+        if self.exchange is not None:
+            self.exchange.block()
+
+    def resume_writing(self) -> None:
+        if self.exchange is not None:
+            self.exchange.unblock()
+
+    # Reading requests
+
+    def _read(self, data: bytes) -> None:
+        """Read requests until one is being answered or more bytes are needed."""
+        self.reading = True
+        self.pending = b""
+        try:
+            while data and not self.lingering and self.transport is not None:
+                data = self._read_head(data) if self.head is None else self._read_body(data)
+                if self.exchange is not None:
+                    self.pending = data
+                    break
+        except RequestError as error:
+            self._reject(error)
+        finally:
+            self.reading = False
+
+    def _read_head(self, data: bytes) -> bytes:
+        """-> what is left to read; empty: it is kept in `pending`, or all is read."""
+        runtime = self.runtime
+        # An empty line in front of a request is to be ignored (RFC 9112 2.2): one, not a flood of them.
+        start = 2 if data.startswith(b"\r\n") else 0
+        parsed = runtime.grammar.parse(data, start)
+        if parsed is None:
+            if data != b"\r\n" and not self.head_begun:
+                # The clock runs from the first byte of a head, however slowly it comes.
+                self.head_begun = True
+                self.deadline = runtime.now() + runtime.config.timeouts.head
+            self.pending = data
+            return b""
+        self.head_begun = False
+        head, position = parsed
+        self.head = head
+        limit = runtime.config.limits.body
+        if head.content_length > limit:
+            raise RequestError("body_too_large", f"a body may have {limit} bytes")
+        admission = self.admission = runtime.admit(head, self.peer)
+        if admission.error is not None and (
+            head.expects_continue or head.content_length > REFUSED_BODY_BYTES
+        ):
+            raise admission.error
+        if head.chunked:
+            self.decoder = ChunkedDecoder()
+        elif head.content_length <= len(data) - position:
+            end = position + head.content_length
+            self._complete(data[position:end])
+            return data[end:]
+        self.body_bytes = 0
+        self.deadline = runtime.now() + runtime.config.timeouts.body
+        if head.expects_continue and position == len(data):
+            self.write(_CONTINUE)
+        return data[position:]
+
+    def _read_body(self, data: bytes) -> bytes:
+        head = self.head
+        assert head is not None
+        if self.decoder is None:
+            missing = head.content_length - self.body_bytes
+            piece, rest = (data, b"") if len(data) <= missing else (data[:missing], data[missing:])
+            self.parts.append(piece)
+            self.body_bytes += len(piece)
+            if self.body_bytes == head.content_length:
+                self._complete(b"".join(self.parts))
+            return rest
+        try:
+            payload, end = self.decoder.feed(data)
+        except ValueError as error:
+            raise RequestError("malformed_body", str(error)) from None
+        self.body_bytes += len(payload)
+        if self.body_bytes > self.runtime.config.limits.body:
+            raise RequestError("body_too_large", f"a body may have {self.runtime.config.limits.body} bytes")
+        admission = self.admission
+        if admission is not None and admission.error is not None and self.body_bytes > REFUSED_BODY_BYTES:
+            raise admission.error
+        self.parts.append(payload)
+        if self.decoder.done:
+            self._complete(b"".join(self.parts))
+        return data[end:]
+
+    def _complete(self, body: bytes) -> None:
+        """A whole request is here."""
+        head, admission = self.head, self.admission
+        assert head is not None
+        assert admission is not None
+        self.head = self.admission = self.decoder = None
+        self.parts = []
+        self.deadline = inf
+        if admission.error is not None:
+            self.runtime.observer.rejected(admission.error, self.peer, head)
+            self.write(
+                error_answer(
+                    admission.error,
+                    keep_alive=head.keep_alive,
+                    version=head.version,
+                    without_body=head.method == b"HEAD",
+                )
+            )
+            self.finished(keep_alive=head.keep_alive)
+            return
+        if admission.answer is not None:
+            self.write(admission.answer)
+            self.finished(keep_alive=head.keep_alive)
+            return
+        runtime = self.runtime
+        exchange = Exchange(runtime, self, head, admission.endpoint, admission.key, runtime.now())
+        self.exchange = exchange
+        exchange.start(body)
+
+    def _reject(self, error: RequestError) -> None:
+        """Answer bytes that are no acceptable request, and close the connection in stages."""
+        head, transport = self.head, self.transport
+        if transport is None:
+            return
+        self.runtime.observer.rejected(error, self.peer, head)
+        without_body = head is not None and head.method == b"HEAD"
+        transport.write(error_answer(error, keep_alive=False, without_body=without_body))
+        self._close()
+
+    def _close(self) -> None:
+        """Close in stages: our half first, the rest when the client has closed or a moment has passed."""
+        transport = self.transport
+        self.lingering = True
+        self.pending, self.parts = b"", []
+        self.deadline = self.runtime.now() + LINGER_S
+        if transport is None or transport.is_closing():
+            return
+        if transport.can_write_eof():
+            transport.write_eof()
+            if self.paused:
+                self.paused = False
+                transport.resume_reading()
+        else:
+            transport.close()
+
+    # proxy.exchange.Client
+
+    def write(self, data: bytes) -> None:
+        if self.transport is not None:
+            self.transport.write(data)
+
+    def abort(self) -> None:
+        """Cut the connection so that nothing looks complete."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def finished(self, *, keep_alive: bool) -> None:
+        """The answer is written."""
+        self.exchange = None
+        transport = self.transport
+        if transport is None:
+            return
+        if not keep_alive or self.runtime.draining:
+            self._close()
+            return
+        self.deadline = self.runtime.now() + self.runtime.config.timeouts.idle
+        if self.paused:
+            self.paused = False
+            transport.resume_reading()
+        if self.pending and not self.reading:
+            self._read(self.pending)
+
+    # Time
+
+    @property
+    def idle(self) -> bool:
+        """Between two requests."""
+        return self.exchange is None and self.head is None and not self.pending and not self.lingering
+
+    def sweep(self, now: float) -> None:
+        """Look at the deadline; called a few times a second."""
+        if now < self.deadline or self.transport is None:
+            return
+        self.deadline = inf
+        if self.lingering:
+            self.transport.abort()
+        elif self.head is not None:
+            self._reject(RequestError("request_timeout", "the body took too long"))
+        elif self.pending and self.pending != b"\r\n":
+            self._reject(RequestError("request_timeout", "the request head took too long"))
+        else:
+            self.transport.close()

@@ -1,0 +1,336 @@
+"""The backend side: one connection, the idle ones of a backend, and how to open another.
+
+A connection serves one request at a time. It is used again only after a reply that ended exactly where its
+framing said, on a connection that both sides want to keep; whatever else happens to it, it is closed. Bytes that
+arrive while nobody asked anything are a reason to close it too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from typing import Final, Protocol
+from urllib.parse import urlsplit
+
+from probes.passive import AttemptError
+from proxy.http1 import ChunkedDecoder, MalformedResponseError, ResponseHead, parse_response_head
+
+MAX_INFORMATIONAL: Final = 16
+"""1xx responses in front of one reply; more is a flood."""
+
+_IDLE, _HEAD, _LENGTH, _CHUNKED, _UNTIL_CLOSE, _CLOSED = range(6)
+
+
+class Receiver(Protocol):
+    """Who waits for a reply. After `body(..., done=True)` or `lost` the connection is no longer its own."""
+
+    def head(self, head: ResponseHead) -> None: ...
+
+    def body(self, payload: bytes, done: bool) -> None: ...
+
+    def lost(self, error: AttemptError, message: str) -> None: ...
+
+
+class BackendConnection(asyncio.Protocol):
+    """One connection to a backend."""
+
+    __slots__ = (
+        "_buffer",
+        "_decoder",
+        "_informational",
+        "_keep_alive",
+        "_receiver",
+        "_remaining",
+        "_state",
+        "_to_head_request",
+        "endpoint",
+        "idle_since",
+        "received",
+        "requests",
+        "transport",
+    )
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.transport: asyncio.Transport | None = None
+        self.requests = 0
+        """Requests sent on it, the present one included."""
+        self.idle_since = 0.0
+        self.received = False
+        """Whether a byte of the present reply has come."""
+        self._receiver: Receiver | None = None
+        self._state = _IDLE
+        self._buffer = b""
+        self._decoder: ChunkedDecoder | None = None
+        self._remaining = 0
+        self._informational = 0
+        self._keep_alive = True
+        self._to_head_request = False
+
+    def send(self, receiver: Receiver, request: bytes, *, to_head_request: bool = False) -> None:
+        """Send a whole request; `receiver` hears of its reply."""
+        assert self._state == _IDLE
+        assert self.transport is not None
+        self._receiver = receiver
+        self._state = _HEAD
+        self._to_head_request = to_head_request
+        self._informational = 0
+        self.received = False
+        self.requests += 1
+        self.transport.write(request)
+
+    def pause(self) -> None:
+        """Stop reading: the client is slow."""
+        if self.transport is not None and self._state not in (_IDLE, _CLOSED):
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if self.transport is not None and self._state not in (_IDLE, _CLOSED):
+            self.transport.resume_reading()
+
+    def abort(self) -> None:
+        """Close at once; the engine takes that as the end of its request. Nobody is told."""
+        self._receiver = None
+        self._state = _CLOSED
+        if self.transport is not None:
+            self.transport.abort()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        state = self._state
+        if state == _CHUNKED:
+            assert self._decoder is not None
+            self._read_chunked(data, 0)
+        elif state == _HEAD:
+            self.received = True
+            self._read_head(self._buffer + data if self._buffer else data)
+        elif state == _LENGTH:
+            self._read_length(data, 0)
+        elif state == _UNTIL_CLOSE:
+            assert self._receiver is not None
+            self._receiver.body(data, False)
+        else:
+            self.endpoint.pool.forget(self)
+            self.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        state, receiver = self._state, self._receiver
+        self._state, self._receiver = _CLOSED, None
+        self.endpoint.pool.forget(self)
+        if receiver is None:
+            return
+        if state == _UNTIL_CLOSE and error is None:
+            receiver.body(b"", True)
+        elif state == _HEAD and not self.received and self.requests > 1:
+            receiver.lost(AttemptError.STALE_CONNECTION, "an idle connection had been closed")
+        else:
+            receiver.lost(
+                AttemptError.RESET, "the backend closed the connection before its answer was complete"
+            )
+
+    # reading
+
+    def _read_head(self, data: bytes) -> None:
+        position = 0
+        receiver = self._receiver
+        assert receiver is not None
+        try:
+            while True:
+                parsed = parse_response_head(data, position, to_head_request=self._to_head_request)
+                if parsed is None:
+                    self._buffer = data[position:]
+                    return
+                head, position = parsed
+                if head.status >= 200:
+                    break
+                self._informational += 1
+                if self._informational > MAX_INFORMATIONAL:
+                    raise MalformedResponseError("too many informational responses")
+        except MalformedResponseError as error:
+            self._malformed(str(error))
+            return
+        self._buffer = b""
+        self._keep_alive = head.keep_alive
+        receiver.head(head)
+        if self._receiver is not receiver:
+            return  # it lost interest
+        if head.chunked:
+            self._state = _CHUNKED
+            self._decoder = ChunkedDecoder()
+            if position < len(data):
+                self._read_chunked(data, position)
+        elif head.content_length is None:
+            self._state = _UNTIL_CLOSE
+            if position < len(data):
+                receiver.body(data[position:], False)
+        else:
+            self._state = _LENGTH
+            self._remaining = head.content_length
+            self._read_length(data, position)
+
+    def _read_chunked(self, data: bytes, position: int) -> None:
+        decoder, receiver = self._decoder, self._receiver
+        assert decoder is not None
+        assert receiver is not None
+        try:
+            payload, end = decoder.feed(data, position)
+        except ValueError as error:
+            self._malformed(str(error))
+            return
+        if decoder.done:
+            self._release(end == len(data))
+            receiver.body(payload, True)
+        elif payload:
+            receiver.body(payload, False)
+
+    def _read_length(self, data: bytes, position: int) -> None:
+        receiver = self._receiver
+        assert receiver is not None
+        size = len(data) - position
+        if size < self._remaining:
+            self._remaining -= size
+            if size:
+                receiver.body(data[position:] if position else data, False)
+            return
+        end = position + self._remaining
+        self._release(end == len(data))
+        receiver.body(data[position:end], True)
+
+    def _release(self, clean: bool) -> None:
+        """The reply is complete: keep the connection, or close it."""
+        self._receiver = None
+        self._decoder = None
+        if clean and self._keep_alive and self.transport is not None and not self.transport.is_closing():
+            self._state = _IDLE
+            self.endpoint.pool.give(self)
+        else:
+            self.abort()
+
+    def _malformed(self, message: str) -> None:
+        receiver = self._receiver
+        self.abort()
+        if receiver is not None:
+            receiver.lost(AttemptError.MALFORMED, message)
+
+
+class Pool:
+    """Idle connections of one backend, the last used first."""
+
+    def __init__(self, idle_s: float, clock: asyncio.AbstractEventLoop) -> None:
+        self._idle: deque[BackendConnection] = deque()
+        self._idle_s = idle_s
+        self._loop = clock
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    def take(self) -> BackendConnection | None:
+        """An idle connection that is not known to be closed."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.transport is not None and not connection.transport.is_closing():
+                return connection
+        return None
+
+    def give(self, connection: BackendConnection) -> None:
+        """Keep a connection for the next request."""
+        if self._closed:
+            connection.abort()
+            return
+        connection.idle_since = self._loop.time()
+        self._idle.append(connection)
+
+    def forget(self, connection: BackendConnection) -> None:
+        """It closed, or must not be used again."""
+        try:
+            self._idle.remove(connection)
+        except ValueError:
+            pass
+
+    def sweep(self, now: float) -> None:
+        """Close what has been idle too long: sooner than the backend would, so that none dies in our hands."""
+        while self._idle and now - self._idle[0].idle_since >= self._idle_s:
+            self._idle.popleft().abort()
+
+    def close(self) -> None:
+        """Close all, and whatever comes back later."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().abort()
+
+
+class Endpoint:
+    """Where a backend is, and the connections to it."""
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        key: str | None = None,
+        idle_s: float = 4.0,
+        tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
+        continuous_usage: bool = True,
+        cache_salt: bool = True,
+    ) -> None:
+        """`key` replaces the client's credential; `tls` is needed for https URLs."""
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        self.name = name
+        self.url = url
+        self.host = parts.hostname
+        self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.prefix = parts.path.rstrip("/").encode("ascii")
+        self.continuous_usage = continuous_usage
+        self.cache_salt = cache_salt
+        self.pool = Pool(idle_s, loop)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        authority = host if parts.port is None else f"{host}:{parts.port}"
+        fields = f"host: {authority}\r\n"
+        if key is not None:
+            fields += f"authorization: Bearer {key}\r\n"
+        self._fields = fields.encode("ascii")
+        self._loop = loop
+        self._tls = tls
+        self._server_name = (server_name or self.host) if tls is not None else None
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.name} {self.url}, {len(self.pool)} idle>"
+
+    def request(
+        self, method: bytes, target: bytes, forward: bytes, body: bytes | None, request_id: bytes
+    ) -> bytes:
+        """A whole request as bytes. `forward`: field lines of the client that go on; `body` None: no body."""
+        head = b"%b %b%b HTTP/1.1\r\n%b%bx-request-id: %b\r\n" % (
+            method,
+            self.prefix,
+            target,
+            self._fields,
+            forward,
+            request_id,
+        )
+        if body is None:
+            return head + b"\r\n"
+        return b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
+
+    async def connect(self, timeout_s: float) -> BackendConnection:
+        """Open a connection. Raises OSError (also for TLS) or TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            _, connection = await self._loop.create_connection(
+                lambda: BackendConnection(self),
+                self.host,
+                self.port,
+                ssl=self._tls,
+                server_hostname=self._server_name,
+            )
+        return connection
