@@ -461,6 +461,7 @@ def _root(
 
 def _logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 _ELSEWHERE = {"emulate": "sim.emulator:emulate", "demo": "proxy.demo:demo"}

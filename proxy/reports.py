@@ -19,6 +19,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, BinaryIO, Literal
 
 import orjson
+from rich import box
 from rich.table import Table
 from sqlalchemy import BigInteger, ColumnElement, Engine, Select, cast, func, select, tuple_, union_all
 
@@ -126,13 +127,13 @@ def spent(engine: Engine, key_id: str, since: float) -> int:
 
 
 def usage_table(lines: list[Usage]) -> Table:
-    """For people: money with 4 decimals, and a total if there is more than one line."""
-    table = Table()
+    """For people: money with 4 decimals, and totals if there is more than one line."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     groups = list(lines[0].group) if lines else []
     for name in groups:
-        table.add_column(name)
-    for name in ("requests", "errors", "prompt", "cached", "completion", "overhead", "cost"):
-        table.add_column(name, justify="right")
+        table.add_column(name, overflow="fold")
+    for name in ("requests", "errors", "prompt", "cached", "completion", "overhead", "cost", ""):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     totals: dict[str, Usage] = {}
     for line in lines:
         table.add_row(*(line.group[name] or "-" for name in groups), *_cells(line))
@@ -143,7 +144,8 @@ def usage_table(lines: list[Usage]) -> Table:
             table.add_row("total", *[""] * (len(groups) - 1), *_cells(total))
     unpriced = sum(line.unpriced for line in lines)
     if unpriced:
-        table.caption = f"{unpriced} requests had no price and are not in the cost"
+        table.caption = f"{unpriced:,} requests had no price: what they cost is not in here"
+        table.caption_justify = "left"
     return table
 
 
@@ -283,7 +285,7 @@ def _cells(line: Usage) -> list[str]:
         line.completion_tokens,
         overhead,
     )
-    return [*(f"{count:,}" for count in counts), f"{money(line.cost_nano, 4)} {line.currency}".rstrip()]
+    return [*(f"{count:,}" for count in counts), money(line.cost_nano, 4), line.currency]
 
 
 def _pages(engine: Engine, span: list[ColumnElement[bool]]) -> Iterator[list[Row]]:
