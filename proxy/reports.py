@@ -128,12 +128,12 @@ def spent(engine: Engine, key_id: str, since: float) -> int:
 
 def usage_table(lines: list[Usage]) -> Table:
     """For people: money with 4 decimals, and totals if there is more than one line."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     groups = list(lines[0].group) if lines else []
     for name in groups:
-        table.add_column(name, overflow="fold")
-    for name in ("requests", "errors", "prompt", "cached", "completion", "overhead", "cost", ""):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        table.add_column(name, overflow="fold", min_width=8)
+    for name in ("requests", "errors", "prompt", "cached", "completion", "overhead", "cost"):
+        table.add_column(name, justify="right", no_wrap=True)
     totals: dict[str, Usage] = {}
     for line in lines:
         table.add_row(*(line.group[name] or "-" for name in groups), *_cells(line))
@@ -285,7 +285,7 @@ def _cells(line: Usage) -> list[str]:
         line.completion_tokens,
         overhead,
     )
-    return [*(f"{count:,}" for count in counts), money(line.cost_nano, 4), line.currency]
+    return [*(f"{count:,}" for count in counts), f"{money(line.cost_nano, 4)} {line.currency}".rstrip()]
 
 
 def _pages(engine: Engine, span: list[ColumnElement[bool]]) -> Iterator[list[Row]]:
