@@ -6,6 +6,7 @@ not exactly as `benchmarks.mock_backend` says it raises `AnswerError`.
 
 from __future__ import annotations
 
+import gzip
 import re
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ class AnswerError(Exception):
 
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked", re.IGNORECASE)
+_CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,8}")
 _CLOSE = re.compile(rb"\r\nconnection:[ \t]*close", re.IGNORECASE)
 
 
@@ -31,8 +33,9 @@ class ResponseReader:
         self.complete = False
         self._received = b""
         self._left = 0
-        """Body bytes of the message or of the chunk, its line end included, that are still to come."""
+        """Body bytes of the message or of the chunk that are still to come."""
         self._chunked = False
+        self._in_chunk = False
 
     @property
     def status(self) -> int:
@@ -48,6 +51,11 @@ class ResponseReader:
         """The value of a response header field, empty if there is none."""
         found = re.search(rb"\r\n%b:[ \t]*([^\r]*)" % name.encode(), self.head, re.IGNORECASE)
         return found[1].decode("latin-1") if found else ""
+
+    def content(self, pieces: list[bytes]) -> bytes:
+        """The body from what `feed` returned; unpacked, since LiteLLM packs it for who can read that."""
+        body = b"".join(pieces)
+        return gzip.decompress(body) if self.field("content-encoding") == "gzip" else body
 
     def feed(self, data: bytes) -> bytes:
         """Take what came in; returns the bytes of the body in it. Raises AnswerError on broken framing."""
@@ -94,22 +102,28 @@ class ResponseReader:
                 piece = data[at : at + self._left]
                 at += len(piece)
                 self._left -= len(piece)
-                # The last two bytes of a chunk are its line end.
-                pieces.append(piece[: len(piece) + min(0, self._left - 2)] if self._left < 2 else piece)
-                continue
-            end = data.find(b"\r\n", at)
-            if end < 0:
-                self._received = data[at:]
-                break
-            try:
-                size = int(data[at:end].split(b";")[0], 16)
-            except ValueError:
-                raise AnswerError("broken chunk") from None
-            if size == 0:
-                self._end_chunks(data, at, end)
-                break
-            at = end + 2
-            self._left = size + 2
+                pieces.append(piece)
+            elif self._in_chunk:
+                if not data.startswith(b"\r\n", at):
+                    if data[at:] == b"\r":
+                        self._received = b"\r"
+                        break
+                    raise AnswerError("broken chunk")
+                at += 2
+                self._in_chunk = False
+            else:
+                end = data.find(b"\r\n", at)
+                if end < 0:
+                    self._received = data[at:]
+                    break
+                if _CHUNK_SIZE.fullmatch(data, at, end) is None:
+                    raise AnswerError("broken chunk")
+                self._left = int(data[at:end], 16)
+                if self._left == 0:
+                    self._end_chunks(data, at, end)
+                    break
+                self._in_chunk = True
+                at = end + 2
         return b"".join(pieces)
 
     def _end_chunks(self, data: bytes, at: int, end: int) -> None:

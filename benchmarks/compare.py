@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.peers import PEERS, WORK, Endpoint, Peer
 from benchmarks.processes import Cores, Services, StartError, machine_cpu_seconds, raise_open_files
-from benchmarks.summary import Spread, machine_facts, print_table, ratio, write_result
+from benchmarks.summary import Spread, facts_line, print_table, ratio, write_result
 
 TOKENS_PER_S = 50.0
 PROMISED = {"us_per_request": 0.75, "us_per_token": 1.0}
@@ -293,10 +293,7 @@ def main() -> int:
     print_report(names, rounds)
     for name, error in errors.items():
         print(f"\n{name}: {error}")
-    facts = machine_facts()
-    print(
-        f"\n{facts['cpu']}, {facts['cores']} cores, Linux {facts['kernel']}, {facts['date']}, {facts['commit']}"
-    )
+    print(f"\n{facts_line()}")
     if not arguments.no_result:
         print(
             f"written to {write_result('compare', as_json(rounds, load, errors)).name} in benchmarks/results"

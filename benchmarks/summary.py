@@ -72,13 +72,21 @@ def machine_facts() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": os.cpu_count(),
         "memory_gib": round(memory / 2**30, 1),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "commit": commit(),
     }
+
+
+def facts_line() -> str:
+    """The facts of this machine in one line, for the end of a report."""
+    facts = machine_facts()
+    return (
+        f"{facts['cpu']}, {facts['cores']} cores, Linux {facts['kernel']}, {facts['date']}, {facts['commit']}"
+    )
 
 
 def commit() -> str:
