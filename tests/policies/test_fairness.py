@@ -71,6 +71,16 @@ def test_an_answer_out_of_turn_is_charged_and_moves_no_clock() -> None:
     assert [feed.serve().request.tenant for _ in range(6)] == ["a", "a", "a", "b", "b", "b"]
 
 
+def test_an_answer_out_of_turn_puts_no_newcomer_behind() -> None:
+    feed = Feed()
+    for _ in range(3):
+        feed.add("a", tokens=10)
+    for overdue in [feed.add("b", tokens=25) for _ in range(2)]:
+        feed.queue.remove(overdue, served=True)
+    feed.add("late", tokens=10)
+    assert [feed.serve().request.tenant for _ in range(4)] == ["a", "late", "a", "a"]
+
+
 def test_priority_goes_first_and_waiting_is_worth_priority() -> None:
     feed = Feed()
     low = feed.add(priority=0, since=0.0)

@@ -33,6 +33,14 @@ def test_deposits_and_withdrawals_expire() -> None:
     assert granted(budget, 50, 1e6) == 10
 
 
+def test_what_was_deposited_before_a_pause_expires_in_it() -> None:
+    budget = RetryBudget(ratio=1.0, floor_per_s=0.0, ttl_s=10.0)
+    for second in range(10):
+        budget.deposit(second + 0.5)
+    assert budget.balance(14.5) == 5.0
+    assert budget.balance(30.0) == 0.0
+
+
 def test_an_outage_does_not_multiply() -> None:
     """Everything fails and every attempt is retried as long as it is allowed: 1.2 x requests, and the floor."""
     budget = RetryBudget(ratio=0.2, floor_per_s=10.0, ttl_s=10.0)

@@ -102,6 +102,14 @@ def test_what_nothing_may_serve_is_refused(facts: dict[str, Any], code: str) -> 
     assert "a" in routing.removed
 
 
+@pytest.mark.parametrize("lengths", [(101, 100), (100, 101)])
+def test_what_is_remembered_of_one_length_is_not_taken_for_another(lengths: tuple[int, int]) -> None:
+    rules, homes = one_tier(), fleet(backend("a", context_tokens={"m": 100}))
+    for length in lengths:
+        answer = decided(rules.route(request(max_tokens=length), homes, 0.0))
+        assert answer == ("a" if length == 100 else "context_length")
+
+
 def test_what_is_served_but_down_is_refused_as_down() -> None:
     routing = one_tier().route(request(), fleet(backend("a", available=False)), 0.0)
     assert isinstance(routing.decision, Reject)
@@ -176,6 +184,8 @@ def test_enter_above_one_lets_the_engine_queue_but_prefers_a_free_slot() -> None
         backend("away"),
     )
     chosen = []
+    (only,) = rules.route(request(), homes, 0.0).candidates
+    assert only.name == "y"
     for _ in range(5):
         name = decided(rules.route(request(), homes, 0.0))
         chosen.append(name)
@@ -354,8 +364,11 @@ def test_a_policy_that_raises_when_told_leaks_no_load() -> None:
     assert homes["a"].in_flight == 1
     homes.release(lease, Outcome.OK, 2.0)
     assert homes["a"].in_flight == 0
-    assert rules.rules[0].guarded.failures == 4
-    assert rules.rules[0].guarded.last_failure == "finished: ZeroDivisionError: finished"
+    assert rules.rules[0].guarded.choose(routing.request, list(homes), 3.0) == Send(
+        "a", reason="policy failed: ZeroDivisionError: choose"
+    )
+    assert rules.rules[0].guarded.failures == 5
+    assert rules.rules[0].guarded.last_failure == "ZeroDivisionError: choose"
 
 
 def test_tried_backends_are_left_out_and_move_no_flag() -> None:

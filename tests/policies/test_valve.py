@@ -176,6 +176,14 @@ def test_a_policys_hold_keeps_nobody_else_waiting() -> None:
     assert ids(valve.poll(5.0)) == ["big", "behind"]
 
 
+def test_a_policy_that_holds_everybody_is_not_asked_in_a_circle() -> None:
+    valve = Valve(one_tier(Answers(Hold(5.0))), fleet(backend("a")))
+    for number in range(2 * HEADS_PER_POLL):
+        valve.submit(request(f"r{number}", tenant=f"t{number}"), 0.0)
+    assert valve.poll(1.0) == []
+    assert valve.next_wake() == 5.0
+
+
 def test_fairness_under_a_flood() -> None:
     """Ten times the requests get a tenant no more tokens than its neighbour asks for, nor the neighbour's wait."""
     valve, homes, (routing,) = full(depth=40, wait_s=1e6)
@@ -367,6 +375,14 @@ def test_a_cancelled_request_is_never_answered() -> None:
     assert valve.poll(99.0) == []
 
 
+def test_a_cancelled_request_ends_no_wait() -> None:
+    valve, _, _ = full()
+    for number in range(3):
+        valve.submit(request(f"r{number}"), 0.0)
+    valve.cancel("r1")
+    assert ids(valve.poll(10.0)) == ["r0", "r2"]
+
+
 def test_a_request_that_was_refused_between_polls_can_be_cancelled() -> None:
     valve, _, _ = full(depth=2)
     for number in range(2):
@@ -416,6 +432,17 @@ def test_a_backend_that_joins_is_used_by_those_who_wait() -> None:
         ("r0", "b"),
         ("r1", "b"),
     ]
+
+
+def test_those_who_can_go_elsewhere_since_the_fleet_changed_leave_the_others_behind() -> None:
+    homes = fleet(backend("a", slots=1, models=frozenset("mn")))
+    valve = Valve(one_tier(), homes)
+    valve.submit(request("running"), 0.0)
+    valve.submit(request("stuck", model="m"), 0.0)
+    valve.submit(request("lucky", model="n"), 0.0)
+    homes.replace([homes["a"], backend("b", models=frozenset("n"))])
+    assert ids(valve.poll(1.0)) == ["lucky"]
+    assert valve.queued == 1
 
 
 def test_a_model_that_goes_leaves_a_refusal() -> None:
