@@ -28,7 +28,27 @@ _STATUS_LINE: Final = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t -~\x80-\xff]*+
 _RESPONSE_HEAD: Final = re.compile(_STATUS_LINE + rb"(\n(?:" + _FIELD + rb")*+)\r\n")
 _RESPONSE_FIRST_LINE: Final = re.compile(_STATUS_LINE + rb"\n")
 _FIELD_LINE: Final = re.compile(_FIELD)
-_OTHER_VERSION: Final = re.compile(_TOKEN + rb"++ [!-~]++ HTTP/[0-9]\.[0-9]\r\n")
+_OTHER_VERSION: Final = re.compile(_TOKEN + rb"++ [!-~]++ HTTP/(?!1\.[01])[0-9]\.[0-9](?:\r\n|\Z)")
+
+# What may still become a request line, and a field line.
+_PARTIAL_REQUEST_LINE: Final = re.compile(
+    _TOKEN + rb"{0,32}+(?: [!-~]*+(?: (?:H(?:T(?:T(?:P(?:/(?:1(?:\.(?:[01]\r?+)?+)?+)?+)?+)?+)?+)?+)?+)?+)?+"
+)
+_PARTIAL_STATUS_LINE: Final = re.compile(
+    rb"(?:H(?:T(?:T(?:P(?:/(?:1(?:\.(?:[01](?: (?:[1-9](?:[0-9](?:[0-9](?: [\t -~\x80-\xff]*+)?+\r?+"
+    rb")?+)?+)?+)?+)?+)?+)?+)?+)?+)?+)?+)?+"
+)
+_PARTIAL_FIELD_LINE: Final = re.compile(rb"(?:" + _TOKEN + rb"++(?::[\t -~\x80-\xff]*+\r?+)?+|\r)?+")
+
+METHODS: Final = frozenset(
+    b"GET HEAD POST PUT DELETE OPTIONS TRACE PATCH ACL BIND CHECKOUT COPY LABEL LINK LOCK MERGE MKACTIVITY "
+    b"MKCALENDAR MKCOL MOVE ORDERPATCH PROPFIND PROPPATCH PURGE QUERY REBIND REPORT SEARCH SOURCE UNBIND "
+    b"UNCHECKOUT UNLINK UNLOCK UPDATE VERSION-CONTROL M-SEARCH NOTIFY SUBSCRIBE UNSUBSCRIBE CONNECT".split()
+)
+"""Registered methods, and a few that are common. A name that nobody knows is refused before it is routed."""
+
+_BODY_IS_ODD: Final = frozenset((b"GET", b"HEAD"))
+"""A body of theirs is legal but some servers leave it unread: the connection ends behind it."""
 
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]++\]|[A-Za-z0-9._~!$&'()*+;=%\-]++)(?::[0-9]{0,5}+)?+")
 _ABSOLUTE: Final = re.compile(rb"(?i:https?)://(?:[^@/?#]*+@)?([^/?#]++)(.*+)", re.DOTALL)
@@ -45,7 +65,7 @@ _CHUNK_LINE_MAX: Final = 8 + 256 + 2
 
 _FORBIDDEN_TRAILERS: Final = frozenset(
     b"host content-length transfer-encoding authorization connection te trailer upgrade expect cookie set-cookie "
-    b"content-encoding content-type content-range x-api-key x-request-id x-session-id".split()
+    b"content-encoding content-range x-api-key x-request-id x-session-id".split()
 )
 _KNOWN_CODINGS: Final = frozenset((b"gzip", b"x-gzip", b"deflate", b"compress", b"x-compress", b"identity"))
 
@@ -98,7 +118,7 @@ class RequestGrammar:
     FORWARDED: Final = ("accept", "content-type", "traceparent", "tracestate", "user-agent")
     _OWN: Final = (
         "host|content-length|transfer-encoding|connection|expect|authorization|x-api-key|x-request-id|"
-        "x-session-id|content-encoding"
+        "x-session-id|content-encoding|content[_-]+length|transfer[_-]+encoding"
     )
 
     def __init__(self, limits: HeadLimits | None = None, forward: tuple[str, ...] = ()) -> None:
@@ -123,23 +143,30 @@ class RequestGrammar:
             raise RequestError("header_too_large", "request head too large")
         if len(target) > limits.target_bytes:
             raise RequestError("target_too_long", f"request target longer than {limits.target_bytes} bytes")
+        if method not in METHODS:
+            raise RequestError("unsupported_method", "unknown method")
         head = RequestHead(method, target, 1 if version == b"1" else 0)
         self._read_fields(head, fields)
         if target[0] != 47:  # not "/"
             _read_target(head)
         return head, match.end()
 
-    def _read_fields(self, head: RequestHead, fields: bytes) -> None:
+    def _read_fields(self, head: RequestHead, fields: bytes, complete: bool = True) -> None:
         host: bytes | None = None
         length: bytes | None = None
         codings: bytes | None = None
         connection = b""
         api_key: bytes | None = None
+        content_type = twin = False
         forward = self._forward
         kept: list[bytes] = []
         for name, value in self._find(fields):
             name = name.lower()
             if name in forward:
+                if name == b"content-type":
+                    if content_type:
+                        raise RequestError("malformed_request", "more than one Content-Type field")
+                    content_type = True
                 kept.append(b"%b: %b\r\n" % (name, value))
             elif name == b"host":
                 if host is not None:
@@ -167,13 +194,17 @@ class RequestGrammar:
                 if value.rstrip(b" \t").lower() != b"100-continue":
                     raise RequestError("expectation_failed", "only Expect: 100-continue is understood")
                 head.expects_continue = head.version == 1
-            else:
+            elif name == b"content-encoding":
                 head.content_encoding = value.rstrip(b" \t").lower()
+            else:
+                # `Content_Length` and the like: some servers read them as the real ones. We don't, and what
+                # might be read in two ways ends the connection.
+                twin = True
         head.forward = b"".join(kept)
         if head.credential is None:
             head.credential = api_key
         if host is None:
-            if head.version == 1:
+            if head.version == 1 and complete:
                 raise RequestError("bad_host", "HTTP/1.1 request without a Host field")
         elif _HOST.fullmatch(host.rstrip(b" \t")) is None:
             raise RequestError("bad_host", "invalid Host field")
@@ -193,28 +224,41 @@ class RequestGrammar:
             head.keep_alive = b"close" not in options and (head.version == 1 or b"keep-alive" in options)
         else:
             head.keep_alive = head.version == 1
+        if twin or (head.method in _BODY_IS_ODD and (head.content_length or head.chunked)):
+            head.keep_alive = False
 
     def _explain(self, data: bytes, start: int) -> None:
         """Raise when `data` can no longer grow into a valid head; return when it still can."""
-        first_end = _refuse_if_impossible(data, start, _REQUEST_FIRST_LINE, self.limits)
-        if first_end < 0 and _OTHER_VERSION.match(data, start):
+        if _OTHER_VERSION.match(data, start):
             raise RequestError("unsupported_version", "only HTTP/1.0 and HTTP/1.1 are spoken here")
-        if first_end < 0:
+        fields = _complete_fields(data, start, _REQUEST_FIRST_LINE, _PARTIAL_REQUEST_LINE, self.limits)
+        if fields is None:
             raise RequestError("malformed_request", "malformed request line")
+        if fields:
+            match = _REQUEST_FIRST_LINE.match(data, start)
+            assert match is not None
+            self._read_fields(RequestHead(match[1], match[2], 1), fields, complete=False)
 
 
-def _refuse_if_impossible(data: bytes, start: int, first_line: re.Pattern[bytes], limits: HeadLimits) -> int:
-    """Check an unmatched head line by line. -> end of the first line, 0 if it is not complete, -1 if bad."""
-    end = data.find(b"\n", start)
+def _complete_fields(
+    data: bytes,
+    start: int,
+    first_line: re.Pattern[bytes],
+    partial_first_line: re.Pattern[bytes],
+    limits: HeadLimits,
+) -> bytes | None:
+    """The complete field lines of an unfinished head, checked; None when its first line is bad.
+
+    Raises RequestError for everything else that can't become a valid head.
+    """
     size = len(data) - start
-    if end < 0:
-        if size > limits.target_bytes + 64:
-            raise RequestError("target_too_long", f"request target longer than {limits.target_bytes} bytes")
-        _refuse_bad_bytes(data, start)
-        return 0
     match = first_line.match(data, start)
     if match is None:
-        return -1
+        if partial_first_line.fullmatch(data, start) is None:
+            return None
+        if size > limits.target_bytes + 64:
+            raise RequestError("target_too_long", f"request target longer than {limits.target_bytes} bytes")
+        return b""
     if size > limits.head_bytes:
         raise RequestError("header_too_large", f"head larger than {limits.head_bytes} bytes")
     position, count = match.end(), 0
@@ -223,18 +267,12 @@ def _refuse_if_impossible(data: bytes, start: int, first_line: re.Pattern[bytes]
         count += 1
     if count > limits.fields:
         raise RequestError("header_too_large", f"more than {limits.fields} header fields")
-    if data.find(b"\n", position) >= 0:
+    if _PARTIAL_FIELD_LINE.fullmatch(data, position) is None:
         raise RequestError("malformed_request", "malformed header field")
-    _refuse_bad_bytes(data, position)
-    return match.end()
+    return data[match.end() - 1 : position]
 
 
 _PARTIAL_LINE_BAD: Final = re.compile(rb"[\x00-\x08\x0a-\x0c\x0e-\x1f\x7f]|\r(?!\Z)")
-
-
-def _refuse_bad_bytes(data: bytes, start: int) -> None:
-    if _PARTIAL_LINE_BAD.search(data, start):
-        raise RequestError("malformed_request", "control character in the head")
 
 
 def _read_target(head: RequestHead) -> None:
@@ -309,10 +347,12 @@ def parse_response_head(
     match = _RESPONSE_HEAD.match(data, start)
     if match is None:
         try:
-            first_end = _refuse_if_impossible(data, start, _RESPONSE_FIRST_LINE, _RESPONSE_LIMITS)
+            lines = _complete_fields(
+                data, start, _RESPONSE_FIRST_LINE, _PARTIAL_STATUS_LINE, _RESPONSE_LIMITS
+            )
         except RequestError as error:
             raise MalformedResponseError(error.message) from None
-        if first_end < 0:
+        if lines is None:
             raise MalformedResponseError("malformed status line")
         return None
     version, status_text, phrase, fields = match.groups()

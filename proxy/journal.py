@@ -441,6 +441,7 @@ def _opened(values: list[Any]) -> Row:
 
 
 def _advance(row: Row, backend: str, prompt: int, cached: int, completion: int, source: str) -> None:
-    row.backend = backend
+    if backend != row.backend:
+        row.backend, row.site = backend, ""
     row.prompt_tokens, row.cached_tokens, row.completion_tokens = prompt, cached, completion
     row.usage_source = source

@@ -30,12 +30,14 @@ class Price:
     @classmethod
     def parse(
         cls,
-        input: str | int | Decimal,
-        output: str | int | Decimal,
+        input: str | float | Decimal,
+        output: str | float | Decimal,
         currency: str,
-        cached_input: str | int | Decimal | None = None,
+        cached_input: str | float | Decimal | None = None,
     ) -> Price:
         """Prices per million tokens, as written; cached input costs as much as input unless it has its own price.
+
+        A float counts as the shortest text that reads back as it, which is what stood in the file.
 
         Raises ValueError naming the field: not a decimal number, negative, absurdly high, too many decimals.
         """
@@ -103,9 +105,9 @@ class Prices:
         return price.cost(prompt_tokens, cached_tokens, completion_tokens), price.currency
 
 
-def _units(name: str, text: str | int | Decimal) -> int:
+def _units(name: str, text: str | float | Decimal) -> int:
     try:
-        value = Decimal(text)
+        value = Decimal(repr(text) if isinstance(text, float) else text)
     except InvalidOperation:
         raise ValueError(f"{name}: {text!r} is not a decimal number") from None
     if not value.is_finite() or not 0 <= value <= HIGHEST_PRICE:
