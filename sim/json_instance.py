@@ -226,6 +226,8 @@ def _merge(one: Schema | bool, other: Schema | bool) -> Schema | bool:
         elif key == "allOf":
             merged[key] = [*merged[key], *value]
         elif key in ("anyOf", "oneOf"):
+            if len(merged[key]) * len(value) > LARGEST:
+                raise UnsupportedSchemaError(f"two lists of {key} have too many combinations")
             merged[key] = [{"allOf": [mine, yours]} for mine in merged[key] for yours in value]
         elif key == "$ref":
             merged["allOf"] = [*merged.get("allOf", []), {"$ref": value}]
