@@ -196,10 +196,11 @@ COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("µs/token", "us_per_token", 1),
     ("p50 ms", "p50_ms", 2),
     ("p99 ms", "p99_ms", 2),
-    ("TTFT p50 ms", "first_token_p50_ms", 2),
-    ("TTFT p99 ms", "first_token_p99_ms", 2),
+    ("TTFT p50", "first_token_p50_ms", 2),
+    ("TTFT p99", "first_token_p99_ms", 2),
     ("MB", "memory_mb", 0),
 )
+WITH_QUARTILES = ("us_per_request", "us_per_token")
 
 
 def spread_of(rounds: Sequence[dict[str, Figures]], name: str, figure: str) -> Spread | None:
@@ -218,19 +219,22 @@ def ratio_of(rounds: Sequence[dict[str, Figures]], figure: str, under: str = "vl
     )
 
 
+def _cell(spread: Spread | None, figure: str, digits: int) -> str:
+    if spread is None:
+        return ""
+    return spread.text(digits) if figure in WITH_QUARTILES else f"{spread.median:.{digits}f}"
+
+
 def print_report(names: Sequence[str], rounds: Sequence[dict[str, Figures]]) -> None:
     """Print the table, what each proxy does for its figures, and the ratios."""
     rows = []
     for name in names:
         if not any(name in result for result in rounds):
             continue
-        cells = [
-            spread.text(digits) if (spread := spread_of(rounds, name, figure)) else ""
-            for _, figure, digits in COLUMNS
-        ]
+        cells = [_cell(spread_of(rounds, name, figure), figure, digits) for _, figure, digits in COLUMNS]
         rows.append([name, *cells, ", ".join(work for work in WORK if work in PEERS[name].work)])
     print_table(
-        "CPU, latency and memory; median (quartiles) of the rounds",
+        "CPU (median and quartiles of the rounds), latency and memory (median)",
         ("proxy", *(title for title, _, _ in COLUMNS), "does"),
         rows,
     )

@@ -207,8 +207,9 @@ class Crashes:
             raise StartError(f"tidegate export failed:\n{done.stderr[-2000:]}")
         return [json.loads(line) for line in done.stdout.splitlines()]
 
-    def compare(self, heard: list[Heard], killed_at: float, sent: list[dict[str, Any]]) -> Verdict:
+    def compare(self, heard: list[Heard], killed_at: float) -> Verdict:
         """Read the ledger until every request that reached a backend is in it, or the time is over; judge it."""
+        sent = self.sent()
         waited_for = {entry["request_id"] for entry in sent if entry["tokens"]}
         deadline = time.monotonic() + SETTLE_S
         while True:
@@ -234,9 +235,8 @@ def run_rounds(rounds: int, seed: int) -> tuple[Verdict, list[float]]:
             service = crashes.start()
             for _ in range(rounds):
                 heard, killed_at = uvloop.run(crashes.load_and_kill(service))
-                sent = crashes.sent()
                 service = crashes.start()
-                total.add(crashes.compare(heard, killed_at, sent))
+                total.add(crashes.compare(heard, killed_at))
                 found = "" if total.good else ", promises broken"
                 progress.update(task, advance=1, description=f"kill -9: {total.delivered} tokens{found}")
         return total, crashes.restarts
