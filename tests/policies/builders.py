@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from policies.base import BackendView, Decision, Finished, Policy, RequestFacts, Send
+from policies.base import BackendView, Decision, Finished, Outcome, Policy, RequestFacts, Send
+from policies.routing import Routing
 from policies.rules import Queue, Rule, RuleSet, Selector, Spill, Tier
 from policies.state import Backend, Fleet
+from policies.valve import Valve
 
 MODEL = "m"
 
@@ -120,3 +122,20 @@ def decided(routing: Any) -> str:
     """The backend it was sent to, `hold`, or the code of the refusal."""
     decision = routing.decision
     return getattr(decision, "backend", None) or getattr(decision, "code", None) or "hold"
+
+
+def ids(routings: list[Routing]) -> list[str]:
+    return [routing.request.id for routing in routings]
+
+
+def release(homes: Fleet, routing: Routing, now: float, outcome: Outcome = Outcome.OK) -> None:
+    assert routing.lease is not None
+    homes.release(routing.lease, outcome, now)
+
+
+def full(slots: int = 1, policy: Policy | None = None, **queue: Any) -> tuple[Valve, Fleet, list[Routing]]:
+    """A valve over one backend `a` with all its slots taken at time 0."""
+    homes = fleet(backend("a", slots=slots))
+    valve = Valve(one_tier(policy, **queue), homes)
+    running = [valve.submit(request(f"running{number}"), 0.0) for number in range(slots)]
+    return valve, homes, running
