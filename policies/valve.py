@@ -7,10 +7,10 @@ decided, or all that are answered at once would pick the same backend.
 
 Held requests wait in one queue per rule and set of feasible backends, so that one model's queue, being
 stuck, stops no other. A poll asks at most `HEADS_PER_POLL` heads of each queue, one of each in turn, in
-fair order (`fairness.py`); nothing ever walks over a queue, except when a change of the fleet or of the
-policy file alters who is feasible. A hold ends at the earliest of its policy's `until`, its rule's wait and
-the request's deadline: then the request goes to the least saturated backend that may serve it, whatever its
-tier, or is refused.
+fair order (`fairness.py`). Only a change of the fleet or of the policy file walks over those who wait, and
+a full queue is searched for the tenant that has most in it. A hold ends at the earliest of its policy's
+`until`, its rule's wait and the request's deadline: then the request goes to the least saturated backend
+that may serve it, whatever its tier, or is refused.
 
 Every request that is submitted gets exactly one answer that is not a `Hold`, by `submit` or by `poll`,
 unless it is cancelled.
