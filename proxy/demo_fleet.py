@@ -185,6 +185,7 @@ def configuration(listen: int, admin: int, state: Path, urls: dict[str, str]) ->
         "admin": f"{HOST}:{admin}",
         "state": str(state),
         "policy": "local-first",
+        "timeouts": {"drain": "1s"},  # Ctrl-C is meant
         "backends": [
             {
                 "name": backend.name,
@@ -292,7 +293,9 @@ async def start_fleet(settings: DemoSettings, stack: AsyncExitStack, directory: 
             urls[child.name] = (await child.first_line()).split()[2]
     config = directory / "tidegate.yaml"
     with config.open("w") as file:
-        YAML(typ="safe").dump(configuration(listen, admin, (settings.state or directory / "state").absolute(), urls), file)
+        YAML(typ="safe").dump(
+            configuration(listen, admin, (settings.state or directory / "state").absolute(), urls), file
+        )
     proxy = await Child.start("proxy", [*settings.serve, "--config", str(config)], directory)
     stack.push_async_callback(proxy.stop)
     fleet = Fleet(f"http://{HOST}:{listen}", f"http://{HOST}:{admin}", config, [*children, proxy])

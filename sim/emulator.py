@@ -188,7 +188,7 @@ def run(settings: EmulatorSettings) -> None:
 
 def emulate(
     port: Annotated[
-        int, typer.Option(help="Port to listen on; 0 takes a free one and prints it.", max=65535)
+        int, typer.Option(help="Port to listen on; 0 takes a free one and prints it.", min=0, max=65535)
     ] = 8000,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     model: Annotated[

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import signal
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
+from proxy.demo import demo
 from proxy.tasks import Tasks
-from sim.emulator import EmulatorSettings, Fault, serve_emulator
+from sim.emulator import EmulatorSettings, Fault, emulate, serve_emulator
 from tests.sim.emulated import HELLO, Client, client, events, until
 
 
@@ -198,3 +202,13 @@ async def test_the_process_says_where_it_listens_and_stops_on_request() -> None:
     process.send_signal(signal.SIGTERM)
     _, complaint = await process.communicate()
     assert (process.returncode, complaint) == (0, b"")
+
+
+# The page about it
+
+
+@pytest.mark.parametrize("command", [emulate, demo])
+def test_every_option_is_documented(command: Callable[..., None]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "emulator.md").read_text()
+    for name in inspect.signature(command).parameters:
+        assert f"`--{name.replace('_', '-')}`" in page
