@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from policies.base import Hold, Outcome, Reject, RequestFacts, Send
@@ -45,7 +45,7 @@ PREFIX_BLOCK_BYTES: Final = 2048
 PREFIX_BLOCKS: Final = 512
 
 
-class State(Enum):
+class State(StrEnum):
     """Where an exchange is."""
 
     RECEIVED = "received"
@@ -96,6 +96,38 @@ class Client(Protocol):
 class Exchange:
     """Glue between one client connection, the valve, one backend connection at a time, meter and journal."""
 
+    state = State.RECEIVED
+    facts: RequestFacts | None = None
+    body_read: RequestBody | None = None
+    raw_body: bytes | None = None
+    reservation: Reservation | None = None
+    # The present attempt
+    lease: Lease | None = None
+    target: Endpoint | None = None
+    connection: BackendConnection | None = None
+    connecting: asyncio.Task[Any] | None = None
+    tried: frozenset[str] = frozenset()
+    dispatched = 0.0
+    # Its answer
+    reply: ResponseHead | None = None
+    mode = _WHOLE
+    reader: EventReader | None = None
+    parts: list[bytes]
+    """Set with the head of each answer."""
+    parts_bytes = 0
+    last_error: tuple[ResponseHead, bytes] | None = None
+    """A complete error answer, for the client if no other backend does better."""
+    # The client's side
+    committed = False
+    include_usage = False
+    every_event = False
+    blocked_since: float | None = None
+    alive = False
+    """Data has come since the last sweep."""
+    quiet_since = 0.0
+    journaled = 0
+    """Completion tokens in the journal."""
+
     def __init__(
         self, runtime: Runtime, client: Client, head: RequestHead, endpoint: str, key: Key | None, now: float
     ) -> None:
@@ -105,41 +137,11 @@ class Exchange:
         self.endpoint = endpoint
         self.key = key
         self.arrived = now
-        self.state = State.RECEIVED
-        self.row = Row(runtime.operation_ids.mint())
-        self.id = _request_id(head.request_id) or self.row.op
-        self.facts: RequestFacts | None = None
-        self.body_read: RequestBody | None = None
-        self.raw_body: bytes | None = None
-        self.reservation: Reservation | None = None
-        # The present attempt
+        row = self.row = Row(runtime.operation_ids.mint())
+        self.id = _request_id(head.request_id) or row.op
         self.routings: list[Routing] = []
-        self.lease: Lease | None = None
-        self.connection: BackendConnection | None = None
-        self.connecting: asyncio.Task[Any] | None = None
-        self.tried: set[str] = set()
-        self.target: Endpoint | None = None
-        self.dispatched = 0.0
-        # Its answer
-        self.reply: ResponseHead | None = None
-        self.mode = _WHOLE
         self.meter = Meter()
-        self.reader: EventReader | None = None
-        self.parts: list[bytes] = []
-        self.parts_bytes = 0
-        self.last_error: tuple[ResponseHead, bytes] | None = None
-        """A complete error answer, for the client if no other backend does better."""
-        # The client's side
-        self.committed = False
         self.chunked = head.version == 1
-        self.include_usage = False
-        self.every_event = False
-        self.blocked_since: float | None = None
-        self.alive = False
-        """Data has come since the last sweep."""
-        self.quiet_since = now
-        self.journaled = 0
-        """Completion tokens in the journal."""
 
     def __repr__(self) -> str:
         backend = self.lease.backend.name if self.lease else "-"
@@ -293,7 +295,7 @@ class Exchange:
         row.policy = routing.decided_by
         row.reason = decision.reason
         row.propensity = decision.propensity
-        row.candidates = routing.candidates
+        row.candidates = [tuple(candidate) for candidate in routing.candidates]
         self.quiet_since = routing.at
         if row.attempts == 1:
             self.dispatched = runtime.now()
@@ -369,6 +371,7 @@ class Exchange:
     def head(self, head: ResponseHead) -> None:
         """A response head arrived; it is withheld."""
         self.reply = head
+        self.parts = []
         if self.mode == _RAW:
             return
         if 200 <= head.status < 300:
@@ -544,29 +547,24 @@ class Exchange:
         row = self.row
         row.overhead_s = max(self.dispatched - self.arrived - row.queue_s, 0.0)
         keep_alive = self.request.keep_alive and (self.chunked or framing.startswith(b"content-length"))
-        return b"HTTP/1.1 %d %b\r\n%b%b%b%b\r\n" % (
+        fields = b"HTTP/1.1 %d %b\r\n%b%bx-request-id: %b\r\nx-tidegate-backend: %b\r\n" % (
             reply.status,
             reply.phrase,
             reply.fields,
             framing,
-            self._own_fields(),
-            b"" if keep_alive and self.chunked else b"connection: keep-alive\r\n" if keep_alive else _CLOSE,
-        )
-
-    def _own_fields(self) -> bytes:
-        row = self.row
-        fields = b"x-request-id: %b\r\nx-tidegate-backend: %b\r\nx-tidegate-reason: %b\r\n" % (
             self.id.encode("ascii"),
             row.backend.encode("ascii"),
-            _field_text(row.reason),
         )
-        fields += b"x-tidegate-queue-ms: %d\r\nx-tidegate-overhead-ms: %.3f\r\n" % (
+        fields += b"x-tidegate-reason: %b\r\nx-tidegate-queue-ms: %d\r\nx-tidegate-overhead-ms: %.3f\r\n" % (
+            _field_text(row.reason),
             row.queue_s * 1000,
             row.overhead_s * 1000,
         )
         if self.key is not None:
             fields += self.runtime.limits.headers(self.key, self.arrived)
-        return fields
+        if not keep_alive:
+            return fields + b"connection: close\r\n\r\n"
+        return fields + (b"\r\n" if self.chunked else b"connection: keep-alive\r\n\r\n")
 
     # Failing
 
@@ -589,8 +587,8 @@ class Exchange:
         if isinstance(error, int) and (pause := backoff_s(error, retry_after, runtime.wall())) > 0:
             runtime.fleet.back_off(name, pause, now)
         runtime.observer.attempt_failed(name, error)
-        self.tried.add(name)
-        self.meter, self.reader, self.reply, self.parts, self.parts_bytes = Meter(), None, None, [], 0
+        self.tried |= {name}
+        self.meter, self.reader, self.reply, self.parts_bytes = Meter(), None, None, 0
         if self.mode != _RAW or self.endpoint != "forward":
             self.mode = _WHOLE
         if row.attempts < runtime.config.retries.attempts and runtime.retry_budget.withdraw(now):
@@ -785,7 +783,6 @@ class Exchange:
         runtime.capacity_freed(now)
 
 
-_CLOSE: Final = b"connection: close\r\n"
 _ID_BYTES: Final = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_.:")
 
 

@@ -240,6 +240,55 @@ class RequestGrammar:
             self._read_fields(RequestHead(match[1], match[2], 1), fields, complete=False)
 
 
+class RepeatedHead:
+    """The last head of a connection, to know it again.
+
+    Clients send the same head with every request, but for the digits of `Content-Length`. A head that equals the
+    last one in every other byte has been matched whole already; only its length is read.
+    """
+
+    __slots__ = ("_after", "_before", "_head")
+
+    MAX_BYTES: Final = 4096
+
+    def __init__(self) -> None:
+        self._before = b""
+        """All bytes up to the digits; empty: nothing to compare with."""
+        self._after = b""
+        self._head: RequestHead | None = None
+
+    def remember(self, data: bytes, start: int, end: int, head: RequestHead) -> None:
+        """Keep a head that has just been parsed from `data[start:end]`."""
+        self._before, self._head = b"", None
+        if end - start > self.MAX_BYTES:
+            return
+        digits = _LENGTH_DIGITS.search(data, start, end)
+        if digits is None:
+            if head.content_length or head.chunked:
+                return
+            self._before, self._after = data[start:end], b""
+        else:
+            self._before, self._after = data[start : digits.start(1)], data[digits.end(1) : end]
+        self._head = head
+
+    def recall(self, data: bytes, start: int) -> tuple[RequestHead, int] | None:
+        """-> (the same head object with its new length, position behind it), or None when it is another head."""
+        head = self._head
+        if head is None or not data.startswith(self._before, start):
+            return None
+        position = start + len(self._before)
+        if not self._after:
+            return head, position
+        digits = _DIGITS.match(data, position)
+        if digits is None or not data.startswith(self._after, digits.end()):
+            return None
+        head.content_length = int(digits[0])
+        return head, digits.end() + len(self._after)
+
+
+_LENGTH_DIGITS: Final = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15}+)\r\n")
+
+
 def _complete_fields(
     data: bytes,
     start: int,

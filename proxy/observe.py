@@ -15,11 +15,12 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import orjson
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from policies.routing import Routing
 from proxy import records
 from proxy.errors import RequestError
 from proxy.http1 import RequestHead
@@ -148,9 +149,9 @@ class Observer:
             self.refusals[row.code] = self.refusals.get(row.code, 0) + 1
         self.queue.observe(row.queue_s)
         if self.recent.maxlen:
-            self.recent.append(Record(exchange))
+            self.recent.append(Record(exchange.id, row, exchange.routings))
         if self.log is not None:
-            self.log.write(_log_line(exchange.id, row))
+            self.log.write((exchange.id, row))
 
     def rejected(self, error: RequestError, peer: str, head: RequestHead | None) -> None:
         """A request was refused before it became an exchange."""
@@ -209,15 +210,12 @@ _STATE_NAMES: Final = {
 }
 
 
-class Record:
+class Record(NamedTuple):
     """One exchange as `tidegate explain` shows it."""
 
-    __slots__ = ("id", "routings", "row")
-
-    def __init__(self, exchange: Exchange) -> None:
-        self.id = exchange.id
-        self.row = exchange.row
-        self.routings = tuple(exchange.routings)
+    id: str
+    row: records.Row
+    routings: list[Routing]
 
     def explain(self) -> dict[str, Any]:
         """Decisions with candidates and what was removed why; forecast against what happened."""
@@ -322,7 +320,7 @@ class RequestLog:
         self.dropped = 0
         self._descriptor = descriptor
         self._interval_s = interval_s
-        self._lines: deque[dict[str, Any]] = deque()
+        self._lines: deque[tuple[str, records.Row] | dict[str, Any]] = deque()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
         self._thread.start()
@@ -336,7 +334,8 @@ class RequestLog:
             return cls(sys.stdout.fileno())
         return cls(os.open(where, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640))
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: tuple[str, records.Row] | dict[str, Any]) -> None:
+        """A finished request (its id and row), or any other line; it is put into words in the thread."""
         if len(self._lines) >= self.MAX_PENDING:
             self.dropped += 1
         else:
@@ -355,7 +354,7 @@ class RequestLog:
     def _flush(self) -> None:
         lines = self._lines
         while lines:
-            block = [orjson.dumps(lines.popleft()) for _ in range(min(len(lines), 1000))]
+            block = [_encode(lines.popleft()) for _ in range(min(len(lines), 100))]
             data = memoryview(b"\n".join(block) + b"\n")
             try:
                 while data:
@@ -363,6 +362,10 @@ class RequestLog:
             except OSError:
                 self.dropped += len(block)
                 return
+
+
+def _encode(line: tuple[str, records.Row] | dict[str, Any]) -> bytes:
+    return orjson.dumps(line if isinstance(line, dict) else _log_line(*line))
 
 
 class Metrics:

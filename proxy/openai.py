@@ -17,13 +17,13 @@ import orjson
 from proxy.errors import RequestError
 from proxy.meter import BYTES_PER_TOKEN
 
-ENGINE_FIELDS: Final = ("cache_salt", "priority", "kv_transfer_params", "vllm_xargs")
+ENGINE_FIELDS: Final = frozenset(("cache_salt", "priority", "kv_transfer_params", "vllm_xargs"))
 """Fields by which a client could reach into the engine: other tenants' cache, the queue, other hosts. Removed."""
 
 DEFAULT_EXPECTED_TOKENS: Final = 256
 """Assumed length of an answer when the client gives no limit below it, tokens."""
 
-_MEDIA_KEYS: Final = (b'_url"', b'"url"')
+_MEDIA_KEY: Final = b'url"'
 
 
 @dataclass(slots=True)
@@ -79,10 +79,9 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
         _read_generation(body, document)
     else:
         body.prompt_tokens = len(raw) // BYTES_PER_TOKEN
-    for name in ENGINE_FIELDS:
-        if name in document:
-            body.must_rewrite = True
-    if not media_urls and (_MEDIA_KEYS[0] in raw or _MEDIA_KEYS[1] in raw):
+    if not ENGINE_FIELDS.isdisjoint(document):
+        body.must_rewrite = True
+    if not media_urls and _MEDIA_KEY in raw:
         _refuse_media_urls(document.get("messages"))
     return body
 
@@ -113,9 +112,10 @@ def _read_chat(body: RequestBody, document: dict[str, Any]) -> None:
     if type(messages) is not list:
         code = "missing_field" if messages is None else "invalid_value"
         raise RequestError(code, "messages must be a list", "messages")
-    for number, message in enumerate(messages):
+    for message in messages:
         if type(message) is not dict:
-            raise RequestError("invalid_value", "each message must be an object", f"messages[{number}]")
+            where = f"messages[{messages.index(message)}]"
+            raise RequestError("invalid_value", "each message must be an object", where)
     body.prompt_tokens = len(body.raw) // BYTES_PER_TOKEN
 
 
@@ -155,17 +155,17 @@ def _read_generation(body: RequestBody, document: dict[str, Any]) -> None:
             body.include_usage = bool(options.get("include_usage"))
             body.every_event = body.include_usage and bool(options.get("continuous_usage_stats"))
         body.must_rewrite = True
-    n = _count(document, "n", 1)
-    if (best_of := _count(document, "best_of", 1)) > n:
-        n = best_of
-    body.choices = n
-    limit = _count(document, "max_completion_tokens", 0) or _count(document, "max_tokens", 0)
-    body.max_tokens = limit
+    if not _COUNTS.isdisjoint(document):
+        body.choices = max(_count(document, "n", 1), _count(document, "best_of", 1))
+        body.max_tokens = _count(document, "max_completion_tokens", 0) or _count(document, "max_tokens", 0)
     for name in ("prompt_cache_key", "user"):
         value = document.get(name)
         if type(value) is str and value:
             body.session = value[:256]
             break
+
+
+_COUNTS: Final = frozenset(("n", "best_of", "max_tokens", "max_completion_tokens"))
 
 
 def _count(document: dict[str, Any], name: str, least: int) -> int:

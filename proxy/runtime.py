@@ -56,6 +56,11 @@ class Admission:
     error: RequestError | None = None
     """A refusal that leaves the connection in order."""
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the same head is admitted in the same way as long as keys and configuration stay."""
+        return self.answer is None and self.error is None and (self.key is None or self.key.expires is None)
+
 
 class Runtime:
     """Shared state. All of it belongs to the event loop."""
@@ -126,6 +131,10 @@ class Runtime:
         )
 
     # What a head alone decides
+
+    def generation(self) -> tuple[object, object]:
+        """Changes with the keys and with the configuration."""
+        return self.keys.version, self.config
 
     def admit(self, head: RequestHead, peer: str) -> Admission:
         """Authenticate and find the endpoint."""

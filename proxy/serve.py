@@ -10,6 +10,7 @@ journal.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -315,6 +316,11 @@ def serve(config: Config, path: Path | None, *, banner: bool = True) -> None:
     async def main() -> None:
         service = Service(config, path)
         await service.start()
+        # What lives as long as the process is not looked at again, and what a request leaves behind holds no
+        # cycles: collecting every 700 allocations cost 7 % of the CPU.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
         if banner:
             _print_banner(service)
         await service.run()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, cast
 from proxy.answers import error_answer
 from proxy.errors import RequestError
 from proxy.exchange import Exchange
-from proxy.http1 import ChunkedDecoder, RequestHead
+from proxy.http1 import ChunkedDecoder, RepeatedHead, RequestHead
 
 if TYPE_CHECKING:
     from proxy.runtime import Admission, Runtime
@@ -53,6 +53,10 @@ class ClientConnection(asyncio.Protocol):
         """Monotonic time at which `sweep` ends what the connection is doing."""
         # The request
         self.head_begun = False
+        self.repeated = RepeatedHead()
+        self.remembered: Admission | None = None
+        """What the repeated head was admitted to."""
+        self.remembered_in: object = None
         self.head: RequestHead | None = None
         self.admission: Admission | None = None
         self.decoder: ChunkedDecoder | None = None
@@ -125,7 +129,7 @@ class ClientConnection(asyncio.Protocol):
         runtime = self.runtime
         # An empty line in front of a request is to be ignored (RFC 9112 2.2): one, not a flood of them.
         start = 2 if data.startswith(b"\r\n") else 0
-        parsed = runtime.grammar.parse(data, start)
+        parsed = self._match_head(data, start)
         if parsed is None:
             if data != b"\r\n" and not self.head_begun:
                 # The clock runs from the first byte of a head, however slowly it comes.
@@ -134,12 +138,12 @@ class ClientConnection(asyncio.Protocol):
             self.pending = data
             return b""
         self.head_begun = False
-        head, position = parsed
+        head, admission, position = parsed
         self.head = head
+        self.admission = admission
         limit = runtime.config.limits.body
         if head.content_length > limit:
             raise RequestError("body_too_large", f"a body may have {limit} bytes")
-        admission = self.admission = runtime.admit(head, self.peer)
         if admission.error is not None and (
             head.expects_continue or head.content_length > REFUSED_BODY_BYTES
         ):
@@ -155,6 +159,29 @@ class ClientConnection(asyncio.Protocol):
         if head.expects_continue and position == len(data):
             self.write(_CONTINUE)
         return data[position:]
+
+    def _match_head(self, data: bytes, start: int) -> tuple[RequestHead, Admission, int] | None:
+        """-> (head, what it is admitted to, position behind it), or None when it is incomplete.
+
+        A head like the last one has been parsed and admitted before; it is admitted again without a look as long
+        as keys and configuration are the same.
+        """
+        runtime = self.runtime
+        if (remembered := self.remembered) is not None and self.remembered_in == runtime.generation():
+            recalled = self.repeated.recall(data, start)
+            if recalled is not None:
+                return recalled[0], remembered, recalled[1]
+        parsed = runtime.grammar.parse(data, start)
+        if parsed is None:
+            return None
+        head, position = parsed
+        generation = runtime.generation()
+        admission = runtime.admit(head, self.peer)
+        self.remembered = None
+        if admission.repeatable:
+            self.repeated.remember(data, start, position, head)
+            self.remembered, self.remembered_in = admission, generation
+        return head, admission, position
 
     def _read_body(self, data: bytes) -> bytes:
         head = self.head

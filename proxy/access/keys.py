@@ -136,6 +136,11 @@ class KeyStore:
         return self._empty
 
     @property
+    def version(self) -> str | None:
+        """Changes when `refresh` has read other keys: what was decided by the old ones must be decided anew."""
+        return self._version
+
+    @property
     def ids(self) -> Set[str]:
         """Ids of the keys that are not revoked."""
         return {key.id for _, key in self._keys.values() if key is not None}
