@@ -35,7 +35,7 @@ from benchmarks.client import Connection, Heard
 from benchmarks.compare import TOKENS_PER_S
 from benchmarks.load import Plan
 from benchmarks.peers import configure_tidegate, create_key, tidegate_command, wait_for_chat
-from benchmarks.processes import Service, Services, StartError, get_json, raise_open_files
+from benchmarks.processes import Service, Services, StartError, ask_mock, raise_open_files
 from benchmarks.summary import facts_line, quantile, write_result
 
 ALLOWED_LOSS_S = 1.0
@@ -142,12 +142,12 @@ def _compare_delivered(verdict: Verdict, request: Heard, kept: int, killed_at: f
 class Crashes:
     """One Tidegate on one state directory, killed and started again."""
 
-    def __init__(self, services: Services, backends: Sequence[int], draw: random.Random) -> None:
+    def __init__(self, services: Services, mock: Service, draw: random.Random) -> None:
         self._services = services
-        self._backends = backends
+        self._mock = mock
         self._draw = draw
         self._command = tidegate_command()
-        self._configuration, self._port = configure_tidegate(services.folder, backends)
+        self._configuration, self._port = configure_tidegate(services.folder, mock.ports)
         self._key = create_key(self._command, self._configuration)
         self._rows: dict[str, dict[str, Any]] = {}
         self._seed = 1
@@ -194,10 +194,11 @@ class Crashes:
     def sent(self) -> list[dict[str, Any]]:
         """What the backends sent to each request so far, once no stream is open any more."""
         deadline = time.monotonic() + SETTLE_S
-        urls = [f"http://127.0.0.1:{port}/bench" for port in self._backends]
-        while any(get_json(f"{url}/state")["running"] for url in urls) and time.monotonic() < deadline:
+        while any(state["running"] for state in ask_mock(self._mock, "/bench/state")):
+            if time.monotonic() > deadline:
+                raise StartError(f"streams are still open {SETTLE_S:.0f} s after the kill")
             time.sleep(0.05)
-        return [entry for url in urls for entry in get_json(f"{url}/sent")]
+        return [entry for entries in ask_mock(self._mock, "/bench/sent") for entry in entries]
 
     def export(self) -> list[dict[str, Any]]:
         """The ledger's rows, as `tidegate export` writes them."""
@@ -229,7 +230,7 @@ def run_rounds(rounds: int, seed: int) -> tuple[Verdict, list[float]]:
     total = Verdict()
     with tempfile.TemporaryDirectory(prefix="tidegate-crash-") as folder, Services(Path(folder)) as services:
         mock = services.start_mock("--backends", "2", "--rate", str(TOKENS_PER_S), "--record")
-        crashes = Crashes(services, mock.ports, random.Random(seed))
+        crashes = Crashes(services, mock, random.Random(seed))
         with Progress() as progress:
             task = progress.add_task("kill -9", total=rounds)
             service = crashes.start()

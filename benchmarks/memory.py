@@ -27,7 +27,7 @@ from rich.progress import Progress
 
 from benchmarks.compare import load_command
 from benchmarks.peers import PEERS, Endpoint, Peer
-from benchmarks.processes import Cores, Service, Services, StartError, get_json, raise_open_files
+from benchmarks.processes import Cores, Service, Services, StartError, ask_mock, raise_open_files
 from benchmarks.summary import facts_line, print_table, write_result
 
 SLOW_TOKENS_PER_S = 0.5
@@ -77,7 +77,7 @@ class RequestMemory:
 
 def running(mock: Service) -> int:
     """Streams open at the backends."""
-    return sum(get_json(f"http://127.0.0.1:{port}/bench/state")["running"] for port in mock.ports)
+    return sum(state["running"] for state in ask_mock(mock, "/bench/state"))
 
 
 def measure_streams(peer: Peer, streams: int, cores: Cores) -> StreamMemory:

@@ -271,8 +271,16 @@ def hurry_all(pid: int, priority: int) -> None:
             hurry(int(thread), priority)
 
 
-def get_json(url: str, timeout_s: float = 10.0) -> Any:
-    """The JSON at a local address, past any proxy the environment names."""
+def ask_mock(service: Service, path: str) -> list[Any]:
+    """The JSON at a path of each backend of a mock; raises StartError if one does not answer."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=timeout_s) as answer:
-        return json.load(answer)
+    answers = []
+    for port in service.ports:
+        try:
+            with opener.open(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
+                answers.append(json.load(answer))
+        except OSError as error:
+            ended = service.process.poll()
+            state = "still running" if ended is None else f"ended with {ended}"
+            raise StartError(f"{service.name}, {state}: {error}\n{service.log_tail()}") from None
+    return answers
