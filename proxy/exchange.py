@@ -152,6 +152,9 @@ class Exchange:
             raise RuntimeError(f"{self!r} cannot become {to.value}")
         self.state = to
 
+    def _new_meter(self) -> Meter:
+        return Meter(1 if self.body_read is None else self.body_read.choices)
+
     # Deciding
 
     def start(self, body: bytes) -> None:
@@ -212,6 +215,8 @@ class Exchange:
             )
         self.include_usage = body.include_usage
         self.every_event = body.every_event
+        if body.choices > 1:
+            self.meter = self._new_meter()
         session = head.session.decode("latin-1")[:256] if head.session else body.session
         facts = RequestFacts(
             row.op,
@@ -588,7 +593,7 @@ class Exchange:
             runtime.fleet.back_off(name, pause, now)
         runtime.observer.attempt_failed(name, error)
         self.tried |= {name}
-        self.meter, self.reader, self.reply, self.parts_bytes = Meter(), None, None, 0
+        self.meter, self.reader, self.reply, self.parts_bytes = self._new_meter(), None, None, 0
         if self.mode != _RAW or self.endpoint != "forward":
             self.mode = _WHOLE
         if row.attempts < runtime.config.retries.attempts and runtime.retry_budget.withdraw(now):

@@ -3,7 +3,9 @@
 Backends are asked to report usage in every event of a stream. What is kept is the last value seen, never a sum
 and never a count of events (an event may carry several tokens or none); each figure only grows, since engines
 have reported less for a moment during chunked prefill. So when a stream breaks off, the last value is exact for
-what came until then. Usage that the client did not ask for is cut out again.
+what came until then. With several choices vLLM's running usage is that of the event's own choice, and only the
+last event has the sum: until then the sum is taken here, of the last value of each. Usage that the client did not
+ask for is cut out again.
 
 Cutting without a JSON round trip: inside a JSON string a quote is always escaped, so the bytes `,"usage":{` can
 only be a key, at any depth. If the object they open holds no string and ends the document (`}}`), or is followed
@@ -27,6 +29,7 @@ _USAGE_TAIL: Final = re.compile(
     rb'((?:,"[a-z_]++":(?:null|[0-9]{1,12}+|\{(?:"[a-z_]++":(?:null|[0-9]{1,12}+),?+)*+\}))*+)\}'
     rb'((?:,"(?:system_fingerprint|prompt_token_ids|prompt_text)":(?:null|"[A-Za-z0-9._\-]*+"))*+)\}'
 )
+_CHOICE_INDEX: Final = re.compile(rb'"choices": ?\[\{"index": ?([0-9]{1,4}+)')
 _CACHED: Final = re.compile(rb'"cached_tokens":([0-9]{1,12}+)')
 
 BYTES_PER_TOKEN: Final = 4
@@ -36,9 +39,11 @@ BYTES_PER_TOKEN: Final = 4
 class Meter:
     """The tokens of one attempt."""
 
-    __slots__ = ("cached", "completion", "done", "failed", "prompt", "reported", "text_bytes")
+    __slots__ = ("_by_choice", "cached", "completion", "done", "failed", "prompt", "reported", "text_bytes")
 
-    def __init__(self) -> None:
+    def __init__(self, choices: int = 1) -> None:
+        self._by_choice: dict[bytes, int] | None = {} if choices > 1 else None
+        """Completion tokens by index of the choice, where there are several."""
         self.prompt = 0
         self.cached = 0
         self.completion = 0
@@ -102,8 +107,12 @@ class Meter:
             self.reported = True
             if (tokens := int(prompt)) > self.prompt:
                 self.prompt = tokens
-            if completion is not None and (tokens := int(completion)) > self.completion:
-                self.completion = tokens
+            if completion is not None:
+                tokens = int(completion)
+                if self._by_choice is not None:
+                    tokens = self._sum_of_choices(data, tokens)
+                if tokens > self.completion:
+                    self.completion = tokens
             if (
                 len(details) > 40
                 and (cached := _CACHED.search(details)) is not None
@@ -141,6 +150,10 @@ class Meter:
             if not self.reported:
                 self.text_bytes += _text_bytes(choices)
         else:
+            if self._by_choice is not None and isinstance(usage, dict):
+                tokens = usage.get("completion_tokens")
+                if type(tokens) is int:
+                    usage = {**usage, "completion_tokens": self._sum_of_choices(data, tokens)}
             self.take(usage)
         if every_event or (include_usage and (choices == [] or usage is None)):
             return event.raw
@@ -149,6 +162,15 @@ class Meter:
         del document["usage"]
         name = b"event: %b\n" % event.name if event.name else b""
         return b"%bdata: %b\n\n" % (name, orjson.dumps(document))
+
+    def _sum_of_choices(self, data: bytes, tokens: int) -> int:
+        """Tokens of all choices, when this event reports `tokens`."""
+        assert self._by_choice is not None
+        match = _CHOICE_INDEX.search(data)
+        if match is None:
+            return tokens  # the last event, with the sum
+        self._by_choice[match[1]] = max(self._by_choice.get(match[1], 0), tokens)
+        return sum(self._by_choice.values())
 
     def estimate_completion(self) -> int:
         """Tokens of the answer for a backend that reports nothing, from the bytes of its text."""
