@@ -27,10 +27,12 @@ _USAGE_KEY: Final = b',"usage":{'
 _USAGE_TAIL: Final = re.compile(
     rb',"usage":\{"prompt_tokens":([0-9]{1,12}+),"total_tokens":[0-9]{1,12}+(?:,"completion_tokens":([0-9]{1,12}+))?+'
     rb'((?:,"[a-z_]++":(?:null|[0-9]{1,12}+|\{(?:"[a-z_]++":(?:null|[0-9]{1,12}+),?+)*+\}))*+)\}'
-    rb'((?:,"(?:system_fingerprint|prompt_token_ids|prompt_text)":(?:null|"[A-Za-z0-9._\-]*+"))*+)\}'
+    rb'((?:,"[a-z_]++":(?:null|true|false|[0-9]{1,12}+|"[A-Za-z0-9._\-]*+"))*+)\}'
 )
 _CHOICE_INDEX: Final = re.compile(rb'"choices": ?\[\{"index": ?([0-9]{1,4}+)')
 _CACHED: Final = re.compile(rb'"cached_tokens":([0-9]{1,12}+)')
+
+_SHORTEST_CACHED: Final = len(b',"prompt_tokens_details":{"cached_tokens":0}') - 1
 
 BYTES_PER_TOKEN: Final = 4
 """For estimates where a backend reports nothing: about four bytes of English text a token."""
@@ -81,8 +83,31 @@ class Meter:
         if type(completion) is int and completion > self.completion:
             self.completion = completion
 
+    def _matched(self, match: re.Match[bytes], event: bytes = b"") -> None:
+        """Usage in vLLM's compact form; `event`: the event it stands in, where running usage may be a part."""
+        prompt, completion, details, _ = match.groups()
+        self.reported = True
+        if (tokens := int(prompt)) > self.prompt:
+            self.prompt = tokens
+        if completion is not None:
+            tokens = int(completion)
+            if event and self._by_choice is not None:
+                tokens = self._sum_of_choices(event, tokens)
+            if tokens > self.completion:
+                self.completion = tokens
+        if (
+            len(details) > _SHORTEST_CACHED
+            and (cached := _CACHED.search(details)) is not None
+            and (tokens := int(cached[1])) > self.cached
+        ):
+            self.cached = tokens
+
     def body(self, body: bytes) -> None:
         """A whole JSON answer."""
+        at = body.rfind(_USAGE_KEY)
+        if at >= 0 and (match := _USAGE_TAIL.fullmatch(body, at)) is not None:
+            self._matched(match)
+            return
         try:
             answer = orjson.loads(body)
         except orjson.JSONDecodeError:
@@ -103,27 +128,12 @@ class Meter:
             match = _USAGE_TAIL.fullmatch(data, at)
             if match is None:
                 return self._parsed(event, data, include_usage=include_usage, every_event=every_event)
-            prompt, completion, details, rest = match.groups()
-            self.reported = True
-            if (tokens := int(prompt)) > self.prompt:
-                self.prompt = tokens
-            if completion is not None:
-                tokens = int(completion)
-                if self._by_choice is not None:
-                    tokens = self._sum_of_choices(data, tokens)
-                if tokens > self.completion:
-                    self.completion = tokens
-            if (
-                len(details) > 40
-                and (cached := _CACHED.search(details)) is not None
-                and (tokens := int(cached[1])) > self.cached
-            ):
-                self.cached = tokens
+            self._matched(match, data)
             if every_event:
                 return event.raw
             if data.find(b'"choices":[]', 0, at) >= 0:
                 return event.raw if include_usage else b""
-            return b"data: %b%b}\n\n" % (data[:at], rest)
+            return b"data: %b%b}\n\n" % (data[:at], match[4])
         if data == b"[DONE]":
             self.done = True
             return event.raw
