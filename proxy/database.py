@@ -47,7 +47,10 @@ def open_database(target: str | Path, *, check: bool = True) -> Engine:
     without. Raises OpenError: not reachable, damaged, written by a newer version.
     """
     url = _url(target)
-    engine = create_engine(url)
+    try:
+        engine = create_engine(url)
+    except (ArgumentError, ImportError) as error:
+        raise OpenError(f"database {url.render_as_string()}: {error}") from None
     try:
         if url.get_backend_name() == "sqlite":
             path = Path(str(url.database))

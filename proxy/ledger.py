@@ -107,15 +107,16 @@ class Ledger:
             log.error("journal: %s; what it held is lost", damage)
         if replayed.rows or replayed.lost:
             log.warning("journal replayed: %d finished rows, %d lost requests", replayed.rows, replayed.lost)
+        self.journal.start(loop, self.take, on_failed)
         self._thread = threading.Thread(target=self._run, name="tidegate-ledger", daemon=True)
         self._thread.start()
-        self.journal.start(loop, self.take, on_failed)
         return replayed
 
     def take(self, rows: list[Values]) -> None:
-        """Rows to be moved, in any thread."""
+        """Rows to be moved, from the journal's thread."""
         self._taken += len(rows)
-        self._queue.put(rows)
+        if not self._broken:
+            self._queue.put(rows)
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Flush, sync, drain into SQL, release the journal. Blocks: run it in a thread.
@@ -126,7 +127,7 @@ class Ledger:
         self.journal.stop(timeout_s)
         self._give_up_at = deadline
         self._stopping.set()
-        self._queue.put([])
+        self._queue.put([])  # for a thread that waits for rows
         if self._thread is not None:
             self._thread.join(max(0.0, deadline - time.monotonic()) + BUSY_TIMEOUT_S)
         if self.lag:
@@ -146,8 +147,10 @@ class Ledger:
 
     def _gather(self) -> list[Values]:
         """Wait for rows, then for what else comes within the interval. Empty: stopped, and none are left."""
-        batch = list(self._queue.get())
-        self._stopping.wait(self._interval_s)
+        batch: list[Values] = []
+        if not self._stopping.is_set():
+            batch += self._queue.get()
+            self._stopping.wait(self._interval_s)
         while len(batch) < BATCH_ROWS:
             try:
                 batch += self._queue.get_nowait()
@@ -176,13 +179,13 @@ class Ledger:
                     log.exception("ledger: this row was refused: %r", rows[0])
                     break
             else:
-                self.trouble = ""
                 break
             if time.monotonic() + pause_s > self._give_up_at:
                 return False
             log.warning("ledger: %s; %d rows wait, next try in %.2g s", self.trouble, self.lag, pause_s)
             time.sleep(pause_s) if self._stopping.is_set() else self._stopping.wait(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        self.trouble = ""
         self._moved += len(rows)
         self.journal.settled(self._moved)
         return True
@@ -229,10 +232,11 @@ def _insert_text(engine: Engine, rows: int) -> str:
 
 def _add_up(engine: Engine) -> Insert:
     """Add an instance's rows that are newer than a given one to the hourly sums."""
+    columns = [expression.label(name) for name, expression in (HOURLY_GROUPS | HOURLY_SUMS).items()]
     rows = (
-        select(*HOURLY_GROUPS.values(), *HOURLY_SUMS.values())
+        select(*columns)
         .where(ledger.c.instance == bindparam("from_instance"), ledger.c.id > bindparam("after_id"))
-        .group_by(*HOURLY_GROUPS.values())
+        .group_by(*HOURLY_GROUPS)
     )
     insert = _dialect_insert(engine)(usage_hourly).from_select([*HOURLY_GROUPS, *HOURLY_SUMS], rows)
     sums: Insert = insert.on_conflict_do_update(

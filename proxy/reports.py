@@ -24,12 +24,12 @@ from rich.table import Table
 from sqlalchemy import BigInteger, ColumnElement, Engine, Select, cast, func, select, tuple_, union_all
 
 from proxy.records import COLUMNS, FIELDS, Row, from_values
-from proxy.tables import HOUR_US, HOURLY_SUMS, ledger, usage_hourly
+from proxy.tables import HOUR_US, HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
 
 NANO = 10**9
 GROUPS: dict[str, tuple[ColumnElement[Any], ColumnElement[Any]]] = {
     "tenant": (usage_hourly.c.tenant, ledger.c.tenant),
-    "model": (usage_hourly.c.model, ledger.c.served_model),
+    "model": (usage_hourly.c.model, HOURLY_GROUPS["model"]),
     "backend": (usage_hourly.c.backend, ledger.c.backend),
     "key": (usage_hourly.c.key_id, ledger.c.key_id),
     "site": (usage_hourly.c.site, ledger.c.site),
@@ -43,7 +43,7 @@ PAGE_ROWS = 1000
 
 SUMS = tuple(HOURLY_SUMS)
 
-_DURATION = re.compile(r"(\d+)([smhdw])").fullmatch
+_DURATION = re.compile(r"([0-9]{1,6})([smhdw])").fullmatch
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
@@ -264,8 +264,7 @@ def _of_hours(groups: list[str], key_id: str | None, *where: ColumnElement[bool]
 def _of_rows(groups: list[str], key_id: str | None, *where: ColumnElement[bool]) -> Select[tuple[Any, ...]]:
     columns = [GROUPS[name][1].label(name) for name in groups]
     sums = [total.label(name) for name, total in HOURLY_SUMS.items()]
-    keys = [GROUPS[name][1] for name in groups]
-    statement = select(*columns, ledger.c.currency, *sums).where(*where).group_by(*keys, ledger.c.currency)
+    statement = select(*columns, ledger.c.currency, *sums).where(*where).group_by(*groups, "currency")
     return statement if key_id is None else statement.where(ledger.c.key_id == key_id)
 
 

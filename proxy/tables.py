@@ -85,7 +85,7 @@ usage_hourly = Table(
     sqlite_with_rowid=False,
 )
 """Sums of `ledger` by hour of arrival (`hour`: Unix seconds at which it begins), added to in the transaction
-that inserts the rows. `model` is the served one: what a client may invent never becomes a group."""
+that inserts the rows. `model` is the served one, empty for requests that reached no backend."""
 
 HOUR_US = 3_600_000_000
 
@@ -93,7 +93,8 @@ HOURLY_GROUPS: dict[str, ColumnElement[Any]] = {
     "hour": ledger.c.arrived_us // HOUR_US * 3600,
     "tenant": ledger.c.tenant,
     "key_id": ledger.c.key_id,
-    "model": ledger.c.served_model,
+    # What reached no backend may name a model that only its client knows: those must not grow the table.
+    "model": case((ledger.c.backend == "", ""), else_=ledger.c.served_model),
     "backend": ledger.c.backend,
     "site": ledger.c.site,
     "currency": ledger.c.currency,

@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import orjson
+import pytest
+
+from proxy.journal import Journal, JournalError, JournalLockedError, Replayed
+from proxy.prices import Prices
+from proxy.records import LOST, Row, Values, from_values
+from proxy.segments import Disk, read_segment
+from tests.proxy.rows import PRICES, a_row, eventually, segments
+
+
+class Delivered:
+    """Where a journal's closed rows end up in these tests."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.failures: list[str] = []
+
+    def __call__(self, rows: list[Values]) -> None:
+        self.rows += map(from_values, rows)
+
+    @property
+    def ops(self) -> list[str]:
+        return [row.op for row in self.rows]
+
+
+class FailingDisk(Disk):
+    """Fails one call and remembers what was done after it."""
+
+    def __init__(self, call: str, code: int, after: int = 0) -> None:
+        self.call = call
+        self.code = code
+        self.after = after
+        self.failed = False
+        self.later: list[str] = []
+
+    def _count(self, call: str) -> None:
+        if self.failed:
+            self.later.append(call)
+        if call == self.call:
+            self.after -= 1
+            if self.after < 0:
+                self.failed = True
+                raise OSError(self.code, os.strerror(self.code))
+
+    def create(self, path: Path, size: int) -> int:
+        self._count("create")
+        return super().create(path, size)
+
+    def write(self, handle: int, data: bytes) -> None:
+        try:
+            self._count("write")
+        except OSError:
+            os.write(handle, data[: len(data) // 2])  # as a full disk does
+            raise
+        super().write(handle, data)
+
+    def sync(self, handle: int) -> None:
+        self._count("sync")
+        super().sync(handle)
+
+
+@contextmanager
+def running(journal: Journal, delivered: Delivered) -> Iterator[Journal]:
+    journal.start(asyncio.get_running_loop(), delivered, delivered.failures.append)
+    try:
+        yield journal
+    finally:
+        journal.stop()
+        journal.release()
+
+
+def replay(directory: Path, prices: Prices = PRICES) -> tuple[list[Row], Replayed]:
+    delivered = Delivered()
+    journal = Journal(directory)
+    replayed = journal.replay(delivered, prices)
+    journal.release()
+    return delivered.rows, replayed
+
+
+async def test_closed_rows_are_delivered_in_order(tmp_path: Path) -> None:
+    delivered = Delivered()
+    with running(Journal(tmp_path), delivered) as journal:
+        rows = [a_row() for _ in range(300)]
+        for row in rows:
+            journal.open(row)
+            journal.progress(row.op, "nanjing", 800, 512, 5)
+            journal.close(row)
+        await journal.synced()
+        assert delivered.rows == rows
+        assert {row.instance for row in delivered.rows} == {journal.instance}
+    assert delivered.failures == []
+
+
+async def test_what_the_ledger_never_took_is_replayed_once(tmp_path: Path) -> None:
+    delivered = Delivered()
+    rows = [a_row() for _ in range(200)]
+    with running(Journal(tmp_path), delivered) as journal:
+        for row in rows:
+            journal.close(row)
+    found, replayed = replay(tmp_path)
+    assert found == rows
+    assert replayed == Replayed(rows=200)
+    assert replay(tmp_path) == ([], Replayed())
+
+
+async def test_a_clean_stop_leaves_nothing(tmp_path: Path) -> None:
+    delivered = Delivered()
+    journal = Journal(tmp_path)
+    journal.start(asyncio.get_running_loop(), delivered, delivered.failures.append)
+    journal.open(row := a_row())
+    journal.close(row)
+    journal.stop()
+    journal.settled(len(delivered.rows))
+    journal.release()
+    assert segments(tmp_path) == []
+
+
+async def test_the_replay_deletes_nothing_when_the_ledger_fails(tmp_path: Path) -> None:
+    with running(Journal(tmp_path), Delivered()) as journal:
+        journal.close(a_row())
+
+    def take(rows: list[Values]) -> None:
+        raise ConnectionError
+
+    journal = Journal(tmp_path)
+    with pytest.raises(ConnectionError):
+        journal.replay(take, PRICES)
+    journal.release()
+    assert len(replay(tmp_path)[0]) == 1
+
+
+async def test_an_open_request_is_lost_with_its_last_progress(tmp_path: Path) -> None:
+    with running(Journal(tmp_path), Delivered()) as journal:
+        row = a_row(prompt_tokens=0, cached_tokens=0, completion_tokens=0, cost_nano=0, currency="")
+        journal.open(row)
+        journal.progress(row.op, "nanjing", 800, 512, 5)
+        await journal.synced()
+        journal.progress(row.op, "nanjing", 800, 512, 77, "counted")
+        await journal.synced()
+    (lost,), replayed = replay(tmp_path)
+    assert (replayed.rows, replayed.lost) == (0, 1)
+    assert (lost.op, lost.outcome, lost.tenant, lost.backend, lost.site) == (
+        row.op,
+        LOST,
+        "acme",
+        "nanjing",
+        "nj",
+    )
+    assert (lost.prompt_tokens, lost.cached_tokens, lost.completion_tokens) == (800, 512, 77)
+    assert lost.usage_source == "counted"
+    assert (lost.cost_nano, lost.currency) == PRICES.cost("nanjing", "SmolLM2", 800, 512, 77)
+
+
+async def test_an_open_request_without_progress_is_lost_without_tokens(tmp_path: Path) -> None:
+    with running(Journal(tmp_path), Delivered()) as journal:
+        journal.open(a_row())
+    (lost,), _ = replay(tmp_path)
+    assert (lost.prompt_tokens, lost.cached_tokens, lost.completion_tokens, lost.cost_nano) == (0, 0, 0, 0)
+    assert (lost.outcome, lost.usage_source) == (LOST, "estimated")
+
+
+async def test_progress_on_another_backend_moves_a_lost_request_there(tmp_path: Path) -> None:
+    with running(Journal(tmp_path), Delivered()) as journal:
+        journal.open(row := a_row())
+        journal.progress(row.op, "elsewhere", 8, 0, 1)
+    (lost,), _ = replay(tmp_path)
+    assert (lost.backend, lost.site, lost.completion_tokens) == ("elsewhere", "", 1)
+    assert (lost.cost_nano, lost.currency) == (0, ""), "nobody said what it costs there"
+
+
+async def test_progress_of_a_request_that_is_not_open_is_ignored(tmp_path: Path) -> None:
+    with running(Journal(tmp_path), Delivered()) as journal:
+        journal.close(row := a_row())
+        journal.progress(row.op, "nanjing", 1, 1, 1)
+        journal.progress("nobody", "nanjing", 1, 1, 1)
+    found, replayed = replay(tmp_path)
+    assert (found, replayed.lost) == ([row], 0)
+
+
+async def test_segments_rotate_and_are_deleted_when_the_ledger_has_them(tmp_path: Path) -> None:
+    delivered = Delivered()
+    with running(Journal(tmp_path, segment_bytes=8192), delivered) as journal:
+        stays_open = a_row()
+        journal.open(stays_open)
+        for count in range(40):
+            for _ in range(5):
+                journal.close(a_row())
+            journal.progress(stays_open.op, "nanjing", 800, 512, count)
+            await journal.synced()
+        assert len(segments(tmp_path)) > 5
+        journal.settled(len(delivered.rows) - 1)
+        journal.settled(len(delivered.rows))
+        assert len(segments(tmp_path)) == 1, "the open request keeps no old segment"
+    found, replayed = replay(tmp_path)
+    assert replayed.lost == 1
+    assert (found[-1].op, found[-1].completion_tokens) == (stays_open.op, 39)
+
+
+async def test_a_segment_stays_while_one_of_its_rows_is_not_in_the_ledger(tmp_path: Path) -> None:
+    delivered = Delivered()
+    with running(Journal(tmp_path, segment_bytes=8192), delivered) as journal:
+        for _ in range(100):
+            journal.close(a_row())
+            await journal.synced()
+        for settled in range(0, 101, 10):
+            journal.settled(settled)
+            kept = {from_values(values).op for path in segments(tmp_path) for values in records_in(path)[2]}
+            assert set(delivered.ops[settled:]) <= kept
+        assert len(segments(tmp_path)) == 1
+
+
+def records_in(path: Path) -> list[list[object]]:
+    """Opened, progress and closed records of a segment."""
+    found: list[list[object]] = [[], [], []]
+    for payload in read_segment(path):
+        assert isinstance(payload, bytes)
+        for kind, records in zip(found, orjson.loads(payload), strict=True):
+            kind += records
+    return found
+
+
+async def test_what_opens_and_closes_in_one_moment_is_written_once(tmp_path: Path) -> None:
+    with running(Journal(tmp_path, sync_interval_s=60), Delivered()) as journal:
+        journal.open(row := a_row())
+        journal.progress(row.op, "nanjing", 1, 1, 1)
+        journal.close(row)
+        await journal.synced()
+        opened, progress, closed = records_in(segments(tmp_path)[0])
+        assert (len(opened), len(progress), len(closed)) == (0, 0, 1)
+
+
+async def test_the_last_of_several_figures_is_written(tmp_path: Path) -> None:
+    with running(Journal(tmp_path, sync_interval_s=60), Delivered()) as journal:
+        journal.open(row := a_row())
+        for tokens in range(5):
+            journal.progress(row.op, "nanjing", 1, 1, tokens)
+        await journal.synced()
+        _, progress, _ = records_in(segments(tmp_path)[0])
+        assert progress == [[row.op, "nanjing", 1, 1, 4, "reported"]]
+
+
+async def test_a_new_segment_begins_with_what_is_open_and_nothing_else(tmp_path: Path) -> None:
+    with running(Journal(tmp_path, segment_bytes=16_384), Delivered()) as journal:
+        rows = [a_row() for _ in range(6)]
+        for row in rows:
+            journal.open(row)
+            await journal.synced()
+            journal.progress(row.op, "nanjing", 800, 512, 5)
+            await journal.synced()
+        for row in rows[:-1]:
+            journal.close(row)
+        await journal.synced()
+        while len(segments(tmp_path)) < 2:
+            journal.close(a_row())
+            await journal.synced()
+        opened, progress, _ = records_in(segments(tmp_path)[1])
+        assert [from_values(values).op for values in opened] == [rows[-1].op]
+        assert progress == [[rows[-1].op, "nanjing", 800, 512, 5, "reported"]]
+
+
+async def test_more_open_requests_than_a_segment_holds(tmp_path: Path) -> None:
+    delivered = Delivered()
+    with running(Journal(tmp_path, segment_bytes=4096), delivered) as journal:
+        opened = [a_row() for _ in range(100)]
+        for row in opened:
+            journal.open(row)
+        await journal.synced()
+        for _ in range(50):
+            journal.close(a_row())
+            await journal.synced()
+        count = len(segments(tmp_path))
+        assert count < 25, "it does not begin a segment for every record"
+    _, replayed = replay(tmp_path)
+    assert (replayed.rows, replayed.lost) == (50, 100)
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "after"),
+    [
+        ("sync", errno.EIO, 1),
+        ("write", errno.ENOSPC, 1),
+        ("write", errno.EIO, 1),
+        ("create", errno.ENOSPC, 1),
+    ],
+)
+async def test_a_failure_is_final(tmp_path: Path, call: str, code: int, after: int) -> None:
+    delivered = Delivered()
+    disk = FailingDisk(call, code, after)
+    journal = Journal(tmp_path, segment_bytes=2048, disk=disk)
+    with running(journal, delivered):
+        journal.close(acknowledged := a_row())
+        await journal.synced()
+        assert journal.failed == ""
+        for _ in range(10):  # enough to need another segment
+            journal.close(a_row())
+        with pytest.raises(JournalError, match=os.strerror(code)):
+            await journal.synced()
+        assert os.strerror(code) in journal.failed
+        with pytest.raises(JournalError):
+            await journal.synced()
+        journal.close(late := a_row())
+        eventually(lambda: late.op in delivered.ops)
+        assert len(delivered.rows) == 12, "rows still go to the ledger"
+        journal.settled(12)
+        assert segments(tmp_path), "what failed is not deleted"
+        await asyncio.sleep(0)
+    assert delivered.failures == [journal.failed], "the loop is told once"
+    assert disk.later == [], "nothing is written or synced after a failure"
+    assert acknowledged.op in [row.op for row in replay(tmp_path)[0]]
+
+
+async def test_a_row_that_cannot_be_encoded_takes_no_other_with_it(tmp_path: Path) -> None:
+    delivered = Delivered()
+    odd = a_row(tenant="half \ud800 a pair", candidates=[[object()]], reason="\udfff")
+    with running(Journal(tmp_path), delivered) as journal:
+        journal.open(odd)
+        await journal.synced()
+        for row in (a_row(), odd, a_row()):
+            journal.close(row)
+        await journal.synced()
+        assert journal.failed == ""
+    assert len(delivered.rows) == 3
+    found, _ = replay(tmp_path)
+    assert [row.tenant for row in found] == ["acme", "half ? a pair", "acme"]
+    assert found == delivered.rows
+
+
+async def test_two_journals_in_one_directory_are_refused(tmp_path: Path) -> None:
+    first = Journal(tmp_path)
+    with pytest.raises(JournalLockedError, match="state directory of its own"):
+        Journal(tmp_path)
+    first.release()
+    second = Journal(tmp_path)
+    assert second.instance == first.instance, "the directory keeps its instance id"
+    second.release()
+    other = Journal(tmp_path / "other")
+    assert other.instance != first.instance
+    other.release()
+
+
+async def test_synced_of_a_journal_that_does_not_run(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    with pytest.raises(JournalError):
+        await journal.synced()
+    with running(journal, Delivered()):
+        pass
+    with pytest.raises(JournalError):
+        await journal.synced()
+
+
+async def test_a_cancelled_wait_harms_nobody(tmp_path: Path) -> None:
+    with running(Journal(tmp_path), Delivered()) as journal:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(journal.synced(), timeout=0)
+        await journal.synced()
+
+
+async def test_appending_goes_on_while_a_sync_takes_long(tmp_path: Path) -> None:
+    class SlowDisk(Disk):
+        def sync(self, handle: int) -> None:
+            entered.set()
+            proceed.wait(20)
+            super().sync(handle)
+
+    entered, proceed = threading.Event(), threading.Event()
+    delivered = Delivered()
+    with running(Journal(tmp_path, sync_interval_s=0, disk=SlowDisk()), delivered) as journal:
+        journal.close(a_row())
+        await asyncio.to_thread(entered.wait, 20)
+        journal.close(a_row())
+        assert delivered.rows == [], "not durable, not delivered"
+        proceed.set()
+        await journal.synced()
+        assert len(delivered.rows) == 2
+
+
+async def test_only_what_is_new_is_synced(tmp_path: Path) -> None:
+    with running(Journal(tmp_path, sync_interval_s=0), Delivered()) as journal:
+        journal.close(a_row())
+        await journal.synced()
+        before = journal.syncs
+        await journal.synced()
+        await journal.synced()
+        assert journal.syncs == before

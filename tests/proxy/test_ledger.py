@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine, delete, event, func, select
+from sqlalchemy.dialects.postgresql import psycopg
+from sqlalchemy.exc import OperationalError
+
+import proxy.database
+from proxy.database import DATABASE_FILE, writing
+from proxy.journal import Journal, JournalLockedError
+from proxy.ledger import BLOCKS, Ledger, _add_up, _Insert, _insert_text
+from proxy.records import COLUMNS, OUTCOMES, Row, Values, from_values, to_values
+from proxy.tables import HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
+from tests.proxy.rows import PRICES, a_row, empty_database, eventually, segments
+
+
+class State:
+    """A state directory with the ledgers that a test starts on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.engine = empty_database(directory)
+        self.running: Ledger | None = None
+        self.failures: list[str] = []
+
+    def start(self, **options: Any) -> Ledger:
+        self.running = Ledger(
+            self.engine, Journal(self.directory / "journal"), PRICES, **({"interval_s": 0.0} | options)
+        )
+        self.replayed = self.running.start(asyncio.get_running_loop(), self.failures.append)
+        return self.running
+
+    def stop(self, timeout_s: float = 20.0) -> None:
+        if self.running is not None:
+            self.running.stop(timeout_s)
+            self.running = None
+
+    def rows(self) -> list[Row]:
+        return rows_of(self.engine)
+
+
+def rows_of(engine: Engine) -> list[Row]:
+    columns = [ledger.c[name] for name in (*COLUMNS, "detail")]
+    with engine.connect() as connection:
+        return [from_values(row) for row in connection.execute(select(*columns).order_by(ledger.c.id))]
+
+
+def hourly(engine: Engine) -> list[Any]:
+    names = (*HOURLY_GROUPS, *HOURLY_SUMS)
+    with engine.connect() as connection:
+        return sorted(
+            tuple(row) for row in connection.execute(select(*(usage_hourly.c[name] for name in names)))
+        )
+
+
+def added_up(rows: Sequence[Row]) -> list[Any]:
+    """What `usage_hourly` must hold, by another way than SQL."""
+    sums: dict[tuple[Any, ...], list[int]] = {}
+    for row in rows:
+        hour = round(row.arrived * 1e6) // 3_600_000_000 * 3600
+        model = row.served_model if row.backend else ""
+        group = (hour, row.tenant, row.key_id, model, row.backend, row.site, row.currency)
+        amounts = [
+            1,
+            row.outcome not in ("ok", "client_gone"),
+            row.currency == "" and row.prompt_tokens + row.completion_tokens > 0,
+            row.prompt_tokens,
+            row.cached_tokens,
+            row.completion_tokens,
+            row.overhead_prompt_tokens,
+            row.overhead_completion_tokens,
+            row.cost_nano,
+        ]
+        sums[group] = [a + b for a, b in zip(sums.get(group, [0] * 9), amounts, strict=True)]
+    return sorted((*group, *amounts) for group, amounts in sums.items())
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[State]:
+    state = State(tmp_path)
+    yield state
+    state.stop()
+    state.engine.dispose()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tidegate")]
+
+
+async def test_closed_rows_reach_sql_whole(state: State) -> None:
+    moved = state.start()
+    rows = [a_row(tenant=f"t{i % 3}") for i in range(500)]
+    for row in rows:
+        moved.journal.open(row)
+        moved.journal.close(row)
+    eventually(lambda: len(state.rows()) == 500)
+    assert state.rows() == rows
+    assert hourly(state.engine) == added_up(rows)
+    eventually(lambda: moved.lag == 0)
+    assert (moved.failed, moved.trouble, moved.refused, state.failures) == ("", "", 0, [])
+
+
+async def test_a_clean_stop_drains_everything(state: State) -> None:
+    moved = state.start(interval_s=60.0)
+    for _ in range(5000):
+        moved.journal.close(a_row())
+    state.stop()
+    assert len(state.rows()) == 5000
+    assert segments(state.directory / "journal") == []
+    state.start()
+    assert (state.replayed.rows, state.replayed.lost) == (0, 0)
+
+
+async def test_a_restart_takes_what_the_last_run_left(state: State) -> None:
+    journal = Journal(state.directory / "journal")
+    journal.start(asyncio.get_running_loop(), lambda rows: None, state.failures.append)
+    rows = [a_row() for _ in range(100)]
+    for row in rows:
+        journal.close(row)
+    journal.open(lost := a_row())
+    journal.progress(lost.op, "nanjing", 800, 512, 50)
+    journal.stop()
+    journal.release()
+    state.start()
+    assert (state.replayed.rows, state.replayed.lost) == (100, 1)
+    found = state.rows()
+    assert found[:-1] == rows
+    assert (found[-1].op, found[-1].outcome, found[-1].completion_tokens) == (lost.op, "lost", 50)
+    assert hourly(state.engine) == added_up(found)
+
+
+async def test_a_journal_replayed_again_changes_nothing(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a crash between the replay's commit and the deletion of its files."""
+    moved = state.start()
+    rows = [a_row() for _ in range(100)]
+    for row in rows:
+        moved.journal.close(row)
+    moved.journal.open(a_row())
+    monkeypatch.setattr(moved.journal, "settled", lambda count: None)
+    state.stop()
+    left = {path: path.read_bytes() for path in segments(state.directory / "journal")}
+    assert left
+    for _ in range(3):
+        for path, data in left.items():
+            path.write_bytes(data)
+        state.start()
+        assert (state.replayed.rows, state.replayed.lost) == (100, 1)
+        state.stop()
+        found = state.rows()
+        assert (len(found), found[-1].outcome) == (101, "lost")
+        assert hourly(state.engine) == added_up(found)
+
+
+async def test_two_processes_are_refused(state: State) -> None:
+    state.start()
+    with pytest.raises(JournalLockedError):
+        Journal(state.directory / "journal")
+
+
+ROWS = st.builds(
+    a_row,
+    op=st.text("ab", min_size=1, max_size=3),
+    instance=st.sampled_from(["one", "two"]),
+    arrived=st.sampled_from([0.0, 3599.999999, 3600.0, 1.7e9, 1.7e9 + 5000]),
+    tenant=st.sampled_from(["", "acme"]),
+    key_id=st.sampled_from(["k1", "k2"]),
+    served_model=st.sampled_from(["", "m"]),
+    backend=st.sampled_from(["", "nanjing"]),
+    outcome=st.sampled_from(OUTCOMES),
+    prompt_tokens=st.integers(0, 2**31 - 1),
+    completion_tokens=st.integers(0, 3),
+    cost_nano=st.integers(0, 2**50 - 1),
+    currency=st.sampled_from(["", "CNY"]),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(ROWS, max_size=90), max_size=4))
+def test_sums_are_those_of_the_rows_whatever_comes_twice(state: State, batches: list[list[Row]]) -> None:
+    with writing(state.engine) as connection:
+        connection.execute(delete(ledger))
+        connection.execute(delete(usage_hourly))
+    insert = _Insert(state.engine)
+    first: dict[str, Row] = {}
+    for batch in batches:
+        insert.rows([to_values(row) for row in batch])
+        for row in batch:
+            first.setdefault(row.op, row)
+    assert state.rows() == list(first.values())
+    assert hourly(state.engine) == added_up(list(first.values()))
+
+
+@pytest.mark.parametrize("count", [1, 3, 63, 64, 65, 200])
+def test_any_number_of_rows_is_cut_into_blocks(state: State, count: int) -> None:
+    rows = [a_row() for _ in range(count)]
+    _Insert(state.engine).rows([to_values(row) for row in rows])
+    assert state.rows() == rows
+    assert BLOCKS[-1] == 1
+
+
+async def test_rows_wait_while_the_database_is_locked(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy.database, "BUSY_TIMEOUT_S", 0.01)
+    state.engine.dispose()  # its connections wait longer
+    moved = state.start(most_waiting=150)
+    other = sqlite3.connect(state.directory / DATABASE_FILE, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    rows = [a_row() for _ in range(200)]
+    for row in rows[:100]:
+        moved.journal.close(row)
+    eventually(lambda: "locked" in moved.trouble and moved.lag == 100)
+    assert moved.failed == "", "requests go on"
+    await moved.journal.synced()
+    for row in rows[100:]:
+        moved.journal.close(row)
+    eventually(lambda: moved.lag == 200)
+    assert "200 rows wait for the ledger: database is locked" in moved.failed
+    other.execute("ROLLBACK")
+    other.close()
+    eventually(lambda: moved.lag == 0)
+    assert (moved.failed, moved.trouble) == ("", "")
+    assert state.rows() == rows
+
+
+async def test_what_the_database_never_took_is_there_after_a_restart(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy.database, "BUSY_TIMEOUT_S", 0.01)
+    state.engine.dispose()
+    moved = state.start()
+    other = sqlite3.connect(state.directory / DATABASE_FILE, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    rows = [a_row() for _ in range(100)]
+    for row in rows:
+        moved.journal.close(row)
+    state.stop(timeout_s=0.2)
+    assert moved.lag == 100
+    other.execute("ROLLBACK")
+    other.close()
+    state.start()
+    assert state.replayed.rows == 100
+    assert state.rows() == rows
+
+
+async def test_a_full_database_takes_the_rows_when_there_is_room_again(state: State) -> None:
+    room = 0
+
+    @event.listens_for(state.engine, "connect")
+    def limit(dbapi: sqlite3.Connection, _: object) -> None:
+        if not room:
+            dbapi.execute("PRAGMA max_page_count = 1")
+
+    state.engine.dispose()
+    moved = state.start()
+    rows = [a_row() for _ in range(300)]
+    for row in rows:
+        moved.journal.close(row)
+    eventually(lambda: "full" in moved.trouble)
+    room = 1
+    state.engine.dispose()
+    eventually(lambda: moved.lag == 0)
+    assert state.rows() == rows
+    assert hourly(state.engine) == added_up(rows)
+
+
+class FailingInsert:
+    """In place of the statements: fails with an SQLite error, a number of times."""
+
+    def __init__(self, insert: _Insert, code: int, message: str, times: int = 1_000_000) -> None:
+        self.insert = insert
+        self.error = sqlite3.OperationalError(message)
+        self.error.sqlite_errorcode = code
+        self.times = times
+        self.calls = 0
+
+    def rows(self, rows: list[Values]) -> None:
+        self.calls += 1
+        if self.calls <= self.times:
+            raise OperationalError("INSERT", {}, self.error)
+        self.insert.rows(rows)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (sqlite3.SQLITE_IOERR_FSYNC, "disk I/O error"),
+        (sqlite3.SQLITE_CORRUPT, "database disk image is malformed"),
+    ],
+)
+async def test_a_broken_disk_is_not_tried_again(
+    state: State, monkeypatch: pytest.MonkeyPatch, code: int, message: str
+) -> None:
+    moved = state.start()
+    failing = FailingInsert(_Insert(state.engine), code, message)
+    monkeypatch.setattr(moved, "_insert", failing)
+    moved.journal.close(row := a_row())
+    eventually(lambda: message in moved.failed)
+    state.stop()
+    assert (failing.calls, moved.lag) == (1, 1)
+    state.start()
+    assert state.rows() == [row], "it was in the journal"
+
+
+async def test_an_error_that_passes_is_tried_again(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = state.start()
+    failing = FailingInsert(_Insert(state.engine), sqlite3.SQLITE_IOERR_SHMSIZE, "disk I/O error", times=2)
+    monkeypatch.setattr(moved, "_insert", failing)
+    moved.journal.close(row := a_row())
+    await moved.journal.synced()
+    eventually(lambda: moved.lag == 0)
+    assert failing.calls == 3
+    assert state.rows() == [row]
+
+
+async def test_a_row_that_sql_refuses_keeps_none_of_the_others(
+    state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved = state.start()
+    rows = [a_row() for _ in range(80)]
+    rows[79].tenant = None  # type: ignore[assignment]
+    for row in rows:
+        moved.journal.close(row)
+    await moved.journal.synced()
+    eventually(lambda: moved.lag == 0)
+    assert (moved.refused, moved.trouble) == (1, "")
+    assert state.rows() == rows[:79]
+    assert hourly(state.engine) == added_up(state.rows())
+    assert rows[79].op in caplog.text, "it is in the log whole"
+
+
+async def test_spent_counts_a_key_from_a_moment_on(state: State) -> None:
+    month = 1_700_000_000.0  # in the middle of an hour
+    _Insert(state.engine).rows(
+        [
+            to_values(a_row(arrived=arrived, key_id=key, cost_nano=cost))
+            for arrived, key, cost in [
+                (month - 0.000001, "k1", 1),
+                (month, "k1", 10),
+                (month + 86_400, "k1", 100),
+                (month + 40 * 86_400, "k1", 1000),
+                (month, "k2", 10_000),
+            ]
+        ]
+    )
+    moved = state.start()
+    assert [moved.spent(key, month) for key in ("k1", "k2", "nobody")] == [1110, 10_000, 0]
+
+
+def test_statements_are_ones_that_postgresql_has() -> None:
+    engine: Any = SimpleNamespace(dialect=psycopg.dialect())
+    text = _insert_text(engine, 2)
+    assert text.count("%s") == 2 * (len(COLUMNS) + 1)
+    assert "ON CONFLICT (op) DO NOTHING" in text
+    sums = str(_add_up(engine).compile(dialect=engine.dialect))
+    assert "ON CONFLICT (hour, tenant, key_id, model, backend, site, currency) DO UPDATE SET" in sums
+
+
+def test_columns_stand_in_the_order_of_the_values() -> None:
+    assert [column.name for column in ledger.columns] == ["id", *COLUMNS, "detail"]
+
+
+def test_no_row_is_counted_twice_in_sql(state: State) -> None:
+    insert = _Insert(state.engine)
+    row = to_values(a_row())
+    insert.rows([row])
+    insert.rows([row])
+    with state.engine.connect() as connection:
+        assert connection.execute(select(func.count()).select_from(ledger)).scalar_one() == 1
