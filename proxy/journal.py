@@ -228,7 +228,7 @@ class Journal:
         """The first `count` rows delivered since start are in the ledger: what only held them is deleted."""
         with self._retired_lock:
             self._settled = count
-            while self._retired and self._retired[0][1] <= count and not self.failed:
+            while self._retired and self._retired[0][1] <= count:
                 path, _ = self._retired.popleft()
                 path.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import sqlite3
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, insert, select, text
+from sqlalchemy import Connection, Engine, insert, select, text
 from sqlalchemy.exc import IntegrityError
 
+import proxy.database
 import proxy.migrations
 from proxy.database import DATABASE_FILE, OpenError, open_database, writing
 from proxy.migrations import REVISIONS
@@ -129,6 +131,23 @@ def test_several_processes_may_open_a_new_state_at_once(tmp_path: Path, opened: 
         assert (process.returncode, errors) == (0, b"")
     with opened(tmp_path).connect() as connection:
         assert connection.execute(text("SELECT version_num FROM alembic_version")).all() == [(REVISIONS[-1],)]
+
+
+def test_only_one_process_migrates_at_a_time(
+    tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def others_must_wait(connection: Connection) -> None:
+        with (tmp_path / f"{DATABASE_FILE}.lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        upgrade(connection)
+        upgraded.append(True)
+
+    upgraded: list[bool] = []
+    upgrade = proxy.database._upgrade
+    monkeypatch.setattr(proxy.database, "_upgrade", others_must_wait)
+    opened(tmp_path)
+    opened(tmp_path)
+    assert upgraded == [True]
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path, opened: Open) -> None:
