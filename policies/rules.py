@@ -153,7 +153,7 @@ class RuleSet:
         if tried:
             candidates = candidates.without(tried)
         if not candidates.order:
-            return self._refused(request, candidates, now)
+            return self._refused(request, candidates, fleet, now)
         passed: tuple[float, ...] = ()
         spilling = False
         for tier in candidates.tiers:
@@ -237,10 +237,10 @@ class RuleSet:
         )
 
     @staticmethod
-    def _refused(request: RequestFacts, candidates: Candidates, now: float) -> Routing:
+    def _refused(request: RequestFacts, candidates: Candidates, fleet: Fleet, now: float) -> Routing:
         refusal, decided_by = candidates.refusal, "constraints"
         if refusal is None:
-            refusal = Reject("no_backend", "no backend that may serve this is available", RETRY_AFTER_S)
+            refusal = _unavailable([fleet[name] for name in candidates.key[1]], now)
             decided_by = AVAILABILITY
         return Routing(
             request,
@@ -251,3 +251,18 @@ class RuleSet:
             removed=candidates.removed,
             at=now,
         )
+
+
+def _unavailable(feasible: list[Backend], now: float) -> Reject:
+    """Why none of the backends that may serve a request takes it now: full is not down."""
+    pauses = [
+        backend.backoff_until - now
+        for backend in feasible
+        if now < backend.backoff_until
+        and backend.probed_up
+        and not backend.draining
+        and backend.breaker.allows(now)
+    ]
+    if pauses:
+        return Reject("overloaded", "every backend that may serve this has asked for a pause", min(pauses))
+    return Reject("no_backend", "no backend that may serve this is available", RETRY_AFTER_S)

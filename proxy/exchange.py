@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from policies.base import Hold, Outcome, Reject, RequestFacts, Send
 from policies.routing import Routing
-from policies.state import Lease
+from policies.state import Backend, Lease
+from probes.base import os_reason
 from probes.passive import AttemptError, backoff_s, outcome_of
 from proxy import records
 from proxy.access.keys import Key
@@ -31,7 +32,7 @@ from proxy.http1 import LAST_CHUNK, RequestHead, ResponseHead, chunk
 from proxy.meter import Meter
 from proxy.openai import RequestBody, body_for_backend, read_body
 from proxy.records import Row
-from proxy.sse import EventReader
+from proxy.sse import MAX_EVENT_BYTES, EventReader
 from proxy.upstream import BackendConnection, Endpoint
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ MOVES: Final[dict[State, frozenset[State]]] = {
     State.RELAYING: frozenset({State.ENDED}),
     State.ENDED: frozenset(),
 }
+
+_NO_DATA: Final = (None, b"", b"[DONE]")
+"""Events that commit nothing at the beginning of a stream: heartbeats, and an end of what never began."""
 
 _EVENTS, _WHOLE, _RAW = range(3)
 """How the answer is passed on: as events, when it is complete, or as it comes."""
@@ -115,7 +119,7 @@ class Exchange:
     parts: list[bytes]
     """Set with the head of each answer."""
     parts_bytes = 0
-    last_error: tuple[ResponseHead, bytes] | None = None
+    last_error: tuple[ResponseHead, bytes, Backend] | None = None
     """A complete error answer, for the client if no other backend does better."""
     # The client's side
     committed = False
@@ -302,10 +306,10 @@ class Exchange:
         row.propensity = decision.propensity
         row.candidates = [tuple(candidate) for candidate in routing.candidates]
         self.quiet_since = routing.at
+        runtime.journal.open(row)
         if row.attempts == 1:
             self.dispatched = runtime.now()
             runtime.exchanges.add(self)
-            runtime.journal.open(row)
             if runtime.strict:
                 self._move(State.CONNECTING)
                 self.connecting = runtime.tasks.spawn(self._after_sync(), "journal sync")
@@ -342,13 +346,17 @@ class Exchange:
         assert endpoint is not None
         try:
             connection = await endpoint.connect(self.runtime.config.timeouts.connect)
-        except (OSError, TimeoutError) as error:
+        except OSError as error:
             self.connecting = None
             kind = AttemptError.TLS if type(error).__module__ == "ssl" else AttemptError.CONNECT
-            self._attempt_failed(kind, f"cannot connect to {endpoint.name}: {error or 'timed out'}")
+            reason = "timed out" if isinstance(error, TimeoutError) else os_reason(error)
+            self._attempt_failed(kind, f"cannot connect to {endpoint.name}: {reason}")
             return
         self.connecting = None
-        self._send(connection)
+        if connection.closed:
+            self._attempt_failed(AttemptError.RESET, "the backend closed the connection at once")
+        else:
+            self._send(connection)
 
     def _send(self, connection: BackendConnection) -> None:
         endpoint = connection.endpoint
@@ -370,6 +378,8 @@ class Exchange:
         else:
             request = self.runtime.forward_request(endpoint, head, self.raw_body or b"", self.id)
         connection.send(self, request, to_head_request=head.method == b"HEAD")
+        if self.blocked_since is not None:
+            connection.pause()
 
     # The answer (proxy.upstream.Receiver)
 
@@ -416,15 +426,18 @@ class Exchange:
         if len(events) == 1 and self.committed and not meter.done:
             out = meter.event(events[0], include_usage=self.include_usage, every_event=self.every_event)
         else:
+            if meter.done and not done:
+                self._complete()  # it goes on behind `[DONE]`
+                return
             pieces = []
             started = self.committed
             for event in events:
                 if meter.done or meter.failed:
                     break  # nothing may follow `[DONE]` or an error
-                if event.data is not None:
+                if not started:
+                    if event.data in _NO_DATA and len(event.raw) <= MAX_EVENT_BYTES:
+                        continue
                     started = True
-                elif not started:
-                    continue  # the backend's heartbeats before its first data commit nothing
                 pieces.append(
                     meter.event(event, include_usage=self.include_usage, every_event=self.every_event)
                 )
@@ -462,9 +475,17 @@ class Exchange:
                 self.client.write(out)
             self._cut(AttemptError.RESET, "the backend's stream ended before it was complete")
         else:
-            self.client.write(out + LAST_CHUNK if self.chunked else out)
-            self._release(Outcome.OK)
-            self._end(records.OK, 200, keep_alive=self.chunked)
+            self._complete(out)
+
+    def _complete(self, out: bytes = b"") -> None:
+        """`out` is the last of the stream; whatever its backend still does is of no interest."""
+        if self.chunked:
+            out += LAST_CHUNK
+        if out:
+            self.client.write(out)
+        self._drop_connection()
+        self._release(Outcome.OK)
+        self._end(records.OK, 200, keep_alive=self.chunked)
 
     def _relay_raw(self, payload: bytes, done: bool) -> None:
         reply = self.reply
@@ -508,7 +529,8 @@ class Exchange:
         body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
         status = reply.status
         if status >= 500 or status in (401, 403, 408, 429):
-            self.last_error = (reply, body)
+            assert self.lease is not None
+            self.last_error = (reply, body, self.lease.backend)
             self._attempt_failed(status, f"the backend answered {status}")
             return
         self._answer_whole(reply, body)
@@ -551,7 +573,7 @@ class Exchange:
         self.committed = True
         row = self.row
         row.overhead_s = max(self.dispatched - self.arrived - row.queue_s, 0.0)
-        keep_alive = self.request.keep_alive and (self.chunked or framing.startswith(b"content-length"))
+        keep_alive = self._keeps_alive() and (self.chunked or framing.startswith(b"content-length"))
         fields = b"HTTP/1.1 %d %b\r\n%b%bx-request-id: %b\r\nx-tidegate-backend: %b\r\n" % (
             reply.status,
             reply.phrase,
@@ -571,6 +593,9 @@ class Exchange:
             return fields + b"connection: close\r\n\r\n"
         return fields + (b"\r\n" if self.chunked else b"connection: keep-alive\r\n\r\n")
 
+    def _keeps_alive(self) -> bool:
+        return self.request.keep_alive and not self.runtime.draining
+
     # Failing
 
     def _attempt_failed(self, error: AttemptError | int, message: str, event: bytes = b"") -> None:
@@ -589,7 +614,8 @@ class Exchange:
         outcome = outcome_of(error, retry_after is not None)
         name = lease.backend.name
         self._release(outcome, now)
-        if isinstance(error, int) and (pause := backoff_s(error, retry_after, runtime.wall())) > 0:
+        pause = backoff_s(error, retry_after, runtime.wall()) if isinstance(error, int) else 0.0
+        if pause > 0 and name in runtime.fleet.backends:  # a reload may have removed it
             runtime.fleet.back_off(name, pause, now)
         runtime.observer.attempt_failed(name, error)
         self.tried |= {name}
@@ -606,7 +632,8 @@ class Exchange:
     def _give_up(self, error: AttemptError | int, message: str) -> None:
         """No other backend: the backend's own error if it is well-formed, else ours."""
         if self.last_error is not None and self.last_error[0].status not in (401, 403):
-            self.reply, body = self.last_error
+            self.reply, body, backend = self.last_error
+            self.row.backend, self.row.site = backend.name, backend.site
             self._answer_whole(self.reply, body)
             return
         if isinstance(error, int):
@@ -617,7 +644,9 @@ class Exchange:
 
     def _cut(self, error: AttemptError, message: str) -> None:
         """The answer has begun and cannot go on."""
-        if self.mode == _EVENTS:
+        if self.meter.done:
+            self._complete()
+        elif self.mode == _EVENTS:
             code = _GIVE_UP_CODES.get(error, "shutting_down")
             event = error_event(code, message)
             # A half-written event of the backend's was never passed on, so this one stands alone.
@@ -655,7 +684,7 @@ class Exchange:
             error_answer(
                 error,
                 fields=fields,
-                keep_alive=self.request.keep_alive,
+                keep_alive=self._keeps_alive(),
                 version=self.request.version,
                 without_body=self.request.method == b"HEAD",
             )
@@ -671,8 +700,9 @@ class Exchange:
         if self.state is State.HELD:
             self.runtime.cancel_hold(self.row.op)
         self._drop_connection()
-        self._release(Outcome.IGNORED)
-        self._end(records.CLIENT_GONE, 200 if self.committed else 0, keep_alive=None)
+        done = self.meter.done  # some clients hang up on `[DONE]`
+        self._release(Outcome.OK if done else Outcome.IGNORED)
+        self._end(records.OK if done else records.CLIENT_GONE, 200 if self.committed else 0, keep_alive=None)
 
     def block(self) -> None:
         """The client reads slower than the backend writes: stop reading the backend."""
@@ -704,7 +734,8 @@ class Exchange:
         timeouts = self.runtime.config.timeouts
         if self.alive:
             self.alive = False
-            self.quiet_since = now
+            if self.committed or self.mode != _EVENTS:  # heartbeats are no token
+                self.quiet_since = now
         if self.committed:
             if self.blocked_since is not None:
                 if now - self.blocked_since > timeouts.client_write:
@@ -722,15 +753,14 @@ class Exchange:
                 self.runtime.journal.progress(
                     self.row.op, self.row.backend, meter.prompt, meter.cached, meter.completion
                 )
-        elif self.state is State.SENT:
-            if now - self.quiet_since > timeouts.first_token:
-                self._attempt_failed(
-                    AttemptError.FIRST_TOKEN_TIMEOUT, f"no answer within {timeouts.first_token:g} s"
-                )
-            elif now - self.arrived > timeouts.total:
-                self._drop_connection()
-                self._release(Outcome.IGNORED)
-                self.refuse(RequestError("backend_timeout", f"no answer within {timeouts.total:g} s"))
+        elif now - self.arrived > timeouts.total:
+            self._drop_connection()
+            self._release(Outcome.IGNORED)
+            self.refuse(RequestError("backend_timeout", f"no answer within {timeouts.total:g} s"))
+        elif self.state is State.SENT and now - self.quiet_since > timeouts.first_token:
+            self._attempt_failed(
+                AttemptError.FIRST_TOKEN_TIMEOUT, f"no answer within {timeouts.first_token:g} s"
+            )
 
     # Ending
 
@@ -782,7 +812,7 @@ class Exchange:
         runtime.journal.close(row)
         runtime.observer.ended(self)
         if keep_alive is not None:
-            self.client.finished(keep_alive=keep_alive and self.request.keep_alive)
+            self.client.finished(keep_alive=keep_alive and self._keeps_alive())
         else:
             self.client.abort()
         runtime.capacity_freed(now)

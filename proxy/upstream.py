@@ -14,7 +14,13 @@ from typing import Final, Protocol, cast
 from urllib.parse import urlsplit
 
 from probes.passive import AttemptError
-from proxy.http1 import ChunkedDecoder, MalformedResponseError, ResponseHead, parse_response_head
+from proxy.http1 import (
+    ChunkedDecoder,
+    MalformedResponseError,
+    PartialHead,
+    ResponseHead,
+    parse_response_head,
+)
 
 MAX_INFORMATIONAL: Final = 16
 """1xx responses in front of one reply; more is a flood."""
@@ -36,10 +42,10 @@ class BackendConnection(asyncio.Protocol):
     """One connection to a backend."""
 
     __slots__ = (
-        "_buffer",
         "_decoder",
         "_informational",
         "_keep_alive",
+        "_partial",
         "_receiver",
         "_remaining",
         "_state",
@@ -61,7 +67,7 @@ class BackendConnection(asyncio.Protocol):
         """Whether a byte of the present reply has come."""
         self._receiver: Receiver | None = None
         self._state = _IDLE
-        self._buffer = b""
+        self._partial: PartialHead | None = None
         self._decoder: ChunkedDecoder | None = None
         self._remaining = 0
         self._informational = 0
@@ -79,6 +85,11 @@ class BackendConnection(asyncio.Protocol):
         self.received = False
         self.requests += 1
         self.transport.write(request)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be sent on it any more."""
+        return self._state == _CLOSED
 
     def pause(self) -> None:
         """Stop reading: the client is slow."""
@@ -110,7 +121,7 @@ class BackendConnection(asyncio.Protocol):
             self._read_chunked(data, 0)
         elif state == _HEAD:
             self.received = True
-            self._read_head(self._buffer + data if self._buffer else data)
+            self._read_head(data)
         elif state == _LENGTH:
             self._read_length(data, 0)
         elif state == _UNTIL_CLOSE:
@@ -142,10 +153,14 @@ class BackendConnection(asyncio.Protocol):
         receiver = self._receiver
         assert receiver is not None
         try:
+            if self._partial is not None:
+                if not self._partial.add(data):
+                    return
+                data, self._partial = self._partial.whole(), None
             while True:
                 parsed = parse_response_head(data, position, to_head_request=self._to_head_request)
-                if parsed is None:
-                    self._buffer = data[position:]
+                if isinstance(parsed, PartialHead):
+                    self._partial = parsed
                     return
                 head, position = parsed
                 if head.status >= 200:
@@ -156,7 +171,6 @@ class BackendConnection(asyncio.Protocol):
         except MalformedResponseError as error:
             self._malformed(str(error))
             return
-        self._buffer = b""
         self._keep_alive = head.keep_alive
         receiver.head(head)
         if self._receiver is not receiver:
@@ -296,7 +310,8 @@ class Endpoint:
         self.pool = Pool(idle_s, loop)
         host = f"[{self.host}]" if ":" in self.host else self.host
         authority = host if parts.port is None else f"{host}:{parts.port}"
-        fields = f"host: {authority}\r\n"
+        # What is encoded cannot be metered.
+        fields = f"host: {authority}\r\naccept-encoding: identity\r\n"
         if key is not None:
             fields += f"authorization: Bearer {key}\r\n"
         self._fields = fields.encode("ascii")

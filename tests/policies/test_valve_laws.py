@@ -29,7 +29,8 @@ from tests.policies.builders import Answers, Broken, LeastInFlight, WeightedByRo
 
 CLASSES = ["public", "internal", "restricted"]
 LOCAL = Selector(sites=frozenset({"local"}))
-CODES = {"model_not_found", "data_class", "context_length", "no_backend", "queue_full", "queue_timeout"}
+REFUSALS = {"model_not_found", "data_class", "context_length", "no_backend", "overloaded"}
+CODES = REFUSALS | {"queue_full", "queue_timeout"}
 
 
 class Moody(WeightedByRoom):
