@@ -5,8 +5,8 @@ refused; nothing is repaired, skipped or guessed, and nothing is passed on that 
 lets a recipient choose between leniency and refusal, we refuse: two parsers that disagree on a byte are how
 requests are smuggled.
 
-All expressions use possessive quantifiers over disjoint classes, so matching is linear in the input. The byte
-limits are the caller's.
+All expressions use possessive quantifiers over disjoint classes, so matching is linear in the input. A head that
+comes in pieces is checked as it comes and matched once, when it is whole, so that is linear too.
 """
 
 from __future__ import annotations
@@ -14,31 +14,45 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from proxy.errors import RequestError
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-_FIELD: Final = _TOKEN + rb"++:[\t -~\x80-\xff]*+\r\n"
-
+_TEXT: Final = rb"[\t -~\x80-\xff]"
+_FIELD: Final = _TOKEN + rb"++:" + _TEXT + rb"*+\r\n"
 _REQUEST_LINE: Final = rb"(" + _TOKEN + rb"{1,32}+) ([!-~]++) HTTP/1\.([01])\r"
-_REQUEST_HEAD: Final = re.compile(_REQUEST_LINE + rb"(\n(?:" + _FIELD + rb")*+)\r\n")
-_REQUEST_FIRST_LINE: Final = re.compile(_REQUEST_LINE + rb"\n")
-_STATUS_LINE: Final = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t -~\x80-\xff]*+))?+\r"
-_RESPONSE_HEAD: Final = re.compile(_STATUS_LINE + rb"(\n(?:" + _FIELD + rb")*+)\r\n")
-_RESPONSE_FIRST_LINE: Final = re.compile(_STATUS_LINE + rb"\n")
-_FIELD_LINE: Final = re.compile(_FIELD)
-_OTHER_VERSION: Final = re.compile(_TOKEN + rb"++ [!-~]++ HTTP/(?!1\.[01])[0-9]\.[0-9](?:\r\n|\Z)")
+_STATUS_LINE: Final = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"*+))?+\r"
+_FIELDS: Final = rb"(\n(?:" + _FIELD + rb")*+)"
 
-# What may still become a request line, and a field line.
-_PARTIAL_REQUEST_LINE: Final = re.compile(
-    _TOKEN + rb"{0,32}+(?: [!-~]*+(?: (?:H(?:T(?:T(?:P(?:/(?:1(?:\.(?:[01]\r?+)?+)?+)?+)?+)?+)?+)?+)?+)?+)?+"
+_REQUEST_HEAD: Final = re.compile(_REQUEST_LINE + _FIELDS + rb"\r\n")
+_REQUEST_BEGUN: Final = re.compile(_REQUEST_LINE + _FIELDS)
+_RESPONSE_HEAD: Final = re.compile(_STATUS_LINE + _FIELDS + rb"\r\n")
+_FIELD_LINE: Final = re.compile(_FIELD)
+_OTHER_VERSION: Final = re.compile(_TOKEN + rb"++ [!-~]++ HTTP/(?:[02-9]|1\.[2-9])")
+
+
+def _beginning_of(*parts: bytes) -> bytes:
+    """An expression for every beginning of a sequence, the empty one and the whole included."""
+    expression = b""
+    for part in reversed(parts):
+        expression = rb"(?:" + part + expression + rb")?+"
+    return expression
+
+
+# Lines that have not ended. What the groups match, put together, is a short line that may go on in the same ways:
+# one byte of a name or a target stands for any number of them, and none for those of a value.
+_VERSION_BEGUN: Final = _beginning_of(b" ", b"H", b"T", b"T", b"P", b"/", b"1", rb"\.", b"[01]", rb"\r")
+_REQUEST_LINE_BEGUN: Final = (
+    rb"(?:(" + _TOKEN + rb"{1,32}+)(?:( [!-~])[!-~]*+(" + _VERSION_BEGUN + rb")|( ))?+)?+"
 )
-_PARTIAL_STATUS_LINE: Final = re.compile(
-    rb"(?:H(?:T(?:T(?:P(?:/(?:1(?:\.(?:[01](?: (?:[1-9](?:[0-9](?:[0-9](?: [\t -~\x80-\xff]*+)?+\r?+"
-    rb")?+)?+)?+)?+)?+)?+)?+)?+)?+)?+)?+)?+"
+_STATUS: Final = (b"H", b"T", b"T", b"P", b"/", b"1", rb"\.", b"[01]", b" ", b"[1-9]", b"[0-9]", b"[0-9]")
+_STATUS_LINE_BEGUN: Final = (
+    rb"(" + b"".join(_STATUS) + rb" )" + _TEXT + rb"*+(\r?+)|(" + _beginning_of(*_STATUS, rb"\r") + rb")"
 )
-_PARTIAL_FIELD_LINE: Final = re.compile(rb"(?:" + _TOKEN + rb"++(?::[\t -~\x80-\xff]*+\r?+)?+|\r)?+")
+_FIELD_BEGUN: Final = re.compile(
+    rb"(?:(" + _TOKEN + rb")" + _TOKEN + rb"*+(?:(:)" + _TEXT + rb"*+(\r?+))?+|(\r))?+"
+)
 
 METHODS: Final = frozenset(
     b"GET HEAD POST PUT DELETE OPTIONS TRACE PATCH ACL BIND CHECKOUT COPY LABEL LINK LOCK MERGE MKACTIVITY "
@@ -51,7 +65,7 @@ _BODY_IS_ODD: Final = frozenset((b"GET", b"HEAD"))
 """A body of theirs is legal but some servers leave it unread: the connection ends behind it."""
 
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]++\]|[A-Za-z0-9._~!$&'()*+;=%\-]++)(?::[0-9]{0,5}+)?+")
-_ABSOLUTE: Final = re.compile(rb"(?i:https?)://(?:[^@/?#]*+@)?([^/?#]++)(.*+)", re.DOTALL)
+_ABSOLUTE: Final = re.compile(rb"(?i:https?+)://(?:[^@/?#]*+@)?+([^/?#]++)(.*+)", re.DOTALL)
 _DIGITS: Final = re.compile(rb"[0-9]{1,15}+")
 
 # Chunk extensions are matched so that they can be dropped; 256 bytes of them are plenty (RFC 9112 7.1.1).
@@ -62,6 +76,9 @@ _CHUNK_LINE: Final = re.compile(
 )
 _CHUNK_LINE_BEGIN: Final = re.compile(rb"[0-9A-Fa-f]{1,8}+(?:[ \t]*+(?:;|\Z)|\r\Z)")
 _CHUNK_LINE_MAX: Final = 8 + 256 + 2
+_TRAILERS_MAX: Final = 4096
+_CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x0c\x0e-\x1f\x7f]|\r(?!\Z)")
+"""What no line may hold before its end."""
 
 _FORBIDDEN_TRAILERS: Final = frozenset(
     b"host content-length transfer-encoding authorization connection te trailer upgrade expect cookie set-cookie "
@@ -108,6 +125,13 @@ class RequestHead:
     """Field lines that go on to the backend, each ending in CRLF."""
 
 
+NEVER_FORWARDED: Final = frozenset(
+    b"host content-length transfer-encoding connection keep-alive proxy-connection proxy-authorization te trailer "
+    b"upgrade expect authorization x-api-key x-request-id x-session-id content-encoding".split()
+)
+"""Fields that frame the message, belong to one connection, or are ours to set."""
+
+
 class RequestGrammar:
     """Reads request heads. `forward` names the end-to-end fields that go on to backends.
 
@@ -118,25 +142,33 @@ class RequestGrammar:
     FORWARDED: Final = ("accept", "content-type", "traceparent", "tracestate", "user-agent")
     _OWN: Final = (
         "host|content-length|transfer-encoding|connection|expect|authorization|x-api-key|x-request-id|"
-        "x-session-id|content-encoding|content[_-]+length|transfer[_-]+encoding"
+        "x-session-id|content-encoding|content[_-]++length|transfer[_-]++encoding"
     )
 
     def __init__(self, limits: HeadLimits | None = None, forward: tuple[str, ...] = ()) -> None:
         self.limits = limits or HeadLimits()
         names = [*self.FORWARDED, *(name.lower() for name in forward)]
         self._forward = frozenset(name.encode("ascii") for name in names)
+        for name in self._forward:
+            if name.replace(b"_", b"-") in NEVER_FORWARDED:
+                raise ValueError(f"the field {name.decode()} cannot be forwarded")
         pattern = self._OWN + "|" + "|".join(re.escape(name) for name in names)
         self._find = _field_finder(pattern.encode("ascii"))
 
-    def parse(self, data: bytes, start: int = 0) -> tuple[RequestHead, int] | None:
-        """-> (head, position behind it), or None when the head is not complete yet.
+    def parse(self, data: bytes, start: int = 0) -> tuple[RequestHead, int] | PartialHead:
+        """-> (head, position behind it), or its beginning when it is not complete yet.
 
         Raises RequestError when it cannot become a valid head; the connection must then be closed.
         """
         match = _REQUEST_HEAD.match(data, start)
         if match is None:
-            self._explain(data, start)
-            return None
+            partial = PartialHead(_REQUEST, self.limits)
+            partial.add(data[start:])
+            begun = _REQUEST_BEGUN.match(data, start)
+            if begun is not None:
+                # Whoever stops in the midst of a head hears at once what is wrong with it so far.
+                self._read_fields(RequestHead(b"", b"", int(begun[3])), begun[4], complete=False)
+            return partial
         method, target, version, fields = match.groups()
         limits = self.limits
         if match.end() - start > limits.head_bytes or fields.count(b"\n") > limits.fields + 1:
@@ -185,6 +217,8 @@ class RequestGrammar:
             elif name == b"transfer-encoding":
                 codings = value if codings is None else codings + b"," + value
             elif name == b"x-api-key":
+                if api_key is not None:
+                    raise RequestError("malformed_request", "more than one X-Api-Key field")
                 api_key = value.rstrip(b" \t")
             elif name == b"x-request-id":
                 head.request_id = value.rstrip(b" \t")
@@ -195,12 +229,12 @@ class RequestGrammar:
                     raise RequestError("expectation_failed", "only Expect: 100-continue is understood")
                 head.expects_continue = head.version == 1
             elif name == b"content-encoding":
-                head.content_encoding = value.rstrip(b" \t").lower()
+                before = head.content_encoding + b"," if head.content_encoding else b""
+                head.content_encoding = before + value.rstrip(b" \t").lower()
             else:
                 # `Content_Length` and the like: some servers read them as the real ones. We don't, and what
                 # might be read in two ways ends the connection.
                 twin = True
-        head.forward = b"".join(kept)
         if head.credential is None:
             head.credential = api_key
         if host is None:
@@ -217,27 +251,19 @@ class RequestGrammar:
         elif codings is not None:
             if head.version == 0:
                 raise RequestError("ambiguous_framing", "Transfer-Encoding in HTTP/1.0")
-            head.codings = _read_codings(codings)
+            if complete:  # else a line that ends in `chunked` may follow
+                head.codings = _read_codings(codings)
             head.chunked = True
         if connection:
             options = {option.strip(b" \t") for option in connection.split(b",")}
             head.keep_alive = b"close" not in options and (head.version == 1 or b"keep-alive" in options)
+            if not options.isdisjoint(forward):  # named there, a field is for this connection only
+                kept = [line for line in kept if line.partition(b":")[0] not in options]
         else:
             head.keep_alive = head.version == 1
+        head.forward = b"".join(kept)
         if twin or (head.method in _BODY_IS_ODD and (head.content_length or head.chunked)):
             head.keep_alive = False
-
-    def _explain(self, data: bytes, start: int) -> None:
-        """Raise when `data` can no longer grow into a valid head; return when it still can."""
-        if _OTHER_VERSION.match(data, start):
-            raise RequestError("unsupported_version", "only HTTP/1.0 and HTTP/1.1 are spoken here")
-        fields = _complete_fields(data, start, _REQUEST_FIRST_LINE, _PARTIAL_REQUEST_LINE, self.limits)
-        if fields is None:
-            raise RequestError("malformed_request", "malformed request line")
-        if fields:
-            match = _REQUEST_FIRST_LINE.match(data, start)
-            assert match is not None
-            self._read_fields(RequestHead(match[1], match[2], 1), fields, complete=False)
 
 
 class RepeatedHead:
@@ -260,7 +286,7 @@ class RepeatedHead:
     def remember(self, data: bytes, start: int, end: int, head: RequestHead) -> None:
         """Keep a head that has just been parsed from `data[start:end]`."""
         self._before, self._head = b"", None
-        if end - start > self.MAX_BYTES:
+        if end - start > self.MAX_BYTES or head.method in _BODY_IS_ODD:
             return
         digits = _LENGTH_DIGITS.search(data, start, end)
         if digits is None:
@@ -289,39 +315,72 @@ class RepeatedHead:
 _LENGTH_DIGITS: Final = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15}+)\r\n")
 
 
-def _complete_fields(
-    data: bytes,
-    start: int,
-    first_line: re.Pattern[bytes],
-    partial_first_line: re.Pattern[bytes],
-    limits: HeadLimits,
-) -> bytes | None:
-    """The complete field lines of an unfinished head, checked; None when its first line is bad.
+class _Grammar(NamedTuple):
+    first_line: re.Pattern[bytes]
+    first_line_begun: re.Pattern[bytes]
+    error: Callable[[str, str], Exception]
 
-    Raises RequestError for everything else that can't become a valid head.
+
+class PartialHead:
+    """The beginning of a head: kept, and checked as it comes, each byte once however small the pieces are.
+
+    Adding raises RequestError (MalformedResponseError for a response) when it can't become a valid head.
     """
-    size = len(data) - start
-    match = first_line.match(data, start)
-    if match is None:
-        if partial_first_line.fullmatch(data, start) is None:
-            return None
-        if size > limits.target_bytes + 64:
-            raise RequestError("target_too_long", f"request target longer than {limits.target_bytes} bytes")
-        return b""
-    if size > limits.head_bytes:
-        raise RequestError("header_too_large", f"head larger than {limits.head_bytes} bytes")
-    position, count = match.end(), 0
-    while (line := _FIELD_LINE.match(data, position)) is not None:
-        position = line.end()
-        count += 1
-    if count > limits.fields:
-        raise RequestError("header_too_large", f"more than {limits.fields} header fields")
-    if _PARTIAL_FIELD_LINE.fullmatch(data, position) is None:
-        raise RequestError("malformed_request", "malformed header field")
-    return data[match.end() - 1 : position]
+
+    __slots__ = ("_data", "_grammar", "_in_fields", "_limits", "_line", "_lines")
+
+    def __init__(self, grammar: _Grammar, limits: HeadLimits) -> None:
+        self._grammar = grammar
+        self._limits = limits
+        self._data = bytearray()
+        self._in_fields = False
+        """Behind the first line."""
+        self._lines = 0
+        """Complete field lines."""
+        self._line = b""
+        """The line that has not ended, in short."""
+
+    def whole(self) -> bytes:
+        """All bytes that were added."""
+        return bytes(self._data)
+
+    def add(self, data: bytes) -> bool:
+        """-> whether the head is complete now; what stands behind its end has not been looked at."""
+        grammar, limits = self._grammar, self._limits
+        self._data += data
+        line = self._line + data
+        position = 0
+        if not self._in_fields:
+            match = grammar.first_line.match(line)
+            if match is None:
+                self._line = self._in_short(grammar.first_line_begun, line, "malformed first line")
+                if len(self._data) > limits.target_bytes + 64:
+                    raise grammar.error("target_too_long", "first line too long")
+                return False
+            position, self._in_fields = match.end(), True
+        while (match := _FIELD_LINE.match(line, position)) is not None:
+            position = match.end()
+            self._lines += 1
+        if line.startswith(b"\r\n", position):
+            return True
+        self._line = self._in_short(_FIELD_BEGUN, line[position:], "malformed header field")
+        if len(self._data) > limits.head_bytes:
+            raise grammar.error("header_too_large", f"head larger than {limits.head_bytes} bytes")
+        if self._lines > limits.fields:
+            raise grammar.error("header_too_large", f"more than {limits.fields} header fields")
+        return False
+
+    def _in_short(self, begun: re.Pattern[bytes], line: bytes, message: str) -> bytes:
+        """A short line that may go on in the same ways as `line`."""
+        match = begun.fullmatch(line)
+        if match is None:
+            if not self._in_fields and _OTHER_VERSION.match(line):
+                raise self._grammar.error("unsupported_version", "only HTTP/1.0 and HTTP/1.1 are spoken here")
+            raise self._grammar.error("malformed_request", message)
+        return b"".join(filter(None, match.groups()))
 
 
-_PARTIAL_LINE_BAD: Final = re.compile(rb"[\x00-\x08\x0a-\x0c\x0e-\x1f\x7f]|\r(?!\Z)")
+_REQUEST: Final = _Grammar(re.compile(_REQUEST_LINE + rb"\n"), re.compile(_REQUEST_LINE_BEGUN), RequestError)
 
 
 def _read_target(head: RequestHead) -> None:
@@ -382,28 +441,28 @@ _HOP_BY_HOP: Final = re.compile(
     rb"\n(?i:connection|keep-alive|proxy-connection|proxy-authenticate|te|trailer|transfer-encoding|upgrade|"
     rb"content-length|x-request-id|x-tidegate-[a-z-]+|x-ratelimit-[a-z-]+):[^\r]*+\r"
 )
-_RESPONSE_LIMITS: Final = HeadLimits()
+_RESPONSE_LIMITS: Final = HeadLimits(head_bytes=65536, target_bytes=65536, fields=65536)
+"""Bytes alone limit a backend's head."""
+_RESPONSE: Final = _Grammar(
+    re.compile(_STATUS_LINE + rb"\n"),
+    re.compile(_STATUS_LINE_BEGUN),
+    lambda _, message: MalformedResponseError(message),
+)
 
 
 def parse_response_head(
     data: bytes, start: int, *, to_head_request: bool = False
-) -> tuple[ResponseHead, int] | None:
-    """-> (head, position behind it), or None when incomplete. Raises MalformedResponseError.
+) -> tuple[ResponseHead, int] | PartialHead:
+    """-> (head, position behind it), or its beginning when incomplete. Raises MalformedResponseError.
 
     Informational responses are returned like others: the caller skips below 200. A message without a body
     (HEAD, 1xx, 204, 304) has `content_length == 0`.
     """
     match = _RESPONSE_HEAD.match(data, start)
     if match is None:
-        try:
-            lines = _complete_fields(
-                data, start, _RESPONSE_FIRST_LINE, _PARTIAL_STATUS_LINE, _RESPONSE_LIMITS
-            )
-        except RequestError as error:
-            raise MalformedResponseError(error.message) from None
-        if lines is None:
-            raise MalformedResponseError("malformed status line")
-        return None
+        partial = PartialHead(_RESPONSE, _RESPONSE_LIMITS)
+        partial.add(data[start:])
+        return partial
     version, status_text, phrase, fields = match.groups()
     if match.end() - start > _RESPONSE_LIMITS.head_bytes:
         raise MalformedResponseError("response head too large")
@@ -452,15 +511,13 @@ def parse_response_head(
 
 def _apply_connection(head: ResponseHead, connection: bytes, kept: bytes) -> bytes:
     """`Connection: close`, and the removal of fields that it names (RFC 9110 7.6.1)."""
-    for option in connection.split(b","):
-        option = option.strip(b" \t").lower()
-        if option == b"close":
-            head.keep_alive = False
-        elif option == b"keep-alive":
-            continue
-        elif option and option not in (b"content-type", b"content-encoding"):
-            kept = re.sub(rb"\n(?i:" + re.escape(option) + rb"):[^\r]*+\r", b"", kept)
-    return kept
+    options = {option.strip(b" \t").lower() for option in connection.split(b",")}
+    if b"close" in options:
+        head.keep_alive = False
+    named = options - {b"close", b"keep-alive", b"content-type", b"content-encoding"}
+    if not named:
+        return kept
+    return b"\n".join(line for line in kept.split(b"\n") if line.partition(b":")[0].lower() not in named)
 
 
 _SIZE, _DATA, _DATA_END, _TRAILER, _DONE = range(5)
@@ -546,13 +603,13 @@ class ChunkedDecoder:
         """One trailer line. -> position behind it, or -1 when it is not complete."""
         match = _FIELD_LINE.match(data, position)
         if match is None:
-            self._line = _unfinished(data, position, 8192)
+            self._line = _unfinished(data, position, _TRAILERS_MAX - self._trailer_bytes)
             return -1
         name = data[position : data.index(b":", position)].lower()
         if name in _FORBIDDEN_TRAILERS:
             raise ValueError("forbidden trailer field")
         self._trailer_bytes += match.end() - position
-        if self._trailer_bytes > 16384:
+        if self._trailer_bytes > _TRAILERS_MAX:
             raise ValueError("trailer section too large")
         return match.end()
 
@@ -560,7 +617,7 @@ class ChunkedDecoder:
 def _unfinished(data: bytes, position: int, limit: int) -> bytes:
     """The rest of `data` as the beginning of a line; ValueError when it can't become a valid one."""
     line = data[position:]
-    if b"\n" in line or len(line) > limit or _PARTIAL_LINE_BAD.search(line):
+    if b"\n" in line or len(line) > limit or _CONTROL.search(line):
         raise ValueError("malformed chunk framing")
     return line
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, cast
 from proxy.answers import error_answer
 from proxy.errors import RequestError
 from proxy.exchange import Exchange
-from proxy.http1 import ChunkedDecoder, RepeatedHead, RequestHead
+from proxy.http1 import ChunkedDecoder, PartialHead, RepeatedHead, RequestHead
 
 if TYPE_CHECKING:
     from proxy.runtime import Admission, Runtime
@@ -43,8 +43,8 @@ class ClientConnection(asyncio.Protocol):
         # The connection
         self.transport: asyncio.Transport | None = None
         self.peer = ""
-        self.pending = b""
-        """Bytes that are not read yet."""
+        self.pending = bytearray()
+        """Bytes that are not read yet: requests that wait their turn, or the empty line in front of one."""
         self.reading = False
         """Inside `_read`: an exchange that ends at once is followed by the loop there."""
         self.paused = False
@@ -52,7 +52,7 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = inf
         """Monotonic time at which `sweep` ends what the connection is doing."""
         # The request
-        self.head_begun = False
+        self.partial: PartialHead | None = None
         self.repeated = RepeatedHead()
         self.remembered: Admission | None = None
         """What the repeated head was admitted to."""
@@ -85,7 +85,7 @@ class ClientConnection(asyncio.Protocol):
                 self.paused = True
                 self.transport.pause_reading()
         elif not self.lingering:
-            self._read(self.pending + data if self.pending else data)
+            self._read(self._take_pending() + data if self.pending else data)
 
     def eof_received(self) -> bool:
         # Half-closing after a request is how some clients cancel; see the module's docstring.
@@ -95,7 +95,7 @@ class ClientConnection(asyncio.Protocol):
         self.runtime.clients.discard(self)
         exchange, self.exchange = self.exchange, None
         self.transport = None
-        self.pending, self.parts = b"", []
+        self._forget()
         if exchange is not None:
             exchange.client_gone()
 
@@ -112,12 +112,11 @@ class ClientConnection(asyncio.Protocol):
     def _read(self, data: bytes) -> None:
         """Read requests until one is being answered or more bytes are needed."""
         self.reading = True
-        self.pending = b""
         try:
             while data and not self.lingering and self.transport is not None:
                 data = self._read_head(data) if self.head is None else self._read_body(data)
                 if self.exchange is not None:
-                    self.pending = data
+                    self.pending += data
                     break
         except RequestError as error:
             self._reject(error)
@@ -125,19 +124,25 @@ class ClientConnection(asyncio.Protocol):
             self.reading = False
 
     def _read_head(self, data: bytes) -> bytes:
-        """-> what is left to read; empty: it is kept in `pending`, or all is read."""
+        """-> what is left to read; empty: it is kept in `partial` or `pending`, or all is read."""
         runtime = self.runtime
-        # An empty line in front of a request is to be ignored (RFC 9112 2.2): one, not a flood of them.
-        start = 2 if data.startswith(b"\r\n") else 0
+        start = 0
+        if self.partial is not None:
+            if not self.partial.add(data):
+                return b""
+            data, self.partial = self.partial.whole(), None
+        elif data[0] == 13:
+            # An empty line in front of a request is to be ignored (RFC 9112 2.2): one, not a flood of them.
+            if data in (b"\r", b"\r\n"):
+                self.pending += data
+                return b""
+            start = 2 if data.startswith(b"\r\n") else 0
         parsed = self._match_head(data, start)
-        if parsed is None:
-            if data != b"\r\n" and not self.head_begun:
-                # The clock runs from the first byte of a head, however slowly it comes.
-                self.head_begun = True
-                self.deadline = runtime.now() + runtime.config.timeouts.head
-            self.pending = data
+        if isinstance(parsed, PartialHead):
+            # The clock runs from the first byte of a head, however slowly it comes.
+            self.deadline = runtime.now() + runtime.config.timeouts.head
+            self.partial = parsed
             return b""
-        self.head_begun = False
         head, admission, position = parsed
         self.head = head
         self.admission = admission
@@ -160,8 +165,8 @@ class ClientConnection(asyncio.Protocol):
             self.write(_CONTINUE)
         return data[position:]
 
-    def _match_head(self, data: bytes, start: int) -> tuple[RequestHead, Admission, int] | None:
-        """-> (head, what it is admitted to, position behind it), or None when it is incomplete.
+    def _match_head(self, data: bytes, start: int) -> tuple[RequestHead, Admission, int] | PartialHead:
+        """-> (head, what it is admitted to, position behind it), or its beginning when it is incomplete.
 
         A head like the last one has been parsed and admitted before; it is admitted again without a look as long
         as keys and configuration are the same.
@@ -172,8 +177,8 @@ class ClientConnection(asyncio.Protocol):
             if recalled is not None:
                 return recalled[0], remembered, recalled[1]
         parsed = runtime.grammar.parse(data, start)
-        if parsed is None:
-            return None
+        if isinstance(parsed, PartialHead):
+            return parsed
         head, position = parsed
         generation = runtime.generation()
         admission = runtime.admit(head, self.peer)
@@ -252,7 +257,7 @@ class ClientConnection(asyncio.Protocol):
         """Close in stages: our half first, the rest when the client has closed or a moment has passed."""
         transport = self.transport
         self.lingering = True
-        self.pending, self.parts = b"", []
+        self._forget()
         self.deadline = self.runtime.now() + LINGER_S
         if transport is None or transport.is_closing():
             return
@@ -263,6 +268,16 @@ class ClientConnection(asyncio.Protocol):
                 transport.resume_reading()
         else:
             transport.close()
+
+    def _take_pending(self) -> bytes:
+        data = bytes(self.pending)
+        self.pending.clear()
+        return data
+
+    def _forget(self) -> None:
+        """Drop what was read and not used."""
+        self.pending.clear()
+        self.partial, self.parts = None, []
 
     # proxy.exchange.Client
 
@@ -289,14 +304,14 @@ class ClientConnection(asyncio.Protocol):
             self.paused = False
             transport.resume_reading()
         if self.pending and not self.reading:
-            self._read(self.pending)
+            self._read(self._take_pending())
 
     # Time
 
     @property
     def idle(self) -> bool:
         """Between two requests."""
-        return self.exchange is None and self.head is None and not self.pending and not self.lingering
+        return self.exchange is None and self.head is None and self.partial is None and not self.lingering
 
     def sweep(self, now: float) -> None:
         """Look at the deadline; called a few times a second."""
@@ -307,7 +322,7 @@ class ClientConnection(asyncio.Protocol):
             self.transport.abort()
         elif self.head is not None:
             self._reject(RequestError("request_timeout", "the body took too long"))
-        elif self.pending and self.pending != b"\r\n":
+        elif self.partial is not None:
             self._reject(RequestError("request_timeout", "the request head took too long"))
         else:
             self.transport.close()
