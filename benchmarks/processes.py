@@ -149,9 +149,10 @@ class Service:
 class Services:
     """The processes one benchmark started; leaving the block ends them all, and so does this process's death."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder`: where their logs and files go; must exist."""
+    def __init__(self, folder: Path, niceness: int = 0) -> None:
+        """`folder`: where their logs and files go; must exist. `niceness`: of all of them, if it may be set."""
         self.folder = folder
+        self._niceness = niceness
         self._running: list[Service] = []
 
     def __enter__(self) -> Services:
@@ -183,7 +184,7 @@ class Services:
                 stdout=output if stdout is None else stdout,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=_child_setup(core),
+                preexec_fn=_child_setup(core, self._niceness),
             )
         service = Service(name, process, log)
         self._running.append(service)
@@ -215,18 +216,18 @@ class Services:
 
     def stop(self, service: Service, timeout_s: float = 5.0) -> None:
         """End a process and all it started: SIGTERM, and SIGKILL to what is left after `timeout_s`."""
-        members = descendants(service.pid)
-        _signal_group(service.pid, signal.SIGTERM)
-        try:
-            service.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            pass
-        _signal_group(service.pid, signal.SIGKILL)
-        for member in members:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(members, timeout=1.0)
-        service.process.wait()
+        if service.process.poll() is None:  # an ended process's id may be somebody else's by now
+            members = descendants(service.pid)
+            _signal_group(service.pid, signal.SIGTERM)
+            try:
+                service.process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                _signal_group(service.pid, signal.SIGKILL)
+                service.process.wait()
+            for member in members:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(members, timeout=1.0)
         if service.process.stdout is not None:
             service.process.stdout.close()
         if service in self._running:
@@ -244,12 +245,14 @@ def _signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def _child_setup(core: int | None) -> Callable[[], None]:
+def _child_setup(core: int | None, niceness: int) -> Callable[[], None]:
     """What a child does before it becomes its program: pin itself, and ask to be ended when its parent ends."""
 
     def setup() -> None:
         if core is not None:
             os.sched_setaffinity(0, {core})
+        with contextlib.suppress(PermissionError):
+            os.nice(niceness)
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     return setup
