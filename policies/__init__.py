@@ -1,0 +1,197 @@
+"""Everything that decides; pure: no I/O, no clock, no asyncio, no global randomness.
+
+Here: the registry of policies, and how a name and its parameters in a file become an object. A name is one of
+`POLICIES`, one that an installed package declares as an entry point of group `tidegate.policies`, or
+`package.module:Class`. A policy class takes a random generator and keyword parameters:
+
+    class Cheapest(Policy):
+        def __init__(self, rng: Random, *, slack: Annotated[float, "Share that it may cost more."] = 0.1): ...
+
+The annotations are what `load` checks values against, and the texts in them are the documentation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from pkgutil import resolve_name
+from random import Random
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from policies.base import Policy
+
+POLICIES: dict[str, str] = {
+    "round-robin": "policies.simple:RoundRobin",
+    "random": "policies.simple:RandomChoice",
+    "least-load": "policies.simple:LeastLoad",
+    "power-of-two": "policies.simple:PowerOfTwo",
+    "weighted-qps": "policies.simple:WeightedQps",
+    "session-affinity": "policies.prefix:SessionAffinity",
+    "geo": "policies.geo:Geo",
+    "shortest-path": "policies.geo:ShortestPath",
+}
+"""Name to `module:Class`; imported when asked for."""
+
+ENTRY_POINTS = "tidegate.policies"
+"""Group of entry points by which other packages add policies. They cannot replace a built-in name."""
+
+REQUIRED: Any = inspect.Parameter.empty
+"""`Parameter.default` of a parameter that has none."""
+
+
+class PolicyError(ValueError):
+    """A name or a parameter is wrong; the message says what would be right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a policy."""
+
+    name: str
+    annotation: Any
+    """Its Python type, for JSON Schema."""
+    default: Any
+    """`REQUIRED` if it has none."""
+    doc: str
+    """One line."""
+
+    @property
+    def type(self) -> str:
+        """Its type in words: `number`, `map of text to number`."""
+        return _in_words(self.annotation)
+
+
+def load(name: str, rng: Random, /, **parameters: object) -> Policy:
+    """Make a policy.
+
+    Raises:
+        PolicyError: no such policy, no such parameter, or a value it does not accept.
+    """
+    policy_class = find(name)
+    known = {parameter.name: parameter for parameter in _parameters_of(policy_class)}
+    for key, value in parameters.items():
+        if key not in known:
+            raise PolicyError(
+                f"policy {name} has no parameter {_meant(key, known)} {_accepted(known.values())}"
+            )
+        if not _fits(value, known[key].annotation):
+            raise PolicyError(f"policy {name}: {key} must be {known[key].type}, not {value!r}")
+    for key, parameter in known.items():
+        if parameter.default is REQUIRED and key not in parameters:
+            raise PolicyError(f"policy {name} needs the parameter {key} ({parameter.type})")
+    make: Callable[..., Policy] = policy_class
+    try:
+        return make(rng, **parameters)
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f"policy {name}: {error}") from error
+
+
+def find(name: str) -> type[Policy]:
+    """The class behind a name.
+
+    Raises:
+        PolicyError: no such policy, or it cannot be imported, or it is none.
+    """
+    target = POLICIES.get(name) or (name if ":" in name else _installed().get(name))
+    if target is None:
+        known = names()
+        raise PolicyError(
+            f"no policy {_meant(name, known)} There are {', '.join(known)}, and package.module:Class"
+        )
+    try:
+        found = resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PolicyError(f"policy {name} cannot be imported from {target}: {error}") from error
+    if not isinstance(found, type):
+        raise PolicyError(f"policy {name}: {target} is no class")
+    for method in ("choose", "dispatched", "first_token", "finished"):
+        if not callable(getattr(found, method, None)):
+            raise PolicyError(f"policy {name}: {target} is no policy, it has no `{method}`")
+    policy_class: type[Policy] = found
+    return policy_class
+
+
+def names() -> list[str]:
+    """All names known here, sorted."""
+    return sorted({*POLICIES, *_installed()})
+
+
+def parameters(name: str) -> tuple[Parameter, ...]:
+    """The parameters of a policy, in the order of its constructor. Raises PolicyError as `find` does."""
+    return _parameters_of(find(name))
+
+
+def summary(name: str) -> str:
+    """What a policy does, in one line. Raises PolicyError as `find` does."""
+    return (inspect.getdoc(find(name)) or "").partition("\n")[0]
+
+
+def _installed() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+
+
+def _parameters_of(policy_class: type[Policy]) -> tuple[Parameter, ...]:
+    constructor = policy_class.__init__
+    hints = get_type_hints(constructor, include_extras=True)
+    found = []
+    # The first two are `self` and the random generator.
+    for parameter in list(inspect.signature(constructor).parameters.values())[2:]:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        annotation, doc = hints.get(parameter.name, Any), ""
+        if get_origin(annotation) is Annotated:
+            annotation, doc = get_args(annotation)[:2]
+        found.append(Parameter(parameter.name, annotation, parameter.default, doc))
+    return tuple(found)
+
+
+def _meant(given: str, known: Iterable[str]) -> str:
+    close = get_close_matches(given, known, n=1)
+    return f"{given!r}; did you mean {close[0]!r}?" if close else f"{given!r}."
+
+
+def _accepted(known: Iterable[Parameter]) -> str:
+    listed = ", ".join(f"{parameter.name} ({parameter.type})" for parameter in known)
+    return f"It accepts {listed or 'none'}"
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    """Whether a value out of a YAML file is of a type; NaN is no number."""
+    if annotation is Any:
+        return True
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(
+            _fits(key, inner[0]) and _fits(one, inner[1]) for key, one in value.items()
+        )
+    if origin is not None and issubclass(origin, Sequence):
+        return isinstance(value, list | tuple) and all(_fits(one, inner[0]) for one in value)
+    return origin is not None or isinstance(value, annotation)  # what is unknown here, its constructor checks
+
+
+def _in_words(annotation: Any) -> str:
+    plain = {float: "number", int: "whole number", str: "text", bool: "true or false", NoneType: "null"}
+    if annotation in plain:
+        return plain[annotation]
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(_in_words(one) for one in inner)
+    if origin is Literal:
+        return "one of " + ", ".join(str(one) for one in inner)
+    if origin is not None and issubclass(origin, Mapping):
+        return f"map of {_in_words(inner[0])} to {_in_words(inner[1])}"
+    if origin is not None and issubclass(origin, Sequence):
+        return f"list of {_in_words(inner[0])}"
+    return "anything" if annotation is Any else str(annotation.__name__)

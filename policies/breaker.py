@@ -36,7 +36,7 @@ class Breaker:
     """How long it was last open; 0: never."""
     trial_running: bool = False
     moved_at: float = -inf
-    """When it last opened, closed, began a trial or heard that the backend is up again."""
+    """When it last closed, began a trial or heard that the backend is up again."""
 
     def allows(self, now: float) -> bool:
         """Whether a request may be sent."""
@@ -100,7 +100,6 @@ class Breaker:
         self.opened_until = now + self.backoff_s
         self.is_open = True
         self.trial_running = False
-        self.moved_at = now
 
     def _close(self, now: float) -> None:
         self.is_open = False
