@@ -63,6 +63,10 @@ class SpillState:
         return True
 
 
+KNOWN_FALLBACKS = 256
+"""Orders of fallbacks kept for one kind of request."""
+
+
 class AvailableTier(NamedTuple):
     """One tier as a kind of request finds it."""
 
@@ -87,6 +91,8 @@ class Candidates(NamedTuple):
     removed: Mapping[str, str]
     refusal: Reject | None
     """Set when nothing is feasible."""
+    known_fallbacks: dict[tuple[int, str, tuple[str, ...]], tuple[str, ...]]
+    """What `fallbacks` has answered: a policy proposes the same few orders over and over."""
 
     def without(self, tried: frozenset[str]) -> Candidates:
         """The same, less the backends in `tried`."""
@@ -96,14 +102,22 @@ class Candidates(NamedTuple):
                 for tier in self.tiers
             ),
             order=tuple(name for name in self.order if name not in tried),
+            known_fallbacks={},
         )
 
     def fallbacks(self, tier: int, chosen: str, proposed: tuple[str, ...]) -> tuple[str, ...]:
         """Where to go after `chosen` has failed: as the policy proposed, then on through this tier and
         later."""
+        key = (tier, chosen, proposed)
+        found = self.known_fallbacks.get(key)
+        if found is None:
+            if len(self.known_fallbacks) >= KNOWN_FALLBACKS:
+                self.known_fallbacks.clear()
+            found = self.known_fallbacks[key] = self._fallbacks(tier, chosen, proposed)
+        return found
+
+    def _fallbacks(self, tier: int, chosen: str, proposed: tuple[str, ...]) -> tuple[str, ...]:
         names = self.order
-        if len(names) == 1:
-            return ()
         tier_of = self.tier_of
         rest = [name for name in names if name != chosen and tier_of[name] >= tier]
         if not proposed:
@@ -186,7 +200,14 @@ class CandidateSets:
         tier_of = {backend.name: tier.tier for tier in tiers for backend in tier.backends}
         feasible_names = frozenset(backend.name for backend in found.backends)
         return Candidates(
-            rule, (rule.name, feasible_names), tiers, tuple(tier_of), tier_of, found.removed, found.refusal
+            rule,
+            (rule.name, feasible_names),
+            tiers,
+            tuple(tier_of),
+            tier_of,
+            found.removed,
+            found.refusal,
+            {},
         )
 
     def _spill(self, rule: Rule, tier: int, backends: list[Backend]) -> SpillState | None:

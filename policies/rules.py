@@ -217,9 +217,10 @@ class RuleSet:
         decision, decided_by = chooser.decide(request, eligible, now)
         if isinstance(decision, Send):
             fallbacks = candidates.fallbacks(tier, decision.backend, decision.fallbacks)
-            decision = Send(
-                decision.backend, fallbacks, decision.reason, decision.scores, decision.propensity
-            )
+            if fallbacks != decision.fallbacks:
+                decision = Send(
+                    decision.backend, fallbacks, decision.reason, decision.scores, decision.propensity
+                )
         elif isinstance(decision, Hold):
             decision = Hold(min(decision.until, self.hold_until(request, rule)), decision.reason)
         return Routing(
