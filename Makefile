@@ -71,7 +71,7 @@ $(VENV)/.pip: $(VENV)/.python constraints.txt
 	@touch $@
 
 $(VENV)/.runtime: $(VENV)/.pip pyproject.toml
-	@$(INSTALL) --build-constraint constraints.txt --editable .
+	@$(INSTALL) --build-constraint constraints.txt --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
