@@ -57,24 +57,27 @@ _FIELD_BEGUN: Final = re.compile(
 METHODS: Final = frozenset(
     b"GET HEAD POST PUT DELETE OPTIONS TRACE PATCH ACL BIND CHECKOUT COPY LABEL LINK LOCK MERGE MKACTIVITY "
     b"MKCALENDAR MKCOL MOVE ORDERPATCH PROPFIND PROPPATCH PURGE QUERY REBIND REPORT SEARCH SOURCE UNBIND "
-    b"UNCHECKOUT UNLINK UNLOCK UPDATE VERSION-CONTROL M-SEARCH NOTIFY SUBSCRIBE UNSUBSCRIBE CONNECT".split()
+    b"UNCHECKOUT UNLINK UNLOCK UPDATE VERSION-CONTROL M-SEARCH NOTIFY SUBSCRIBE UNSUBSCRIBE".split()
 )
-"""Registered methods, and a few that are common. A name that nobody knows is refused before it is routed."""
+"""Registered methods and a few that are common, without CONNECT: others are refused before they are routed."""
 
 _BODY_IS_ODD: Final = frozenset((b"GET", b"HEAD"))
 """A body of theirs is legal but some servers leave it unread: the connection ends behind it."""
 
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]++\]|[A-Za-z0-9._~!$&'()*+;=%\-]++)(?::[0-9]{0,5}+)?+")
-_ABSOLUTE: Final = re.compile(rb"(?i:https?+)://(?:[^@/?#]*+@)?+([^/?#]++)(.*+)", re.DOTALL)
+_ABSOLUTE: Final = re.compile(
+    rb"(?i:https?+)://(?:[A-Za-z0-9._~!$&'()*+,;=:%\-]*+@)?+([^/?#]++)(.*+)", re.DOTALL
+)
 _DIGITS: Final = re.compile(rb"[0-9]{1,15}+")
 
-# Chunk extensions are matched so that they can be dropped; 256 bytes of them are plenty (RFC 9112 7.1.1).
+# Chunk extensions are matched so that they can be dropped; 256 bytes of them are plenty (RFC 9112 7.1.1). Blanks
+# behind `;` are the only ones of those allowed there that are in use.
 _CHUNK_LINE: Final = re.compile(
     rb"([0-9A-Fa-f]{1,8}+)(?=([^\r\n]{0,256}+)\r\n)"
-    rb"(?:[ \t]*+;[ \t]*+" + _TOKEN + rb"++"
-    rb"(?:[ \t]*+=[ \t]*+(?:" + _TOKEN + rb'++|"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+"))?+)*+\r\n'
+    rb"(?:;[ \t]*+" + _TOKEN + rb"++"
+    rb"(?:=(?:" + _TOKEN + rb'++|"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+"))?+)*+\r\n'
 )
-_CHUNK_LINE_BEGIN: Final = re.compile(rb"[0-9A-Fa-f]{1,8}+(?:[ \t]*+(?:;|\Z)|\r\Z)")
+_CHUNK_LINE_BEGIN: Final = re.compile(rb"[0-9A-Fa-f]{1,8}+(?:;|\r?+\Z)")
 _CHUNK_LINE_MAX: Final = 8 + 256 + 2
 _TRAILERS_MAX: Final = 4096
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x0c\x0e-\x1f\x7f]|\r(?!\Z)")
@@ -176,7 +179,7 @@ class RequestGrammar:
         if len(target) > limits.target_bytes:
             raise RequestError("target_too_long", f"request target longer than {limits.target_bytes} bytes")
         if method not in METHODS:
-            raise RequestError("unsupported_method", "unknown method")
+            raise RequestError("unsupported_method", "unknown method, or one that is not offered")
         head = RequestHead(method, target, 1 if version == b"1" else 0)
         self._read_fields(head, fields)
         if target[0] != 47:  # not "/"
@@ -384,9 +387,7 @@ _REQUEST: Final = _Grammar(re.compile(_REQUEST_LINE + rb"\n"), re.compile(_REQUE
 
 
 def _read_target(head: RequestHead) -> None:
-    """Targets that are not a path: absolute form, `*`, authority (RFC 9112 3.2)."""
-    if head.method == b"CONNECT":
-        raise RequestError("unsupported_method", "CONNECT is not offered")
+    """Targets that are not a path: absolute form, and `*` (RFC 9112 3.2)."""
     if head.target == b"*" and head.method == b"OPTIONS":
         return
     absolute = _ABSOLUTE.fullmatch(head.target)
@@ -476,7 +477,7 @@ def parse_response_head(
         if name == b"content-type":
             head.content_type = value
         elif name == b"content-length":
-            if length is not None and length != value:
+            if length is not None:
                 raise MalformedResponseError("more than one Content-Length")
             length = value
         elif name == b"transfer-encoding":
@@ -514,7 +515,7 @@ def _apply_connection(head: ResponseHead, connection: bytes, kept: bytes) -> byt
     options = {option.strip(b" \t").lower() for option in connection.split(b",")}
     if b"close" in options:
         head.keep_alive = False
-    named = options - {b"close", b"keep-alive", b"content-type", b"content-encoding"}
+    named = options - {b"", b"close", b"keep-alive", b"content-type", b"content-encoding"}
     if not named:
         return kept
     return b"\n".join(line for line in kept.split(b"\n") if line.partition(b":")[0].lower() not in named)
