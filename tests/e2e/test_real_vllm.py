@@ -471,7 +471,7 @@ def test_sigterm_without_drain_leaves_a_silent_stream_that_ends_in_an_error(
 def test_an_engine_that_aborts_a_stream_did_not_finish_it(
     proxy: TidegateProcess, vllm_tiny: VllmServer
 ) -> None:
-    """On SIGTERM an engine may have time to say `"finish_reason":"abort"` before it is killed, and then `[DONE]`."""
+    """On SIGTERM an engine may have time to say `"finish_reason":"abort"` before it is killed, then `[DONE]`."""
     with stream(proxy, max_tokens=LONG, ignore_eos=True) as response:
         read = [next_event(response) for _ in range(5)]
         with vllm_tiny.paused(abort=True):
