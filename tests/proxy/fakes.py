@@ -8,7 +8,7 @@ byte, and is the client that reads, stops reading or leaves. Nothing happens bet
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from types import CoroutineType
 from typing import Any, cast
 
@@ -134,6 +134,25 @@ class Gate:
         yield self
         if self.error is not None:
             raise self.error
+
+
+class InOrder(set[Exchange]):
+    """A set that is walked in order of insertion: the same test makes the same run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._order: dict[Exchange, None] = {}
+
+    def add(self, element: Exchange) -> None:
+        super().add(element)
+        self._order[element] = None
+
+    def discard(self, element: Exchange) -> None:
+        super().discard(element)
+        self._order.pop(element, None)
+
+    def __iter__(self) -> Iterator[Exchange]:
+        return iter(list(self._order))
 
 
 class FakeTask:
@@ -346,16 +365,19 @@ class Read:
         ]
 
     @property
-    def errors(self) -> list[str]:
+    def documents(self) -> list[dict[str, Any]]:
+        """The events that are JSON objects, as all are but `[DONE]` unless a backend sends nonsense."""
+        return [orjson.loads(data) for data in self.events if data[:1] == b"{" and is_json(data)]
+
+    @property
+    def errors(self) -> list[Any]:
         """Codes of the error events."""
-        documents = [orjson.loads(data) for data in self.events if data != b"[DONE]"]
-        return [document["error"]["code"] for document in documents if "error" in document]
+        return [document["error"]["code"] for document in self.documents if "error" in document]
 
     @property
     def text(self) -> str:
         """Content of the events, joined."""
-        documents = [orjson.loads(data) for data in self.events if data != b"[DONE]"]
-        choices = [choice for document in documents for choice in document.get("choices", ())]
+        choices = [choice for document in self.documents for choice in document.get("choices", ())]
         return "".join(choice["delta"].get("content", "") for choice in choices)
 
     @property
@@ -415,6 +437,7 @@ class World:
         )
         self.runtime.now = self.loop.time
         self.runtime.wall = lambda: self.loop.now + 1_700_000_000.0
+        self.runtime.exchanges = InOrder()
         self.tasks = FakeTasks()
         self.runtime.tasks = self.tasks
         self.all: list[Exchange] = []
@@ -555,6 +578,14 @@ class World:
             assert task.gate is not None
             task.gate.error = error
         task.step()
+
+
+def is_json(data: bytes) -> bool:
+    try:
+        orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return False
+    return True
 
 
 def client_of(exchange: Exchange) -> FakeClient:
