@@ -378,8 +378,6 @@ class Exchange:
         else:
             request = self.runtime.forward_request(endpoint, head, self.raw_body or b"", self.id)
         connection.send(self, request, to_head_request=head.method == b"HEAD")
-        if self.blocked_since is not None:
-            connection.pause()
 
     # The answer (proxy.upstream.Receiver)
 

@@ -48,6 +48,8 @@ class ClientConnection(asyncio.Protocol):
         self.reading = False
         """Inside `_read`: an exchange that ends at once is followed by the loop there."""
         self.paused = False
+        self.blocked = False
+        """The client reads slower than we write: nothing further is begun before it has caught up."""
         self.lingering = False
         self.deadline = inf
         """Monotonic time at which `sweep` ends what the connection is doing."""
@@ -79,7 +81,7 @@ class ClientConnection(asyncio.Protocol):
             self._reject(RequestError("overloaded", "too many connections", retry_after_s=1.0))
 
     def data_received(self, data: bytes) -> None:
-        if self.exchange is not None:
+        if self.exchange is not None or self.blocked:
             self.pending += data
             if len(self.pending) > PIPELINE_BYTES and not self.paused and self.transport is not None:
                 self.paused = True
@@ -88,7 +90,11 @@ class ClientConnection(asyncio.Protocol):
             self._read(self._take_pending() + data if self.pending else data)
 
     def eof_received(self) -> bool:
-        # Half-closing after a request is how some clients cancel; see the module's docstring.
+        # Half-closing after a request is how some clients cancel; see the module's docstring. Not left to
+        # `connection_lost`, which comes only after what is buffered has been read by somebody.
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            exchange.client_gone()
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -100,12 +106,16 @@ class ClientConnection(asyncio.Protocol):
             exchange.client_gone()
 
     def pause_writing(self) -> None:
+        self.blocked = True
         if self.exchange is not None:
             self.exchange.block()
 
     def resume_writing(self) -> None:
+        self.blocked = False
         if self.exchange is not None:
             self.exchange.unblock()
+        elif not self.lingering:
+            self._next()
 
     # Reading requests
 
@@ -115,7 +125,7 @@ class ClientConnection(asyncio.Protocol):
         try:
             while data and not self.lingering and self.transport is not None:
                 data = self._read_head(data) if self.head is None else self._read_body(data)
-                if self.exchange is not None:
+                if self.exchange is not None or self.blocked:
                     self.pending += data
                     break
         except RequestError as error:
@@ -258,9 +268,11 @@ class ClientConnection(asyncio.Protocol):
         transport = self.transport
         self.lingering = True
         self._forget()
-        self.deadline = self.runtime.now() + LINGER_S
         if transport is None or transport.is_closing():
             return
+        unread = transport.get_write_buffer_size() > 0
+        patience = self.runtime.config.timeouts.client_write if unread else LINGER_S
+        self.deadline = self.runtime.now() + patience
         if transport.can_write_eof():
             transport.write_eof()
             if self.paused:
@@ -299,10 +311,17 @@ class ClientConnection(asyncio.Protocol):
         if not keep_alive or self.runtime.draining:
             self._close()
             return
+        if self.blocked:
+            self.deadline = self.runtime.now() + self.runtime.config.timeouts.client_write
+        else:
+            self._next()
+
+    def _next(self) -> None:
+        """Wait for the next request, or read it if it has come already."""
         self.deadline = self.runtime.now() + self.runtime.config.timeouts.idle
-        if self.paused:
+        if self.paused and self.transport is not None:
             self.paused = False
-            transport.resume_reading()
+            self.transport.resume_reading()
         if self.pending and not self.reading:
             self._read(self._take_pending())
 
@@ -318,11 +337,13 @@ class ClientConnection(asyncio.Protocol):
         if now < self.deadline or self.transport is None:
             return
         self.deadline = inf
-        if self.lingering:
+        if self.lingering or self.blocked:
             self.transport.abort()
         elif self.head is not None:
             self._reject(RequestError("request_timeout", "the body took too long"))
         elif self.partial is not None:
             self._reject(RequestError("request_timeout", "the request head took too long"))
+        elif self.transport.get_write_buffer_size():
+            self.transport.abort()  # closing would wait for a client that reads nothing
         else:
             self.transport.close()

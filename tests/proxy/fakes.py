@@ -147,9 +147,9 @@ class InOrder(set[Exchange]):
         super().add(element)
         self._order[element] = None
 
-    def discard(self, element: Exchange) -> None:
+    def discard(self, element: object) -> None:
         super().discard(element)
-        self._order.pop(element, None)
+        self._order.pop(cast("Exchange", element), None)
 
     def __iter__(self) -> Iterator[Exchange]:
         return iter(list(self._order))
@@ -203,11 +203,45 @@ class FakeTransport(asyncio.Transport):
         self.written = b""
         self.closed = False
         self.aborted = False
+        self.ended = False
+        """Our half is closed."""
         self.reading = True
+        self.unread = 0
+        """Bytes in its buffer, where the other side does not read (`stop_reading`)."""
+        self.limit = 65536
+        self._protocol: asyncio.Protocol | None = None
 
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
         assert not self.closed, "written to a closed transport"
+        assert not self.ended, "written after the end"
         self.written += bytes(data)
+        if self._protocol is not None:
+            before, self.unread = self.unread, self.unread + len(data)
+            if before <= self.limit < self.unread:
+                self._protocol.pause_writing()
+
+    def stop_reading(self, protocol: asyncio.Protocol) -> None:
+        """The other side reads nothing from now on."""
+        self._protocol = protocol
+
+    def read_all(self) -> None:
+        """The other side reads what is there, and goes on reading nothing."""
+        was_full, self.unread = self.unread > self.limit, 0
+        if was_full and self._protocol is not None:
+            self._protocol.resume_writing()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        assert high is not None
+        self.limit = high
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self.ended = True
 
     def is_closing(self) -> bool:
         return self.closed
@@ -287,6 +321,7 @@ class FakeLedger:
 
 class FakeKeys:
     empty = True
+    version = ""
 
 
 class FakeClient:

@@ -408,6 +408,16 @@ def test_retries_are_limited_over_all_requests() -> None:
     world.check()
 
 
+def test_every_request_earns_a_share_of_a_retry() -> None:
+    world = World("a", "b", retries={"ratio": 0.5, "per_second": 0})
+    first = world.start()
+    world.refuses("a")
+    assert first.state is State.ENDED
+    second = world.start()
+    world.refuses("a")
+    assert (second.state, world.dialled()) == (State.CONNECTING, ["b"])
+
+
 def test_a_refusal_names_no_address_of_a_backend() -> None:
     world = World("a")
     exchange = world.start()
@@ -762,16 +772,6 @@ def test_a_slow_client_pauses_its_backend_and_no_other() -> None:
     for connection in connections:
         connection.data_received(chunked(DONE) + LAST_CHUNK)
     world.check()
-
-
-def test_an_exchange_that_begins_with_its_client_blocked_reads_nothing_until_it_is_not() -> None:
-    world = World("a")
-    exchange = world.start()
-    exchange.block()
-    connection = world.answers(exchange, "a")
-    assert not transport_of(connection).reading
-    exchange.unblock()
-    assert transport_of(connection).reading
 
 
 # The journal, strictly

@@ -133,10 +133,10 @@ class ExchangeMachine(RuleBasedStateMachine):
         states = (State.HELD, State.CONNECTING, State.SENT, State.RELAYING)
         self.pick(data, self.running(*states)).client_gone()
 
-    @precondition(lambda self: self.running(State.SENT, State.RELAYING))
+    @precondition(lambda self: self.running(State.RELAYING))
     @rule(data=st.data())
     def block(self, data: st.DataObject) -> None:
-        exchange = self.pick(data, self.running(State.SENT, State.RELAYING))
+        exchange = self.pick(data, self.running(State.RELAYING))
         if exchange.blocked_since is None:
             exchange.block()
             assert not transport_of(exchange.connection).reading
