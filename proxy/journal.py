@@ -25,28 +25,23 @@ import os
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias, TypeVar
 
 import orjson
 
-from proxy.prices import Prices
-from proxy.records import LOST, Row, Values, from_values, plain, to_values
+from proxy.records import Head, Row, Values, plain, to_head, to_values
 from proxy.segments import (
-    Damage,
     Disk,
     JournalError,
     Segment,
     frame,
     list_segments,
-    read_segment,
     segment_number,
     sync_directory,
 )
-
-__all__ = ["Journal", "JournalError", "JournalLockedError", "Replayed"]
 
 log = logging.getLogger("tidegate")
 
@@ -59,23 +54,11 @@ _OPEN, _PROGRESS, _CLOSE, _SYNC = range(4)
 
 Progress: TypeAlias = tuple[str, str, int, int, int, str]
 """Operation id, backend, prompt, cached and completion tokens, source."""
-
 T = TypeVar("T")
 
 
 class JournalLockedError(JournalError):
     """Another process writes this journal."""
-
-
-@dataclass(slots=True)
-class Replayed:
-    """What earlier runs had left in the journal."""
-
-    rows: int = 0
-    """Finished rows, those included that the ledger already had."""
-    lost: int = 0
-    """Requests that were open when the process died."""
-    damages: list[Damage] = field(default_factory=list)
 
 
 class Journal:
@@ -103,6 +86,7 @@ class Journal:
         self._segment: Segment | None = None
         self._live: dict[str, Row] = {}
         self._last: dict[str, Progress] = {}
+        self._waiting: list[asyncio.Future[None]] = []
         self._delivered = 0
         self._rotated: list[Path] = []
         """Full segments, until what is still open has been written again and synced."""
@@ -113,7 +97,7 @@ class Journal:
 
         self._queue: deque[tuple[int, Any]] = deque()
         self._append = self._queue.append
-        self._bell = threading.Event()
+        self._bell: SimpleQueue[None] = SimpleQueue()
         self._idle = False
         self._urgent = False
         self._stopping = False
@@ -129,7 +113,7 @@ class Journal:
         """
         self._append((_OPEN, row))
         if self._idle:
-            self._bell.set()
+            self._ring()
 
     def progress(
         self, op: str, backend: str, prompt: int, cached: int, completion: int, source: str = "reported"
@@ -137,13 +121,13 @@ class Journal:
         """Tokens so far (totals, not increments) of an open request on the backend it is on now."""
         self._append((_PROGRESS, (op, backend, prompt, cached, completion, source)))
         if self._idle:
-            self._bell.set()
+            self._ring()
 
     def close(self, row: Row) -> None:
         """A request has ended, or was refused without being opened. The row must not change any more."""
         self._append((_CLOSE, row))
         if self._idle:
-            self._bell.set()
+            self._ring()
 
     async def synced(self) -> None:
         """Return when everything appended so far is durable (`durability: strict`). Raises JournalError."""
@@ -152,58 +136,15 @@ class Journal:
         future = asyncio.get_running_loop().create_future()
         self._append((_SYNC, future))
         self._urgent = True
-        self._bell.set()
+        self._ring()
         await future
 
+    def _ring(self) -> None:
+        """Wake the thread. A ring too many makes it write early, no more."""
+        self._idle = False
+        self._bell.put(None)
+
     # Beginning and end, from any thread
-
-    def replay(self, take: Callable[[list[Values]], None], prices: Prices) -> Replayed:
-        """Hand over what earlier runs left, then delete it. Before `start`.
-
-        `take` gets finished rows in order, at most about a thousand at a time, and at last those that were
-        lost: opened and never closed, with the tokens last heard of, at today's prices. A row may have been
-        taken before. `take` returns when they are durable. Raises JournalError, OSError, whatever `take`
-        raises: nothing is deleted then.
-        """
-        replayed = Replayed()
-        live: dict[str, Row] = {}
-        rows: list[Values] = []
-
-        def flush() -> None:
-            if rows:
-                replayed.rows += len(rows)
-                take(rows)
-                rows.clear()
-
-        segments = list_segments(self.directory)
-        for path in segments:
-            for payload in read_segment(path):
-                if isinstance(payload, Damage):
-                    replayed.damages.append(payload)
-                    continue
-                opened, progress, closed = orjson.loads(payload)
-                for values in opened:
-                    live[values[0]] = _opened(values)
-                for op, *figures in progress:
-                    if op in live:
-                        _advance(live[op], *figures)
-                for values in closed:
-                    live.pop(values[0], None)
-                    rows.append(tuple(values))
-                if len(rows) >= REPLAY_ROWS:
-                    flush()
-        for row in live.values():
-            row.cost_nano, row.currency = prices.cost(
-                row.backend, row.served_model, row.prompt_tokens, row.cached_tokens, row.completion_tokens
-            )
-            rows.append(to_values(row))
-        replayed.lost = len(live)
-        flush()
-        replayed.rows -= replayed.lost
-        for path in segments:
-            path.unlink()
-        sync_directory(self.directory)
-        return replayed
 
     def start(
         self,
@@ -239,7 +180,7 @@ class Journal:
         """
         if self._thread is not None:
             self._stopping = True
-            self._bell.set()
+            self._ring()
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 self._fail(f"the journal's disk did not answer for {timeout_s:g} s")
@@ -265,6 +206,9 @@ class Journal:
             except Exception as error:
                 log.exception("journal")
                 self._fail(f"journal: {error!r}")
+            if self._waiting:
+                self._call(self._answer, self._waiting)
+                self._waiting = []
 
     def _wait(self) -> bool:
         """Block until something was appended and the interval is over. False: stopped, and nothing is left."""
@@ -274,63 +218,59 @@ class Journal:
             # The loop appends first and looks at `_idle` then; here it is the other way round.
             self._idle = True
             if not self._queue and not self._stopping:
-                self._bell.wait()
+                self._bell.get()
             self._idle = False
-        self._bell.clear()
         if not self._urgent and not self._stopping:
-            self._bell.wait(self._sync_interval_s)
+            try:
+                self._bell.get(timeout=self._sync_interval_s)
+            except Empty:
+                pass
         return True
 
     def _commit(self) -> None:
-        opened, progress, closed, waiting = self._take()
+        opened, progress, closed = self._take()
         delivered: list[Values] = []
-        for rows in _chunks(list(opened.values())):
-            self._write([self._values(row) for row in rows], [], [])
-        for figures in _chunks(list(progress.values())):
-            self._write([], figures, [])
-        for rows in _chunks(closed):
-            values = [self._values(row) for row in rows]
-            self._write([], [], values)
+        for heads, figures, rows in _frames(opened, progress, closed):
+            values = list(map(to_values, rows))
+            self._write(list(map(to_head, heads)), figures, values)
             delivered += values
         self._delivered += len(delivered)
         if opened or progress or closed:
             self._sync()
         if delivered:
             self._deliver(delivered)
-        if waiting:
-            self._call(self._answer, waiting)
 
-    def _take(self) -> tuple[dict[str, Row], dict[str, Progress], list[Row], list[asyncio.Future[None]]]:
+    def _take(self) -> tuple[list[Row], list[Progress], list[Row]]:
         """What the queue holds now, less what it makes superfluous itself."""
+        queue, live, last, instance = self._queue, self._live, self._last, self.instance
         opened: dict[str, Row] = {}
         progress: dict[str, Progress] = {}
         closed: list[Row] = []
-        waiting: list[asyncio.Future[None]] = []
-        for _ in range(len(self._queue)):
-            kind, item = self._queue.popleft()
+        for _ in range(len(queue)):
+            kind, item = queue.popleft()
             if kind == _PROGRESS:
-                if item[0] in self._live:
-                    progress[item[0]] = self._last[item[0]] = item
+                op = item[0]
+                if op in live:
+                    progress[op] = last[op] = item
             elif kind == _OPEN:
-                opened[item.op] = self._live[item.op] = item
+                item.instance = instance
+                opened[item.op] = live[item.op] = item
             elif kind == _CLOSE:
-                if self._live.pop(item.op, None) is not None:
-                    self._last.pop(item.op, None)
-                    opened.pop(item.op, None)
-                    progress.pop(item.op, None)
+                item.instance = instance
+                op = item.op
+                if live.pop(op, None) is not None:
+                    last.pop(op, None)
+                    opened.pop(op, None)
+                    progress.pop(op, None)
                 closed.append(item)
             else:
-                waiting.append(item)
-        return opened, progress, closed, waiting
+                self._waiting.append(item)
+        return list(opened.values()), list(progress.values()), closed
 
-    def _values(self, row: Row) -> Values:
-        row.instance = self.instance
-        return to_values(row)
-
-    def _write(self, opened: list[Values], progress: Sequence[Progress], closed: list[Values]) -> None:
+    def _write(self, heads: list[Head], figures: list[Progress], closed: list[Values]) -> None:
         if self.failed or self._segment is None:
             return
-        data = _encode(opened, progress, closed)
+        data = _encode(heads, figures, closed)
         try:
             if self._segment.written + len(data) > self._segment.size:
                 self._rotate(len(data))
@@ -342,11 +282,10 @@ class Journal:
     def _rotate(self, wanted: int) -> None:
         """Begin the next segment with what is still open. Raises OSError."""
         assert self._segment is not None
+        live, last = list(self._live.values()), list(self._last.values())
         frames = [
-            _encode([self._values(row) for row in rows], [], [])
-            for rows in _chunks(list(self._live.values()))
+            _encode(list(map(to_head, heads)), figures, []) for heads, figures, _ in _frames(live, last, [])
         ]
-        frames += [_encode([], figures, []) for figures in _chunks(list(self._last.values()))]
         # At least half of a segment is for what is new, however much is open.
         size = max(self._segment_bytes, 2 * sum(map(len, frames)), wanted)
         old = self._segment
@@ -416,32 +355,24 @@ def _lock(directory: Path) -> tuple[int, str]:
     return handle, instance
 
 
-def _encode(opened: list[Values], progress: Sequence[Progress], closed: list[Values]) -> bytes:
+def _frames(
+    opened: list[Row], progress: list[Progress], closed: list[Row]
+) -> Iterator[tuple[list[Row], list[Progress], list[Row]]]:
+    """The same in order, cut into parts of at most `FRAME_RECORDS`."""
+    ends = (len(opened), len(opened) + len(progress), len(opened) + len(progress) + len(closed))
+    for start in range(0, ends[2], FRAME_RECORDS):
+        stop = start + FRAME_RECORDS
+        yield (
+            opened[start:stop],
+            progress[max(start - ends[0], 0) : max(stop - ends[0], 0)],
+            closed[max(start - ends[1], 0) : max(stop - ends[1], 0)],
+        )
+
+
+def _encode(heads: list[Head], figures: list[Progress], closed: list[Values]) -> bytes:
     try:
-        return frame(orjson.dumps((opened, progress, closed)))
+        return frame(orjson.dumps((heads, figures, closed)))
     except TypeError:
         # A foreign type or broken Unicode in some row must not take the others with it.
-        for values in (opened, closed):
-            values[:] = [tuple(plain(row)) for row in values]
-        return frame(orjson.dumps((opened, plain(list(progress)), closed)))
-
-
-def _chunks(items: list[T]) -> Iterator[list[T]]:
-    for start in range(0, len(items), FRAME_RECORDS):
-        yield items[start : start + FRAME_RECORDS]
-
-
-def _opened(values: list[Any]) -> Row:
-    """What is known of a request of which only the beginning was written."""
-    row = from_values(values)
-    row.outcome = LOST
-    row.prompt_tokens = row.cached_tokens = row.completion_tokens = 0
-    row.usage_source = "estimated"
-    return row
-
-
-def _advance(row: Row, backend: str, prompt: int, cached: int, completion: int, source: str) -> None:
-    if backend != row.backend:
-        row.backend, row.site = backend, ""
-    row.prompt_tokens, row.cached_tokens, row.completion_tokens = prompt, cached, completion
-    row.usage_source = source
+        closed[:] = [tuple(plain(values)) for values in closed]
+        return frame(orjson.dumps((plain(heads), plain(figures), closed)))

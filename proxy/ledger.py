@@ -32,9 +32,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from proxy.database import BUSY_TIMEOUT_S, writing
-from proxy.journal import Journal, Replayed
+from proxy.journal import Journal
 from proxy.prices import Prices
 from proxy.records import COLUMNS, Values
+from proxy.replay import Replayed, replay
 from proxy.reports import spent
 from proxy.tables import HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
 
@@ -102,7 +103,7 @@ class Ledger:
         `on_failed` is called on the loop when the journal fails, once. Raises JournalError, OSError and
         SQLAlchemy's errors: without its ledger the proxy must not start.
         """
-        replayed = self.journal.replay(self._insert.rows, self.prices)
+        replayed = replay(self.journal.directory, self._insert.rows, self.prices)
         for damage in replayed.damages:
             log.error("journal: %s; what it held is lost", damage)
         if replayed.rows or replayed.lost:

@@ -144,7 +144,32 @@ DETAIL = (
 )
 """The rest: elements of the JSON array in the column `detail`."""
 
+HEAD = (
+    "op",
+    "instance",
+    "arrived",
+    "tenant",
+    "key_id",
+    "endpoint",
+    "model",
+    "served_model",
+    "data_class",
+    "session",
+    "stream",
+    "backend",
+    "site",
+    "rule",
+    "policy",
+    "attempts",
+    "max_tokens",
+    "body_bytes",
+)
+"""What is saved of a request when it is dispatched: enough to say whose it was, should nothing more be known."""
+
 FIELDS = tuple(field.name for field in fields(Row))
+
+Head: TypeAlias = Sequence[Any]
+"""The fields of `HEAD`."""
 
 Values: TypeAlias = tuple[Any, ...]
 """`COLUMNS`, then the detail as JSON text: the parameters of one SQL row."""
@@ -155,7 +180,10 @@ MOST_NANO = 2**50
 
 _TOKENS = tuple(name for name in COLUMNS if name.endswith("_tokens"))
 
-_head: Callable[[Row], tuple[str, str]] = attrgetter(*COLUMNS[:2])
+to_head: Callable[[Row], Head] = attrgetter(*HEAD)
+"""The fields of `HEAD` as a tuple."""
+
+_first: Callable[[Row], tuple[str, str]] = attrgetter(*COLUMNS[:2])
 _columns: Callable[[Row], tuple[Any, ...]] = attrgetter(*COLUMNS[3:])
 _detail: Callable[[Row], tuple[Any, ...]] = attrgetter(*DETAIL)
 
@@ -190,7 +218,7 @@ def plain(value: Any) -> Any:
 
 def _flatten(row: Row) -> Values:
     detail = orjson.dumps(_detail(row)).decode()
-    return (*_head(row), round(row.arrived * 1e6), *_columns(row), detail)
+    return (*_first(row), round(row.arrived * 1e6), *_columns(row), detail)
 
 
 def _repaired(row: Row) -> Row:
@@ -209,6 +237,11 @@ def from_values(values: Sequence[Any]) -> Row:
     for name, value in zip(DETAIL, orjson.loads(values[-1]), strict=False):
         setattr(row, name, value)
     return row
+
+
+def from_head(head: Head) -> Row:
+    """The row that `to_head` had, as far as it is known."""
+    return Row(**dict(zip(HEAD, head, strict=False)))
 
 
 class OperationIds:

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
-from proxy.journal import Journal, JournalError, JournalLockedError, Replayed
-from proxy.prices import Prices
+from proxy.journal import Journal, JournalError, JournalLockedError
 from proxy.records import LOST, Row, Values, from_values
+from proxy.replay import Replayed, replay
 from proxy.segments import Disk, read_segment
 from tests.proxy.rows import PRICES, a_row, eventually, segments
 
@@ -79,12 +80,9 @@ def running(journal: Journal, delivered: Delivered) -> Iterator[Journal]:
         journal.release()
 
 
-def replay(directory: Path, prices: Prices = PRICES) -> tuple[list[Row], Replayed]:
+def replayed_from(directory: Path) -> tuple[list[Row], Replayed]:
     delivered = Delivered()
-    journal = Journal(directory)
-    replayed = journal.replay(delivered, prices)
-    journal.release()
-    return delivered.rows, replayed
+    return delivered.rows, replay(directory, delivered, PRICES)
 
 
 async def test_closed_rows_are_delivered_in_order(tmp_path: Path) -> None:
@@ -107,10 +105,10 @@ async def test_what_the_ledger_never_took_is_replayed_once(tmp_path: Path) -> No
     with running(Journal(tmp_path), delivered) as journal:
         for row in rows:
             journal.close(row)
-    found, replayed = replay(tmp_path)
+    found, replayed = replayed_from(tmp_path)
     assert found == rows
     assert replayed == Replayed(rows=200)
-    assert replay(tmp_path) == ([], Replayed())
+    assert replayed_from(tmp_path) == ([], Replayed())
 
 
 async def test_a_clean_stop_leaves_nothing(tmp_path: Path) -> None:
@@ -132,11 +130,9 @@ async def test_the_replay_deletes_nothing_when_the_ledger_fails(tmp_path: Path) 
     def take(rows: list[Values]) -> None:
         raise ConnectionError
 
-    journal = Journal(tmp_path)
     with pytest.raises(ConnectionError):
-        journal.replay(take, PRICES)
-    journal.release()
-    assert len(replay(tmp_path)[0]) == 1
+        replay(tmp_path, take, PRICES)
+    assert len(replayed_from(tmp_path)[0]) == 1
 
 
 async def test_an_open_request_is_lost_with_its_last_progress(tmp_path: Path) -> None:
@@ -147,7 +143,7 @@ async def test_an_open_request_is_lost_with_its_last_progress(tmp_path: Path) ->
         await journal.synced()
         journal.progress(row.op, "nanjing", 800, 512, 77, "counted")
         await journal.synced()
-    (lost,), replayed = replay(tmp_path)
+    (lost,), replayed = replayed_from(tmp_path)
     assert (replayed.rows, replayed.lost) == (0, 1)
     assert (lost.op, lost.outcome, lost.tenant, lost.backend, lost.site) == (
         row.op,
@@ -164,7 +160,7 @@ async def test_an_open_request_is_lost_with_its_last_progress(tmp_path: Path) ->
 async def test_an_open_request_without_progress_is_lost_without_tokens(tmp_path: Path) -> None:
     with running(Journal(tmp_path), Delivered()) as journal:
         journal.open(a_row())
-    (lost,), _ = replay(tmp_path)
+    (lost,), _ = replayed_from(tmp_path)
     assert (lost.prompt_tokens, lost.cached_tokens, lost.completion_tokens, lost.cost_nano) == (0, 0, 0, 0)
     assert (lost.outcome, lost.usage_source) == (LOST, "estimated")
 
@@ -173,7 +169,7 @@ async def test_progress_on_another_backend_moves_a_lost_request_there(tmp_path: 
     with running(Journal(tmp_path), Delivered()) as journal:
         journal.open(row := a_row())
         journal.progress(row.op, "elsewhere", 8, 0, 1)
-    (lost,), _ = replay(tmp_path)
+    (lost,), _ = replayed_from(tmp_path)
     assert (lost.backend, lost.site, lost.completion_tokens) == ("elsewhere", "", 1)
     assert (lost.cost_nano, lost.currency) == (0, ""), "nobody said what it costs there"
 
@@ -183,7 +179,7 @@ async def test_progress_of_a_request_that_is_not_open_is_ignored(tmp_path: Path)
         journal.close(row := a_row())
         journal.progress(row.op, "nanjing", 1, 1, 1)
         journal.progress("nobody", "nanjing", 1, 1, 1)
-    found, replayed = replay(tmp_path)
+    found, replayed = replayed_from(tmp_path)
     assert (found, replayed.lost) == ([row], 0)
 
 
@@ -201,7 +197,7 @@ async def test_segments_rotate_and_are_deleted_when_the_ledger_has_them(tmp_path
         journal.settled(len(delivered.rows) - 1)
         journal.settled(len(delivered.rows))
         assert len(segments(tmp_path)) == 1, "the open request keeps no old segment"
-    found, replayed = replay(tmp_path)
+    found, replayed = replayed_from(tmp_path)
     assert replayed.lost == 1
     assert (found[-1].op, found[-1].completion_tokens) == (stays_open.op, 39)
 
@@ -219,9 +215,9 @@ async def test_a_segment_stays_while_one_of_its_rows_is_not_in_the_ledger(tmp_pa
         assert len(segments(tmp_path)) == 1
 
 
-def records_in(path: Path) -> list[list[object]]:
+def records_in(path: Path) -> list[list[Any]]:
     """Opened, progress and closed records of a segment."""
-    found: list[list[object]] = [[], [], []]
+    found: list[list[Any]] = [[], [], []]
     for payload in read_segment(path):
         assert isinstance(payload, bytes)
         for kind, records in zip(found, orjson.loads(payload), strict=True):
@@ -264,7 +260,7 @@ async def test_a_new_segment_begins_with_what_is_open_and_nothing_else(tmp_path:
             journal.close(a_row())
             await journal.synced()
         opened, progress, _ = records_in(segments(tmp_path)[1])
-        assert [from_values(values).op for values in opened] == [rows[-1].op]
+        assert [head[0] for head in opened] == [rows[-1].op]
         assert progress == [[rows[-1].op, "nanjing", 800, 512, 5, "reported"]]
 
 
@@ -280,7 +276,7 @@ async def test_more_open_requests_than_a_segment_holds(tmp_path: Path) -> None:
             await journal.synced()
         count = len(segments(tmp_path))
         assert count < 25, "it does not begin a segment for every record"
-    _, replayed = replay(tmp_path)
+    _, replayed = replayed_from(tmp_path)
     assert (replayed.rows, replayed.lost) == (50, 100)
 
 
@@ -316,7 +312,21 @@ async def test_a_failure_is_final(tmp_path: Path, call: str, code: int, after: i
         await asyncio.sleep(0)
     assert delivered.failures == [journal.failed], "the loop is told once"
     assert disk.later == [], "nothing is written or synced after a failure"
-    assert acknowledged.op in [row.op for row in replay(tmp_path)[0]]
+    assert acknowledged.op in [row.op for row in replayed_from(tmp_path)[0]]
+
+
+async def test_an_error_that_nobody_expected_is_a_failure_too(tmp_path: Path) -> None:
+    class BrokenDisk(Disk):
+        def sync(self, handle: int) -> None:
+            raise ZeroDivisionError
+
+    delivered = Delivered()
+    with running(Journal(tmp_path, disk=BrokenDisk()), delivered) as journal:
+        journal.close(a_row())
+        with pytest.raises(JournalError, match="ZeroDivisionError"):
+            await journal.synced()
+        await asyncio.sleep(0)
+    assert delivered.failures == [journal.failed]
 
 
 async def test_a_row_that_cannot_be_encoded_takes_no_other_with_it(tmp_path: Path) -> None:
@@ -330,7 +340,7 @@ async def test_a_row_that_cannot_be_encoded_takes_no_other_with_it(tmp_path: Pat
         await journal.synced()
         assert journal.failed == ""
     assert len(delivered.rows) == 3
-    found, _ = replay(tmp_path)
+    found, _ = replayed_from(tmp_path)
     assert [row.tenant for row in found] == ["acme", "half ? a pair", "acme"]
     assert found == delivered.rows
 

@@ -13,11 +13,14 @@ from proxy.records import (
     COLUMNS,
     DETAIL,
     FIELDS,
+    HEAD,
     MOST_NANO,
     MOST_TOKENS,
     OperationIds,
     Row,
+    from_head,
     from_values,
+    to_head,
     to_values,
 )
 from tests.proxy.rows import a_row
@@ -39,6 +42,15 @@ def test_a_row_of_defaults_comes_back_whole() -> None:
     row = from_values(to_values(Row("x")))
     row.prefix, row.candidates = tuple(row.prefix), tuple(row.candidates)
     assert row == Row("x")
+
+
+def test_the_head_says_whose_request_it_was() -> None:
+    row = a_row()
+    head = from_head(orjson.loads(orjson.dumps(to_head(row))))
+    assert {name: getattr(head, name) for name in HEAD} == {name: getattr(row, name) for name in HEAD}
+    assert {getattr(head, name) for name in FIELDS if name.endswith("_tokens") and name != "max_tokens"} == {
+        0
+    }
 
 
 def test_an_older_row_with_fewer_details_takes_defaults() -> None:

@@ -22,7 +22,7 @@ import proxy.reports
 from proxy.database import open_database
 from proxy.journal import Journal
 from proxy.ledger import Ledger, _Insert
-from proxy.records import FIELDS, Row, to_values
+from proxy.records import FIELDS, OUTCOMES, USAGE_SOURCES, Row, to_values
 from proxy.reports import (
     GROUPS,
     Usage,
@@ -245,6 +245,12 @@ def test_money_is_rounded_half_to_even(nano: int, decimals: int) -> None:
     assert Decimal(text) == rounded
     assert len(text.partition(".")[2]) == decimals
     assert text not in ("-0", "-0.0")
+
+
+def test_the_documentation_names_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metering.md").read_text()
+    for name in (*FIELDS, *GROUPS, *KEYS, *OUTCOMES, *USAGE_SOURCES):
+        assert f"`{name}`" in page, name
 
 
 NOW = datetime(2026, 3, 10, 12, tzinfo=UTC).timestamp()
