@@ -47,6 +47,8 @@ PAUSE_S = 0.05
 """Between two requests of one client that sends plain ones."""
 KILL_AFTER_S = (1.2, 3.2)
 SETTLE_S = 10.0
+PAUSE_OF_LEDGER_S = 0.5
+"""A ledger that stays the same for so long has taken in all that the journal had."""
 
 
 @dataclass
@@ -209,15 +211,14 @@ class Crashes:
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     def compare(self, heard: list[Heard], killed_at: float) -> Verdict:
-        """Read the ledger until every request that reached a backend is in it, or the time is over; judge it."""
+        """Read the ledger until every request that reached a backend is in it, or it stays as it is; judge it."""
         sent = self.sent()
         waited_for = {entry["request_id"] for entry in sent if entry["tokens"]}
-        deadline = time.monotonic() + SETTLE_S
-        while True:
-            rows = self.export()
-            if waited_for <= {row["op"] for row in rows} or time.monotonic() > deadline:
-                break
-            time.sleep(0.2)
+        rows = self.export()
+        previous: list[dict[str, Any]] = []
+        while rows != previous and not waited_for <= {row["op"] for row in rows}:
+            time.sleep(PAUSE_OF_LEDGER_S)
+            previous, rows = rows, self.export()
         verdict = judge(heard, sent, rows, killed_at)
         row_of = {row["op"]: row for row in rows}
         verdict.changed = sum(row_of.get(op) != row for op, row in self._rows.items())

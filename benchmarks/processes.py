@@ -161,6 +161,13 @@ class Services:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        ended = [
+            f"{service.name}: {code}"
+            for service in self._running
+            if (code := service.process.poll()) is not None
+        ]
+        if isinstance(error, StartError) and ended:
+            error.args = (f"{error}\nended by themselves or killed by others: {', '.join(ended)}",)
         for service in reversed(self._running[:]):
             self.stop(service)
 

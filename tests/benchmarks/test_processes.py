@@ -118,6 +118,16 @@ def test_leaving_on_an_error_ends_processes(tmp_path: Path) -> None:
     assert started[0].process.returncode == -signal.SIGTERM
 
 
+def test_an_error_names_what_had_ended_before_it(tmp_path: Path) -> None:
+    def fail() -> None:
+        with Services(tmp_path) as services:
+            services.start("short", [sys.executable, "-S", "-c", "raise SystemExit(3)"]).process.wait()
+            raise StartError("no answer")
+
+    with pytest.raises(StartError, match="no answer\nended by themselves or killed by others: short: 3"):
+        fail()
+
+
 def test_a_killed_service_is_dead_at_once(services: Services) -> None:
     service = services.start("sleeper", [sys.executable, "-S", "-c", "import time; time.sleep(600)"])
     services.kill(service)
