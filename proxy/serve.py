@@ -38,7 +38,8 @@ from proxy.config import Config, is_loopback, is_policy_file, load_config, split
 from proxy.database import open_database
 from proxy.journal import Journal
 from proxy.ledger import Ledger
-from proxy.observe import Observer, RequestLog
+from proxy.observe import Observer
+from proxy.requestlog import RequestLog
 from proxy.runtime import Runtime
 from proxy.server import ClientConnection
 

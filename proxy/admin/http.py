@@ -10,7 +10,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
-from proxy.observe import Metrics
+from proxy.metrics import Metrics
 from proxy.runtime import Runtime
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

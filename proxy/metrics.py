@@ -1,0 +1,143 @@
+"""`GET /metrics`: the proxy's figures in the exposition format of Prometheus.
+
+Token and latency metrics carry OpenTelemetry's `gen_ai` names (semantic conventions for generative AI, in
+Prometheus form), routing metrics begin with `tidegate_`. Labels are bounded as the figures are (`observe.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from policies.state import Backend
+from proxy.observe import Histogram, Observer
+from proxy.runtime import Runtime
+
+
+class Metrics:
+    """A `prometheus_client` Collector over the proxy's own figures."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def collect(self) -> Iterator[Metric]:
+        observer = self._runtime.observer
+        yield from _requests(observer)
+        yield from self._backends()
+        yield _histogram(
+            "tidegate_queue_seconds", "Time that requests were held.", [], [((), observer.queue)]
+        )
+        text = "Time from a whole request to its dispatch, holding excluded."
+        yield _histogram("tidegate_overhead_seconds", text, [], [((), observer.overhead)])
+        yield from self._process()
+
+    def _backends(self) -> Iterator[Metric]:
+        runtime = self._runtime
+        now = runtime.now()
+        gauges: dict[str, tuple[str, Callable[[Backend], float]]] = {
+            "tidegate_backend_available": ("1: requests may be sent to it.", lambda b: float(b.available)),
+            "tidegate_backend_in_flight": ("Requests leased to it.", lambda b: float(b.in_flight)),
+            "tidegate_backend_slots": (
+                "Requests it serves at once inside its SLA.",
+                lambda b: float(b.slots),
+            ),
+            "tidegate_backend_saturation": ("How full it is, 1: full.", lambda b: b.saturation(now)),
+            "tidegate_backend_rtt_seconds": ("Average network round trip.", lambda b: b.rtt_s),
+            "tidegate_backend_breaker_open": (
+                "1: its circuit breaker is open or half-open.",
+                lambda b: float(b.breaker.state(now) != "closed"),
+            ),
+        }
+        for name, (text, read) in gauges.items():
+            gauge = GaugeMetricFamily(name, text, labels=["backend", "site"])
+            for backend in runtime.fleet:
+                gauge.add_metric([backend.name, backend.site], read(backend))
+            yield gauge
+        failed = CounterMetricFamily(
+            "tidegate_failed_attempts", "Attempts on a backend that failed.", labels=["backend", "error"]
+        )
+        for (backend_name, error), count in runtime.observer.failed_attempts.items():
+            failed.add_metric([backend_name, error], count)
+        yield failed
+
+    def _process(self) -> Iterator[Metric]:
+        runtime = self._runtime
+        observer = runtime.observer
+        yield GaugeMetricFamily("tidegate_queued", "Requests that are held.", value=runtime.valve.queued)
+        yield GaugeMetricFamily(
+            "tidegate_open_exchanges", "Requests at backends.", value=len(runtime.exchanges)
+        )
+        yield GaugeMetricFamily("tidegate_client_connections", "Connections.", value=len(runtime.clients))
+        yield GaugeMetricFamily("tidegate_ledger_lag_rows", "Rows not in SQL yet.", value=runtime.ledger.lag)
+        yield GaugeMetricFamily(
+            "tidegate_journal_failed",
+            "1: usage cannot be recorded.",
+            value=float(bool(runtime.journal.failed)),
+        )
+        yield GaugeMetricFamily(
+            "tidegate_config_last_reload_successful",
+            "1: the last reload was.",
+            value=float(observer.reload_ok),
+        )
+        yield CounterMetricFamily(
+            "tidegate_retries_refused", "Retries over the budget.", value=runtime.retry_budget.refused
+        )
+        yield CounterMetricFamily(
+            "tidegate_log_lines_dropped",
+            "Request log lines lost.",
+            value=observer.log.dropped if observer.log else 0,
+        )
+
+
+def _requests(observer: Observer) -> Iterator[Metric]:
+    labels = ["backend", "gen_ai_request_model"]
+    requests = CounterMetricFamily("tidegate_requests", "Requests by outcome.", labels=[*labels, "outcome"])
+    tokens = CounterMetricFamily(
+        "tidegate_tokens", "Tokens as metered.", labels=[*labels, "gen_ai_token_type"]
+    )
+    cost = CounterMetricFamily("tidegate_cost", "Cost in the ledger's currency.", labels=labels)
+    for key, series in observer.series.items():
+        for outcome, count in series.outcomes.items():
+            if count:
+                requests.add_metric([*key, outcome], count)
+        for kind, count in (
+            ("input", series.prompt),
+            ("cached_input", series.cached),
+            ("output", series.completion),
+        ):
+            tokens.add_metric([*key, kind], count)
+        cost.add_metric(list(key), series.cost_nano / 1e9)
+    yield requests
+    yield tokens
+    yield cost
+    for name, text, attribute in (
+        (
+            "gen_ai_server_time_to_first_token_seconds",
+            "From arrival to the first token, holding included.",
+            "ttft",
+        ),
+        ("gen_ai_server_time_per_output_token_seconds", "Per token after the first.", "tpot"),
+        ("gen_ai_server_request_duration_seconds", "From arrival to the end.", "duration"),
+    ):
+        rows = [(key, getattr(series, attribute)) for key, series in observer.series.items()]
+        yield _histogram(name, text, labels, rows)
+    refusals = CounterMetricFamily("tidegate_errors", "Errors answered, by code.", labels=["code"])
+    for code, count in observer.refusals.items():
+        refusals.add_metric([code], count)
+    yield refusals
+    spilled = CounterMetricFamily(
+        "tidegate_spilled_requests", "Requests that a fuller tier passed on.", labels=["backend"]
+    )
+    for backend, count in observer.spilled.items():
+        spilled.add_metric([backend], count)
+    yield spilled
+
+
+def _histogram(
+    name: str, text: str, labels: list[str], rows: Sequence[tuple[tuple[str, ...], Histogram]]
+) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(name, text, labels=labels)
+    for key, histogram in rows:
+        family.add_metric(list(key), histogram.buckets(), histogram.sum)
+    return family
