@@ -13,7 +13,7 @@ import pytest
 FORBID_SKIPS = os.environ.get("TIDEGATE_FORBID_SKIPS", "") not in ("", "0")
 """A skipped test fails. Set where everything must be there: a check that was skipped has found nothing."""
 
-SHARED = Path(os.environ.get("TIDEGATE_SHARED", Path(__file__).parents[2] / "shared"))
+SHARED = Path(__file__).parents[2] / "shared"
 
 # A test on a busy machine is slow, not wrong. In CI the same examples run every time: a red build means the change.
 hypothesis.settings.register_profile("dev", deadline=None)
@@ -27,7 +27,7 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 def shared() -> Path:
     """The folder with captures, vectors and scripts that are not part of the project."""
     if not SHARED.is_dir():
-        pytest.skip(f"NOT RUN: {SHARED} is absent (TIDEGATE_SHARED names it)")
+        pytest.skip(f"NOT RUN: {SHARED} is absent")
     return SHARED
 
 

@@ -36,7 +36,7 @@ VLLM = ROOT / ".vllm"
 MODELS = VLLM / "models"
 STAMP = VLLM / "installed"
 PINS = Path(__file__).with_name("vllm_constraints.txt")
-SHARED = Path(os.environ.get("TIDEGATE_SHARED", ROOT.parent / "shared"))
+SHARED = ROOT.parent / "shared"
 """Where the scripts that make the models are, in `vllm/`."""
 
 TORCH = "torch==2.13.0+cpu"
@@ -89,9 +89,7 @@ def check_machine() -> None:
     if ctypes.util.find_library("numa") is None:
         raise InstallError("vLLM needs libnuma; on Debian and Ubuntu: apt-get install libnuma1")
     if not (SHARED / "vllm" / "tiny_model.py").is_file():
-        raise InstallError(
-            f"the scripts that make models are not in {SHARED / 'vllm'}; TIDEGATE_SHARED names it"
-        )
+        raise InstallError(f"the scripts that make models are not in {SHARED / 'vllm'}")
 
 
 def install(*, repin: bool) -> None:

@@ -429,7 +429,10 @@ def test_sigterm_with_drain_lets_streams_end_and_others_go_elsewhere(
         {"name": "other", "url": vllm_tiny.url, "site": "elsewhere"},
         sites={"elsewhere": {}},
     )
-    with stream(proxy, max_tokens=LONG, ignore_eos=True, n=8) as began, connect(proxy) as client:
+    with (
+        stream(proxy, max_tokens=LONG, ignore_eos=True, n=8, temperature=1) as began,
+        connect(proxy) as client,
+    ):
         first = next_event(began)
         assert began.headers["x-tidegate-backend"] == "leaving"
         leaving.terminate()
