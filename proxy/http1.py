@@ -440,7 +440,7 @@ _find_response_fields: Final = _field_finder(
 # `Connection` may name further fields; a response that does is re-read below.
 _HOP_BY_HOP: Final = re.compile(
     rb"\n(?i:connection|keep-alive|proxy-connection|proxy-authenticate|te|trailer|transfer-encoding|upgrade|"
-    rb"content-length|x-request-id|x-tidegate-[a-z-]+|x-ratelimit-[a-z-]+):[^\r]*+\r"
+    rb"content-length|x-request-id|x-tidegate-[a-z-]++|x-ratelimit-[a-z-]++):[^\r]*+\r"
 )
 _RESPONSE_LIMITS: Final = HeadLimits(head_bytes=65536, target_bytes=65536, fields=65536)
 """Bytes alone limit a backend's head."""

@@ -29,7 +29,7 @@ _USAGE_TAIL: Final = re.compile(
     rb'((?:,"[a-z_]++":(?:null|[0-9]{1,12}+|\{(?:"[a-z_]++":(?:null|[0-9]{1,12}+),?+)*+\}))*+)\}'
     rb'((?:,"[a-z_]++":(?:null|true|false|[0-9]{1,12}+|"[A-Za-z0-9._\-]*+"))*+)\}'
 )
-_CHOICE_INDEX: Final = re.compile(rb'"choices": ?\[\{"index": ?([0-9]{1,4}+)')
+_CHOICE_INDEX: Final = re.compile(rb'"choices": ?+\[\{"index": ?+([0-9]{1,4}+)')
 _CACHED: Final = re.compile(rb'"cached_tokens":([0-9]{1,12}+)')
 
 _SHORTEST_CACHED: Final = len(b',"prompt_tokens_details":{"cached_tokens":0}') - 1

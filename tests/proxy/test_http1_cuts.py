@@ -1,0 +1,154 @@
+"""However a stream is cut, the same is read from it; and whatever its bytes, reading ends in a known way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from random import Random
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from proxy.errors import RequestError
+from proxy.http1 import (
+    LAST_CHUNK,
+    ChunkedDecoder,
+    MalformedResponseError,
+    RepeatedHead,
+    chunk,
+)
+from tests.proxy.http_bytes import (
+    GRAMMAR,
+    Message,
+    a_chunked_body,
+    a_request,
+    a_response,
+    pieces_of,
+    random_pieces,
+    read_request,
+    read_response,
+)
+
+CASES = 20
+"""Messages per seed."""
+
+Reader = Callable[[Sequence[bytes]], Message | None]
+
+REFUSED, WAITS = ("refused",), ("waits",)
+
+
+def outcome(read: Reader, pieces: Sequence[bytes]) -> tuple[object, ...]:
+    """What reading ends in. Which fault is named may depend on the cut, but not that there is one."""
+    try:
+        message = read(pieces)
+    except (RequestError, MalformedResponseError, ValueError):
+        return REFUSED
+    if message is None:
+        return WAITS
+    head = message.head
+    return *(getattr(head, field.name) for field in fields(head)), message.body, message.size
+
+
+@pytest.mark.parametrize(("make", "read"), [(a_request, read_request), (a_response, read_response)])
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32))
+def test_any_cut_gives_the_same(make: Callable[[Random], bytes], read: Reader, seed: int) -> None:
+    rng = Random(seed)
+    for _ in range(CASES):
+        data = make(rng)
+        if rng.random() < 0.3:
+            data = data[: rng.randrange(len(data) + 1)]
+        whole = outcome(read, [data])
+        cuts = [pieces_of(data, size) for size in (1, 2, 3, 7)] + [random_pieces(rng, data)]
+        for pieces in cuts:
+            cut = outcome(read, pieces)
+            # What is wrong with a set of fields is said when they are complete, or at once when all that there is
+            # of them comes in one piece.
+            assert cut == whole or ((whole, cut) == (REFUSED, WAITS) and b"\r\n\r\n" not in data), data
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32))
+def test_any_cut_of_chunks_gives_the_same(seed: int) -> None:
+    rng = Random(seed)
+    for _ in range(CASES):
+        payload = rng.randbytes(rng.choice((0, 1, 10, 300)))
+        data = a_chunked_body(rng, payload) + b"GET / HTTP/1.1\r\n"
+        whole = unchunked([data])
+        for size in (1, 2, 3, 7):
+            assert unchunked(pieces_of(data, size)) == whole, data
+        assert unchunked(random_pieces(rng, data)) == whole, data
+
+
+def unchunked(pieces: Sequence[bytes]) -> tuple[bytes, int] | str:
+    """Payload and bytes read; or that it is refused, or waits for more."""
+    decoder = ChunkedDecoder()
+    parts, size = [], 0
+    try:
+        for piece in pieces:
+            payload, end = decoder.feed(piece)
+            assert decoder.done or end == len(piece)
+            parts.append(payload)
+            size += end
+    except ValueError:
+        return "refused"
+    return (b"".join(parts), size) if decoder.done else "waits"
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300), max_size=8), st.integers(0, 2**32))
+def test_our_chunks_are_read_back(payloads: list[bytes], seed: int) -> None:
+    data = b"".join(map(chunk, payloads)) + LAST_CHUNK
+    assert unchunked(random_pieces(Random(seed), data)) == (b"".join(payloads), len(data))
+
+
+# Bytes of every kind, with those in front that decide.
+ALPHABET = b"\r\n\t :;,/0159afGEHPT.\x00\x7f\x80\xff"
+ANY_BYTES = st.one_of(
+    st.binary(max_size=60),
+    st.lists(st.sampled_from([bytes([code]) for code in ALPHABET]), max_size=40).map(b"".join),
+)
+BEGINNINGS = st.sampled_from(
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length:",
+        b"HTTP/1.1 200 OK\r\n",
+        b"5\r\nhello",
+    ]
+)
+
+
+@settings(max_examples=300)
+@given(BEGINNINGS, ANY_BYTES)
+@example(b"", b"")
+def test_reading_ends_in_a_known_way(beginning: bytes, rest: bytes) -> None:
+    data = beginning + rest
+    for read in (read_request, read_response):
+        for pieces in ([data], pieces_of(data, 1)):
+            outcome(read, pieces)  # raises nothing that it does not know
+    unchunked([data])
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32))
+def test_a_head_that_is_known_again_is_the_head_that_would_be_read(seed: int) -> None:
+    rng = Random(seed)
+    for _ in range(CASES):
+        data = a_request(rng, oddness=0)
+        try:
+            parsed = GRAMMAR.parse(data)
+        except RequestError:
+            continue
+        assert isinstance(parsed, tuple)
+        repeated = RepeatedHead()
+        repeated.remember(data, 0, parsed[1], parsed[0])
+        other = b"xy" + LENGTH.sub(b"%d" % rng.randrange(10**6), data, count=1)
+        recalled = repeated.recall(other, 2)
+        if recalled is not None:
+            assert recalled == GRAMMAR.parse(other, 2)
+        assert repeated.recall(other[: rng.randrange(2, parsed[1])], 2) is None
+
+
+LENGTH = re.compile(rb"(?<=-[Ll]ength: )[0-9]+")
