@@ -207,7 +207,7 @@ class LimitsConfig(FileModel):
     target: Size = Field(8192, ge=64, description="Bytes of a request target: 414.")
     fields: int = Field(100, ge=8, description="Header fields of a request: 431.")
     body: Size = Field(32 * 1024 * 1024, ge=1024, description="Bytes of a request body: 413.")
-    connections: int = Field(10000, ge=1, description="Client connections; further ones wait in the backlog.")
+    connections: int = Field(10000, ge=1, description="Client connections; further ones: 503.")
 
 
 class Retries(FileModel):
