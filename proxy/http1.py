@@ -573,7 +573,7 @@ class ChunkedDecoder:
                 if match is None:
                     self._line = _unfinished(data, position, _CHUNK_LINE_MAX)
                     if not _CHUNK_LINE_BEGIN.match(self._line):
-                        raise ValueError("malformed chunk size")
+                        raise ValueError("malformed chunk framing")
                     position = size
                     break
                 position = match.end()
