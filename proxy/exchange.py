@@ -285,6 +285,11 @@ class Exchange:
         assert self.facts is not None
         message, param = decision.reason, None
         if decision.code == "model_not_found":
+            unknown = [backend.name for backend in self.runtime.fleet if not backend.models]
+            if unknown:
+                message = f"{', '.join(unknown)}: no model known yet, so yours may be there"
+                self.refuse(RequestError("no_backend", message, retry_after_s=5.0))
+                return
             message, param = f"the model {self.row.model[:128]!r} does not exist", "model"
         self.refuse(RequestError(decision.code, message or decision.code, param, decision.retry_after_s))
 

@@ -932,3 +932,18 @@ def test_the_request_of_a_backend_holds_our_fields_and_none_of_the_clients_crede
     assert b"x-request-id: " + exchange.id.encode() in head
     document = orjson.loads(body)
     assert document["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+
+
+def test_a_model_is_not_said_to_be_missing_while_a_backend_has_named_none_yet() -> None:
+    world = World("a", "b")
+    world.backend("a").models = world.backend("b").models = frozenset()
+    world.runtime.fleet.replace(list(world.runtime.fleet))
+    exchange = world.start()
+    error = client_of(exchange).read().error
+    assert (error["code"], exchange.row.status) == ("no_backend", 503)
+
+    world.backend("a").models = world.backend("b").models = frozenset({"another"})
+    world.runtime.fleet.replace(list(world.runtime.fleet))
+    exchange = world.start()
+    error = client_of(exchange).read().error
+    assert (error["code"], error["param"], exchange.row.status) == ("model_not_found", "model", 404)
