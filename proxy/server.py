@@ -30,6 +30,8 @@ WRITE_BUFFER_BYTES: Final = 64 * 1024
 REFUSED_BODY_BYTES: Final = 64 * 1024
 """A refused request's body is read up to this size, to keep its connection; a larger one ends it."""
 
+SMALL_PIECE_BYTES: Final = 4096
+
 LINGER_S: Final = 2.0
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -204,8 +206,7 @@ class ClientConnection(asyncio.Protocol):
         if self.decoder is None:
             missing = head.content_length - self.body_bytes
             piece, rest = (data, b"") if len(data) <= missing else (data[:missing], data[missing:])
-            self.parts.append(piece)
-            self.body_bytes += len(piece)
+            self._keep(piece)
             if self.body_bytes == head.content_length:
                 self._complete(b"".join(self.parts))
             return rest
@@ -213,16 +214,24 @@ class ClientConnection(asyncio.Protocol):
             payload, end = self.decoder.feed(data)
         except ValueError as error:
             raise RequestError("malformed_body", str(error)) from None
-        self.body_bytes += len(payload)
+        self._keep(payload)
         if self.body_bytes > self.runtime.config.limits.body:
             raise RequestError("body_too_large", f"a body may have {self.runtime.config.limits.body} bytes")
         admission = self.admission
         if admission is not None and admission.error is not None and self.body_bytes > REFUSED_BODY_BYTES:
             raise admission.error
-        self.parts.append(payload)
         if self.decoder.done:
             self._complete(b"".join(self.parts))
         return data[end:]
+
+    def _keep(self, piece: bytes) -> None:
+        """Keep a piece of the body. Small ones are put together: single, they would take many times their size."""
+        self.body_bytes += len(piece)
+        parts = self.parts
+        if parts and len(parts[-1]) < SMALL_PIECE_BYTES:
+            parts[-1] += piece
+        else:
+            parts.append(piece)
 
     def _complete(self, body: bytes) -> None:
         """A whole request is here."""

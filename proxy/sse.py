@@ -29,12 +29,23 @@ class Event(NamedTuple):
 class EventReader:
     """Feed it bytes in any pieces; it answers with the events that became complete."""
 
-    __slots__ = ("_at_start", "_block", "_data", "_has_data", "_held", "_name", "_pending", "_swallow_lf")
+    __slots__ = (
+        "_at_start",
+        "_block",
+        "_cut_line",
+        "_data",
+        "_has_data",
+        "_held",
+        "_name",
+        "_pending",
+        "_swallow_lf",
+        "_too_long",
+    )
 
     def __init__(self) -> None:
         self._at_start = True
-        self._pending: list[bytes] = []
-        """Pieces of a line that has not ended."""
+        self._pending = bytearray()
+        """The line that has not ended."""
         self._block: list[bytes] = []
         """Raw lines of the event that has not ended."""
         self._held = 0
@@ -44,11 +55,15 @@ class EventReader:
         self._name = b""
         self._swallow_lf = False
         """The last line ended in CR: an LF that follows belongs to it."""
+        self._too_long = False
+        """The beginning of the event has been passed on unread."""
+        self._cut_line = False
+        """And so has the beginning of the line."""
 
     @property
     def unfinished(self) -> bool:
         """Whether bytes of an event that has not ended are held."""
-        return bool(self._pending or self._block)
+        return bool(self._pending or self._block or self._too_long)
 
     def feed(self, chunk: bytes) -> list[Event]:
         """-> complete events, in order."""
@@ -56,6 +71,7 @@ class EventReader:
             not self._pending
             and not self._block
             and not self._swallow_lf
+            and not self._too_long
             and chunk.startswith(b"data: ")
             and chunk.endswith(b"\n\n")
             and b"\r" not in chunk
@@ -74,11 +90,10 @@ class EventReader:
 
     def _feed_lines(self, chunk: bytes) -> list[Event]:
         if self._at_start:
-            chunk = b"".join(self._pending) + chunk
-            self._pending = []
+            chunk = bytes(self._pending) + chunk
+            self._pending.clear()
             if len(chunk) < 3 and _BOM.startswith(chunk):
-                if chunk:
-                    self._pending = [chunk]
+                self._pending += chunk
                 return []
             self._at_start = False
             chunk = chunk.removeprefix(_BOM)
@@ -89,14 +104,19 @@ class EventReader:
                 chunk = chunk[1:]
         events: list[Event] = []
         position = 0
-        while position < len(chunk):
-            lf, cr = chunk.find(b"\n", position), chunk.find(b"\r", position)
-            if lf < 0 and cr < 0:
+        size = len(chunk)
+        lf = cr = -1  # the next of each; looked for once, even where the other is found many times before it
+        while position < size:
+            if lf < position and (lf := chunk.find(b"\n", position)) < 0:
+                lf = size
+            if cr < position and (cr := chunk.find(b"\r", position)) < 0:
+                cr = size
+            end = lf if lf < cr else cr
+            if end == size:
                 break
-            end = lf if cr < 0 or 0 <= lf < cr else cr
             behind = end + 1
             if end == cr:
-                if behind == len(chunk):
+                if behind == size:
                     self._swallow_lf = True
                 elif chunk[behind] == 10:
                     behind += 1
@@ -104,7 +124,7 @@ class EventReader:
             position = behind
         rest = chunk[position:]
         if rest:
-            self._pending.append(rest)
+            self._pending += rest
             self._held += len(rest)
         if self._held > MAX_EVENT_BYTES:
             self._give_up(events)
@@ -113,9 +133,14 @@ class EventReader:
     def _line(self, line: bytes, ending: bytes, events: list[Event]) -> None:
         self._held += len(line) + len(ending)
         if self._pending:
-            line = b"".join(self._pending) + line
-            self._pending = []
+            line = bytes(self._pending) + line
+            self._pending.clear()
         self._block.append(line + ending)
+        if self._too_long:
+            if line or self._cut_line:
+                self._cut_line = False
+                return
+            self._too_long = False
         if not line:
             raw = b"".join(self._block)
             events.append(Event(raw, b"\n".join(self._data) if self._has_data else None, self._name))
@@ -130,9 +155,13 @@ class EventReader:
 
     def _give_up(self, events: list[Event]) -> None:
         """Pass on the beginning of an event that is too long to keep; its rest follows as it comes."""
-        events.append(Event(b"".join(self._block) + b"".join(self._pending), None))
-        self._pending, self._block, self._held = [], [], 0
-        self._data, self._has_data = [], False
+        events.append(Event(b"".join(self._block) + bytes(self._pending), None))
+        self._too_long = True
+        if self._pending:
+            self._cut_line = True
+        self._pending.clear()
+        self._block, self._held = [], 0
+        self._data, self._has_data, self._name = [], False, b""
 
 
 def _plain_events(chunk: bytes) -> list[Event] | None:
