@@ -1,10 +1,10 @@
 """Moves finished rows from the journal to SQL, each exactly once.
 
 Rows come from the journal's thread, durable already. One thread of our own inserts what has gathered for half
-a second, in one transaction (which costs a millisecond or two of CPU before its first row): the rows, many to a statement, and the hourly sums of those that were
-really inserted. A row whose operation id is known is skipped, so a batch whose commit was uncertain, or a
-journal replayed twice, changes nothing; and the sums are made from the rows that this transaction added, so
-they cannot differ from them.
+a second, in one transaction (which costs a millisecond or two of CPU before its first row): the rows, many to
+a statement, and the hourly sums of those that were really inserted. A row whose operation id is known is
+skipped, so a batch whose commit was uncertain, or a journal replayed twice, changes nothing; and the sums are
+made from the rows that this transaction added, so they cannot differ from them.
 
 Many rows to a statement because sqlite3 gives up the interpreter lock around every step and must get it back
 afterwards, from an event loop that is busy: per statement, that is, not per row.

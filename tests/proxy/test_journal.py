@@ -174,6 +174,17 @@ async def test_progress_on_another_backend_moves_a_lost_request_there(tmp_path: 
     assert (lost.cost_nano, lost.currency) == (0, ""), "nobody said what it costs there"
 
 
+async def test_a_request_opened_again_is_lost_where_it_was_last(tmp_path: Path) -> None:
+    with running(Journal(tmp_path), Delivered()) as journal:
+        journal.open(row := a_row(attempts=1))
+        await journal.synced()
+        row.backend, row.site, row.attempts = "elsewhere", "there", 2
+        journal.open(row)
+        await journal.synced()
+    (lost,), _ = replayed_from(tmp_path)
+    assert (lost.backend, lost.site, lost.attempts) == ("elsewhere", "there", 2)
+
+
 async def test_progress_of_a_request_that_is_not_open_is_ignored(tmp_path: Path) -> None:
     with running(Journal(tmp_path), Delivered()) as journal:
         journal.close(row := a_row())
