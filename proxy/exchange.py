@@ -716,6 +716,7 @@ class Exchange:
     def unblock(self) -> None:
         """The client has caught up."""
         self.blocked_since = None
+        self.quiet_since = self.runtime.now()  # the backend was not listened to
         if self.connection is not None:
             self.connection.resume()
 
