@@ -131,24 +131,26 @@ def usage_table(lines: list[Usage]) -> Table:
 
     Tokens of failed attempts have a column when there are any.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    currencies = sorted({line.currency for line in lines} - {""})
+    one_currency = len(currencies) <= 1
+    has_overhead = any(line.overhead_prompt_tokens or line.overhead_completion_tokens for line in lines)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     groups = list(lines[0].group) if lines else []
     for name in groups:
         table.add_column(name, overflow="fold", min_width=10)
-    has_overhead = any(line.overhead_prompt_tokens or line.overhead_completion_tokens for line in lines)
-    for name in ("requests", "errors", "prompt", "cached", "completion"):
+    counts = ["requests", "errors", "prompt", "cached", "completion"] + ["overhead"] * has_overhead
+    for name in (*counts, " ".join(["cost", *currencies]) if one_currency else "cost"):
         table.add_column(name, justify="right", no_wrap=True)
-    if has_overhead:
-        table.add_column("overhead", justify="right", no_wrap=True)
-    table.add_column("cost", justify="right", no_wrap=True)
     totals: dict[str, Usage] = {}
     for line in lines:
-        table.add_row(*(line.group[name] or "-" for name in groups), *_cells(line, has_overhead))
+        table.add_row(
+            *(line.group[name] or "-" for name in groups), *_cells(line, has_overhead, one_currency)
+        )
         totals.setdefault(line.currency, Usage({}, line.currency)).add(line)
     if len(lines) > 1:
         table.add_section()
         for total in totals.values():
-            table.add_row("total", *[""] * (len(groups) - 1), *_cells(total, has_overhead))
+            table.add_row("total", *[""] * (len(groups) - 1), *_cells(total, has_overhead, one_currency))
     unpriced = sum(line.unpriced for line in lines)
     if unpriced:
         table.caption = f"{unpriced:,} requests had no price: what they cost is not in here"
@@ -281,11 +283,12 @@ def _joined(by_currency: dict[str, Usage], currency: str) -> list[Usage]:
     return lines
 
 
-def _cells(line: Usage, has_overhead: bool) -> list[str]:
+def _cells(line: Usage, has_overhead: bool, one_currency: bool) -> list[str]:
     counts = [line.requests, line.errors, line.prompt_tokens, line.cached_tokens, line.completion_tokens]
     if has_overhead:
         counts.append(line.overhead_prompt_tokens + line.overhead_completion_tokens)
-    return [*(f"{count:,}" for count in counts), f"{money(line.cost_nano, 4)} {line.currency}".rstrip()]
+    cost = money(line.cost_nano, 4)
+    return [*(f"{count:,}" for count in counts), cost if one_currency else f"{cost} {line.currency}"]
 
 
 def _pages(engine: Engine, span: list[ColumnElement[bool]]) -> Iterator[list[Row]]:

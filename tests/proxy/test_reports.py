@@ -6,6 +6,7 @@ import io
 import random
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
@@ -226,15 +227,34 @@ def shown(lines: list[Usage]) -> str:
 
 def test_usage_as_a_table_has_totals_that_are_rounded_once() -> None:
     text = shown(LINES)
-    assert "1234.5679 CNY" in text
-    assert "0.0000 CNY" in text, "half of the last decimal goes to the even one"
+    assert "cost CNY" in text
+    assert " 1234.5679" in text
+    assert " 0.0000" in text, "half of the last decimal goes to the even one"
     total = next(line for line in text.splitlines() if "total" in line)
-    assert "1234.5679 CNY" in total
+    assert " 1234.5679" in total
     assert "9,000" in total
     assert "2 requests had no price" in text
     assert "overhead" in text
     assert "overhead" not in shown(LINES[1:])
     assert shown([]).strip() != ""
+
+
+def test_two_currencies_in_a_table_are_told_apart() -> None:
+    other = Usage({"tenant": "acme", "day": "2026-03-02"}, "USD", 1, cost_nano=10**9)
+    text = shown([LINES[0], other])
+    totals = text[text.index("total") :]
+    assert "1234.5679 CNY" in totals
+    assert "1.0000 USD" in totals
+
+
+def test_two_groups_fit_a_terminal() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(
+        usage_table([replace(line, overhead_prompt_tokens=0, overhead_completion_tokens=0) for line in LINES])
+    )
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1234.5679" in text
+    assert "2026-03-01" in text
 
 
 @given(st.integers(-(2**70), 2**70), st.integers(0, 9))
