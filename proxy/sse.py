@@ -100,7 +100,10 @@ class EventReader:
         if self._swallow_lf and chunk:
             self._swallow_lf = False
             if chunk[0] == 10:
-                # The blank line before it is gone already: a stray LF would end an empty event, so drop it.
+                if self._block:
+                    self._block[-1] += b"\n"
+                    self._held += 1
+                # Else the blank line before it is gone already: a stray LF would end an empty event, so drop it.
                 chunk = chunk[1:]
         events: list[Event] = []
         position = 0
