@@ -346,7 +346,7 @@ class ClientConnection(asyncio.Protocol):
         if now < self.deadline or self.transport is None:
             return
         self.deadline = inf
-        if self.lingering or self.blocked:
+        if self.lingering:
             self.transport.abort()
         elif self.head is not None:
             self._reject(RequestError("request_timeout", "the body took too long"))

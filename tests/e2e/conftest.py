@@ -5,16 +5,21 @@ A test that fails shows the end of the logs of all servers it had.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import asyncio
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+import uvloop
 
 from benchmarks.processes import Services
 from tests.e2e.install_vllm import STAMP
+from tests.e2e.proxy_fixtures import make_key, start_backend, start_proxy
 from tests.e2e.tidegate_process import TidegateProcess
 from tests.e2e.vllm_server import MODELS, VllmServer
+
+__all__ = ["make_key", "start_backend", "start_proxy"]
 
 LOG_TAIL = 4000
 """Bytes of each server's log that a failed test shows."""
@@ -40,6 +45,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
                     text = log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
                     report.sections.append((f"end of {log.name}", text))
     return report
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Tests of this folder run on the loop that the proxy runs on."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")

@@ -120,6 +120,18 @@ def test_nothing_further_is_begun_for_a_client_that_does_not_read() -> None:
     assert peer.statuses == [200] * 4
 
 
+def test_answers_that_need_no_backend_wait_for_their_reader_too() -> None:
+    world = World("a", aliases={f"alias-{n}": "m" for n in range(500)})
+    peer = Peer(world)
+    peer.transport.stop_reading(peer.connection)
+    peer.send(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n" * 10)
+    answered = len(peer.statuses)
+    assert 0 < answered < 10
+    while peer.transport.unread > WRITE_BUFFER_BYTES:
+        peer.transport.read_all()
+    assert peer.statuses == [200] * 10
+
+
 def test_a_client_that_reads_nothing_between_two_requests_is_cut_off() -> None:
     world = World("a", timeouts={"client_write": 20, "idle": 75})
     peer = Peer(world)
@@ -240,6 +252,10 @@ def test_expect_is_answered_after_the_checks_and_before_the_body() -> None:
     peer.send(head + body)  # it did not wait for it
     world.endpoints["a"].connections[0].data_received(whole(200, answer_body()))
     assert peer.statuses == [100, 200, 200]
+    peer.send(head + body[:3])  # nor is it waiting
+    peer.send(body[3:])
+    world.endpoints["a"].connections[0].data_received(whole(200, answer_body()))
+    assert peer.statuses == [100, 200, 200, 200]
 
 
 @pytest.mark.parametrize(
@@ -306,6 +322,15 @@ def test_a_chunked_request_goes_on_with_a_length_and_without_its_trailers() -> N
     sent = transport_of(world.connects("a")).written
     assert sent.endswith(b"content-length: %d\r\n\r\n%b" % (len(BODY), BODY))
     assert b"trailer" not in sent
+
+
+def test_while_the_proxy_drains_no_connection_is_kept() -> None:
+    world = World("a")
+    peer = Peer(world)
+    world.runtime.draining = True
+    peer.send(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n" * 2)
+    assert peer.statuses == [200]
+    assert peer.transport.ended
 
 
 def test_too_many_connections_are_told_so() -> None:

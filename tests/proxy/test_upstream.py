@@ -94,7 +94,7 @@ def test_what_makes_a_connection_fit_for_another_request(reply: bytes, pooled: b
     if pooled:
         assert played.endpoint.pool.take() is played.connection
         second = played.ask()
-        played.connection.data_received(OK)
+        played.connection.data_received(b"HTTP/1.1 100 Continue\r\n\r\n" * MAX_INFORMATIONAL + OK)
         assert (second.payload, second.done) == (b"ok", True)
 
 
