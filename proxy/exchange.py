@@ -429,14 +429,12 @@ class Exchange:
         if len(events) == 1 and self.committed and not meter.done:
             out = meter.event(events[0], include_usage=self.include_usage, every_event=self.every_event)
         else:
-            if meter.done and not done:
-                self._complete()  # it goes on behind `[DONE]`
-                return
             pieces = []
             started = self.committed
             for event in events:
                 if meter.done or meter.failed:
-                    break  # nothing may follow `[DONE]` or an error
+                    done = True  # nothing may follow `[DONE]` or an error
+                    break
                 if not started:
                     if event.data in _NO_DATA and len(event.raw) <= MAX_EVENT_BYTES:
                         continue

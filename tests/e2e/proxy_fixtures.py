@@ -115,10 +115,11 @@ class Client:
         await self.writer.drain()
 
     async def answer(self, method: str = "POST", *, version: int = 1) -> Answer:
-        """The next answer, read to its end. What it brings too much is an error."""
+        """The next answer, read to its end, or to where it breaks off. TimeoutError after 20 s."""
         found = Answer()
-        async for _ in self.parts(found, method, version=version):
-            pass
+        async with asyncio.timeout(20):
+            async for _ in self.parts(found, method, version=version):
+                pass
         return found
 
     async def parts(self, found: Answer, method: str = "POST", *, version: int = 1) -> AsyncIterator[bytes]:
@@ -170,8 +171,9 @@ class Client:
         """Wait until the proxy closes the connection. -> what came before."""
         came = b""
         try:
-            while data := await self.reader.read(65536):
-                came += data
+            async with asyncio.timeout(20):
+                while data := await self.reader.read(65536):
+                    came += data
         except ConnectionError:
             pass
         return came
@@ -299,17 +301,19 @@ async def start_proxy(tmp_path: Path) -> AsyncIterator[StartProxy]:
         async def start(*backends: Backend | dict[str, Any], **config: Any) -> Proxy:
             file: Path | None = config.pop("file", None)
             state = config.pop("state", tmp_path / "state")
-            document = settings(state, *backends, **config)
-            if file is None:
-                service = Service(Config.model_validate(document))
-            else:
-                file.write_text(json.dumps(document))  # JSON is YAML
-                service = Service(load_config(file), file)
+            service = _service(settings(state, *backends, **config), file)
             await service.start()
             stack.push_async_callback(_stop, service)
             return Proxy(service, state, stack)
 
         yield start
+
+
+def _service(document: dict[str, Any], file: Path | None) -> Service:
+    if file is None:
+        return Service(Config.model_validate(document))
+    file.write_text(json.dumps(document))  # JSON is YAML
+    return Service(load_config(file), file)
 
 
 async def _stop(service: Service) -> None:
