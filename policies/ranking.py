@@ -23,7 +23,7 @@ class Recent(OrderedDict[str, Value]):
     def note(self, name: str, value: Value) -> None:
         self[name] = value
         self.move_to_end(name)
-        if len(self) > REMEMBERED:
+        while len(self) > REMEMBERED:
             self.popitem(last=False)
 
 

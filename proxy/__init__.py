@@ -17,3 +17,6 @@ probe       how the state of backends is learnt                   (probes/)
 Bytes come in at `server.py`, are read by `http1.py`, become facts in `openai.py`, are decided on by
 `policies/`, leave through `upstream.py`, come back through `exchange.py` and are counted by `meter.py`.
 """
+
+DISTRIBUTION = "tidegate"
+"""Whose package this is: PyPI has another one called `proxy`."""

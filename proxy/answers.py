@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from email.utils import formatdate
+from functools import lru_cache
 from math import ceil
 
 from proxy.errors import REASON_PHRASES, RequestError, error_body
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> bytes:
+    """Unix time as an HTTP date (RFC 9110 5.6.7)."""
+    return formatdate(second, usegmt=True).encode("ascii")
 
 
 def answer(
@@ -22,13 +31,17 @@ def answer(
         connection = b"connection: close\r\n"
     elif version == 0:
         connection = b"connection: keep-alive\r\n"
-    return b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b%b\r\n%b" % (
-        status,
-        REASON_PHRASES[status].encode("ascii"),
-        len(body),
-        fields,
-        connection,
-        b"" if without_body else body,
+    return (
+        b"HTTP/1.1 %d %b\r\ndate: %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b%b\r\n%b"
+        % (
+            status,
+            REASON_PHRASES[status].encode("ascii"),
+            _date(int(time.time())),
+            len(body),
+            fields,
+            connection,
+            b"" if without_body else body,
+        )
     )
 
 
@@ -43,6 +56,8 @@ def error_answer(
     """The answer to a request that is refused."""
     if error.retry_after_s is not None:
         fields += b"retry-after: %d\r\n" % max(1, ceil(error.retry_after_s))
+    if error.allow:
+        fields += b"allow: %b\r\n" % error.allow.encode("ascii")
     if error.status == 401:
         fields += b"www-authenticate: Bearer\r\n"
     return answer(

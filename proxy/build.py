@@ -54,15 +54,15 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
                 backends.append(fresh)
             else:
                 backends.append(old)
-                changes.append((old, fresh))
+                changes.append((old, fresh, section))
             endpoints[section.name] = _endpoint(section, key, tls, config, loop)
             targets.append(_target(section, key, tls))
         prices = _prices(config)
         policy = load_policy(config, backends, seed)
     except (BadValueError, ValueError, OSError, FileProblems) as error:
         raise ConfigError(str(error)) from None
-    for old, fresh in changes:
-        _update(old, fresh)
+    for old, fresh, section in changes:
+        _update(old, fresh, section)
     return Built(config, backends, endpoints, targets, prices, policy)
 
 
@@ -115,8 +115,12 @@ def _backend(section: BackendConfig, site: SiteConfig) -> Backend:
     )
 
 
-def _update(old: Backend, fresh: Backend) -> None:
-    """Take over what the configuration says; what was measured and counted stays."""
+def _update(old: Backend, fresh: Backend, section: BackendConfig) -> None:
+    """Take over what the configuration says; what was measured, counted and learnt stays."""
+    if section.slots is not None:
+        old.slots = section.slots
+    if section.models != "auto":
+        old.models = frozenset(section.models)
     for name in (
         "site",
         "weight",
@@ -137,10 +141,6 @@ def _same_place(section: BackendConfig, before: Built | None) -> Backend | None:
         return None
     for old_section, backend in zip(before.config.backends, before.backends, strict=True):
         if (old_section.name, old_section.url) == (section.name, section.url):
-            if section.slots is not None:
-                backend.slots = section.slots
-            if section.models != "auto":
-                backend.models = frozenset(section.models)
             return backend
     return None
 

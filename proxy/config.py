@@ -82,7 +82,34 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+OWN_FIELDS = frozenset(
+    (
+        *(
+            "authorization",
+            "connection",
+            "content-encoding",
+            "content-length",
+            "expect",
+            "host",
+            "keep-alive",
+        ),
+        *("proxy-authorization", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
+        *("x-api-key", "x-request-id", "x-session-id"),
+    )
+)
+"""Request fields that frame a message, or that the proxy answers for: never passed on as they are."""
+
+
+def _check_forwarded(value: str) -> str:
+    if re.fullmatch(r"[!#$%&'*+.^`|~0-9A-Za-z-]{1,64}", value) is None:
+        raise BadValueError(f"not the name of a header field: '{value[:40]}'")
+    if value.lower() in OWN_FIELDS:
+        raise BadValueError(f"{value} is the proxy's own business and cannot be passed on")
+    return value
+
+
 Name = Annotated[str, AfterValidator(_check_name)]
+FieldName = Annotated[str, AfterValidator(_check_forwarded)]
 Url = Annotated[str, AfterValidator(_check_url)]
 Address = Annotated[str, AfterValidator(_check_address)]
 DecimalText = Annotated[
@@ -187,7 +214,10 @@ class Timeouts(FileModel):
     idle: Duration = Field(75.0, gt=0, description="Between two requests of a client's connection: closed.")
     connect: Duration = Field(2.0, gt=0, description="To connect to a backend: next backend.")
     first_token: Duration = Field(
-        120.0, gt=0, description="Until the first data of an answer: next backend, else 504."
+        120.0, gt=0, description="Until the first data of a stream: next backend, else 504."
+    )
+    answer: Duration = Field(
+        600.0, gt=0, description="Until an answer that is not a stream is complete: 504, not tried again."
     )
     between_tokens: Duration = Field(30.0, gt=0, description="Silence within a stream: error event.")
     total: Duration = Field(3600.0, gt=0, description="For the whole request: error event or 504.")
@@ -258,7 +288,7 @@ class Config(FileModel):
         description="`strict` sends nothing to a backend before the journal has reached the disk.",
     )
     log: str = Field("-", description="Request log: `-` is standard output, `off`, or a file.")
-    forward_headers: list[Name] = Field(
+    forward_headers: list[FieldName] = Field(
         default_factory=list,
         description="Client header fields that go on to backends besides accept, content-type, user-agent, "
         "traceparent and tracestate.",
@@ -356,6 +386,12 @@ def config_from_flags(local: list[str], remote: list[str], **settings: Any) -> C
         backends.append({"name": name, "url": url, "site": name})
     sites: dict[str, Any] = {backend["site"]: {} for backend in backends if "site" in backend}
     return Config.model_validate({"backends": backends, "sites": sites, **settings})
+
+
+def override(config: Config, settings: dict[str, Any]) -> Config:
+    """A configuration with some of its values replaced, checked. Raises pydantic's ValidationError."""
+    checked = Config.model_validate({**config.model_dump(exclude_unset=True), **settings})
+    return config.model_copy(update={name: getattr(checked, name) for name in settings})
 
 
 def backend_key(backend: BackendConfig) -> str | None:

@@ -98,13 +98,20 @@ class RequestError(Exception):
     """A request that is refused: `code` decides the status, `param` names the field at fault."""
 
     def __init__(
-        self, code: str, message: str, param: str | None = None, retry_after_s: float | None = None
+        self,
+        code: str,
+        message: str,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        allow: str = "",
     ) -> None:
+        """`retry_after_s`: sent as `Retry-After`; `allow`: the methods that a path takes, for 405."""
         super().__init__(message)
         self.code = code
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.allow = allow
 
     @property
     def status(self) -> int:
@@ -114,7 +121,7 @@ class RequestError(Exception):
 def error_body(code: str, message: str, param: str | None = None) -> bytes:
     """The JSON body of an error answer."""
     status = STATUS[code]
-    kind = _TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
+    kind = _TYPES.get(status) or ("invalid_request_error" if code in CLIENT_ERRORS else "server_error")
     return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -29,7 +30,7 @@ from proxy.access.limits import Refusal, Reservation
 from proxy.answers import error_answer
 from proxy.errors import RequestError, error_event
 from proxy.http1 import LAST_CHUNK, RequestHead, ResponseHead, chunk
-from proxy.meter import Meter
+from proxy.meter import ABORTED, Meter
 from proxy.openai import RequestBody, body_for_backend, read_body
 from proxy.records import Row
 from proxy.sse import MAX_EVENT_BYTES, EventReader
@@ -37,6 +38,8 @@ from proxy.upstream import BackendConnection, Endpoint
 
 if TYPE_CHECKING:
     from proxy.runtime import Runtime
+
+log = logging.getLogger("tidegate")
 
 WHOLE_ANSWER_BYTES: Final = 1024 * 1024
 """Answers that are not streams are kept until they are complete, so that a broken one can be tried elsewhere;
@@ -142,7 +145,7 @@ class Exchange:
         self.key = key
         self.arrived = now
         row = self.row = Row(runtime.operation_ids.mint())
-        self.id = _request_id(head.request_id) or row.op
+        self.id = runtime.request_id(head) if head.request_id else row.op
         self.routings: list[Routing] = []
         self.meter = Meter()
         self.chunked = head.version == 1
@@ -168,6 +171,10 @@ class Exchange:
             self._admit(facts)
         except RequestError as error:
             self.refuse(error)
+            return
+        except Exception:
+            log.exception("request %s could not be read", self.id)
+            self.refuse(RequestError("internal", "an error of the proxy's own"))
             return
         runtime = self.runtime
         runtime.retry_budget.deposit(self.arrived)
@@ -208,7 +215,6 @@ class Exchange:
         row.model = body.model
         row.stream = body.stream
         model = runtime.aliases.get(body.model, body.model)
-        row.served_model = model
         if (
             key is not None
             and key.models is not None
@@ -305,6 +311,7 @@ class Exchange:
         row.attempts += 1
         row.backend = backend.name
         row.site = backend.site
+        row.served_model = routing.request.model
         row.rule = routing.rule
         row.policy = routing.decided_by
         row.reason = decision.reason
@@ -534,6 +541,10 @@ class Exchange:
             self.last_error = (reply, body, self.lease.backend)
             self._attempt_failed(status, f"the backend answered {status}")
             return
+        if ABORTED in body:
+            self.meter.body(body)
+            self._attempt_failed(AttemptError.ERROR_EVENT, "the backend aborted the request")
+            return
         self._answer_whole(reply, body)
 
     def _is_whole_json(self) -> bool:
@@ -759,10 +770,16 @@ class Exchange:
             self._drop_connection()
             self._release(Outcome.IGNORED)
             self.refuse(RequestError("backend_timeout", f"no answer within {timeouts.total:g} s"))
-        elif self.state is State.SENT and now - self.quiet_since > timeouts.first_token:
-            self._attempt_failed(
-                AttemptError.FIRST_TOKEN_TIMEOUT, f"no answer within {timeouts.first_token:g} s"
-            )
+        elif self.state is State.SENT:
+            if self.body_read is None or self.body_read.stream:
+                if now - self.quiet_since > timeouts.first_token:
+                    message = f"no answer within {timeouts.first_token:g} s"
+                    self._attempt_failed(AttemptError.FIRST_TOKEN_TIMEOUT, message)
+            elif now - self.quiet_since > timeouts.answer:
+                # It may have been at work all the time: once more elsewhere would cost as much again.
+                self._drop_connection()
+                self._release(Outcome.FAILED)
+                self.refuse(RequestError("backend_timeout", f"no answer within {timeouts.answer:g} s"))
 
     # Ending
 
@@ -811,23 +828,16 @@ class Exchange:
         if self.body_read is not None and len(self.body_read.raw) >= PREFIX_BLOCK_BYTES:
             row.prefix = _prefix_hashes(self.body_read.raw, runtime.salt)
         runtime.exchanges.discard(self)
-        runtime.journal.close(row)
+        if (
+            row.attempts or row.code != "ledger_unavailable"
+        ):  # what can't be recorded is not to fill the memory
+            runtime.journal.close(row)
         runtime.observer.ended(self)
         if keep_alive is not None:
             self.client.finished(keep_alive=keep_alive and self._keeps_alive())
         else:
             self.client.abort()
         runtime.capacity_freed(now)
-
-
-_ID_BYTES: Final = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_.:")
-
-
-def _request_id(value: bytes) -> str:
-    """The client's own id if it is short and plain; else empty."""
-    if value and len(value) <= 128 and _ID_BYTES.issuperset(value):
-        return value.decode("ascii")
-    return ""
 
 
 def _field_text(text: str) -> bytes:

@@ -39,7 +39,8 @@ def render(record: dict[str, Any]) -> str:
 
 def _lines(record: dict[str, Any]) -> Iterator[str]:
     where = f"{record['backend']} ({record['site']})" if record["backend"] else "no backend"
-    yield f"request {record['request_id']}: {record['status']} {record['outcome']}, {where}"
+    code = f" ({record['code']})" if record["code"] else ""
+    yield f"request {record['request_id']}: {record['status']} {record['outcome']}{code}, {where}"
     yield f"  tenant {record['tenant']}, model {record['model']}, data class {record['data_class']}"
     for number, decision in enumerate(record["decisions"], 1):
         yield from _decision(number, decision)

@@ -8,9 +8,9 @@ last event has the sum: until then the sum is taken here, of the last value of e
 ask for is cut out again.
 
 Cutting without a JSON round trip: inside a JSON string a quote is always escaped, so the bytes `,"usage":{` can
-only be a key, at any depth. If the object they open holds no string and ends the document (`}}`), or is followed
-by nothing but the system fingerprint, the last brace closes the document and the one before it the usage, so the
-key stands at depth 1. That is the shape vLLM writes; everything else is parsed.
+only be a key, at any depth. If nothing but plain values follows the object that they open, none of which holds a
+brace, then the last brace closes the document, so the key stands at depth 1. That is the shape vLLM writes, in
+events that are one line of data; everything else is parsed.
 """
 
 from __future__ import annotations
@@ -20,19 +20,27 @@ from typing import Any, Final
 
 import orjson
 
+from proxy.errors import error_event
 from proxy.sse import Event
 
 _USAGE_KEY: Final = b',"usage":{'
 # vLLM's compact usage at the end of an event: no strings inside, so no brace can hide in one.
 _USAGE_TAIL: Final = re.compile(
     rb',"usage":\{"prompt_tokens":([0-9]{1,12}+),"total_tokens":[0-9]{1,12}+(?:,"completion_tokens":([0-9]{1,12}+))?+'
-    rb'((?:,"[a-z_]++":(?:null|[0-9]{1,12}+|\{(?:"[a-z_]++":(?:null|[0-9]{1,12}+),?+)*+\}))*+)\}'
-    rb'((?:,"[a-z_]++":(?:null|true|false|[0-9]{1,12}+|"[A-Za-z0-9._\-]*+"))*+)\}'
+    rb'((?:,"(?!completion_tokens")[a-z_]++":(?:null|[0-9]{1,12}+|\{(?:"[a-z_]++":(?:null|[0-9]{1,12}+),?+)*+\}))*+)\}'
+    rb'((?:,"(?!error")[a-z_]++":(?:null|true|false|[0-9]{1,12}+|"[A-Za-z0-9._\-]*+"))*+)\}'
 )
 _CHOICE_INDEX: Final = re.compile(rb'"choices": ?+\[\{"index": ?+([0-9]{1,4}+)')
-_CACHED: Final = re.compile(rb'"cached_tokens":([0-9]{1,12}+)')
+_CACHED: Final = re.compile(
+    rb'"prompt_tokens_details":\{(?:"(?!cached_tokens")[a-z_]++":(?:null|[0-9]++),)*+"cached_tokens":([0-9]{1,12}+)'
+)
+_SHORTEST_CACHED: Final = len(b',"prompt_tokens_details":{"cached_tokens":0}')
+_NO_CHOICES: Final = b'"choices":[]'
 
-_SHORTEST_CACHED: Final = len(b',"prompt_tokens_details":{"cached_tokens":0}') - 1
+_LINE_OVERHEAD: Final = len(b"data: \n\n")
+
+ABORTED: Final = b'"finish_reason":"abort"'
+"""vLLM ends a request so when it has to stop (SIGTERM, `/sleep`, `/pause`): whole in shape, not in content."""
 
 BYTES_PER_TOKEN: Final = 4
 """For estimates where a backend reports nothing: about four bytes of English text a token."""
@@ -96,7 +104,7 @@ class Meter:
             if tokens > self.completion:
                 self.completion = tokens
         if (
-            len(details) > _SHORTEST_CACHED
+            len(details) >= _SHORTEST_CACHED
             and (cached := _CACHED.search(details)) is not None
             and (tokens := int(cached[1])) > self.cached
         ):
@@ -123,17 +131,24 @@ class Meter:
         data = event.data
         if data is None:
             return event.raw
+        if ABORTED in data:
+            self._parsed(event, data, include_usage=True, every_event=True)
+            self.failed = True
+            return error_event("backend_error", "the backend aborted the request")
         at = data.rfind(_USAGE_KEY)
         if at >= 0:
             match = _USAGE_TAIL.fullmatch(data, at)
-            if match is None:
+            if match is None or len(event.raw) != len(data) + _LINE_OVERHEAD:
                 return self._parsed(event, data, include_usage=include_usage, every_event=every_event)
             self._matched(match, data)
             if every_event:
                 return event.raw
-            if data.find(b'"choices":[]', 0, at) >= 0:
+            no_choices = data.find(_NO_CHOICES, 0, at)
+            if no_choices < 0:
+                return b"data: %b%b}\n\n" % (data[:at], match[4])
+            if no_choices + len(_NO_CHOICES) == at:
                 return event.raw if include_usage else b""
-            return b"data: %b%b}\n\n" % (data[:at], match[4])
+            return self._parsed(event, data, include_usage=include_usage, every_event=every_event)
         if data == b"[DONE]":
             self.done = True
             return event.raw
@@ -200,7 +215,8 @@ def _text_bytes(choices: Any) -> int:
             for field in ("content", "reasoning_content", "reasoning"):
                 if isinstance(text := message.get(field), str):
                     size += len(text.encode("utf-8", "surrogatepass"))
-            for call in message.get("tool_calls") or ():
+            calls = message.get("tool_calls")
+            for call in calls if isinstance(calls, list) else ():
                 function = call.get("function") if isinstance(call, dict) else None
                 if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
                     size += len(text.encode("utf-8", "surrogatepass"))

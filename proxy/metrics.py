@@ -73,7 +73,7 @@ class Metrics:
         yield GaugeMetricFamily(
             "tidegate_journal_failed",
             "1: usage cannot be recorded.",
-            value=float(bool(runtime.journal.failed)),
+            value=float(bool(runtime.journal.failed or runtime.ledger.failed)),
         )
         yield GaugeMetricFamily(
             "tidegate_config_last_reload_successful",

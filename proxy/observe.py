@@ -101,6 +101,8 @@ class Observer:
 
     def __init__(self, recent: int = 1000, log: RequestLog | None = None) -> None:
         self.series: dict[tuple[str, str], Series] = {}
+        self.outcomes = dict.fromkeys(records.OUTCOMES, 0)
+        """All requests, those that reached no backend too."""
         self.refusals: dict[str, int] = {}
         """By error code: requests that were answered without a backend."""
         self.failed_attempts: dict[tuple[str, str], int] = {}
@@ -119,6 +121,7 @@ class Observer:
         """An exchange is over: count it, log it, remember its decision."""
         row = exchange.row
         backend = row.backend
+        self.outcomes[row.outcome] += 1
         if backend:
             key = (backend, row.served_model)
             series = self.series.get(key) or self._new_series(key)
@@ -144,13 +147,15 @@ class Observer:
         if self.log is not None:
             self.log.write((exchange.id, row))
 
-    def rejected(self, error: RequestError, peer: str, head: RequestHead | None) -> None:
+    def rejected(self, error: RequestError, peer: str, head: RequestHead | None, request_id: str) -> None:
         """A request was refused before it became an exchange."""
+        self.outcomes[records.CLIENT_ERROR] += 1
         self.refusals[error.code] = self.refusals.get(error.code, 0) + 1
         if self.log is not None and error.code != "auth_rate_limit":
             self.log.write(
                 {
                     "time": time.time(),
+                    "id": request_id,
                     "peer": peer,
                     "path": head.target.partition(b"?")[0][:200].decode("latin-1")
                     if head is not None
@@ -177,10 +182,9 @@ class Observer:
     def totals(self) -> dict[str, int]:
         """Requests since start, by how they ended."""
         totals = dict.fromkeys(("total", "ok", "rejected", "failed", "client_gone", "client_error"), 0)
-        for series in self.series.values():
-            for outcome, count in series.outcomes.items():
-                totals["total"] += count
-                totals[_STATE_NAMES[outcome]] += count
+        for outcome, count in self.outcomes.items():
+            totals["total"] += count
+            totals[_STATE_NAMES[outcome]] += count
         return totals
 
     def _new_series(self, key: tuple[str, str]) -> Series:

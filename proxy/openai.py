@@ -23,8 +23,6 @@ ENGINE_FIELDS: Final = frozenset(("cache_salt", "priority", "kv_transfer_params"
 DEFAULT_EXPECTED_TOKENS: Final = 256
 """Assumed length of an answer when the client gives no limit below it, tokens."""
 
-_MEDIA_KEY: Final = b'url"'
-
 
 @dataclass(slots=True)
 class RequestBody:
@@ -81,7 +79,7 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
         body.prompt_tokens = len(raw) // BYTES_PER_TOKEN
     if not ENGINE_FIELDS.isdisjoint(document):
         body.must_rewrite = True
-    if not media_urls and _MEDIA_KEY in raw:
+    if not media_urls:
         _refuse_media_urls(document.get("messages"))
     return body
 

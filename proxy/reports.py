@@ -16,15 +16,16 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import orjson
-from rich import box
-from rich.table import Table
 from sqlalchemy import BigInteger, ColumnElement, Engine, Select, cast, func, select, tuple_, union_all
 
 from proxy.records import COLUMNS, FIELDS, Row, from_values
 from proxy.tables import HOUR_US, HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 NANO = 10**9
 GROUPS: dict[str, tuple[ColumnElement[Any], ColumnElement[Any]]] = {
@@ -126,6 +127,14 @@ def spent(engine: Engine, key_id: str, since: float) -> int:
     return sum(int(row.cost_nano) for row in rows)
 
 
+def spent_by_key(engine: Engine, since: float) -> dict[str, int]:
+    """What each key has cost since a Unix time, nano-units by key id."""
+    totals: dict[str, int] = {}
+    for line in usage(engine, "key", since):
+        totals[line.group["key"]] = totals.get(line.group["key"], 0) + line.cost_nano
+    return totals
+
+
 def usage_table(lines: list[Usage]) -> Table:
     """For people: money with 4 decimals, and totals if there is more than one line.
 
@@ -134,6 +143,9 @@ def usage_table(lines: list[Usage]) -> Table:
     currencies = sorted({line.currency for line in lines} - {""})
     one_currency = len(currencies) <= 1
     has_overhead = any(line.overhead_prompt_tokens or line.overhead_completion_tokens for line in lines)
+    from rich import box  # not above: the ledger needs this module, and `serve` no tables
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     groups = list(lines[0].group) if lines else []
     for name in groups:

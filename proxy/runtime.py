@@ -45,6 +45,9 @@ TARGETS: Final = {endpoint: path for path, endpoint in ROUTES.items()}
 _MODELS: Final = b"/v1/models"
 
 
+_ID_BYTES: Final = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_.:")
+
+
 @dataclass(slots=True)
 class Admission:
     """What is decided of a request from its head alone."""
@@ -151,7 +154,9 @@ class Runtime:
         if endpoint is not None:
             if head.method == b"POST":
                 return Admission(endpoint, key)
-            return Admission(error=RequestError("method_not_allowed", f"{path.decode()} takes POST"))
+            return Admission(
+                error=RequestError("method_not_allowed", f"{path.decode()} takes POST", allow="POST")
+            )
         if path.startswith(_MODELS):
             return self._models(head, path, key)
         return Admission(error=RequestError("not_found", "there is no such path here"))
@@ -169,7 +174,9 @@ class Runtime:
         if rest and not rest.startswith(b"/"):
             return Admission(error=RequestError("not_found", "there is no such path here"))
         if head.method not in (b"GET", b"HEAD"):
-            return Admission(error=RequestError("method_not_allowed", "models are read with GET"))
+            return Admission(
+                error=RequestError("method_not_allowed", "models are read with GET", allow="GET, HEAD")
+            )
         rows = self.models(key)
         if rest in (b"", b"/"):
             body = orjson.dumps({"object": "list", "data": list(rows.values())})
@@ -180,7 +187,12 @@ class Runtime:
                 return Admission(error=RequestError("model_not_found", message, "model"))
             body = orjson.dumps(rows[name])
         reply = answer(
-            200, body, keep_alive=head.keep_alive, version=head.version, without_body=head.method == b"HEAD"
+            200,
+            body,
+            fields=b"x-request-id: %b\r\n" % self.request_id(head).encode("ascii"),
+            keep_alive=head.keep_alive and not self.draining,
+            version=head.version,
+            without_body=head.method == b"HEAD",
         )
         return Admission(answer=reply)
 
@@ -209,7 +221,14 @@ class Runtime:
             if key is None or key.models is None or model in key.models
         }
 
-    # What exchanges ask
+    # What connections and exchanges ask
+
+    def request_id(self, head: RequestHead | None) -> str:
+        """The client's own id if it is short and plain, else a new one."""
+        given = head.request_id if head is not None else b""
+        if given and len(given) <= 128 and _ID_BYTES.issuperset(given):
+            return given.decode("ascii")
+        return self.operation_ids.mint()
 
     def salted(self, value: bytes) -> str:
         """A hash that tells equal values and nothing else."""

@@ -14,6 +14,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -34,11 +35,12 @@ from proxy.access.limits import Limits
 from proxy.access.pepper import load_pepper
 from proxy.admin.http import admin_app
 from proxy.build import Built, ConfigError, build, timing
-from proxy.config import Config, is_loopback, is_policy_file, load_config, split_address
+from proxy.config import Config, is_loopback, is_policy_file, load_config, override, split_address
 from proxy.database import open_database
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.observe import Observer
+from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
 from proxy.runtime import Runtime
 from proxy.server import ClientConnection
@@ -49,6 +51,8 @@ SWEEP_S = 0.25
 KEYS_S = 0.5
 """How often the keys are looked at: a revoked one is refused within this time."""
 BACKLOG = 2048
+NEXT_START = ("listen", "admin", "state", "database", "log", "recent", "seed", "probing", "retries")
+"""What a reload does not change."""
 
 
 @dataclass(slots=True)
@@ -62,10 +66,22 @@ class Ports:
 class Service:
     """One running proxy."""
 
-    def __init__(self, config: Config, path: Path | None = None, *, forward_model: str = "") -> None:
-        """`path`: the configuration file, watched for changes; None: there is none."""
+    def __init__(
+        self,
+        config: Config,
+        path: Path | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        forward_model: str = "",
+    ) -> None:
+        """`path`: the configuration file, watched for changes; None: there is none.
+
+        `overrides`: values given by flags, which hold over every reload.
+        """
         self.config = config
         self.path = path
+        self.overrides = dict(overrides or {})
+        self.state = config.state
         self.runtime: Runtime
         self.ports: Ports
         self._forward_model = forward_model
@@ -84,7 +100,7 @@ class Service:
         config = self.config
         loop = asyncio.get_running_loop()
         built = build(config, loop, self._seed)
-        for warning in built.policy.warnings:
+        for warning in built.policy.warnings if is_policy_file(config.policy) else ():
             log.warning("policy %s:%s: %s", built.policy.name, warning.line, warning.message)
         config.state.mkdir(parents=True, exist_ok=True)
         self._engine = open_database(config.database or config.state)
@@ -99,9 +115,7 @@ class Service:
         journal = Journal(config.state / "journal")
         self._ledger = ledger = Ledger(self._engine, journal, built.prices)
         await asyncio.to_thread(ledger.start, loop, self._ledger_failed)
-        limits = Limits(
-            time.time(), lambda since: {key_id: ledger.spent(key_id, since) for key_id in keys.ids}
-        )
+        limits = Limits(time.time(), lambda since: spent_by_key(self._engine, since))
         observer = Observer(config.recent, RequestLog.to(config.log))
         self.runtime = runtime = Runtime(
             built,
@@ -154,7 +168,7 @@ class Service:
 
     def _write_ports(self) -> None:
         """For scripts that let the system choose: real ports, in the state directory."""
-        path = self.config.state / "ports.json"
+        path = self.state / "ports.json"
         temporary = path.with_suffix(".tmp")
         temporary.write_text(
             json.dumps({"listen": self.ports.listen, "admin": self.ports.admin, "pid": os.getpid()})
@@ -163,12 +177,19 @@ class Service:
 
     async def run(self) -> None:
         """Serve until a signal or `request_stop`, then stop."""
+        await self._stopping.wait()
+        await self.stop()
+
+    def handle_signals(self) -> None:
+        """SIGTERM and SIGINT stop, SIGHUP reloads; also while it still starts."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
-        loop.add_signal_handler(signal.SIGHUP, self.reload)
-        await self._stopping.wait()
-        await self.stop()
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+
+    def _hang_up(self) -> None:
+        if hasattr(self, "ports"):
+            self.reload()
 
     def _signalled(self) -> None:
         if self._stopping.is_set():
@@ -216,7 +237,7 @@ class Service:
         self._engine.dispose()
         if runtime.observer.log is not None:
             runtime.observer.log.close()
-        (self.config.state / "ports.json").unlink(missing_ok=True)
+        (self.state / "ports.json").unlink(missing_ok=True)
 
     # Reloading
 
@@ -226,15 +247,16 @@ class Service:
         self._seen = self._fingerprint()
         try:
             config = load_config(self.path) if self.path is not None else self.config
+            config = override(config, self.overrides)
             built = build(config, runtime.loop, self._seed, runtime.built)
-            for name in ("listen", "admin", "state", "database", "durability", "recent", "log"):
-                if getattr(config, name) != getattr(self.config, name):
-                    log.warning("a change of `%s` takes effect at the next start", name)
-        except (ConfigError, FileProblems, OSError) as error:
+        except (ConfigError, FileProblems, OSError, ValueError) as error:
             runtime.observer.reloads_failed += 1
             runtime.observer.reload_ok = False
             log.error("reload refused, the old configuration goes on:\n%s", error)
             return False
+        for name in NEXT_START:
+            if getattr(config, name) != getattr(self.config, name):
+                log.warning("a change of `%s` takes effect at the next start", name)
         old = runtime.endpoints
         self._keep_connections(old, built)
         self.config = config
@@ -256,8 +278,11 @@ class Service:
         """An endpoint whose section did not change keeps its pool."""
         sections = {section.name: section for section in self.runtime.config.backends}
         for section in built.config.backends:
-            if sections.get(section.name) == section and section.name in old:
-                built.endpoints[section.name] = old[section.name]
+            before = old.get(section.name)
+            if sections.get(section.name) == section and before is not None:
+                fresh = built.endpoints[section.name]
+                if fresh.same_credentials(before):  # a key file may have another key in it
+                    built.endpoints[section.name] = before
 
     def _fingerprint(self) -> tuple[Any, ...]:
         """Changes when a watched file does."""
@@ -293,10 +318,13 @@ class Service:
             try:
                 if await asyncio.to_thread(runtime.keys.refresh):
                     runtime.limits.keep(runtime.keys.ids)
+                if turn % 2 == 0 and self._fingerprint() != self._seen:
+                    self.reload()
             except sa.exc.SQLAlchemyError as error:
                 log.warning("keys cannot be read, the known ones go on: %s", error)
-            if turn % 2 == 0 and self._fingerprint() != self._seen:
-                self.reload()
+            except Exception:
+                # Whatever it was: revoked keys must go on being refused.
+                log.exception("watching keys and files failed this time")
 
     def _ledger_failed(self, reason: str) -> None:
         log.error("usage cannot be recorded any more, new requests are refused: %s", reason)
@@ -311,22 +339,38 @@ def _address(sock: socket.socket) -> str:
     return "{}:{}".format(*_host_port(sock.getsockname()))
 
 
-def serve(config: Config, path: Path | None, *, banner: bool = True) -> None:
+def serve(config: Config, path: Path | None, overrides: Mapping[str, Any] | None = None) -> None:
     """Run a proxy until it is told to stop."""
 
     async def main() -> None:
-        service = Service(config, path)
+        service = Service(config, path, overrides)
+        service.handle_signals()
+        _raise_open_files(config)
         await service.start()
         # What lives as long as the process is not looked at again, and what a request leaves behind holds no
         # cycles: collecting every 700 allocations cost 7 % of the CPU.
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)
-        if banner:
-            _print_banner(service)
+        _print_banner(service)
         await service.run()
 
     uvloop.run(main())
+
+
+def _raise_open_files(config: Config) -> None:
+    """Use all file descriptors that the system allows; say so if they may not do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    needed = 2 * config.limits.connections + 200
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        log.warning(
+            "%d open files are allowed, limits.connections (%d) may need %d: raise `ulimit -n` or lower it",
+            hard,
+            config.limits.connections,
+            needed,
+        )
 
 
 def _print_banner(service: Service) -> None:

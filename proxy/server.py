@@ -242,16 +242,11 @@ class ClientConnection(asyncio.Protocol):
         self.parts = []
         self.deadline = inf
         if admission.error is not None:
-            self.runtime.observer.rejected(admission.error, self.peer, head)
-            self.write(
-                error_answer(
-                    admission.error,
-                    keep_alive=head.keep_alive,
-                    version=head.version,
-                    without_body=head.method == b"HEAD",
-                )
-            )
-            self.finished(keep_alive=head.keep_alive)
+            keep_alive = head.keep_alive and not self.runtime.draining
+            # A storm of bad keys is not to have its connections kept.
+            keep_alive = keep_alive and admission.error.code != "auth_rate_limit"
+            self._answer_error(admission.error, head, keep_alive=keep_alive)
+            self.finished(keep_alive=keep_alive)
             return
         if admission.answer is not None:
             self.write(admission.answer)
@@ -267,10 +262,22 @@ class ClientConnection(asyncio.Protocol):
         head, transport = self.head, self.transport
         if transport is None:
             return
-        self.runtime.observer.rejected(error, self.peer, head)
-        without_body = head is not None and head.method == b"HEAD"
-        transport.write(error_answer(error, keep_alive=False, without_body=without_body))
+        self._answer_error(error, head, keep_alive=False)
         self._close()
+
+    def _answer_error(self, error: RequestError, head: RequestHead | None, *, keep_alive: bool) -> None:
+        runtime = self.runtime
+        request_id = runtime.request_id(head)
+        runtime.observer.rejected(error, self.peer, head, request_id)
+        self.write(
+            error_answer(
+                error,
+                fields=b"x-request-id: %b\r\n" % request_id.encode("ascii"),
+                keep_alive=keep_alive,
+                version=1 if head is None else head.version,
+                without_body=head is not None and head.method == b"HEAD",
+            )
+        )
 
     def _close(self) -> None:
         """Close in stages: our half first, the rest when the client has closed or a moment has passed."""

@@ -319,6 +319,10 @@ class Endpoint:
         self._tls = tls
         self._server_name = (server_name or self.host) if tls is not None else None
 
+    def same_credentials(self, other: Endpoint) -> bool:
+        """Whether both send the same key."""
+        return self._fields == other._fields
+
     def __repr__(self) -> str:
         return f"<Endpoint {self.name} {self.url}, {len(self.pool)} idle>"
 

@@ -236,7 +236,7 @@ def test_every_field_of_the_request_log_is_listed(tmp_path: Path) -> None:
     log = RequestLog.to(str(tmp_path / "log"))
     assert log is not None
     log.write(("id", records.Row("op")))
-    Observer(0, log).rejected(RequestError("not_found", "no such path"), "127.0.0.1", None)
+    Observer(0, log).rejected(RequestError("not_found", "no such path"), "127.0.0.1", None, "id")
     log.close()
     ended, refused = map(json.loads, (tmp_path / "log").read_text().splitlines())
     table, shorter = re.split(r"has\s+a\s+shorter\s+line:", page("operations").section("The request log"))

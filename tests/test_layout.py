@@ -63,6 +63,8 @@ TESTED_BY = {
     "proxy/build.py": "tests/proxy/test_exchange.py",
     "proxy/check.py": "tests/e2e/test_docs_run.py",
     "proxy/cli.py": "tests/e2e/test_docs_run.py",
+    "proxy/cli_common.py": "tests/e2e/test_docs_run.py",
+    "proxy/cli_keys.py": "tests/e2e/test_docs_run.py",
     "proxy/config.py": "tests/test_docs.py",
     "proxy/demo_fleet.py": "tests/proxy/test_demo.py",
     "proxy/demo_traffic.py": "tests/proxy/test_demo.py",
@@ -204,7 +206,6 @@ def loaded_by_serve() -> set[str]:
     return tops - set(sys.stdlib_module_names) - {"cython_runtime"}
 
 
-@pytest.mark.xfail(reason="the ledger imports proxy.reports, which imports rich for a table", strict=True)
 def test_serve_loads_what_it_needs_and_no_more() -> None:
     assert loaded_by_serve() - {"proxy", "policies", "probes"} <= STARTS_WITH
 
@@ -239,9 +240,6 @@ def test_serve_loads_no_simulator_and_no_command_line() -> None:
     }
 
 
-@pytest.mark.xfail(
-    reason="proxy.cli compares folders, and here both packages are in the same one", strict=True
-)
 def test_a_foreign_package_called_proxy_is_refused(tmp_path: Path) -> None:
     """PyPI's `proxy.py` brings a package `proxy` too; installed into the same place it overwrites ours."""
     shutil.copytree(ROOT / "proxy", tmp_path / "proxy", ignore=shutil.ignore_patterns("__pycache__"))

@@ -63,8 +63,8 @@ def unready(runtime: Runtime) -> str:
     """Why no request should be sent here now; empty: it may."""
     if runtime.draining:
         return "shutting down"
-    if runtime.journal.failed:
-        return f"usage cannot be recorded: {runtime.journal.failed}"
+    if failed := runtime.journal.failed or runtime.ledger.failed:
+        return f"usage cannot be recorded: {failed}"
     if not any(backend.available for backend in runtime.fleet):
         return "no backend is available"
     return ""

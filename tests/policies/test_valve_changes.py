@@ -141,7 +141,7 @@ def test_a_back_off_ends_by_itself() -> None:
     valve = Valve(one_tier(), homes)
     valve.submit(request("r0"), 0.0)
     homes.back_off("a", 3.0, 0.0)
-    assert decided(valve.submit(request("r1"), 1.0)) == "no_backend"
+    assert decided(valve.submit(request("r1"), 1.0)) == "overloaded"
     assert valve.next_wake() == 3.0
     assert decided(valve.submit(request("r2"), 3.0)) == "a"
 

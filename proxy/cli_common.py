@@ -1,0 +1,68 @@
+"""What the commands share: their common options, how they fail, and how they find configuration and ledger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from proxy.config import Config
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", help="Configuration file. Default: tidegate.yaml, if it is there.", dir_okay=False
+    ),
+]
+StateOption = Annotated[Path | None, typer.Option("--state", help="State directory, when there is no file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Say what is wrong, and end."""
+    typer.echo(f"tidegate: {message}", err=True)
+    raise typer.Exit(status)
+
+
+def config_path(config: Path | None) -> Path | None:
+    if config is not None:
+        return config
+    default = Path("tidegate.yaml")
+    return default if default.is_file() else None
+
+
+def load(path: Path) -> Config:
+    from policies.yamlfile import FileProblems
+    from proxy.config import load_config
+
+    try:
+        return load_config(path)
+    except FileProblems as error:
+        fail(f"{path} cannot be used:\n{error}")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: {error}")
+
+
+def open_ledger(config: Path | None, state: Path | None, *, create: bool = False) -> tuple[Engine, Path, str]:
+    """The ledger's database, its state directory and currency, for commands that read or write it."""
+    from proxy.database import open_database
+    from proxy.readable import READABLE_ERRORS
+
+    path = config_path(config)
+    directory, database, currency = state or Path("tidegate-data"), None, ""
+    if path is not None and state is None:
+        loaded = load(path)
+        directory, database, currency = loaded.state, loaded.database, loaded.ledger_currency
+    if not create and database is None and not (directory / "tidegate.db").exists():
+        fail(
+            f"there is no ledger in {directory}: name its configuration (--config) or its directory (--state)"
+        )
+    try:
+        return open_database(database or directory, check=False), directory, currency
+    except READABLE_ERRORS as error:
+        fail(str(error))
