@@ -73,7 +73,9 @@ def answer_body(prompt: int = 7, completion: int = 5) -> bytes:
         {
             "id": "c1",
             "object": "chat.completion",
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": "hello"}}],
+            "choices": [
+                {"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"}
+            ],
             "usage": {
                 "prompt_tokens": prompt,
                 "total_tokens": prompt + completion,

@@ -389,6 +389,41 @@ def test_tokens_of_a_failed_attempt_are_overhead_and_not_billed() -> None:
     world.check()
 
 
+ABORTED_EVENT = event("", completion=4).replace(b'"finish_reason":null', b'"finish_reason":"abort"')
+
+
+def test_a_stream_that_the_engine_aborts_is_no_complete_answer() -> None:
+    """A vLLM that stops says `finish_reason: abort`, then usage and `[DONE]`, as if all were well."""
+    assert b"abort" in ABORTED_EVENT
+    world = World("a", "b")
+    exchange = world.start()
+    connection = world.relaying(exchange, "a")
+    connection.data_received(chunked(ABORTED_EVENT, usage_event(7, 4), DONE) + LAST_CHUNK)
+    found = read(exchange)
+    assert found.errors == ["backend_error"]
+    assert not found.done
+    assert (exchange.row.outcome, exchange.row.completion_tokens) == ("cut", 4)
+    assert outcomes(world, "a") == (0, 1, 0)
+    world.check()
+
+
+def test_a_whole_answer_that_the_engine_aborted_is_tried_elsewhere() -> None:
+    world = World("a", "b")
+    exchange = world.start(stream=False)
+    aborted = answer_body(7, 3).replace(b'"finish_reason":"stop"', b'"finish_reason":"abort"')
+    assert b"abort" in aborted
+    world.answers(exchange, "a").data_received(whole(200, aborted))
+    world.answers(exchange, "b").data_received(whole(200, answer_body(7, 5)))
+    row = exchange.row
+    assert (row.outcome, row.backend, row.completion_tokens, row.overhead_completion_tokens) == (
+        "ok",
+        "b",
+        5,
+        3,
+    )
+    world.check()
+
+
 def test_attempts_are_limited() -> None:
     world = World("a", "b", "c", "d", retries={"attempts": 3})
     exchange = world.start()
