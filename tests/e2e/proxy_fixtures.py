@@ -21,6 +21,7 @@ from proxy.database import open_database
 from proxy.records import Row
 from proxy.serve import Service
 from tests.e2e.backends import Backend
+from tests.e2e.tidegate_process import COMMAND
 from tests.patience import PATIENCE
 
 T = TypeVar("T")
@@ -34,6 +35,16 @@ async def eventually(condition: Callable[[], T], within_s: float = 10.0) -> T:
         while not (found := condition()):  # noqa: ASYNC110 - sockets have no event to wait for
             await asyncio.sleep(0.005)
     return found
+
+
+async def command(*arguments: str) -> tuple[int, str, str]:
+    """Run `tidegate` with these arguments. -> (exit status, what it printed, what it complained of)."""
+    process = await asyncio.create_subprocess_exec(
+        COMMAND, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, complaint = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), complaint.decode()
 
 
 def chat_body(**fields: Any) -> bytes:
