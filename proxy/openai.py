@@ -4,6 +4,9 @@ The body is parsed whole, since smuggling hides in what is skipped, and checked 
 depends on it; everything else is the engine's to judge. Two parsers may disagree on duplicate keys, so those are
 refused. What goes on is the client's own bytes with our fields spliced in, or, where fields must be taken out or
 replaced, the parsed document written anew.
+
+The fast parser keeps the last of duplicate keys and makes floats of integers beyond 64 bits. What it writes differs
+from what it read then, so only a body that it would write otherwise is read a second time, by the exact one.
 """
 
 from __future__ import annotations
@@ -57,12 +60,15 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
     """
     try:
         document = orjson.loads(raw)
+        canonical = orjson.dumps(document) == raw
     except orjson.JSONDecodeError as error:
         raise RequestError("invalid_json", f"the body is not valid JSON: {error}") from None
+    except orjson.JSONEncodeError:
+        raise RequestError("invalid_json", "the body is nested too deeply") from None
     if type(document) is not dict:
         raise RequestError("invalid_json", "the body must be a JSON object")
-    if orjson.dumps(document) != raw:
-        _refuse_duplicates(raw)
+    if not canonical:
+        document = _read_exactly(raw)
     model = document.get("model")
     if type(model) is not str or not model:
         if model is None:
@@ -84,14 +90,20 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
     return body
 
 
-def _refuse_duplicates(raw: bytes) -> None:
-    """Duplicate keys survive in no canonical form, so only bodies that are not in it come here."""
+def _read_exactly(raw: bytes) -> dict[str, Any]:
+    """The object in `raw`, its integers as they are. Raises RequestError for duplicate keys at any depth."""
     try:
-        json.loads(raw, object_pairs_hook=_unique)
-    except RequestError:
-        raise
+        document: dict[str, Any] = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise RequestError("invalid_json", f"the body is not valid JSON: {error}") from None
+    return document
+
+
+def _write(document: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(document)
+    except orjson.JSONEncodeError:  # an integer beyond 64 bits
+        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -183,9 +195,7 @@ def _refuse_media_urls(messages: Any) -> None:
         return
     for number, message in enumerate(messages):
         content = message.get("content") if type(message) is dict else None
-        if type(content) is not list:
-            continue
-        for part_number, part in enumerate(content):
+        for part_number, part in enumerate(content if type(content) is list else [content]):
             if _has_remote_url(part, 0):
                 where = f"messages[{number}].content[{part_number}]"
                 raise RequestError("media_url", "media must be sent inline as a data: URL", where)
@@ -226,10 +236,12 @@ def body_for_backend(body: RequestBody, *, model: str, continuous: bool, cache_s
             options["include_usage"] = True
             if continuous:
                 options["continuous_usage_stats"] = True
+            else:
+                options.pop("continuous_usage_stats", None)
             document["stream_options"] = options
         if cache_salt:
             document["cache_salt"] = cache_salt
-        return orjson.dumps(document)
+        return _write(document)
     raw = body.raw
     if not body.stream and not cache_salt:
         return raw
