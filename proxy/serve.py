@@ -19,7 +19,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ log = logging.getLogger("tidegate")
 SWEEP_S = 0.25
 KEYS_S = 0.5
 """How often the keys are looked at: a revoked one is refused within this time."""
+FLUSH_S = 1.0
+"""At least so long, when the proxy stops, clients may take to read the ends of their answers."""
 BACKLOG = 2048
 NEXT_START = ("listen", "admin", "state", "database", "log", "recent", "seed", "probing", "retries")
 """What a reload does not change."""
@@ -214,16 +216,14 @@ class Service:
             if client.idle and client.transport is not None:
                 client.transport.close()
         deadline = runtime.now() + runtime.config.timeouts.drain
-        while (runtime.exchanges or runtime.held) and runtime.now() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
+        clients = runtime.clients
+        await self._while(
+            lambda: runtime.exchanges or runtime.held or any(client.receiving for client in clients), deadline
+        )
         for exchange in [*runtime.exchanges, *runtime.held.values()]:
             exchange.stop()
-        for _ in range(50):
-            if not any(
-                client.transport and client.transport.get_write_buffer_size() for client in runtime.clients
-            ):
-                break
-            await asyncio.sleep(0.02)
+        deadline = max(deadline, runtime.now() + FLUSH_S)
+        await self._while(lambda: any(client.unsent for client in clients), deadline)
         if self._prober is not None:
             await self._prober.close()
         await runtime.tasks.cancel_all()
@@ -238,6 +238,11 @@ class Service:
         if runtime.observer.log is not None:
             runtime.observer.log.close()
         (self.state / "ports.json").unlink(missing_ok=True)
+
+    async def _while(self, condition: Callable[[], object], deadline: float) -> None:
+        """Return when the condition is false, or the time is over."""
+        while condition() and self.runtime.now() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
 
     # Reloading
 

@@ -286,8 +286,7 @@ class ClientConnection(asyncio.Protocol):
         self._forget()
         if transport is None or transport.is_closing():
             return
-        unread = transport.get_write_buffer_size() > 0
-        patience = self.runtime.config.timeouts.client_write if unread else LINGER_S
+        patience = self.runtime.config.timeouts.client_write if self.unsent else LINGER_S
         self.deadline = self.runtime.now() + patience
         if transport.can_write_eof():
             transport.write_eof()
@@ -348,6 +347,16 @@ class ClientConnection(asyncio.Protocol):
         """Between two requests."""
         return self.exchange is None and self.head is None and self.partial is None and not self.lingering
 
+    @property
+    def receiving(self) -> bool:
+        """Amid a request that is not complete yet."""
+        return (self.head is not None or self.partial is not None) and not self.lingering
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the client has not taken yet."""
+        return 0 if self.transport is None else self.transport.get_write_buffer_size()
+
     def sweep(self, now: float) -> None:
         """Look at the deadline; called a few times a second."""
         if now < self.deadline or self.transport is None:
@@ -359,7 +368,7 @@ class ClientConnection(asyncio.Protocol):
             self._reject(RequestError("request_timeout", "the body took too long"))
         elif self.partial is not None:
             self._reject(RequestError("request_timeout", "the request head took too long"))
-        elif self.transport.get_write_buffer_size():
+        elif self.unsent:
             self.transport.abort()  # closing would wait for a client that reads nothing
         else:
             self.transport.close()
