@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -16,11 +17,20 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from policies.units import BadValueError, Duration, Size
-from policies.yamlfile import FileModel, read_yaml
+from policies.yamlfile import FileModel, FileProblems, Problem, read_yaml
+from proxy import prices
+from proxy.http1 import NEVER_FORWARDED
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-METADATA_HOSTS = frozenset({"169.254.169.254", "fd00:ec2::254", "metadata.google.internal", "metadata"})
-"""Cloud metadata services: never a backend, whoever asks."""
+_NOT_IN_URLS = re.compile(r"""[^!-~]|["<>\\^`{|}]""")
+METADATA_NAMES = frozenset(
+    {"metadata.google.internal", "metadata", "metadata.tencentyun.com", "instance-data"}
+)
+METADATA_ADDRESSES = frozenset(
+    ipaddress.ip_address(address)
+    for address in ("100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")
+)
+"""Cloud metadata services besides the link-local ones: never a backend, whoever asks."""
 
 
 def _check_name(value: str) -> str:
@@ -35,24 +45,36 @@ def _check_url(value: str) -> str:
         port = parts.port
     except ValueError:
         raise BadValueError(f"not a URL: '{value[:80]}'") from None
+    if _NOT_IN_URLS.search(value):
+        raise BadValueError(f"a URL holds printable ASCII only, without blanks and quotes: '{value[:80]}'")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise BadValueError(f"a URL begins with http:// or https:// and names a host, got '{value[:80]}'")
-    if parts.username is not None or parts.query or parts.fragment:
+    if parts.username is not None or "?" in value or "#" in value:
         raise BadValueError("a backend's URL has no user, query or fragment; keys go into api_key_env")
     if port == 0:
         raise BadValueError("port 0 cannot be connected to")
-    if parts.hostname.lower() in METADATA_HOSTS or _is_link_local(parts.hostname):
+    if _is_metadata(parts.hostname):
         raise BadValueError(f"{parts.hostname} is a metadata or link-local address, never a backend")
-    return value.rstrip("/")
+    value = parts.scheme + value[len(parts.scheme) :].rstrip("/")
+    if value.endswith("/v1"):
+        raise BadValueError(
+            "a backend's URL goes without /v1: requests bring it along", value.removesuffix("/v1")
+        )
+    return value
 
 
-def _is_link_local(host: str) -> bool:
+def _is_metadata(host: str) -> bool:
+    """Whether a host is a metadata service, however its address is written."""
+    name = host.rstrip(".").lower()
     try:
-        address = ipaddress.ip_address(host)
+        address = ipaddress.ip_address(name)
     except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_link_local
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(name))  # 0xa9fea9fe, 169.254.43518 and the like
+        except (OSError, UnicodeError):
+            return name in METADATA_NAMES
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_link_local or address in METADATA_ADDRESSES
 
 
 def _check_address(value: str) -> str:
@@ -67,7 +89,7 @@ def _check_address(value: str) -> str:
 def split_address(value: str) -> tuple[str, int]:
     """`127.0.0.1:8080` or `[::1]:8080` -> host and port. BadValueError otherwise."""
     host, colon, port = value.rpartition(":")
-    if not colon or not port.isdigit():
+    if not colon or not port.isascii() or not port.isdigit():
         raise BadValueError(f"an address is HOST:PORT, got '{value[:60]}'")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
@@ -82,28 +104,10 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-OWN_FIELDS = frozenset(
-    (
-        *(
-            "authorization",
-            "connection",
-            "content-encoding",
-            "content-length",
-            "expect",
-            "host",
-            "keep-alive",
-        ),
-        *("proxy-authorization", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
-        *("x-api-key", "x-request-id", "x-session-id"),
-    )
-)
-"""Request fields that frame a message, or that the proxy answers for: never passed on as they are."""
-
-
 def _check_forwarded(value: str) -> str:
     if re.fullmatch(r"[!#$%&'*+.^`|~0-9A-Za-z-]{1,64}", value) is None:
         raise BadValueError(f"not the name of a header field: '{value[:40]}'")
-    if value.lower() in OWN_FIELDS:
+    if value.lower().encode() in NEVER_FORWARDED:
         raise BadValueError(f"{value} is the proxy's own business and cannot be passed on")
     return value
 
@@ -126,6 +130,15 @@ class Price(FileModel):
         None, description="Price of a million prompt tokens served from a prefix cache. Default: as `input`."
     )
     currency: str = Field("USD", description="ISO code. All prices of one configuration share one currency.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Price:
+        try:
+            prices.Price.parse(self.input, self.output, self.currency, self.cached_input)
+        except ValueError as error:
+            name, _, message = str(error).partition(": ")
+            raise BadValueError(message, at=(name,)) from None
+        return self
 
 
 class Tls(FileModel):
@@ -155,7 +168,7 @@ class BackendConfig(FileModel):
         description="Requests it serves at once inside its SLA. Default: what the engine reports, else 32.",
     )
     weight: float = Field(1.0, ge=0, description="Share of traffic for the policies that use weights.")
-    models: Literal["auto"] | list[str] = Field(
+    models: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
         "auto", description="Models it serves: `auto` asks it, a list limits it to those."
     )
     engine: Literal["vllm", "openai"] = Field(
@@ -204,6 +217,16 @@ class SiteConfig(FileModel):
         description="Data classes it may see. Default: `[public]`; the site `local` may see all.",
     )
     labels: dict[str, str] = Field(default_factory=dict, description="Marks of every backend there.")
+
+    @model_validator(mode="after")
+    def _check(self) -> SiteConfig:
+        if self.location is not None:
+            latitude, longitude = self.location
+            if not (-90 <= latitude <= 90 and -180 <= longitude <= 180):
+                raise BadValueError(
+                    "latitude lies between -90 and 90, longitude between -180 and 180", at=("location",)
+                )
+        return self
 
 
 class Timeouts(FileModel):
@@ -341,8 +364,12 @@ def load_config(path: Path) -> Config:
 
     Relative paths in it are relative to its folder.
     """
-    config = read_yaml(path.read_text(encoding="utf-8"), str(path), Config)
-    return _resolve(config, path.resolve().parent)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise FileProblems(str(path), [Problem(line, 1, "", "the file is not UTF-8 text")]) from None
+    return _resolve(read_yaml(text, str(path), Config), path.resolve().parent)
 
 
 def _resolve(config: Config, base: Path) -> Config:
@@ -405,8 +432,10 @@ def backend_key(backend: BackendConfig) -> str | None:
     elif backend.api_key_file is not None:
         try:
             value = backend.api_key_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise BadValueError(f"backend {backend.name}: {error}") from None
+        if not value:
+            raise BadValueError(f"backend {backend.name}: {backend.api_key_file} is empty")
     else:
         return None
     if not value.isascii() or not value.isprintable() or " " in value:
