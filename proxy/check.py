@@ -53,7 +53,7 @@ def check_file(file: Path, config_path: Path | None) -> Report:
         compiled = read_policy(text, str(file), known)
     except FileProblems as error:
         return Report(str(file), kind, False, str(error), error.problems)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not readable, not UTF-8, or no such policy in the library
         return Report(str(file), kind, False, f"{file}: {error}")
     warnings = "".join(f"warning: {file}:{w.line}:{w.column}: {w.message}\n" for w in compiled.warnings)
     return Report(str(file), kind, True, warnings + explain_policy(compiled).rstrip(), [], compiled.warnings)

@@ -227,7 +227,11 @@ def export(
     from rich.console import Console
     from rich.progress import Progress
 
-    with output.open("wb") as file, Progress(console=Console(stderr=True)) as bar:
+    try:
+        target = output.open("wb")
+    except OSError as error:
+        fail(f"{output}: {error.strerror}")
+    with target as file, Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("exporting", total=None)
         rows = reports.export(
             engine,

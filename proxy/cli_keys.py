@@ -152,11 +152,13 @@ def keys_revoke(
 
     Example: tidegate keys revoke 7Hq2mXw0Ab
     """
-    from proxy.access.keys import UnknownKeyError, revoke_key
+    from proxy.access.keys import KeyFieldError, UnknownKeyError, revoke_key
 
     engine, _, _ = open_ledger(config, state)
+    if key_id.startswith("tg_"):
+        key_id = key_id.split("_")[1]  # the whole key was pasted
     try:
         fresh = revoke_key(engine, key_id)
-    except UnknownKeyError as error:
+    except (KeyFieldError, UnknownKeyError) as error:
         fail(str(error))
     typer.echo(f"key {key_id} is revoked" if fresh else f"key {key_id} was revoked before")

@@ -63,6 +63,8 @@ async def ride(fleet: Fleet, settings: DemoSettings, tasks: Tasks) -> str:
 
 
 async def _sample(session: aiohttp.ClientSession, fleet: Fleet, view: View) -> None:
+    import aiohttp
+
     try:
         async with session.get(f"{fleet.admin}/state") as response:
             view.sample(await response.json())

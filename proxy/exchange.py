@@ -14,6 +14,7 @@ complete.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
 from enum import StrEnum
@@ -27,8 +28,8 @@ from probes.passive import AttemptError, backoff_s, outcome_of
 from proxy import records
 from proxy.access.keys import Key
 from proxy.access.limits import Refusal, Reservation
-from proxy.answers import error_answer
-from proxy.errors import RequestError, error_event
+from proxy.answers import answer, error_answer
+from proxy.errors import REASON_PHRASES, RequestError, error_event
 from proxy.http1 import LAST_CHUNK, RequestHead, ResponseHead, chunk
 from proxy.meter import ABORTED, Meter
 from proxy.openai import RequestBody, body_for_backend, read_body
@@ -44,6 +45,13 @@ log = logging.getLogger("tidegate")
 WHOLE_ANSWER_BYTES: Final = 1024 * 1024
 """Answers that are not streams are kept until they are complete, so that a broken one can be tried elsewhere;
 beyond this size they are passed on as they come."""
+
+OUR_SHORTAGE: Final = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
+)
+"""Why no connection can be had that says nothing about a backend."""
+
+TAIL_BYTES: Final = 8192
 
 PREFIX_BLOCK_BYTES: Final = 2048
 PREFIX_BLOCKS: Final = 512
@@ -122,6 +130,8 @@ class Exchange:
     parts: list[bytes]
     """Set with the head of each answer."""
     parts_bytes = 0
+    tail = b""
+    """End of an answer that is passed on as it comes: where its usage stands."""
     last_error: tuple[ResponseHead, bytes, Backend] | None = None
     """A complete error answer, for the client if no other backend does better."""
     # The client's side
@@ -160,7 +170,8 @@ class Exchange:
         self.state = to
 
     def _new_meter(self) -> Meter:
-        return Meter(1 if self.body_read is None else self.body_read.choices)
+        body = self.body_read
+        return Meter() if body is None else Meter(body.choices, body.prompts)
 
     # Deciding
 
@@ -174,7 +185,7 @@ class Exchange:
             return
         except Exception:
             log.exception("request %s could not be read", self.id)
-            self.refuse(RequestError("internal", "an error of the proxy's own"))
+            self.fail()
             return
         runtime = self.runtime
         runtime.retry_budget.deposit(self.arrived)
@@ -260,11 +271,13 @@ class Exchange:
         key = self.key
         if key is None:
             return
-        runtime = self.runtime
+        runtime, body = self.runtime, self.body_read
+        answer = body.reserved_tokens if body is not None and facts.expected_tokens else 0
         cost = 0
         if key.budget_nano is not None:
-            cost = runtime.estimate_cost(facts)
-        reservation = runtime.limits.admit(key, facts.tokens, cost, self.arrived, facts.wall)
+            cost = runtime.estimate_cost(facts, answer)
+        tokens = facts.prompt_tokens + answer
+        reservation = runtime.limits.admit(key, tokens, cost, self.arrived, facts.wall)
         if isinstance(reservation, Refusal):
             raise RequestError(reservation.code, reservation.message, retry_after_s=reservation.retry_after_s)
         self.reservation = reservation
@@ -360,6 +373,11 @@ class Exchange:
             connection = await endpoint.connect(self.runtime.config.timeouts.connect)
         except OSError as error:
             self.connecting = None
+            if error.errno in OUR_SHORTAGE:
+                self._release(Outcome.IGNORED)
+                reason = f"the proxy cannot connect: {os_reason(error)}"
+                self.refuse(RequestError("overloaded", reason, retry_after_s=1.0))
+                return
             kind = AttemptError.TLS if type(error).__module__ == "ssl" else AttemptError.CONNECT
             reason = "timed out" if isinstance(error, TimeoutError) else os_reason(error)
             self._attempt_failed(kind, f"cannot connect to {endpoint.name}: {reason}")
@@ -385,7 +403,7 @@ class Exchange:
                 cache_salt=salt if self.endpoint in ("chat", "completions") else "",
             )
             request = endpoint.request(
-                b"POST", self.runtime.targets[self.endpoint], head.forward, body, self.id.encode("ascii")
+                b"POST", self.runtime.targets[self.endpoint], head.forward, body, self.row.op.encode("ascii")
             )
         else:
             request = self.runtime.forward_request(endpoint, head, self.raw_body or b"", self.id)
@@ -402,7 +420,7 @@ class Exchange:
         if 200 <= head.status < 300:
             if head.content_encoding not in (b"", b"identity"):
                 self.mode = _RAW
-            elif head.content_type.startswith(b"text/event-stream"):
+            elif head.content_type[:17].lower() == b"text/event-stream":
                 self.mode = _EVENTS
                 self.reader = EventReader()
 
@@ -451,6 +469,9 @@ class Exchange:
                 )
             out = b"".join(pieces)
             if not self.committed:
+                if meter.client_fault:
+                    self._answer_client_fault(event.data or b"{}")
+                    return
                 if meter.failed and not any(pieces[:-1]):
                     self._attempt_failed(
                         AttemptError.ERROR_EVENT, "the backend answered with an error event", out
@@ -477,6 +498,8 @@ class Exchange:
         assert reply is not None
         if meter.failed:
             self.client.write(out + LAST_CHUNK if self.chunked else out)
+            if meter.client_fault:
+                self._release(Outcome.IGNORED)  # the engine did what it should
             self._finish_cut("backend_error", AttemptError.ERROR_EVENT, keep_alive=False)
         elif not meter.done and (reply.until_close or reader.unfinished):
             if out:
@@ -495,10 +518,24 @@ class Exchange:
         self._release(Outcome.OK)
         self._end(records.OK, 200, keep_alive=self.chunked)
 
+    def _answer_client_fault(self, body: bytes) -> None:
+        """vLLM finds some faults of a request only when it has said 200: an event with the error it would have
+        answered. Nothing has reached the client yet, so it gets that answer."""
+        status = self.meter.client_fault if self.meter.client_fault in REASON_PHRASES else 400
+        self._drop_connection()
+        fields = b"x-request-id: %b\r\n" % self.id.encode("ascii")
+        keep_alive = self._keeps_alive()
+        self.client.write(
+            answer(status, body, fields=fields, keep_alive=keep_alive, version=self.request.version)
+        )
+        self._release(Outcome.IGNORED)
+        self._end(records.CLIENT_ERROR, status, keep_alive=keep_alive)
+
     def _relay_raw(self, payload: bytes, done: bool) -> None:
         reply = self.reply
         assert reply is not None
         out = b""
+        self.tail = (self.tail + payload)[-TAIL_BYTES:]
         chunked = reply.content_length is None and self.chunked and self.request.method != b"HEAD"
         if not self.committed:
             if chunked:
@@ -516,6 +553,8 @@ class Exchange:
         if out:
             self.client.write(out)
         if done:
+            if 200 <= reply.status < 300 and self.body_read is not None:
+                self.meter.body(self.tail)
             self._release(outcome_of(reply.status))
             self._end(records.OK, reply.status, keep_alive=chunked or reply.content_length is not None)
 
@@ -703,6 +742,12 @@ class Exchange:
         )
         self._end(outcome, status, keep_alive=True)
 
+    def fail(self) -> None:
+        """A bug of ours, before anything was answered."""
+        self._drop_connection()
+        self._release(Outcome.IGNORED)
+        self.refuse(RequestError("internal", "an error of the proxy's own"))
+
     # Events from outside
 
     def client_gone(self) -> None:
@@ -766,6 +811,15 @@ class Exchange:
                 self.runtime.journal.progress(
                     self.row.op, self.row.backend, meter.prompt, meter.cached, meter.completion
                 )
+            elif not meter.reported and meter.text_bytes and self.facts is not None:
+                self.runtime.journal.progress(
+                    self.row.op,
+                    self.row.backend,
+                    self.facts.prompt_tokens,
+                    0,
+                    meter.estimate_completion(),
+                    "estimated",
+                )
         elif now - self.arrived > timeouts.total:
             self._drop_connection()
             self._release(Outcome.IGNORED)
@@ -778,7 +832,7 @@ class Exchange:
             elif now - self.quiet_since > timeouts.answer:
                 # It may have been at work all the time: once more elsewhere would cost as much again.
                 self._drop_connection()
-                self._release(Outcome.FAILED)
+                self._release(Outcome.IGNORED)
                 self.refuse(RequestError("backend_timeout", f"no answer within {timeouts.answer:g} s"))
 
     # Ending

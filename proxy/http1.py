@@ -437,10 +437,12 @@ class ResponseHead:
 _find_response_fields: Final = _field_finder(
     b"content-length|transfer-encoding|connection|content-type|content-encoding|retry-after"
 )
-# `Connection` may name further fields; a response that does is re-read below.
+# What a client must not see: hop-by-hop fields (`Connection` may name further ones, see below), ours, and what
+# tells of a backend's operator or of the account there.
 _HOP_BY_HOP: Final = re.compile(
     rb"\n(?i:connection|keep-alive|proxy-connection|proxy-authenticate|te|trailer|transfer-encoding|upgrade|"
-    rb"content-length|x-request-id|x-tidegate-[a-z-]++|x-ratelimit-[a-z-]++):[^\r]*+\r"
+    rb"content-length|x-request-id|x-tidegate-[a-z-]++|x-ratelimit-[a-z-]++|"
+    rb"set-cookie|server|via|alt-svc|openai-organization|openai-project|cf-[a-z-]++):[^\r]*+\r"
 )
 _RESPONSE_LIMITS: Final = HeadLimits(head_bytes=65536, target_bytes=65536, fields=65536)
 """Bytes alone limit a backend's head."""

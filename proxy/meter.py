@@ -49,11 +49,26 @@ BYTES_PER_TOKEN: Final = 4
 class Meter:
     """The tokens of one attempt."""
 
-    __slots__ = ("_by_choice", "cached", "completion", "done", "failed", "prompt", "reported", "text_bytes")
+    __slots__ = (
+        "_by_choice",
+        "_by_prompt",
+        "_per_prompt",
+        "cached",
+        "client_fault",
+        "completion",
+        "done",
+        "failed",
+        "prompt",
+        "reported",
+        "text_bytes",
+    )
 
-    def __init__(self, choices: int = 1) -> None:
-        self._by_choice: dict[bytes, int] | None = {} if choices > 1 else None
+    def __init__(self, choices: int = 1, prompts: int = 1) -> None:
+        """`choices`: over all prompts; a request for completions may bring several."""
+        self._by_choice: dict[int, int] | None = {} if choices > 1 else None
         """Completion tokens by index of the choice, where there are several."""
+        self._by_prompt: dict[int, int] | None = {} if prompts > 1 else None
+        self._per_prompt = max(choices // prompts, 1)
         self.prompt = 0
         self.cached = 0
         self.completion = 0
@@ -65,6 +80,8 @@ class Meter:
         """`[DONE]` was seen."""
         self.failed = False
         """The backend sent an error event."""
+        self.client_fault = 0
+        """Its status if it was the client's own (400 to 499)."""
 
     @property
     def usage(self) -> tuple[int, int, int]:
@@ -95,14 +112,13 @@ class Meter:
         """Usage in vLLM's compact form; `event`: the event it stands in, where running usage may be a part."""
         prompt, completion, details, _ = match.groups()
         self.reported = True
-        if (tokens := int(prompt)) > self.prompt:
-            self.prompt = tokens
-        if completion is not None:
-            tokens = int(completion)
-            if event and self._by_choice is not None:
-                tokens = self._sum_of_choices(event, tokens)
-            if tokens > self.completion:
-                self.completion = tokens
+        prompt_tokens, tokens = int(prompt), int(completion or 0)
+        if event and self._by_choice is not None:
+            prompt_tokens, tokens = self._sums(event, prompt_tokens, tokens)
+        if prompt_tokens > self.prompt:
+            self.prompt = prompt_tokens
+        if tokens > self.completion:
+            self.completion = tokens
         if (
             len(details) >= _SHORTEST_CACHED
             and (cached := _CACHED.search(details)) is not None
@@ -120,8 +136,12 @@ class Meter:
             answer = orjson.loads(body)
         except orjson.JSONDecodeError:
             return
-        if isinstance(answer, dict) and (usage := answer.get("usage")) is not None:
+        if not isinstance(answer, dict):
+            return
+        if (usage := answer.get("usage")) is not None:
             self.take(usage)
+        else:
+            self.text_bytes += _text_bytes(answer.get("choices"))
 
     def event(self, event: Event, *, include_usage: bool, every_event: bool) -> bytes:
         """Read one event of a stream. -> the bytes for the client; empty: the event is not for it.
@@ -162,8 +182,11 @@ class Meter:
             return event.raw
         if not isinstance(document, dict):
             return event.raw
-        if document.get("error") is not None:
+        if (error := document.get("error")) is not None:
             self.failed = True
+            code = error.get("code") if isinstance(error, dict) else None
+            if type(code) is int and 400 <= code < 500:
+                self.client_fault = code
         choices = document.get("choices")
         if "usage" not in document:
             if not self.reported:
@@ -176,9 +199,10 @@ class Meter:
                 self.text_bytes += _text_bytes(choices)
         else:
             if self._by_choice is not None and isinstance(usage, dict):
-                tokens = usage.get("completion_tokens")
-                if type(tokens) is int:
-                    usage = {**usage, "completion_tokens": self._sum_of_choices(data, tokens)}
+                prompt, tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+                if type(prompt) is int and type(tokens) is int:
+                    prompt, tokens = self._sums(data, prompt, tokens)
+                    usage = {**usage, "prompt_tokens": prompt, "completion_tokens": tokens}
             self.take(usage)
         if every_event or (include_usage and (choices == [] or usage is None)):
             return event.raw
@@ -188,14 +212,19 @@ class Meter:
         name = b"event: %b\n" % event.name if event.name else b""
         return b"%bdata: %b\n\n" % (name, orjson.dumps(document))
 
-    def _sum_of_choices(self, data: bytes, tokens: int) -> int:
-        """Tokens of all choices, when this event reports `tokens`."""
+    def _sums(self, data: bytes, prompt: int, completion: int) -> tuple[int, int]:
+        """Tokens over all prompts and choices, when this event reports those of its own."""
         assert self._by_choice is not None
         match = _CHOICE_INDEX.search(data)
         if match is None:
-            return tokens  # the last event, with the sum
-        self._by_choice[match[1]] = max(self._by_choice.get(match[1], 0), tokens)
-        return sum(self._by_choice.values())
+            return prompt, completion  # the last event, with the sums
+        index = int(match[1])
+        self._by_choice[index] = max(self._by_choice.get(index, 0), completion)
+        if self._by_prompt is not None:
+            number = index // self._per_prompt
+            self._by_prompt[number] = max(self._by_prompt.get(number, 0), prompt)
+            prompt = sum(self._by_prompt.values())
+        return prompt, sum(self._by_choice.values())
 
     def estimate_completion(self) -> int:
         """Tokens of the answer for a backend that reports nothing, from the bytes of its text."""

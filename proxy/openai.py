@@ -23,6 +23,9 @@ from proxy.meter import BYTES_PER_TOKEN
 ENGINE_FIELDS: Final = frozenset(("cache_salt", "priority", "kv_transfer_params", "vllm_xargs"))
 """Fields by which a client could reach into the engine: other tenants' cache, the queue, other hosts. Removed."""
 
+LONGEST_MODEL_NAME: Final = 256
+"""Characters: what a client invents is kept in rows and records."""
+
 DEFAULT_EXPECTED_TOKENS: Final = 256
 """Assumed length of an answer when the client gives no limit below it, tokens."""
 
@@ -39,7 +42,9 @@ class RequestBody:
     """The client asked for the usage at the end of the stream."""
     every_event: bool = False
     """The client asked for running usage in every event."""
+    prompts: int = 1
     choices: int = 1
+    """Over all prompts."""
     max_tokens: int = 0
     prompt_tokens: int = 0
     session: str = ""
@@ -51,6 +56,12 @@ class RequestBody:
         """Forecast of the answer's length over all choices, tokens."""
         length = self.max_tokens or DEFAULT_EXPECTED_TOKENS
         return min(length, DEFAULT_EXPECTED_TOKENS) * self.choices
+
+    @property
+    def reserved_tokens(self) -> int:
+        """What a key's limits set aside for the answer: the longest the client allows, over all choices; the
+        forecast where it sets no limit."""
+        return (self.max_tokens or DEFAULT_EXPECTED_TOKENS) * self.choices
 
 
 def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> RequestBody:
@@ -74,6 +85,9 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
         if model is None:
             raise RequestError("missing_field", "you must provide a model parameter", "model")
         raise RequestError("invalid_value", "model must be a non-empty string", "model")
+    if len(model) > LONGEST_MODEL_NAME:
+        message = f"the name of a model has at most {LONGEST_MODEL_NAME} characters"
+        raise RequestError("invalid_value", message, "model")
     body = RequestBody(raw, document, model)
     if endpoint == "chat":
         _read_chat(body, document)
@@ -135,6 +149,8 @@ def _read_prompt(body: RequestBody, document: dict[str, Any]) -> None:
         raise RequestError("missing_field", "you must provide a prompt", "prompt")
     if prompt is not None and type(prompt) not in (str, list):
         raise RequestError("invalid_value", "prompt must be a string or a list", "prompt")
+    if type(prompt) is list and prompt and type(prompt[0]) is not int:
+        body.prompts = body.choices = len(prompt)
     if type(prompt) is list and prompt and type(prompt[0]) is int:
         body.prompt_tokens = len(prompt)
     elif type(prompt) is list and prompt and type(prompt[0]) is list:
@@ -166,7 +182,7 @@ def _read_generation(body: RequestBody, document: dict[str, Any]) -> None:
             body.every_event = body.include_usage and bool(options.get("continuous_usage_stats"))
         body.must_rewrite = True
     if not _COUNTS.isdisjoint(document):
-        body.choices = max(_count(document, "n", 1), _count(document, "best_of", 1))
+        body.choices = body.prompts * max(_count(document, "n", 1), _count(document, "best_of", 1))
         body.max_tokens = _count(document, "max_completion_tokens", 0) or _count(document, "max_tokens", 0)
     for name in ("prompt_cache_key", "user"):
         value = document.get(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from urllib.parse import unquote_to_bytes
 
 import orjson
 
-from policies.base import RequestFacts
+from policies.base import Outcome, RequestFacts
 from policies.retries import RetryBudget
 from policies.state import Fleet
 from policies.valve import Valve
@@ -32,6 +33,8 @@ from proxy.upstream import Endpoint
 if TYPE_CHECKING:
     from proxy.exchange import Exchange
     from proxy.server import ClientConnection
+
+log = logging.getLogger("tidegate")
 
 ROUTES: Final = {
     b"/v1/chat/completions": "chat",
@@ -107,6 +110,8 @@ class Runtime:
         """Those that have been sent to a backend."""
         self.held: dict[str, Exchange] = {}
         self.draining = False
+        self.most_clients = config.limits.connections
+        """Fewer than configured where the system allows fewer open files."""
         self.probes: Callable[[], Mapping[str, Any]] = dict
         """What the probes know, by backend, for `/state`."""
         self.fleet = Fleet(built.backends)
@@ -117,6 +122,8 @@ class Runtime:
         self._poll_again = False
         self._wake: asyncio.TimerHandle | None = None
         self._cache_salts: dict[str, str] = {}
+        self._breakers: dict[str, str] = {}
+        """State of each backend's circuit breaker, as last told in the log."""
         self.use(built)
 
     def use(self, built: Built) -> None:
@@ -245,12 +252,11 @@ class Runtime:
             salt = self._cache_salts[tenant] = self.salted(b"cache " + tenant.encode())
         return salt
 
-    def estimate_cost(self, facts: RequestFacts) -> int:
+    def estimate_cost(self, facts: RequestFacts, answer_tokens: int) -> int:
         """The most that a request may cost, nano-units: at the dearest backend of its model."""
-        tokens = facts.max_tokens or facts.expected_tokens
         return max(
             (
-                self.prices.cost(backend.name, facts.model, facts.prompt_tokens, 0, tokens)[0]
+                self.prices.cost(backend.name, facts.model, facts.prompt_tokens, 0, answer_tokens)[0]
                 for backend in self.fleet
                 if facts.model in backend.models
             ),
@@ -296,8 +302,15 @@ class Runtime:
                 self._poll_again = False
                 for routing in self.valve.poll(now):
                     exchange = self.held.pop(routing.request.id, None)
-                    if exchange is not None:
+                    if exchange is None:
+                        if routing.lease is not None:
+                            self.fleet.release(routing.lease, Outcome.IGNORED, now)
+                        continue
+                    try:
                         exchange.released(routing)
+                    except Exception:  # the others that were answered must hear of it all the same
+                        log.exception("%r could not go on", exchange)
+                        exchange.fail()
                 if not self._poll_again:
                     break
         finally:
@@ -322,11 +335,22 @@ class Runtime:
 
     def sweep(self, now: float) -> None:
         """Look at every deadline; called a few times a second."""
-        for exchange in list(self.exchanges):
-            exchange.sweep(now)
-        for client in list(self.clients):
-            client.sweep(now)
+        everybody: list[Exchange | ClientConnection] = [*self.exchanges, *self.clients]
+        for swept in everybody:
+            try:
+                swept.sweep(now)
+            except Exception:  # one that fails must not keep the others from their deadlines
+                log.exception("sweep of %r failed", swept)
         for endpoint in self.endpoints.values():
             endpoint.pool.sweep(now)
         self.fleet.refresh(now)
+        self._tell_breakers(now)
         self.poll(now)
+
+    def _tell_breakers(self, now: float) -> None:
+        """Say in the log when a circuit breaker moves: traffic changes its way without any probe failing."""
+        for backend in self.fleet:
+            state = backend.breaker.state(now)
+            if state != self._breakers.get(backend.name, "closed"):
+                log.warning("backend %s: circuit breaker is %s", backend.name, state)
+            self._breakers[backend.name] = state

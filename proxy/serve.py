@@ -53,6 +53,8 @@ KEYS_S = 0.5
 FLUSH_S = 1.0
 """At least so long, when the proxy stops, clients may take to read the ends of their answers."""
 BACKLOG = 2048
+OWN_FILES = 100
+"""Open files besides those of clients and backends: journal, ledger, log, probes, admin port."""
 NEXT_START = ("listen", "admin", "state", "database", "log", "recent", "seed", "probing", "retries")
 """What a reload does not change."""
 
@@ -130,6 +132,7 @@ class Service:
             salt=pepper[:16],
             forward_model=self._forward_model,
         )
+        runtime.most_clients = _most_clients(config.limits.connections)
         self._seen = self._fingerprint()
         if config.probing.enabled:
             await self._start_probes(built)
@@ -350,7 +353,6 @@ def serve(config: Config, path: Path | None, overrides: Mapping[str, Any] | None
     async def main() -> None:
         service = Service(config, path, overrides)
         service.handle_signals()
-        _raise_open_files(config)
         await service.start()
         # What lives as long as the process is not looked at again, and what a request leaves behind holds no
         # cycles: collecting every 700 allocations cost 7 % of the CPU.
@@ -363,19 +365,21 @@ def serve(config: Config, path: Path | None, overrides: Mapping[str, Any] | None
     uvloop.run(main())
 
 
-def _raise_open_files(config: Config) -> None:
-    """Use all file descriptors that the system allows; say so if they may not do."""
+def _most_clients(wanted: int) -> int:
+    """Client connections that the open files suffice for, after the limit was raised as far as it goes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    needed = 2 * config.limits.connections + 200
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        log.warning(
-            "%d open files are allowed, limits.connections (%d) may need %d: raise `ulimit -n` or lower it",
-            hard,
-            config.limits.connections,
-            needed,
-        )
+    if hard == resource.RLIM_INFINITY or hard >= 2 * wanted + OWN_FILES:
+        return wanted
+    possible = max((hard - OWN_FILES) // 2, 8)
+    log.warning(
+        "%d open files are allowed: %d client connections instead of %d; raise `ulimit -Hn`",
+        hard,
+        possible,
+        wanted,
+    )
+    return possible
 
 
 def _print_banner(service: Service) -> None:

@@ -79,7 +79,7 @@ class ClientConnection(asyncio.Protocol):
         runtime = self.runtime
         runtime.clients.add(self)
         self.deadline = runtime.now() + runtime.config.timeouts.idle
-        if len(runtime.clients) > runtime.config.limits.connections:
+        if len(runtime.clients) > runtime.most_clients:
             self._reject(RequestError("overloaded", "too many connections", retry_after_s=1.0))
 
     def data_received(self, data: bytes) -> None:

@@ -221,7 +221,14 @@ class BackendConnection(asyncio.Protocol):
         """The reply is complete: keep the connection, or close it."""
         self._receiver = None
         self._decoder = None
-        if clean and self._keep_alive and self.transport is not None and not self.transport.is_closing():
+        transport = self.transport
+        if (
+            clean
+            and self._keep_alive
+            and transport is not None
+            and not transport.is_closing()
+            and not transport.get_write_buffer_size()  # it answered without having read the whole request
+        ):
             self._state = _IDLE
             self.endpoint.pool.give(self)
         else:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import openai
 import pytest
 
 from proxy.http1 import ChunkedDecoder, parse_response_head
@@ -18,6 +15,7 @@ from proxy.meter import Meter
 from proxy.sse import EventReader
 from tests.conftest import SHARED
 from tests.proxy.http_bytes import pieces_of, random_pieces
+from tests.proxy.official_client import OfficialClient, official_client
 
 CAPTURES = SHARED / "vllm" / "captures"
 PATHS = ("/v1/chat/completions", "/v1/completions")
@@ -70,52 +68,22 @@ def relay(pieces: Sequence[bytes], meter: Meter, include_usage: bool, every_even
     )
 
 
-class Server(ThreadingHTTPServer):
-    """Answers everything with one stream."""
-
-    stream = b""
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
-        assert isinstance(self.server, Server)
-        self.send_response(200)
-        self.send_header("content-type", "text/event-stream")
-        self.send_header("content-length", str(len(self.server.stream)))
-        self.end_headers()
-        self.wfile.write(self.server.stream)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class Client:
-    """The official client, and a server that sends it what it shall read."""
-
-    def __init__(self, server: Server, client: openai.OpenAI) -> None:
-        self.server = server
-        self.client = client
-
-    def reads(self, path: str, stream: bytes) -> list[dict[str, Any]]:
-        """The chunks that it makes of a stream."""
-        self.server.stream = stream
-        if path == PATHS[0]:
-            chat = self.client.chat.completions.create(model="m", messages=[], stream=True)
-            return [chunk.model_dump() for chunk in chat]
-        texts = self.client.completions.create(model="m", prompt="", stream=True)
-        return [chunk.model_dump() for chunk in texts]
-
-
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with Server(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key="-") as official:
-            yield Client(server, official)
-        server.shutdown()
-        thread.join()
+def official() -> Iterator[OfficialClient]:
+    with official_client() as client:
+        yield client
+
+
+def as_read_by(official: OfficialClient, path: str, stream: bytes) -> list[dict[str, Any]]:
+    """The chunks that the client makes of a stream."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n" % len(stream)
+    client = official.reads(head + b"connection: close\r\n\r\n" + stream)
+    if path == PATHS[0]:
+        return [
+            chunk.model_dump()
+            for chunk in client.chat.completions.create(model="m", messages=[], stream=True)
+        ]
+    return [chunk.model_dump() for chunk in client.completions.create(model="m", prompt="", stream=True)]
 
 
 def test_there_are_streams_of_every_kind() -> None:
@@ -150,15 +118,15 @@ def test_any_pieces_give_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_the_client_reads_the_same_but_for_usage(name: str, client: Client) -> None:
+def test_the_client_reads_the_same_but_for_usage(name: str, official: OfficialClient) -> None:
     path, _ = request_of(STREAMS[name])
     stream = stream_of(STREAMS[name])
-    chunks = client.reads(path, stream)
+    chunks = as_read_by(official, path, stream)
     usages = [chunk["usage"] for chunk in chunks if chunk.get("usage")]
     last = [chunk for chunk in chunks if chunk["choices"]]
     for include_usage in (False, True):
         meter = Meter(choices_of(STREAMS[name]))
-        passed = client.reads(path, relay([stream], meter, include_usage, False))
+        passed = as_read_by(official, path, relay([stream], meter, include_usage, False))
         expected = [
             chunk if include_usage and not chunk["choices"] else {**chunk, "usage": None}
             for chunk in (chunks if include_usage else last)

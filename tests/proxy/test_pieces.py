@@ -102,7 +102,9 @@ class Client:
     @property
     def answers(self) -> bytes:
         """All that was written, without what differs from run to run; then how the connection ended."""
-        text = re.sub(rb"(?i)(x-request-id|x-tidegate-overhead-ms): [^\r]*\r\n", b"", self.transport.written)
+        text = re.sub(
+            rb"(?i)(x-request-id|x-tidegate-overhead-ms|date): [^\r]*\r\n", b"", self.transport.written
+        )
         return text + (b"(ended)" if self.transport.ended else b"(open)")
 
 
