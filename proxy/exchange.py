@@ -470,7 +470,7 @@ class Exchange:
             out = b"".join(pieces)
             if not self.committed:
                 if meter.client_fault:
-                    self._answer_client_fault(event.data or b"{}")
+                    self._answer_client_fault(meter.fault)
                     return
                 if meter.failed and not any(pieces[:-1]):
                     self._attempt_failed(

@@ -58,6 +58,7 @@ class Meter:
         "completion",
         "done",
         "failed",
+        "fault",
         "prompt",
         "reported",
         "text_bytes",
@@ -82,6 +83,8 @@ class Meter:
         """The backend sent an error event."""
         self.client_fault = 0
         """Its status if it was the client's own (400 to 499)."""
+        self.fault = b""
+        """What it said then."""
 
     @property
     def usage(self) -> tuple[int, int, int]:
@@ -186,7 +189,7 @@ class Meter:
             self.failed = True
             code = error.get("code") if isinstance(error, dict) else None
             if type(code) is int and 400 <= code < 500:
-                self.client_fault = code
+                self.client_fault, self.fault = code, data
         choices = document.get("choices")
         if "usage" not in document:
             if not self.reported:

@@ -10,6 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 
+import policies
 import proxy
 from proxy.answers import answer, error_answer
 from proxy.errors import (
@@ -22,6 +23,7 @@ from proxy.errors import (
     error_body,
     error_event,
 )
+from proxy.exchange import _GIVE_UP_CODES
 from proxy.sse import EventReader
 from tests.proxy.official_client import OfficialClient, official_client
 
@@ -82,11 +84,12 @@ def test_whose_fault_it_is() -> None:
 
 
 def test_every_code_that_is_used_exists() -> None:
-    used = set()
-    for file in Path(proxy.__file__).parent.rglob("*.py"):
-        used |= set(re.findall(r'(?:RequestError|error_event)\(\s*"([a-z_]+)"', file.read_text()))
+    used = set(_GIVE_UP_CODES.values())
+    for package in (proxy, policies):
+        for file in Path(package.__file__ or "").parent.rglob("*.py"):
+            used |= set(re.findall(r'(?:Error|Reject|Refusal|error_event)\(\s*"([a-z_]+)"', file.read_text()))
     assert used <= set(STATUS)
-    assert len(used) > 20
+    assert len(used) > 30
 
 
 def test_statuses_have_phrases() -> None:

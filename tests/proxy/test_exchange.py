@@ -182,6 +182,60 @@ def test_an_answer_too_large_to_keep_is_passed_on_as_it_comes() -> None:
     world.check()
 
 
+def test_an_answer_too_large_to_keep_is_metered_from_its_end() -> None:
+    world = World("a")
+    exchange = world.start(stream=False)
+    body = answer_body(7, 400).replace(b"hello", b"x" * (WHOLE_ANSWER_BYTES + 10))
+    world.answers(exchange, "a").data_received(whole(200, body))
+    row = exchange.row
+    assert read(exchange).body == body
+    assert (row.prompt_tokens, row.completion_tokens, row.usage_source) == (7, 400, "reported")
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_an_error_event_that_is_the_clients_own_fault_blames_no_backend(started: bool) -> None:
+    """vLLM says 200 first, and finds some faults of a request only then."""
+    world = World("a", "b")
+    exchange = world.start()
+    connection = world.answers(exchange, "a")
+    connection.data_received(STREAM_HEAD)
+    if started:
+        connection.data_received(chunked(event("x", completion=1)))
+    fault = error_event("too hot").replace(b'"code":500', b'"code":400')
+    connection.data_received(chunked(fault, DONE) + LAST_CHUNK)
+    found = read(exchange)
+    if started:
+        assert (found.errors, found.done) == ([400], False)
+    else:
+        assert (found.status, found.error["message"], exchange.row.outcome) == (
+            400,
+            "too hot",
+            "client_error",
+        )
+    assert exchange.row.attempts == 1
+    assert outcomes(world, "a") == (0, 0, 1)
+    world.check()
+
+
+def test_limits_set_aside_what_the_client_asks_for() -> None:
+    key = Key("k", "acme", tpm=1000)
+    world = World("a", key=key)
+    world.start(max_tokens=300, n=3)
+    found = read(world.start(max_tokens=300, n=3))
+    assert (found.status, found.error["code"]) == (429, "rate_limit_tokens")
+    assert read(world.start(max_tokens=2000)).status == 429
+
+
+def test_a_connection_with_unsent_bytes_of_a_request_is_not_used_again() -> None:
+    world = World("a")
+    exchange = world.start(stream=False)
+    connection = world.answers(exchange, "a")
+    transport_of(connection).unread = 10
+    connection.data_received(whole(400, b"{}"))
+    assert exchange.state is State.ENDED
+    assert len(world.endpoints["a"].pool) == 0
+
+
 def test_a_large_answer_that_breaks_off_never_looks_complete() -> None:
     world = World("a", "b")
     exchange = world.start(stream=False)

@@ -373,6 +373,22 @@ def test_choices_report_one_by_one_and_are_summed() -> None:
     assert meter.usage == (7, 0, 9)
 
 
+def test_prompts_report_one_by_one_and_are_summed() -> None:
+    meter = Meter(choices=4, prompts=2)
+    for index, tokens, usage in (
+        (0, 1, (7, 0, 1)),
+        (1, 2, (7, 0, 3)),
+        (2, 1, (14, 0, 4)),
+        (3, 5, (14, 0, 9)),
+    ):
+        document = {
+            "choices": [{"index": index, "text": "x"}],
+            "usage": {"prompt_tokens": 7, "total_tokens": 7 + tokens, "completion_tokens": tokens},
+        }
+        relay(compact(document).encode(), meter)
+        assert meter.usage == usage
+
+
 def test_an_estimate_where_nothing_is_reported() -> None:
     meter = Meter()
     relay(

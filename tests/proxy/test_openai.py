@@ -440,3 +440,18 @@ def test_any_body_is_read_or_refused(raw: bytes, endpoint: str) -> None:
         except RequestError:
             continue
         json.loads(body_for_backend(body, model="other", continuous=True, cache_salt="s"))
+
+
+def test_the_name_of_a_model_is_bounded() -> None:
+    document = {"model": "m" * 257, "messages": []}
+    with pytest.raises(RequestError) as caught:
+        read_body("chat", orjson.dumps(document))
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "model")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"), [("a", 1), (["a", "b"], 2), ([1, 2, 3], 1), ([[1, 2], [3]], 2)]
+)
+def test_each_prompt_of_a_list_has_choices_of_its_own(prompt: object, prompts: int) -> None:
+    body = read_body("completions", orjson.dumps({"model": "m", "prompt": prompt, "n": 3, "max_tokens": 10}))
+    assert (body.prompts, body.choices, body.reserved_tokens) == (prompts, 3 * prompts, 30 * prompts)
