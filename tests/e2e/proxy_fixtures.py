@@ -199,10 +199,10 @@ class Client:
 class Proxy:
     """A running proxy and what a test asks of it."""
 
-    def __init__(self, service: Service, state: Path, stack: AsyncExitStack) -> None:
+    def __init__(self, service: Service, state: Path) -> None:
         self.service = service
         self.state_folder = state
-        self._stack = stack
+        self._clients: list[Client] = []
 
     @property
     def runtime(self) -> Any:
@@ -234,7 +234,7 @@ class Proxy:
             await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
             reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
         client = Client(reader, writer)
-        self._stack.callback(client.reset)
+        self._clients.append(client)
         return client
 
     async def ask(self, request: bytes) -> Answer:
@@ -266,6 +266,11 @@ class Proxy:
         record = await eventually(lambda: self.runtime.observer.find(request_id))
         row: Row = record.row
         return row
+
+    def close(self) -> None:
+        """End all connections to it."""
+        for client in self._clients:
+            client.reset()
 
     async def idle(self) -> None:
         """Wait until nothing runs; then nothing may be held."""
@@ -315,7 +320,9 @@ async def start_proxy(tmp_path: Path) -> AsyncIterator[StartProxy]:
             service = _service(settings(state, *backends, **config), file)
             await service.start()
             stack.push_async_callback(_stop, service)
-            return Proxy(service, state, stack)
+            proxy = Proxy(service, state)
+            stack.callback(proxy.close)
+            return proxy
 
         yield start
 
