@@ -322,6 +322,10 @@ async def test_a_client_may_bring_its_own_request_id_but_not_anything(
     backend = await start_backend()
     proxy = await start_proxy(backend)
     assert (await proxy.chat("x-request-id: mine-1")).id == "mine-1"
-    assert backend.received[0].fields["x-request-id"] == "mine-1"
+    # Engines take the id for their own: two requests must not have the same, whatever clients say.
+    assert (await proxy.chat("x-request-id: mine-1")).id == "mine-1"
+    given = [received.fields["x-request-id"] for received in backend.received]
+    assert "mine-1" not in given
+    assert len(set(given)) == 2
     for bad in ("a b", "x" * 200, "<script>"):
         assert (await proxy.chat(f"x-request-id: {bad}")).id != bad

@@ -87,7 +87,9 @@ def test_every_code_that_is_used_exists() -> None:
     used = set(_GIVE_UP_CODES.values())
     for package in (proxy, policies):
         for file in Path(package.__file__ or "").parent.rglob("*.py"):
-            used |= set(re.findall(r'(?:Error|Reject|Refusal|error_event)\(\s*"([a-z_]+)"', file.read_text()))
+            used |= set(
+                re.findall(r'(?:RequestError|Reject|Refusal|error_event)\(\s*"([a-z_]+)"', file.read_text())
+            )
     assert used <= set(STATUS)
     assert len(used) > 30
 
