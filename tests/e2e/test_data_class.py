@@ -109,7 +109,7 @@ async def play(
         sites=classes,
         policy=policy,
         retries={"attempts": 4},
-        timeouts={"first_token": "150ms", "answer": "150ms", "between_tokens": "150ms"},
+        timeouts={"first_token": "100ms", "answer": "100ms", "between_tokens": "100ms", "total": "500ms"},
     )
     service = Service(Config.model_validate(document))
     await service.start()
