@@ -473,9 +473,7 @@ class Exchange:
                     self._answer_client_fault(meter.fault)
                     return
                 if meter.failed and not any(pieces[:-1]):
-                    self._attempt_failed(
-                        AttemptError.ERROR_EVENT, "the backend answered with an error event", out
-                    )
+                    self._attempt_failed(AttemptError.ERROR_EVENT, "the backend answered with an error event")
                     return
                 if not started:
                     if done:
@@ -556,7 +554,8 @@ class Exchange:
             if 200 <= reply.status < 300 and self.body_read is not None:
                 self.meter.body(self.tail)
             self._release(outcome_of(reply.status))
-            self._end(records.OK, reply.status, keep_alive=chunked or reply.content_length is not None)
+            keep_alive = chunked or reply.content_length is not None
+            self._end(_outcome(reply.status), reply.status, keep_alive=keep_alive)
 
     def _collect(self, payload: bytes, done: bool) -> None:
         """An answer that is not a stream: kept until it is complete, or too large to keep."""
@@ -600,11 +599,7 @@ class Exchange:
         head = self._commit(b"content-length: %d\r\n" % len(body))
         self.client.write(head + body)
         self._release(outcome_of(status))
-        if status < 300:
-            self._end(records.OK, status, keep_alive=True)
-        else:
-            outcome = records.CLIENT_ERROR if status < 500 and status != 429 else records.BACKEND_FAILED
-            self._end(outcome, status, keep_alive=True)
+        self._end(_outcome(status), status, keep_alive=True)
 
     def _commit_stream(self) -> bytes:
         """Head of an event stream: from here on the client knows."""
@@ -649,7 +644,7 @@ class Exchange:
 
     # Failing
 
-    def _attempt_failed(self, error: AttemptError | int, message: str, event: bytes = b"") -> None:
+    def _attempt_failed(self, error: AttemptError | int, message: str) -> None:
         """Nothing has reached the client: try elsewhere if that is allowed, else say so."""
         runtime, lease = self.runtime, self.lease
         assert lease is not None
@@ -673,7 +668,8 @@ class Exchange:
         self.meter, self.reader, self.reply, self.parts_bytes = self._new_meter(), None, None, 0
         if self.mode != _RAW or self.endpoint != "forward":
             self.mode = _WHOLE
-        if row.attempts < runtime.config.retries.attempts and runtime.retry_budget.withdraw(now):
+        others = runtime.valve.rules.candidates(self.facts, runtime.fleet).without(self.tried).order
+        if others and row.attempts < runtime.config.retries.attempts and runtime.retry_budget.withdraw(now):
             routing = runtime.valve.retry(self.facts, self.routings[-1], self.tried, now)
             if type(routing.decision) is Send:
                 self._routed(routing)
@@ -805,21 +801,7 @@ class Exchange:
             if now - self.arrived > timeouts.total:
                 self._cut(AttemptError.DEADLINE, f"the request took longer than {timeouts.total:g} s")
                 return
-            meter = self.meter
-            if meter.completion != self.journaled:
-                self.journaled = meter.completion
-                self.runtime.journal.progress(
-                    self.row.op, self.row.backend, meter.prompt, meter.cached, meter.completion
-                )
-            elif not meter.reported and meter.text_bytes and self.facts is not None:
-                self.runtime.journal.progress(
-                    self.row.op,
-                    self.row.backend,
-                    self.facts.prompt_tokens,
-                    0,
-                    meter.estimate_completion(),
-                    "estimated",
-                )
+            self._journal_progress()
         elif now - self.arrived > timeouts.total:
             self._drop_connection()
             self._release(Outcome.IGNORED)
@@ -834,6 +816,19 @@ class Exchange:
                 self._drop_connection()
                 self._release(Outcome.IGNORED)
                 self.refuse(RequestError("backend_timeout", f"no answer within {timeouts.answer:g} s"))
+
+    def _journal_progress(self) -> None:
+        """What a crash must not take with it, if there is more of it than the last time."""
+        meter, row = self.meter, self.row
+        completion = meter.completion if meter.reported else meter.estimate_completion()
+        if completion == self.journaled:
+            return
+        self.journaled = completion
+        journal = self.runtime.journal
+        if meter.reported:
+            journal.progress(row.op, row.backend, meter.prompt, meter.cached, completion)
+        elif self.facts is not None:
+            journal.progress(row.op, row.backend, self.facts.prompt_tokens, 0, completion, "estimated")
 
     # Ending
 
@@ -892,6 +887,13 @@ class Exchange:
         else:
             self.client.abort()
         runtime.capacity_freed(now)
+
+
+def _outcome(status: int) -> str:
+    """How a request ended whose backend's complete answer was passed on."""
+    if status < 300:
+        return records.OK
+    return records.CLIENT_ERROR if status < 500 and status != 429 else records.BACKEND_FAILED
 
 
 def _field_text(text: str) -> bytes:

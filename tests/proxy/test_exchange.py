@@ -182,6 +182,20 @@ def test_an_answer_too_large_to_keep_is_passed_on_as_it_comes() -> None:
     world.check()
 
 
+def test_a_large_error_is_passed_on_and_counted_as_one() -> None:
+    world = World("a", "b")
+    exchange = world.start(stream=False)
+    connection = world.answers(exchange, "a")
+    reply = whole(500, b"x" * (WHOLE_ANSWER_BYTES + 10))
+    connection.data_received(reply[:-5])
+    connection.data_received(reply[-5:])
+    found = read(exchange)
+    assert (found.status, found.complete) == (500, True)
+    assert (exchange.row.outcome, exchange.row.status) == ("backend_failed", 500)
+    assert outcomes(world, "a") == (0, 1, 0)
+    world.check()
+
+
 def test_an_answer_too_large_to_keep_is_metered_from_its_end() -> None:
     world = World("a")
     exchange = world.start(stream=False)
@@ -498,6 +512,14 @@ def test_retries_are_limited_over_all_requests() -> None:
     assert sorted([first.state is State.ENDED, second.state is State.ENDED]) == [False, True]
     assert world.runtime.retry_budget.refused == 1
     world.check()
+
+
+def test_a_retry_that_has_nowhere_to_go_costs_nothing() -> None:
+    world = World("a")
+    world.start()
+    before = world.runtime.retry_budget.balance(world.loop.now)
+    world.refuses("a")
+    assert world.runtime.retry_budget.balance(world.loop.now) == before
 
 
 def test_every_request_earns_a_share_of_a_retry() -> None:
@@ -850,6 +872,21 @@ def test_progress_is_journaled_when_there_is_some() -> None:
     connection.data_received(chunked(event("two", completion=2)))
     world.wait(0.25)
     assert world.journal.progressed[1:] == [(exchange.row.op, "a", 7, 0, 2)]
+
+
+def test_progress_that_is_only_estimated_is_journaled_as_such() -> None:
+    world = World("a")
+    exchange = world.start()
+    connection = world.answers(exchange, "a")
+    connection.data_received(STREAM_HEAD + chunked(event("x" * 40)))
+    assert exchange.facts is not None
+    prompt = exchange.facts.prompt_tokens
+    for _ in range(3):
+        world.wait(0.25)
+    assert world.journal.progressed == [(exchange.row.op, "a", prompt, 0, 10, "estimated")]
+    connection.data_received(chunked(event("x" * 4)))
+    world.wait(0.25)
+    assert world.journal.progressed[1:] == [(exchange.row.op, "a", prompt, 0, 11, "estimated")]
 
 
 # Back-pressure
