@@ -35,7 +35,7 @@ from proxy.meter import ABORTED, Meter
 from proxy.openai import RequestBody, body_for_backend, read_body
 from proxy.records import Row
 from proxy.sse import MAX_EVENT_BYTES, EventReader
-from proxy.upstream import BackendConnection, Endpoint
+from proxy.upstream import BackendConnection, Endpoint, connect_failure
 
 if TYPE_CHECKING:
     from proxy.runtime import Runtime
@@ -378,8 +378,7 @@ class Exchange:
                 reason = f"the proxy cannot connect: {os_reason(error)}"
                 self.refuse(RequestError("overloaded", reason, retry_after_s=1.0))
                 return
-            kind = AttemptError.TLS if type(error).__module__ == "ssl" else AttemptError.CONNECT
-            reason = "timed out" if isinstance(error, TimeoutError) else os_reason(error)
+            kind, reason = connect_failure(error)
             self._attempt_failed(kind, f"cannot connect to {endpoint.name}: {reason}")
             return
         self.connecting = None

@@ -8,11 +8,13 @@ arrive while nobody asked anything are a reason to close it too.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections import deque
 from typing import Final, Protocol, cast
 from urllib.parse import urlsplit
 
+from probes.base import os_reason
 from probes.passive import AttemptError
 from proxy.http1 import (
     ChunkedDecoder,
@@ -239,6 +241,21 @@ class BackendConnection(asyncio.Protocol):
         self.abort()
         if receiver is not None:
             receiver.lost(AttemptError.MALFORMED, message)
+
+
+def connect_failure(error: OSError) -> tuple[AttemptError, str]:
+    """Why a connection could not be made: what kind of failure it is, and words that name no address."""
+    match error:
+        case ssl.SSLCertVerificationError():
+            return AttemptError.TLS, "its certificate was refused"
+        case ssl.SSLError():
+            return AttemptError.TLS, "TLS handshake failed"
+        case TimeoutError():
+            return AttemptError.CONNECT, "timed out"
+        case socket.gaierror():
+            return AttemptError.CONNECT, "its name was not resolved"
+        case _:
+            return AttemptError.CONNECT, os_reason(error)
 
 
 class Pool:

@@ -13,6 +13,7 @@ import asyncio
 import gzip
 import json
 import socket
+import ssl
 import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -187,19 +188,18 @@ class Backend:
     aborted: int = 0
     """Answers that the proxy did not want to the end."""
     port: int = 0
+    tls: ssl.SSLContext | None = None
     _server: asyncio.Server | None = None
     _tasks: Tasks = field(default_factory=Tasks)
 
     @classmethod
-    def of(
-        cls, *script: Behaviour, then: Behaviour | None = None, models: tuple[str, ...] = ("m",)
-    ) -> Backend:
+    def of(cls, *script: Behaviour, then: Behaviour | None = None, **options: Any) -> Backend:
         """Without `then`, requests behind the script get a short answer."""
-        return cls(list(script), then or answers(), models)
+        return cls(list(script), then or answers(), **options)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'' if self.tls is None else 's'}://127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> Backend:
         await self.start()
@@ -212,7 +212,7 @@ class Backend:
 
     async def start(self) -> None:
         """Begin (again) to listen, on the same port."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
+
 import orjson
 import pytest
 
@@ -537,9 +540,16 @@ def test_a_refusal_names_no_address_of_a_backend() -> None:
     exchange = world.start()
     world.refuses("a", OSError(111, "Connect call failed ('10.1.2.3', 8000)"))
     assert read(exchange).error["message"] == "cannot connect to a: Connection refused"
-    exchange = world.start()
-    world.refuses("a", TimeoutError())
-    assert read(exchange).error["message"] == "cannot connect to a: timed out"
+    for error, reason in (
+        (TimeoutError(), "timed out"),
+        (socket.gaierror(-2, "nj.internal"), "its name was not resolved"),
+        (ssl.SSLCertVerificationError(1, "not valid for 10.1.2.3"), "its certificate was refused"),
+        (ssl.SSLError(1, "10.1.2.3"), "TLS handshake failed"),
+    ):
+        world.backend("a").breaker.failures = 0
+        exchange = world.start()
+        world.refuses("a", error)
+        assert read(exchange).error["message"] == f"cannot connect to a: {reason}"
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, "backend_auth"), (403, "backend_auth")])

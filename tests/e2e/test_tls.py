@@ -1,0 +1,93 @@
+"""Backends behind TLS: their certificates are checked, and what is wrong with one costs the client nothing else."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+import pytest
+import trustme
+
+from tests.e2e import backends as b
+from tests.e2e.proxy_fixtures import StartBackend, StartProxy, chat, eventually
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> tuple[trustme.CA, str]:
+    """An authority and the file that says to trust it."""
+    made = trustme.CA()
+    file = tmp_path / "ca.pem"
+    made.cert_pem.write_to_path(str(file))
+    return made, str(file)
+
+
+def server(authority: trustme.CA, *names: str) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert(*names).configure_cert(context)
+    return context
+
+
+async def test_a_trusted_backend_is_spoken_to_and_its_connection_kept(
+    authority: tuple[trustme.CA, str], start_backend: StartBackend, start_proxy: StartProxy
+) -> None:
+    backend = await start_backend(b.answers(4), tls=server(authority[0], "127.0.0.1"))
+    proxy = await start_proxy({"url": backend.url, "tls": {"ca_file": authority[1]}})
+    assert (await proxy.chat(stream=True)).text == "xxxx"
+    assert (await proxy.chat()).status == 200
+    assert backend.connections == 1
+    await proxy.idle()
+
+
+async def test_a_name_other_than_the_urls_may_be_expected(
+    authority: tuple[trustme.CA, str], start_backend: StartBackend, start_proxy: StartProxy
+) -> None:
+    backend = await start_backend(tls=server(authority[0], "nj.example"))
+    tls = {"ca_file": authority[1], "server_name": "nj.example"}
+    proxy = await start_proxy({"url": backend.url, "tls": tls})
+    assert (await proxy.chat()).status == 200
+
+
+@pytest.mark.parametrize("wrong", ["another name", "nobody's authority", "no TLS"])
+async def test_a_certificate_that_does_not_fit_is_a_failed_attempt(
+    wrong: str,
+    authority: tuple[trustme.CA, str],
+    start_backend: StartBackend,
+    start_proxy: StartProxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NJ_KEY", "sk-secret")
+    context = {
+        "another name": server(authority[0], "evil.example"),
+        "nobody's authority": server(trustme.CA(), "127.0.0.1"),
+        "no TLS": None,
+    }[wrong]
+    bad, good = await start_backend(tls=context), await start_backend()
+    url = bad.url.replace("http:", "https:")
+    proxy = await start_proxy(
+        {"url": url, "tls": {"ca_file": authority[1]}, "api_key_env": "NJ_KEY"},
+        good,
+        timeouts={"connect": "1s"},
+    )
+    answer = await proxy.chat()
+    assert (answer.status, answer.backend) == (200, "b")
+    assert proxy.backend("a").failed == 1
+    assert b"sk-secret" not in bad.raw
+    assert bad.received == []
+    kind = "connect" if wrong == "no TLS" else "tls"  # it is silent, as one that is down may be
+    assert list(proxy.runtime.observer.failed_attempts) == [("a", kind)]
+    await proxy.idle()
+
+
+async def test_a_client_that_leaves_stops_the_engine_behind_tls_too(
+    authority: tuple[trustme.CA, str], start_backend: StartBackend, start_proxy: StartProxy
+) -> None:
+    backend = await start_backend(b.stalls, tls=server(authority[0], "127.0.0.1"))
+    proxy = await start_proxy({"url": backend.url, "tls": {"ca_file": authority[1]}})
+    client = await proxy.connect()
+    await client.send(chat(stream=True))
+    await eventually(lambda: backend.running)
+    client.close()
+    await eventually(lambda: backend.aborted == 1)
+    await proxy.idle()
