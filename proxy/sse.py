@@ -164,7 +164,7 @@ class EventReader:
             self._cut_line = True
         self._pending.clear()
         self._block, self._held = [], 0
-        self._data, self._has_data, self._name = [], False, b""
+        self._data, self._has_data = [], False
 
 
 def _plain_events(chunk: bytes) -> list[Event] | None:

@@ -318,6 +318,30 @@ def test_who_asked_for_nothing_gets_no_usage() -> None:
     assert relay(LAST) == b""
 
 
+@pytest.mark.parametrize(
+    "frame",
+    [
+        *(b"data:%b\n\n", b"data: %b\r\n\r\n", b"data: %b\r\r", b": c\ndata: %b\n\n", b"data: %b\nid: 5\n\n"),
+        *(
+            b"event: x\ndata: %b\n\n",
+            b"data: %b\nevent: x\n\n",
+            b"data:\ndata: %b\n\n",
+            b"data: %b\ndata: \n\n",
+        ),
+    ],
+)
+@pytest.mark.parametrize("token", [TOKEN, TOKEN.replace(b',"choices"', b',\ndata: "choices"')])
+def test_events_in_any_frame(frame: bytes, token: bytes) -> None:
+    event = only(frame % token)
+    meter = Meter()
+    sent = only(meter.event(event, include_usage=False, every_event=False))
+    assert (sent.name, json.loads(sent.data or b"")) == (
+        event.name,
+        {"id": "c", "choices": [{"index": 0, "delta": {"content": "x"}}]},
+    )
+    assert meter.usage == (7, 0, 3)
+
+
 def test_who_asked_for_usage_gets_it_at_the_end() -> None:
     assert b"usage" not in relay(TOKEN, include_usage=True)
     assert relay(LAST, include_usage=True) == b"data: " + LAST + b"\n\n"
@@ -347,6 +371,15 @@ def test_an_error_event(data: bytes) -> None:
     meter = Meter()
     assert relay(data, meter) == b"data: " + data + b"\n\n"
     assert meter.failed
+
+
+@pytest.mark.parametrize("error", [b'"x"', b'{"message":"x"}', b"5", b"true"])
+def test_an_error_beside_usage(error: bytes) -> None:
+    for data in (LAST, TOKEN):
+        meter = Meter()
+        relay(data[:-1] + b',"error":' + error + b"}", meter)
+        assert meter.failed
+        assert meter.usage == (7, 0, 3)
 
 
 def test_no_error() -> None:
@@ -419,6 +452,27 @@ def test_garbage_in_choices(choice: bytes) -> None:
     meter = Meter()
     relay(b'{"choices":[' + choice + b"]}", meter)
     assert meter.text_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        b'{"cached_tokens":4}',
+        b'{"cached_tokens":4,"created_cache_tokens":9}',
+        b'{"created_cache_tokens":9,"cached_tokens":4}',
+        b'{"audio_tokens":null,"cached_tokens":4,"x":5}',
+        b'{"audio_tokens": null, "cached_tokens": 4}',
+    ],
+)
+def test_cached_tokens(details: bytes) -> None:
+    for body in (False, True):
+        meter = Meter()
+        data = LAST.replace(b"}", b',"prompt_tokens_details":' + details + b"}", 1)
+        if body:
+            meter.body(data)
+        else:
+            relay(data, meter)
+        assert meter.usage == (7, 4, 3)
 
 
 def test_cached_tokens_are_those_of_the_prompt() -> None:

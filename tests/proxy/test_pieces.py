@@ -296,6 +296,19 @@ def test_a_backend_that_drips_a_long_head(heads_matched: list[int]) -> None:
     assert sum(heads_matched) < 2 * len(head) + 1000
 
 
+def test_a_connection_is_used_again_after_a_reply_in_pieces() -> None:
+    endpoint = FakeEndpoint("a", FakeLoop())
+    connection = BackendConnection(endpoint)
+    connection.connection_made(FakeTransport())
+    for body in (b"one", b"two", b"three"):
+        receiver = Receiver()
+        connection.send(receiver, b"request")
+        for piece in pieces_of(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body), 1):
+            connection.data_received(piece)
+        assert (receiver.ended, b"".join(receiver.parts)) == ("done", body)
+        assert endpoint.pool.take() is connection
+
+
 def test_informational_replies_are_no_flood() -> None:
     reply = b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n"
     last = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

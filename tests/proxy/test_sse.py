@@ -91,6 +91,9 @@ def test_lines_end_in_nothing_else() -> None:
 
 
 def test_mixed_line_ends() -> None:
+    assert dispatched(b"data: a\rdata: b\n\n") == [(b"", b"a\nb")]
+    assert dispatched(b"data: a\r\rdata: b\n\n") == [(b"", b"a"), (b"", b"b")]
+    assert dispatched(b"data: a\r\n\ndata: b\n\n") == [(b"", b"a"), (b"", b"b")]
     assert dispatched(b"data: a\r\rdata: b\n\r\ndata: c\r\n\r") == [(b"", b"a"), (b"", b"b"), (b"", b"c")]
 
 
