@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,8 @@ async def test_a_changed_file_is_read_and_a_bad_one_is_not(
     assert b"tidegate_config_last_reload_successful 0.0" in metrics
     file.write_text(good)
     await eventually(lambda: proxy.runtime.observer.reload_ok)
+    observer = proxy.runtime.observer
+    assert (observer.reloads_ok, observer.reloads_failed) == (2, 4)  # nothing is read twice
     assert b"tidegate_config_last_reload_successful 1.0" in (await proxy.get("/metrics"))[1]
 
 
@@ -316,8 +319,12 @@ async def test_a_slow_reader_may_finish_while_the_proxy_stops(
     backend = await start_backend(b.status(200, b'{"x":"' + b"x" * size + b'"}'))
     proxy = await start_proxy(backend, timeouts={"drain": "20s"})
     client = await proxy.connect(receive_buffer=4096)
+    (connection,) = await eventually(lambda: list(proxy.runtime.clients))
+    # The system would take all of it, and go on sending after our end.
+    connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
     await client.send(chat())
     await eventually(lambda: proxy.runtime.observer.recent)  # for the exchange it is over
+    assert connection.unsent > 500 * 1024
     stopping = await drain(proxy)
     await asyncio.sleep(1.3)
     answer = await client.answer()
