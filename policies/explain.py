@@ -40,6 +40,13 @@ def explain_policy(compiled: CompiledPolicy) -> str:
     return "\n\n".join([heading, *rules, "\n".join(_glossary(file))]) + "\n"
 
 
+def tier_in_words(rule: Rule, tier: int) -> str:
+    """The backends of one tier, counted from 0: `site local`. Empty: the rule has no such tier."""
+    if rule.prefer is None:
+        return "any backend" if tier == 0 else ""
+    return _backends(rule.prefer[tier], first=tier == 0) if tier < len(rule.prefer) else ""
+
+
 def _rule(number: int, rule: Rule, file: PolicyFile) -> Iterator[str]:
     yield f"{number}. {rule.name}"
     otherwise = "All requests" if len(file.rules) == 1 else "All other requests"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from proxy.cli_ask import explain
 from proxy.cli_common import (
     CONTEXT,
     ConfigOption,
@@ -244,28 +245,7 @@ def export(
     typer.echo(f"{rows} rows written to {output}", err=True)
 
 
-@app.command()
-def explain(
-    request_id: Annotated[str, typer.Argument(help="The `x-request-id` of an answer.")],
-    admin: Annotated[str | None, typer.Option(help="HOST:PORT of the admin port.")] = None,
-    config: ConfigOption = None,
-    state: StateOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Say why a recent request went where it went.
-
-    Example: tidegate explain 019ab7c2d1e3f0a4b5c6d7e8f
-    """
-    from proxy.explain import ExplainError, fetch, render
-
-    path = config_path(config)
-    if admin is None and path is not None:
-        admin = load(path).admin
-    try:
-        record = fetch(request_id, admin or "127.0.0.1:8081", state)
-    except ExplainError as error:
-        fail(str(error), 1)
-    typer.echo(json.dumps(record, indent=2) if json_output else render(record))
+app.command()(explain)
 
 
 def _version(value: bool) -> None:

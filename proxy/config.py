@@ -82,7 +82,21 @@ def _check_address(value: str) -> str:
     if not 0 <= port <= 65535:
         raise BadValueError(f"a port is between 0 and 65535, got {port}")
     if not host:
-        raise BadValueError("an address needs a host; 0.0.0.0 means every IPv4 interface")
+        raise BadValueError("an address needs a host; 0.0.0.0 means every IPv4 interface", _with_host(value))
+    return value
+
+
+def _with_host(port: str) -> str | None:
+    """A whole address, of a port that stands alone."""
+    number = port.removeprefix(":")
+    alone = number.isascii() and number.isdigit() and int(number[:6]) <= 65535
+    return f"127.0.0.1:{number}" if alone else None
+
+
+def _check_type_of_address(value: object) -> object:
+    """In YAML a port alone is a number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise BadValueError(f"an address is HOST:PORT, got {value}", _with_host(str(value)))
     return value
 
 
@@ -90,7 +104,7 @@ def split_address(value: str) -> tuple[str, int]:
     """`127.0.0.1:8080` or `[::1]:8080` -> host and port. BadValueError otherwise."""
     host, colon, port = value.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit():
-        raise BadValueError(f"an address is HOST:PORT, got '{value[:60]}'")
+        raise BadValueError(f"an address is HOST:PORT, got '{value[:60]}'", _with_host(value))
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
@@ -115,7 +129,7 @@ def _check_forwarded(value: str) -> str:
 Name = Annotated[str, AfterValidator(_check_name)]
 FieldName = Annotated[str, AfterValidator(_check_forwarded)]
 Url = Annotated[str, AfterValidator(_check_url)]
-Address = Annotated[str, AfterValidator(_check_address)]
+Address = Annotated[str, BeforeValidator(_check_type_of_address), AfterValidator(_check_address)]
 DecimalText = Annotated[
     str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)
 ]
@@ -432,8 +446,11 @@ def backend_key(backend: BackendConfig) -> str | None:
     elif backend.api_key_file is not None:
         try:
             value = backend.api_key_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadValueError(f"backend {backend.name}: {error}") from None
+        except OSError as error:
+            reason = (error.strerror or "cannot be read").lower()
+            raise BadValueError(f"backend {backend.name}: {backend.api_key_file}: {reason}") from None
+        except UnicodeDecodeError:
+            raise BadValueError(f"backend {backend.name}: {backend.api_key_file} is not UTF-8 text") from None
         if not value:
             raise BadValueError(f"backend {backend.name}: {backend.api_key_file} is empty")
     else:

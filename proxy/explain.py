@@ -1,35 +1,20 @@
-"""`tidegate explain`: why one request went where it went, asked of the running proxy."""
+"""`tidegate explain`: why one request went where it went, in plain words.
+
+The figures come from the admin port of the running proxy (`proxy/admin/explain.py`).
+"""
 
 from __future__ import annotations
 
-import http.client
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-
-class ExplainError(Exception):
-    """The proxy could not be asked, or does not know the request."""
+from proxy.ask import ask
 
 
-def fetch(request_id: str, admin: str, state: Path | None = None) -> dict[str, Any]:
-    """The record of a request from the admin port; with a state directory, the port is read from there."""
-    if state is not None and (ports := state / "ports.json").is_file():
-        admin = json.loads(ports.read_text())["admin"]
-    connection = http.client.HTTPConnection(admin, timeout=5)
-    try:
-        connection.request("GET", f"/explain/{quote(request_id, safe='')}")
-        response = connection.getresponse()
-        answer: dict[str, Any] = json.loads(response.read())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ExplainError(f"no proxy answers at {admin}: {error}") from None
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise ExplainError(answer.get("error", {}).get("message", f"the proxy answered {response.status}"))
-    return answer
+def fetch(request_id: str, admin: str) -> dict[str, Any]:
+    """What the admin port at HOST:PORT knows of a request. Raises AskError."""
+    return ask(admin, f"/explain/{quote(request_id, safe='')}")
 
 
 def render(record: dict[str, Any]) -> str:
@@ -41,12 +26,21 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
     where = f"{record['backend']} ({record['site']})" if record["backend"] else "no backend"
     code = f" ({record['code']})" if record["code"] else ""
     yield f"request {record['request_id']}: {record['status']} {record['outcome']}{code}, {where}"
+    if record["why"]:
+        yield f"  why: {record['why']}"
     yield f"  tenant {record['tenant']}, model {record['model']}, data class {record['data_class']}"
     for number, decision in enumerate(record["decisions"], 1):
         yield from _decision(number, decision)
-    forecast, happened = record["forecast"], record["happened"]
+    happened = record["happened"]
+    if not record["attempts"]:
+        yield f"  it reached no backend; held {_seconds(happened['queue_s'])}"
+        return
+    forecast = record["forecast"]
     yield "  forecast against what happened:"
-    yield f"    first token after {_seconds(forecast['ttft_s'])}; it came after {_seconds(happened['ttft_s'])}"
+    if record["stream"]:
+        yield f"    first token: {_forecast(forecast['ttft_s'])}, {_came(happened['ttft_s'])}"
+    else:
+        yield "    not a stream: the answer came whole, so nobody saw its first token"
     yield f"    {forecast['completion_tokens']} tokens; there were {happened['completion_tokens']}"
     yield (
         f"    held {_seconds(happened['queue_s'])}, total {_seconds(happened['total_s'])}, "
@@ -61,6 +55,7 @@ def _decision(number: int, decision: dict[str, Any]) -> Iterator[str]:
         yield f"    because: {decision['reason']}"
     for name, reason in decision["removed"].items():
         yield f"    {name} was out: {reason}"
+    yield from _tiers(decision["tiers"])
     for candidate in decision["candidates"]:
         score = decision["scores"].get(candidate["name"])
         yield (
@@ -68,14 +63,31 @@ def _decision(number: int, decision: dict[str, Any]) -> Iterator[str]:
             f"saturation {candidate['saturation']:.2f}"
             + (f", score {score:.4g}" if score is not None else "")
         )
-    if decision["tiers_passed"]:
-        full = ", ".join(
-            "down" if value is None else f"{value:.0%} full" for value in decision["tiers_passed"]
-        )
-        yield f"    tiers before that did not take it: {full}"
+    for name, reason in decision["others"].items():
+        yield f"    {name} was no candidate: {reason}"
     if decision["fallbacks"]:
         yield f"    fallbacks: {', '.join(decision['fallbacks'])}"
 
 
-def _seconds(value: float | None) -> str:
-    return "an unknown time" if value is None else f"{value:.3f} s"
+def _tiers(tiers: list[dict[str, Any]]) -> Iterator[str]:
+    for tier in tiers:
+        words = f" ({tier['backends']})" if tier["backends"] else ""
+        if tier["took_it"]:
+            how = "took it"
+        elif tier["saturation"] is None:
+            how = "had no backend that was available"
+        else:
+            how = f"did not take it: {tier['saturation']:.0%} full"
+        yield f"    tier {tier['tier'] + 1}{words} {how}"
+
+
+def _forecast(value: float | None) -> str:
+    return "no forecast, as none was measured yet" if value is None else f"forecast after {value:.3f} s"
+
+
+def _came(value: float | None) -> str:
+    return "and none came" if value is None else f"came after {value:.3f} s"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s"

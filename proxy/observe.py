@@ -250,6 +250,7 @@ class Record(NamedTuple):
             "model": row.model,
             "served_model": row.served_model,
             "data_class": row.data_class,
+            "stream": row.stream,
             "status": row.status,
             "outcome": row.outcome,
             "code": row.code,

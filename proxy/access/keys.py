@@ -145,6 +145,10 @@ class KeyStore:
         """Ids of the keys that are not revoked."""
         return {key.id for _, key in self._keys.values() if key is not None}
 
+    def find(self, key_id: str) -> Key | None:
+        """The key with this id; None: there is none, or it is revoked."""
+        return self._keys.get(key_id.encode(), self._nobody)[1]
+
     def authenticate(self, credential: bytes | None, now_unix: float) -> Key | None:
         """The key a request carries; None: none, malformed, mistyped, unknown, wrong, revoked or expired.
 

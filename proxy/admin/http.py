@@ -10,6 +10,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
+from proxy.admin.explain import explanation
 from proxy.metrics import Metrics
 from proxy.runtime import Runtime
 
@@ -44,7 +45,7 @@ def admin_app(runtime: Runtime, started: float) -> web.Application:
                 f"no request {request.match_info['id']!r} among the last {runtime.observer.recent.maxlen}"
             )
             return _json({"error": {"message": message}}, 404)
-        return _json(record.explain())
+        return _json(explanation(runtime, record))
 
     app = web.Application()
     app.add_routes(

@@ -1,0 +1,85 @@
+"""Asking a running proxy on its admin port, for the commands that need one."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from policies.units import BadValueError
+
+if TYPE_CHECKING:
+    from proxy.config import Config
+
+DEFAULT_STATE = Path("tidegate-data")
+DEFAULT_ADMIN = "127.0.0.1:8081"
+
+
+class AskError(Exception):
+    """No proxy can be asked, or it does not know; the message is for the person at the terminal."""
+
+
+def admin_address(admin: str | None, state: Path | None, config: Config | None) -> str:
+    """HOST:PORT of the admin port: `admin` itself, else that of the proxy on `state`, else the configured one.
+
+    A running proxy writes its real ports into its state directory. Raises AskError: `admin` is no address, or
+    no proxy runs on `state`.
+    """
+    if admin is not None:
+        return _given(admin, state)
+    if state is not None:
+        written = _written(state)
+        if written is None:
+            raise AskError(f"no proxy is running on {state}: it would have left ports.json there")
+        return written
+    if config is None:
+        return _written(DEFAULT_STATE) or DEFAULT_ADMIN
+    written = _written(config.state)
+    if written is None and config.admin.endswith(":0"):
+        raise AskError(f"no proxy is running on {config.state}: it would have left ports.json there")
+    return written or config.admin
+
+
+def _given(admin: str, state: Path | None) -> str:
+    from proxy.config import split_address
+
+    if state is not None:
+        raise AskError("give --admin or --state, not both: each says which proxy to ask")
+    address = admin.removeprefix("http://").rstrip("/")
+    try:
+        split_address(address)
+    except BadValueError as error:
+        hint = f" (did you mean {error.suggestion}?)" if error.suggestion else ""
+        raise AskError(f"--admin: {error.message}{hint}") from None
+    return address
+
+
+def _written(state: Path) -> str | None:
+    """The admin port that a running proxy wrote into its state directory."""
+    try:
+        return str(json.loads((state / "ports.json").read_text(encoding="utf-8"))["admin"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def ask(address: str, path: str) -> dict[str, Any]:
+    """What the admin port at HOST:PORT answers to `GET path`. Raises AskError."""
+    connection = http.client.HTTPConnection(address, timeout=5)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    except OSError as error:
+        reason = (error.strerror or "no answer within 5 s").lower()
+        raise AskError(f"no proxy answers at {address}: {reason}") from None
+    except (ValueError, http.client.HTTPException):
+        raise AskError(f"what answers at {address} is not the admin port of tidegate") from None
+    finally:
+        connection.close()
+    if response.status == 200 and isinstance(answer, dict):
+        return answer
+    refusal = answer.get("error") if isinstance(answer, dict) else None
+    if not isinstance(refusal, dict) or "code" in refusal:  # errors of the API have a code
+        raise AskError(f"what answers at {address} is not the admin port of tidegate")
+    raise AskError(str(refusal.get("message")))
