@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Annotated, Any
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy.cli_common import CONTEXT, ConfigOption, JsonOption, StateOption, fail, open_ledger
+from proxy.cli_common import (
+    CONTEXT,
+    ConfigOption,
+    JsonOption,
+    StateOption,
+    config_path,
+    fail,
+    load,
+    open_ledger,
+)
+
+if TYPE_CHECKING:
+    from proxy.access.keys import StoredKey
+
+DAY_S = 86_400
 
 keys_app = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=True, context_settings=CONTEXT)
 
@@ -64,6 +81,7 @@ def keys_create(
         )
     except (KeyFieldError, PepperError) as error:
         fail(str(error))
+    _warn_of_data_class(data_class, config_path(config) if config or not state else None)
     if json_output:
         typer.echo(json.dumps({"id": key.id, "key": text, "tenant": key.tenant}))
     else:
@@ -91,8 +109,40 @@ def _expiry(text: str | None) -> float | None:
         when = parse_time(text, now)
     except ValueError as error:
         fail(f"--expires: {error}")
-    # `90d` means in 90 days here, where for reports it means 90 days ago.
-    return 2 * now - when if text[-1:].isalpha() and when < now else when
+    if text[-1:].isalpha() and when < now:
+        return 2 * now - when  # `90d` means in 90 days here, where for reports it means 90 days ago
+    if len(text) == len("2027-01-31"):
+        when += DAY_S  # the last day is a day on which it is valid
+    if when <= now:
+        fail(f"--expires: {text} is in the past; give a day to come, or how long from now, such as 90d")
+    return when
+
+
+def _warn_of_data_class(data_class: str, path: Path | None) -> None:
+    """Say so if a key's data class is one that no configured site names: a typo, or a key of little use."""
+    if path is None:
+        return
+    from policies.yamlproblems import closest
+    from proxy.build import make_backends
+
+    config = load(path)
+    named = {"public"}.union(*(site.data_classes or () for site in config.sites.values()))
+    accepting = {
+        backend.site
+        for backend in make_backends(config)
+        if backend.data_classes is None or data_class in backend.data_classes
+    }
+    if data_class in named and accepting:
+        return
+    meant = closest(data_class, named) if data_class not in named else None
+    problem = (
+        f"no backend accepts data class '{data_class}'"
+        if data_class in named
+        else f"no site in {path} names data class '{data_class}'"
+    )
+    hint = f" (did you mean '{meant}'?)" if meant else ""
+    where = f"only site {' or '.join(sorted(accepting))} serves it" if accepting else "nobody serves this key"
+    typer.echo(f"warning: {problem}{hint}: {where}", err=True)
 
 
 @keys_app.command("list")
@@ -104,42 +154,79 @@ def keys_list(
     Example: tidegate keys list
     """
     from proxy.access.keys import list_keys
+    from proxy.access.limits import month_bounds
+    from proxy.reports import spent_by_key
 
-    engine, _, _ = open_ledger(config, state)
+    engine, _, currency = open_ledger(config, state)
     now = time.time()
-    rows: list[dict[str, Any]] = [
-        {
-            "id": stored.key.id,
-            "tenant": stored.key.tenant,
-            "name": stored.key.name,
-            "status": stored.status(now),
-            "data_class": stored.key.data_class,
-            "rpm": stored.key.rpm,
-            "tpm": stored.key.tpm,
-            "concurrency": stored.key.concurrency,
-            "budget": None if stored.key.budget_nano is None else stored.key.budget_nano / 1e9,
-            "models": sorted(stored.key.models) if stored.key.models is not None else None,
-            "priority": stored.key.priority,
-            "expires": stored.key.expires,
-            "created": stored.created,
-        }
-        for stored in list_keys(engine)
-    ]
+    stored = list_keys(engine)
+    has_budgets = any(one.key.budget_nano is not None for one in stored)
+    spent = spent_by_key(engine, month_bounds(now)[0]) if has_budgets else {}
+    rows = [_row(one, now, spent) for one in stored]
     if json_output:
         typer.echo(json.dumps(rows, indent=2))
         return
     from rich import box
     from rich.console import Console
     from rich.table import Column, Table
+    from rich.text import Text
 
-    table = Table(Column("id", no_wrap=True), "tenant", "name", "status", box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("class", "rpm", "tpm", "at once", "budget", "models"):
-        table.add_column(title)
+    table = Table(
+        Column("id", no_wrap=True),
+        Column("tenant", overflow="fold"),
+        Column("status", no_wrap=True),
+        Column("data class", overflow="fold"),
+        Column("what else it says", overflow="fold", ratio=1),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
     for row in rows:
-        shown = ("id", "tenant", "name", "status", "data_class", "rpm", "tpm", "concurrency", "budget")
-        cells = ["" if row[column] is None else str(row[column]) for column in shown]
-        table.add_row(*cells, ", ".join(row["models"]) if row["models"] else "all")
+        cells = (row["id"], row["tenant"], row["status"], row["data_class"], _in_words(row, currency))
+        table.add_row(*map(Text, cells))
     Console().print(table)
+
+
+def _row(stored: StoredKey, now: float, spent: Mapping[str, int]) -> dict[str, Any]:
+    """A key as `keys list --json` shows it."""
+    key = stored.key
+    budget = key.budget_nano
+    return {
+        "id": key.id,
+        "tenant": key.tenant,
+        "name": key.name,
+        "status": stored.status(now),
+        "data_class": key.data_class,
+        "rpm": key.rpm,
+        "tpm": key.tpm,
+        "concurrency": key.concurrency,
+        "budget": None if budget is None else budget / 1e9,
+        "spent": None if budget is None else spent.get(key.id, 0) / 1e9,
+        "models": sorted(key.models) if key.models is not None else None,
+        "priority": key.priority,
+        "labels": dict(key.labels),
+        "expires": key.expires,
+        "created": stored.created,
+        "revoked": stored.revoked,
+    }
+
+
+def _in_words(row: dict[str, Any], currency: str) -> str:
+    """What a key says beyond the columns of the list, as far as it says anything."""
+    words = [f'"{row["name"]}"'] if row["name"] else []
+    limits = (("rpm", "requests/min"), ("tpm", "tokens/min"), ("concurrency", "at once"))
+    words += [f"{row[name]:,} {unit}" for name, unit in limits if row[name] is not None]
+    if row["budget"] is not None:
+        words.append(f"{row['spent']:,.2f} of {row['budget']:,.2f} {currency}".rstrip() + " spent this month")
+    if row["models"]:
+        words.append(f"only {', '.join(row['models'])}")
+    if row["priority"]:
+        words.append(f"priority {row['priority']}")
+    words += [f"{name}={value}" for name, value in sorted(row["labels"].items())]
+    if row["expires"] is not None:
+        until = datetime.fromtimestamp(row["expires"], UTC)
+        words.append(f"until {until:%Y-%m-%d %H:%M} UTC")
+    return "; ".join(words)
 
 
 @keys_app.command("revoke")

@@ -16,9 +16,7 @@ def test_explain_names_what_cannot_be_asked(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     found = tidegate("explain", "x", "--state", "elsewhere")
     assert (found.exit_code, found.stdout) == (1, "")
-    assert (
-        found.stderr == "tidegate: no proxy is running on elsewhere: it would have left ports.json there\n"
-    )
+    assert found.stderr == "tidegate: no proxy is running on elsewhere: it would have left ports.json there\n"
     found = tidegate("explain", "x", "--admin", "18481")
     assert found.exit_code == 1
     assert "did you mean 127.0.0.1:18481?" in found.stderr

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from proxy.access.limits import month_bounds
+from proxy.cli import app
+from proxy.database import open_database
+from proxy.journal import Journal
+from proxy.ledger import Ledger
+from proxy.prices import Prices
+from proxy.records import Row
+
+CONFIG = """\
+backends:
+  - {name: a, url: "http://a.test"}
+  - {name: nj, url: "http://nj.test", site: nanjing}
+sites:
+  nanjing: {data_classes: [public, internal]}
+currency: CNY
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the commands are typed; a terminal has 80 columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    return tmp_path
+
+
+def tidegate(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["keys", *arguments])
+
+
+def create(*arguments: str, tenant: str = "acme") -> dict[str, Any]:
+    found = tidegate("create", "--tenant", tenant, "--json", *arguments)
+    assert found.exit_code == 0, found.stderr
+    made: dict[str, Any] = json.loads(found.stdout)
+    return made
+
+
+def listed() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(tidegate("list", "--json").stdout)
+    return rows
+
+
+# List
+
+
+def test_everything_about_a_key_is_listed() -> None:
+    create(
+        *("--name", "night batch", "--data-class", "internal", "--rpm", "6000", "--tpm", "100000"),
+        *("--concurrency", "8", "--budget", "50", "--model", "m-2", "--model", "m-1", "--priority", "5"),
+        *("--label", "team=research", "--label", "region=east", "--expires", "2999-12-30"),
+    )
+    (row,) = listed()
+    assert row["labels"] == {"team": "research", "region": "east"}
+    assert (row["priority"], row["spent"], row["models"], row["revoked"]) == (5, 0.0, ["m-1", "m-2"], None)
+    text = tidegate("list").stdout
+    assert all(len(line) <= 80 for line in text.splitlines())
+    words = " ".join(part for line in text.splitlines()[2:] for part in line[36:].split())
+    for said in (
+        '"night batch"',
+        "6,000 requests/min",
+        "100,000 tokens/min",
+        "8 at once",
+        "0.00 of 50.00 spent this month",
+        "only m-1, m-2",
+        "priority 5",
+        "region=east; team=research",
+        "until 2999-12-31 00:00 UTC",
+    ):
+        assert said in words
+    for part in (row["id"], "acme", "active", "internal"):
+        assert part in text
+
+
+def test_nothing_is_cut_at_eighty_columns() -> None:
+    tenant, label = "a-tenant-with-a-long-name-" + "x" * 40, "v" * 70
+    create("--label", f"label={label}", tenant=tenant)
+    create(tenant="plain")
+    lines = tidegate("list").stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert "…" not in "".join(lines)
+    assert ["plain", "active", "public"] in [line.split()[1:] for line in lines]
+    assert "".join("".join(lines).split()).count("x") == 40
+    assert "".join("".join(lines).split()).count("v") >= 70
+
+
+def test_a_revoked_key_says_when() -> None:
+    made = create()
+    assert tidegate("revoke", made["id"]).exit_code == 0
+    (row,) = listed()
+    assert row["status"] == "revoked"
+    assert abs(row["revoked"] - time.time()) < 60
+
+
+async def test_a_budget_shows_what_is_spent_of_it_this_month(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG)
+    with_budget, without = create("--budget", "2.5"), create()
+    spend(folder / "tidegate-data", with_budget["id"], without["id"])
+    first, second = listed()
+    assert (first["budget"], first["spent"]) == (2.5, 1.25)
+    assert (second["budget"], second["spent"]) == (None, None)
+    text = " ".join(tidegate("list").stdout.split())
+    assert "1.25 of 2.50 CNY spent this month" in text
+
+
+def spend(state: Path, *keys: str) -> None:
+    """1.25 with each key this month, and 10 the month before."""
+    engine = open_database(state)
+    ledger = Ledger(engine, Journal(state / "journal"), Prices({}, "CNY"))
+    begin = month_bounds(time.time())[0]
+    ledger.start(asyncio.get_running_loop(), print)
+    for number, key in enumerate(keys):
+        for arrived, cost in ((time.time(), 1_250_000_000), (begin - 1, 10_000_000_000)):
+            row = Row(f"{number}-{cost}", arrived=arrived, key_id=key, tenant="acme", status=200)
+            row.cost_nano, row.currency = cost, "CNY"
+            ledger.journal.close(row)
+    ledger.stop()
+    engine.dispose()
+
+
+# Create
+
+
+def test_a_data_class_that_nobody_names_is_warned_of(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG)
+    found = tidegate("create", "--tenant", "acme", "--data-class", "internl", "--json")
+    assert found.exit_code == 0
+    assert json.loads(found.stdout)["key"].startswith("tg_")
+    assert found.stderr == (
+        "warning: no site in tidegate.yaml names data class 'internl' (did you mean 'internal'?): "
+        "only site local serves it\n"
+    )
+    for known in ("internal", "public"):
+        assert tidegate("create", "--tenant", "acme", "--data-class", known, "--json").stderr == ""
+
+
+def test_a_data_class_that_nobody_accepts_is_warned_of(folder: Path) -> None:
+    remote = CONFIG.replace('{name: a, url: "http://a.test"}', '{name: b, url: "http://b.test", site: b}')
+    (folder / "tidegate.yaml").write_text(remote)
+    found = tidegate("create", "--tenant", "acme", "--data-class", "secret")
+    assert found.stderr.startswith("warning: no site in tidegate.yaml names data class 'secret': nobody")
+    (folder / "tidegate.yaml").write_text(remote.replace("site: nanjing", "site: c"))
+    found = tidegate("create", "--tenant", "acme", "--data-class", "internal")
+    assert found.stderr.startswith("warning: no backend accepts data class 'internal': nobody")
+
+
+def test_without_a_configuration_nobody_knows_the_classes(folder: Path) -> None:
+    found = tidegate("create", "--tenant", "acme", "--data-class", "secret", "--json")
+    assert (found.exit_code, found.stderr) == (0, "")
+
+
+def test_a_key_is_valid_on_its_last_day() -> None:
+    today = datetime.now(UTC).date()
+    create("--expires", today.isoformat())
+    (row,) = listed()
+    midnight = datetime.combine(today + timedelta(days=1), datetime.min.time(), UTC)
+    assert (row["status"], row["expires"]) == ("active", midnight.timestamp())
+
+
+@pytest.mark.parametrize("text", ["2020-01-31", "2020-01-31T10:00:00"])
+def test_an_expiry_in_the_past_is_refused_in_words(text: str) -> None:
+    found = tidegate("create", "--tenant", "acme", "--expires", text)
+    assert found.exit_code == 2
+    assert found.stderr == (
+        f"tidegate: --expires: {text} is in the past; give a day to come, or how long from now, such as 90d\n"
+    )
