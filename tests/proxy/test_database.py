@@ -66,6 +66,18 @@ def test_a_directory_becomes_a_safe_sqlite_file(tmp_path: Path, opened: Open) ->
     assert (state / DATABASE_FILE).stat().st_mode & 0o077 == 0
 
 
+def test_an_older_file_keeps_its_small_pages(tmp_path: Path, opened: Open) -> None:
+    assert pragma(opened(tmp_path / "new"), "page_size") == 16384
+    assert pragma(opened(tmp_path / "new"), "wal_autocheckpoint") == 1024
+    with closing(sqlite3.connect(tmp_path / DATABASE_FILE)) as old:
+        old.execute("PRAGMA page_size = 4096")
+        old.execute("CREATE TABLE something (x)")
+    engine = opened(tmp_path)
+    assert pragma(engine, "page_size") == 4096
+    assert pragma(engine, "wal_autocheckpoint") == 4096, "16 MiB as well"
+    assert pragma(engine, "journal_mode") == "wal"
+
+
 def test_what_is_written_is_there_the_next_time(tmp_path: Path, opened: Open) -> None:
     with writing(opened(tmp_path)) as connection:
         connection.execute(insert(settings).values(name="salt", value="ab"))

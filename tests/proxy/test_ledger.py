@@ -18,7 +18,7 @@ from sqlalchemy.exc import OperationalError
 import proxy.database
 from proxy.database import DATABASE_FILE, writing
 from proxy.journal import Journal, JournalLockedError
-from proxy.ledger import BLOCKS, Ledger, _add_up, _Insert, _insert_text
+from proxy.ledger import BLOCKS, KNOWN_ROWS, Ledger, _add_up_text, _Insert, _insert_text
 from proxy.records import COLUMNS, OUTCOMES, Row, Values, from_values, to_values
 from proxy.tables import HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
 from tests.proxy.rows import PRICES, a_row, empty_database, eventually, segments
@@ -199,7 +199,7 @@ def test_sums_are_those_of_the_rows_whatever_comes_twice(state: State, batches: 
     assert hourly(state.engine) == added_up(list(first.values()))
 
 
-@pytest.mark.parametrize("count", [1, 3, 63, 64, 65, 200])
+@pytest.mark.parametrize("count", [1, 3, 127, 128, 129, 300])
 def test_any_number_of_rows_is_cut_into_blocks(state: State, count: int) -> None:
     rows = [a_row() for _ in range(count)]
     _Insert(state.engine).rows([to_values(row) for row in rows])
@@ -362,12 +362,24 @@ def test_statements_are_ones_that_postgresql_has() -> None:
     text = _insert_text(engine, 2)
     assert text.count("%s") == 2 * (len(COLUMNS) + 1)
     assert "ON CONFLICT (op) DO NOTHING" in text
-    sums = str(_add_up(engine).compile(dialect=engine.dialect))
+    sums = _add_up_text(engine)
+    assert sums.count("%s") == len(HOURLY_GROUPS) + len(HOURLY_SUMS)
     assert "ON CONFLICT (hour, tenant, key_id, model, backend, site, currency) DO UPDATE SET" in sums
 
 
 def test_columns_stand_in_the_order_of_the_values() -> None:
     assert [column.name for column in ledger.columns] == ["id", *COLUMNS, "detail"]
+
+
+def test_a_batch_with_known_rows_adds_only_the_others(state: State) -> None:
+    """More of them than are looked up at once, and one of them twice in the batch."""
+    insert = _Insert(state.engine)
+    known = [a_row() for _ in range(KNOWN_ROWS + 1)]
+    insert.rows([to_values(row) for row in known])
+    fresh = [a_row(tenant="new") for _ in range(300)]
+    insert.rows([to_values(row) for row in (*fresh, *known, fresh[0])])
+    assert state.rows() == known + fresh
+    assert hourly(state.engine) == added_up(known + fresh)
 
 
 def test_no_row_is_counted_twice_in_sql(state: State) -> None:
