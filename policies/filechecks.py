@@ -6,7 +6,7 @@ warning if it may be meant but does nothing with the fleet as configured now.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from policies import picks
@@ -14,6 +14,10 @@ from policies.base import BackendView
 from policies.fileschema import DEFAULT_PICK, Pick, PolicyFile, Rule, Tier
 from policies.match import ANY_SITE, LOCAL, REMOTE, Match, Selector, sites_include
 from policies.yamlproblems import Finding, Path, closest, listed
+
+
+KEYED_BY_BACKEND = frozenset({("weighted-qps", "max_qps")})
+"""Policy and parameter: those whose keys are names of backends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +143,20 @@ def _names(rule: Rule, at: Path, known: KnownNames) -> Iterator[Finding]:
         path = (*at, "prefer", place)
         yield from _unknown("site", tier.site, (*path, "site"), sites)
         yield from _unknown("backend", tier.backend, (*path, "backend"), backends)
-    for name in rule.weights or ():
+    yield from _unknown_keys(rule.weights or (), (*at, "weights"), backends)
+    for path, pick in picks_of(rule):
+        for parameter, value in pick.parameters.items():
+            if (pick.policy, parameter) in KEYED_BY_BACKEND and isinstance(value, Mapping):
+                yield from _unknown_keys(value, (*at, *path, parameter), backends)
+
+
+def _unknown_keys(names: Iterable[str], at: Path, backends: Collection[str]) -> Iterator[Finding]:
+    """Keys of a mapping that should be names of backends and are none."""
+    for name in names:
         if name not in backends:
-            yield Finding(
-                (*at, "weights", name), f"unknown backend '{name}'", closest(name, backends), at_key=True
-            )
+            suggestion = closest(name, backends)
+            choices = "" if suggestion else f"; known: {', '.join(sorted(backends))}"
+            yield Finding((*at, name), f"unknown backend '{name}'{choices}", suggestion, at_key=True)
 
 
 def _unknown(what: str, names: Iterable[str] | None, at: Path, known: Iterable[str]) -> Iterator[Finding]:

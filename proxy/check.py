@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from policies.explain import explain_policy
 from policies.filechecks import KnownNames
-from policies.files import read_policy
+from policies.files import CompiledPolicy, read_policy
+from policies.state import Backend
 from policies.units import BadValueError
-from policies.yamlfile import FileProblems, Problem, parse_yaml
-from proxy.build import load_policy, make_backends
-from proxy.config import Config, backend_key, load_config
+from policies.yamlfile import Document, FileProblems, Problem, parse_yaml
+from policies.yamlproblems import closest
+from proxy.build import DEFAULT_SLOTS, load_policy, make_backends
+from proxy.config import BackendConfig, Config, Price, backend_key, is_policy_file, load_config
+from proxy.readable import in_words
 
 
 @dataclass(slots=True)
@@ -25,38 +29,42 @@ class Report:
     ok: bool
     text: str
     """For people: the file in plain words, or what is wrong with it."""
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
+    problems: list[tuple[str, Problem]] = field(default_factory=list)
+    """Each with the file it is in: a configuration brings its policy file along."""
+    warnings: list[tuple[str, Problem]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "file": self.file,
             "kind": self.kind,
             "ok": self.ok,
-            "problems": [problem._asdict() for problem in self.problems],
-            "warnings": [problem._asdict() for problem in self.warnings],
+            "problems": [{"file": file, **problem._asdict()} for file, problem in self.problems],
+            "warnings": [{"file": file, **problem._asdict()} for file, problem in self.warnings],
         }
 
 
 def check_file(file: Path, config_path: Path | None) -> Report:
-    """Check a policy file or a configuration, told apart by their keys."""
+    """Check a policy file or a configuration, told apart by their keys.
+
+    Names in a policy file are checked against the configuration at `config_path`, if there is one.
+    """
     kind = "policy"
     try:
         text = file.read_text(encoding="utf-8")
         if _is_configuration(text, str(file)):
             kind = "configuration"
-            return _check_configuration(file)
+            return _check_configuration(file, text)
         known = None
         if config_path is not None and config_path.resolve() != file.resolve():
             config = load_config(config_path)
             known = KnownNames(make_backends(config), frozenset(config.sites))
-        compiled = read_policy(text, str(file), known)
+        return _good(str(file), kind, "", [], read_policy(text, str(file), known))
     except FileProblems as error:
-        return Report(str(file), kind, False, str(error), error.problems)
-    except (OSError, ValueError) as error:  # not readable, not UTF-8, or no such policy in the library
-        return Report(str(file), kind, False, f"{file}: {error}")
-    warnings = "".join(f"warning: {file}:{w.line}:{w.column}: {w.message}\n" for w in compiled.warnings)
-    return Report(str(file), kind, True, warnings + explain_policy(compiled).rstrip(), [], compiled.warnings)
+        problems = [(error.name, problem) for problem in error.problems]
+        return Report(str(file), kind, False, str(error), problems)
+    except (OSError, UnicodeDecodeError) as error:
+        words = in_words(error)
+        return Report(str(file), kind, False, words if words.startswith(str(file)) else f"{file}: {words}")
 
 
 def _is_configuration(text: str, name: str) -> bool:
@@ -65,31 +73,92 @@ def _is_configuration(text: str, name: str) -> bool:
     return "rules" not in tops and bool(tops & set(Config.model_fields))
 
 
-def _check_configuration(file: Path) -> Report:
+def _good(
+    file: str, kind: str, words: str, warnings: list[tuple[str, Problem]], policy: CompiledPolicy
+) -> Report:
+    """The report on a file without mistakes; `words` are said before those on its policy."""
+    warnings = [*warnings, *((policy.name, warning) for warning in policy.warnings)]
+    text = "".join(f"{_warning(*warning)}\n" for warning in warnings) + words + explain_policy(policy)
+    return Report(file, kind, True, text.rstrip(), [], warnings)
+
+
+def _warning(file: str, problem: Problem) -> str:
+    hint = f" (did you mean '{problem.suggestion}'?)" if problem.suggestion else ""
+    return f"warning: {file}:{problem.line}:{problem.column}: {problem.message}{hint}"
+
+
+# A configuration
+
+
+def _check_configuration(file: Path, text: str) -> Report:
     config = load_config(file)
-    lines = [f"{file}: {len(config.backends)} backends; API on {config.listen}, admin on {config.admin}."]
-    warnings: list[Problem] = []
-    for section in config.backends:
+    document = parse_yaml(text, str(file))
+    backends = make_backends(config)
+    try:
+        policy = load_policy(config, backends, 0)
+    except FileProblems:
+        raise
+    except (OSError, ValueError) as error:  # no such file, not UTF-8, or no such policy in the library
+        words = in_words(error)
+        if isinstance(error, UnicodeDecodeError):
+            words = f"{config.policy}: {words}"
+        raise document.failed([document.problem(("policy",), words)]) from None
+    warnings = [(str(file), problem) for problem in _unused(config, document)]
+    return _good(str(file), "configuration", f"{_in_words(file, config, backends)}\n\n", warnings, policy)
+
+
+def _unused(config: Config, document: Document) -> Iterator[Problem]:
+    """What is written in a configuration and does nothing, or cannot work as things stand."""
+    for number, section in enumerate(config.backends):
         try:
             backend_key(section)
         except BadValueError as error:
-            lines.append(f"warning: {error.message}")
-    for backend in make_backends(config):
-        classes = (
-            "all data classes" if backend.data_classes is None else ", ".join(sorted(backend.data_classes))
-        )
-        priced = (
-            "no price" if backend.price_input is None else f"{backend.price_input:g}/{backend.price_output:g}"
-        )
-        lines.append(f"  {backend.name} at {backend.site}: may see {classes or 'nothing'}; {priced}")
-    compiled = load_policy(config, make_backends(config), 0)
-    warnings = compiled.warnings
-    lines += [f"warning: {compiled.name}:{w.line}:{w.column}: {w.message}" for w in warnings]
-    return Report(
-        str(file),
-        "configuration",
-        True,
-        "\n".join([*lines, "", explain_policy(compiled).rstrip()]),
-        [],
-        warnings,
+            key = "api_key_file" if section.api_key_env is None else "api_key_env"
+            yield document.problem(("backends", number, key), error.message)
+    used = {section.site for section in config.backends}
+    for site in config.sites:
+        if site not in used:
+            message = f"no backend stands at site '{site}'"
+            meant = closest(site, used - config.sites.keys())
+            if meant is not None:
+                message += f"; there is one at '{meant}', which is not among the sites"
+            yield document.problem(("sites", site), message, at_key=True)
+
+
+def _in_words(file: Path, config: Config, backends: list[Backend]) -> str:
+    count = len(backends)
+    policy = config.policy if is_policy_file(config.policy) else f"{config.policy} of the library"
+    lines = [
+        f"{file}: {count} backend{'' if count == 1 else 's'}. API on {config.listen}, admin on {config.admin}.",
+        f"Keys and ledger in {config.database or config.state}, money in {config.ledger_currency}. "
+        f"Policy: {policy}.",
+        "",
+    ]
+    for section, backend in zip(config.backends, backends, strict=True):
+        lines += _backend(section, backend)
+    return "\n".join(lines)
+
+
+def _backend(section: BackendConfig, backend: Backend) -> Iterator[str]:
+    slots = (
+        f"as many slots as its engine says (until then {DEFAULT_SLOTS})"
+        if section.slots is None
+        else f"{section.slots} slots"
+    )
+    models = "whatever models it serves" if section.models == "auto" else ", ".join(section.models)
+    classes = "all data classes"
+    if backend.data_classes is not None:
+        named = ", ".join(sorted(backend.data_classes))
+        classes = f"data class {named}" if named else "no data at all"
+    yield f"  {section.name} at site {section.site}, {section.url}"
+    yield f"    {slots}; {models}; may see {classes}"
+    yield f"    {'no price: its usage counts as unpriced' if section.price is None else _price(section.price)}"
+    for model, price in section.prices.items():
+        yield f"    model {model}: {_price(price)}"
+
+
+def _price(price: Price) -> str:
+    cached = "" if price.cached_input is None else f" ({price.cached_input} if cached)"
+    return (
+        f"per million tokens {price.input} {price.currency} in{cached}, {price.output} {price.currency} out"
     )

@@ -92,14 +92,12 @@ def serve(
 def _run(action: Any) -> None:
     """Run something that may fail in ways that a person can mend."""
     from proxy.build import ConfigError
-    from proxy.readable import READABLE_ERRORS
+    from proxy.readable import READABLE_ERRORS, in_words
 
     try:
         action()
-    except ConfigError as error:
-        fail(str(error))
-    except READABLE_ERRORS as error:
-        fail(str(error) or type(error).__name__)
+    except (ConfigError, *READABLE_ERRORS) as error:
+        fail(in_words(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
@@ -119,12 +117,19 @@ def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    suggestion = getattr(first.get("ctx", {}).get("error"), "suggestion", None)
+    hint = f" (did you mean {suggestion}?)" if suggestion else ""
+    return f"{where}: {message}{hint}" if where else f"{message}{hint}"
 
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="A policy file or a configuration file.", dir_okay=False)],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A policy file or a configuration file. Default: the configuration.", dir_okay=False
+        ),
+    ] = None,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -136,7 +141,12 @@ def check(
     """
     from proxy.check import check_file
 
-    report = check_file(file, config_path(config))
+    path = config_path(config)
+    if file is None:
+        file = path
+    if file is None:
+        fail("there is no tidegate.yaml here: name a file, as in `tidegate check FILE`")
+    report = check_file(file, path)
     if json_output:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
@@ -228,10 +238,12 @@ def export(
     from rich.console import Console
     from rich.progress import Progress
 
+    from proxy.readable import in_words
+
     try:
         target = output.open("wb")
     except OSError as error:
-        fail(f"{output}: {error.strerror}")
+        fail(in_words(error))
     with target as file, Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("exporting", total=None)
         rows = reports.export(

@@ -39,19 +39,20 @@ def config_path(config: Path | None) -> Path | None:
 def load(path: Path) -> Config:
     from policies.yamlfile import FileProblems
     from proxy.config import load_config
+    from proxy.readable import in_words
 
     try:
         return load_config(path)
     except FileProblems as error:
         fail(f"{path} cannot be used:\n{error}")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path}: {error}")
+    except OSError as error:
+        fail(in_words(error))
 
 
 def open_ledger(config: Path | None, state: Path | None, *, create: bool = False) -> tuple[Engine, Path, str]:
     """The ledger's database, its state directory and currency, for commands that read or write it."""
     from proxy.database import open_database
-    from proxy.readable import READABLE_ERRORS
+    from proxy.readable import READABLE_ERRORS, in_words
 
     path = config_path(config)
     directory, database, currency = state or Path("tidegate-data"), None, ""
@@ -65,4 +66,4 @@ def open_ledger(config: Path | None, state: Path | None, *, create: bool = False
     try:
         return open_database(database or directory, check=False), directory, currency
     except READABLE_ERRORS as error:
-        fail(str(error))
+        fail(in_words(error))

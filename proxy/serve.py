@@ -158,15 +158,21 @@ class Service:
     async def _listen(self) -> None:
         runtime = self.runtime
         host, port = split_address(self.config.listen)
-        self._server = await runtime.loop.create_server(
-            lambda: ClientConnection(runtime), host, port, backlog=BACKLOG, reuse_address=True
-        )
+        try:
+            self._server = await runtime.loop.create_server(
+                lambda: ClientConnection(runtime), host, port, backlog=BACKLOG, reuse_address=True
+            )
+        except OSError as error:
+            raise _cannot_listen("listen", self.config.listen, error) from None
         app = admin_app(runtime, self._started)
         self._admin = web.AppRunner(app, access_log=None, handle_signals=False)
         await self._admin.setup()
         admin_host, admin_port = split_address(self.config.admin)
         site = web.TCPSite(self._admin, admin_host, admin_port)
-        await site.start()
+        try:
+            await site.start()
+        except OSError as error:
+            raise _cannot_listen("admin", self.config.admin, error) from None
         self.ports = Ports(
             _address(self._server.sockets[0]), "{}:{}".format(*_host_port(self._admin.addresses[0]))
         )
@@ -336,6 +342,14 @@ class Service:
 
     def _ledger_failed(self, reason: str) -> None:
         log.error("usage cannot be recorded any more, new requests are refused: %s", reason)
+
+
+def _cannot_listen(key: str, address: str, error: OSError) -> ConfigError:
+    reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or "no such host"
+    return ConfigError(
+        f"cannot listen on {address}: {reason.lower()}; "
+        f"give another address with --{key} HOST:PORT, or `{key}` in the configuration"
+    )
 
 
 def _host_port(name: Any) -> tuple[str, int]:

@@ -188,7 +188,7 @@ async def test_check_and_schema(start_backend: StartBackend, tmp_path: Path) -> 
     good.write_text(json.dumps({"backends": [{"name": "a", "url": backend.url}]}))
     code, text, _ = await command("check", str(good))
     assert code == 0
-    assert "1 backends" in text
+    assert "1 backend." in text
     bad = tmp_path / "policy.yaml"
     bad.write_text("rules:\n  - name: all\n    pikc: random\n")
     code, text, complaint = await command("check", str(bad))

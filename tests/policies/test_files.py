@@ -8,8 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+import policies
 from policies.base import BackendView, RequestFacts, Send
 from policies.explain import explain_policy
+from policies.filechecks import KEYED_BY_BACKEND
 from policies.files import (
     DEFAULT_POLICY,
     CompiledPolicy,
@@ -303,6 +305,14 @@ p.yaml:3:22: rules[0].weights.aplliance: unknown backend 'aplliance' (did you me
   3 |     weights: {nj: 2, aplliance: 3}
     |                      ^""",
     ),
+    "a limit for nobody": (
+        "rules:\n  - name: all\n    prefer:\n"
+        "      - {site: local, pick: {policy: weighted-qps, max_qps: {locl: 5, nj: 1}}}\n",
+        """\
+p.yaml:4:62: rules[0].prefer[0].pick.max_qps.locl: unknown backend 'locl'; known: appliance, nj, sz
+  4 |       - {site: local, pick: {policy: weighted-qps, max_qps: {locl: 5, nj: 1}}}
+    |                                                              ^""",
+    ),
     "no rules": ("rules: []\n", "p.yaml:1:8: rules: needs at least 1 entry\n  1 | rules: []\n    |        ^"),
     "nothing": ("# soon\n", "p.yaml:1:1: the file is empty\n  1 | # soon\n    | ^"),
 }
@@ -312,6 +322,16 @@ p.yaml:3:22: rules[0].weights.aplliance: unknown backend 'aplliance' (did you me
 def test_mistakes_are_told_with_their_place_and_what_was_meant(mistake: str) -> None:
     text, expected = MISTAKES[mistake]
     assert problems(text) == expected
+
+
+def test_every_parameter_that_is_keyed_by_backend_is_known_as_such() -> None:
+    described = {
+        (name, parameter.name)
+        for name in policies.POLICIES
+        for parameter in policies.parameters(name)
+        if "by backend name" in parameter.doc
+    }
+    assert described == KEYED_BY_BACKEND
 
 
 def test_names_are_checked_only_when_the_fleet_is_known() -> None:

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from proxy.cli import app
+
+CONFIG = """\
+listen: 127.0.0.1:18480
+backends:
+  - {name: appliance, url: "http://127.0.0.1:8000", slots: 24}
+  - name: nj-1
+    url: https://nj.example:8443
+    site: nanjing
+    models: [m-1, m-2]
+    price: {input: 0.27, output: "1.10", cached_input: 0.027, currency: CNY}
+    prices: {m-2: {input: 2, output: 3, currency: CNY}}
+sites:
+  nanjing: {data_classes: [public, internal]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the command is typed."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def check(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["check", *arguments])
+
+
+def reported(*arguments: str) -> Any:
+    return json.loads(check(*arguments, "--json").stdout)
+
+
+# Which file
+
+
+def test_without_a_file_it_is_the_configuration_of_this_folder(folder: Path) -> None:
+    found = check()
+    assert found.exit_code == 2
+    assert found.stderr == (
+        "tidegate: there is no tidegate.yaml here: name a file, as in `tidegate check FILE`\n"
+    )
+    (folder / "tidegate.yaml").write_text(CONFIG)
+    found = check()
+    assert found.exit_code == 0
+    assert found.stdout.startswith(
+        "tidegate.yaml: 2 backends. API on 127.0.0.1:18480, admin on 127.0.0.1:8081."
+    )
+    (folder / "other.yaml").write_text(CONFIG)
+    assert reported("--config", "other.yaml")["file"] == "other.yaml"
+
+
+def test_what_cannot_be_read_is_told_in_words(folder: Path) -> None:
+    found = check("nowhere.yaml")
+    assert (found.exit_code, found.stderr) == (1, "nowhere.yaml: no such file or directory\n")
+    (folder / "binary.yaml").write_bytes(b"\xff")
+    assert check("binary.yaml").stderr == "binary.yaml: the file is not UTF-8 text\n"
+
+
+# A configuration
+
+
+def test_a_configuration_is_read_back(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG)
+    text = check().stdout
+    for said in (
+        f"Keys and ledger in {folder}/tidegate-data, money in CNY. Policy: local-first of the library.",
+        "  appliance at site local, http://127.0.0.1:8000\n"
+        "    24 slots; whatever models it serves; may see all data classes\n"
+        "    no price: its usage counts as unpriced\n",
+        "  nj-1 at site nanjing, https://nj.example:8443\n"
+        "    as many slots as its engine says (until then 32); m-1, m-2; may see data class internal, public\n"
+        "    per million tokens 0.27 CNY in (0.027 if cached), 1.10 CNY out\n"
+        "    model m-2: per million tokens 2 CNY in, 3 CNY out\n",
+        "\nlocal-first: 1 rule, for every request.\n",
+    ):
+        assert said in text
+
+
+def test_what_is_written_for_nothing_is_warned_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NJ_KEY", raising=False)
+    text = CONFIG.replace("site: nanjing", "site: nanjng\n    api_key_env: NJ_KEY")
+    (folder / "tidegate.yaml").write_text(text + "  suzhou: {}\n")
+    found = check()
+    assert found.exit_code == 0
+    assert found.stdout.splitlines()[:3] == [
+        "warning: tidegate.yaml:7:18: backend nj-1: NJ_KEY is not set in the environment",
+        "warning: tidegate.yaml:12:3: no backend stands at site 'nanjing'; "
+        "there is one at 'nanjng', which is not among the sites",
+        "warning: tidegate.yaml:13:3: no backend stands at site 'suzhou'",
+    ]
+    assert [(warning["file"], warning["line"]) for warning in reported()["warnings"]] == [
+        ("tidegate.yaml", 7),
+        ("tidegate.yaml", 12),
+        ("tidegate.yaml", 13),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (
+            "locl-first",
+            "policy: no policy in the library is called 'locl-first' (did you mean 'local-first'?)",
+        ),
+        ("night.yaml", "policy: {folder}/night.yaml: no such file or directory"),
+        ("binary.yaml", "policy: {folder}/binary.yaml: the file is not UTF-8 text"),
+    ],
+)
+def test_a_policy_that_cannot_be_had_is_pointed_at(folder: Path, policy: str, said: str) -> None:
+    (folder / "binary.yaml").write_bytes(b"\xff")
+    (folder / "tidegate.yaml").write_text(CONFIG + f"policy: {policy}\n")
+    found = check()
+    assert found.exit_code == 1
+    assert found.stderr.splitlines()[0] == f"tidegate.yaml:12:9: {said.format(folder=folder)}"
+
+
+def test_mistakes_in_its_policy_file_are_told_with_that_file(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG + "policy: night.yaml\n")
+    (folder / "night.yaml").write_text("rules:\n  - {name: all, sites: [mars]}\n")
+    (problem,) = reported()["problems"]
+    assert (problem["file"], problem["line"], problem["column"]) == (str(folder / "night.yaml"), 2, 25)
+
+
+# A policy file
+
+
+def test_names_of_backends_in_parameters_are_checked(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG)
+    (folder / "night.yaml").write_text(
+        "rules:\n  - name: all\n    pick: {policy: weighted-qps, max_qps: {aplliance: 5, nj-1: 3}}\n"
+    )
+    found = check("night.yaml")
+    assert found.exit_code == 1
+    assert found.stderr.splitlines()[0] == (
+        "night.yaml:3:44: rules[0].pick.max_qps.aplliance: unknown backend 'aplliance' "
+        "(did you mean 'appliance'?)"
+    )
+    (problem,) = reported("night.yaml")["problems"]
+    assert (problem["line"], problem["column"], problem["suggestion"]) == (3, 44, "appliance")
