@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias
 
 ENGINE_FIGURES_VALID_S = 2.0
 """Scraped engine figures older than this are ignored (routers that trust stale queues herd)."""
@@ -189,7 +189,6 @@ class Finished:
     """Name of the policy that chose the backend."""
 
 
-@runtime_checkable
 class Policy(Protocol):
     """Decides where a request goes. Parameters and a random generator come by the constructor.
 

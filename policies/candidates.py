@@ -14,22 +14,11 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, NamedTuple
 
 from policies.base import BackendView, Reject, RequestFacts
 from policies.constraints import feasible, least_context
+from policies.rule import Rule, Spill
 from policies.state import Backend, Fleet
-
-if TYPE_CHECKING:
-    from policies.rules import Rule
-
-
-@dataclass(frozen=True, slots=True)
-class Spill:
-    """Saturation at which a tier opens to the next, and below which it closes: 0 < leave <= enter."""
-
-    enter: float
-    leave: float
 
 
 @dataclass(slots=True)
@@ -67,7 +56,8 @@ KNOWN_FALLBACKS = 256
 """Orders of fallbacks kept for one kind of request."""
 
 
-class AvailableTier(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class AvailableTier:
     """One tier as a kind of request finds it."""
 
     tier: int
@@ -76,7 +66,8 @@ class AvailableTier(NamedTuple):
     spill: SpillState | None
 
 
-class Candidates(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Candidates:
     """Everything about the backends of a kind of request that holds until the fleet changes."""
 
     rule: Rule
@@ -96,13 +87,19 @@ class Candidates(NamedTuple):
 
     def without(self, tried: frozenset[str]) -> Candidates:
         """The same, less the backends in `tried`."""
-        return self._replace(
-            tiers=tuple(
-                tier._replace(backends=tuple(b for b in tier.backends if b.name not in tried))
-                for tier in self.tiers
-            ),
-            order=tuple(name for name in self.order if name not in tried),
-            known_fallbacks={},
+        tiers = [
+            AvailableTier(tier.tier, tuple(b for b in tier.backends if b.name not in tried), tier.spill)
+            for tier in self.tiers
+        ]
+        return Candidates(
+            self.rule,
+            self.key,
+            tuple(tiers),
+            tuple(name for name in self.order if name not in tried),
+            self.tier_of,
+            self.removed,
+            self.refusal,
+            {},
         )
 
     def fallbacks(self, tier: int, chosen: str, proposed: tuple[str, ...]) -> tuple[str, ...]:

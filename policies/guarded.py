@@ -19,12 +19,22 @@ FAILED = "policy failed"
 class Guarded:
     """A policy with its name; itself a `Policy`."""
 
-    __slots__ = ("failures", "last_failure", "name", "needs", "policy")
+    __slots__ = (
+        "_hears_dispatched",
+        "_hears_finished",
+        "failures",
+        "last_failure",
+        "name",
+        "needs",
+        "policy",
+    )
 
     def __init__(self, policy: Policy, name: str) -> None:
         self.policy = policy
         self.name = name
         self.needs = policy.needs
+        self._hears_dispatched = _overrides(policy, "dispatched")
+        self._hears_finished = _overrides(policy, "finished")
         self.failures = 0
         """Calls that raised, or answered with an unknown backend, since start."""
         self.last_failure = ""
@@ -52,6 +62,8 @@ class Guarded:
         return self.decide(request, backends, now)[0]
 
     def dispatched(self, request: RequestFacts, backend: BackendView, now: float) -> None:
+        if not self._hears_dispatched:
+            return
         try:
             self.policy.dispatched(request, backend, now)
         except Exception as error:
@@ -64,6 +76,8 @@ class Guarded:
             self._count(f"first_token: {type(error).__name__}: {error}")
 
     def finished(self, finished: Finished) -> None:
+        if not self._hears_finished:
+            return
         try:
             self.policy.finished(finished)
         except Exception as error:
@@ -72,3 +86,8 @@ class Guarded:
     def _count(self, failure: str) -> None:
         self.failures += 1
         self.last_failure = failure
+
+
+def _overrides(policy: Policy, name: str) -> bool:
+    """Whether the policy does anything there: most listen to nothing."""
+    return getattr(type(policy), name, None) is not getattr(Policy, name)

@@ -41,19 +41,23 @@ class Candidate(NamedTuple):
 
 
 def copy_figures(backend: BackendView, saturation: float) -> Candidate:
-    return Candidate(
-        backend.name,
-        saturation,
-        backend.in_flight,
-        backend.in_flight_tokens,
-        backend.slots,
-        backend.ttft_s,
-        backend.tpot_s,
-        backend.rtt_s,
-        backend.running,
-        backend.waiting,
-        backend.kv_use,
-        backend.sampled_at,
+    # A named tuple's own constructor is a Python function, and this runs for every backend of every request.
+    return tuple.__new__(
+        Candidate,
+        (
+            backend.name,
+            saturation,
+            backend.in_flight,
+            backend.in_flight_tokens,
+            backend.slots,
+            backend.ttft_s,
+            backend.tpot_s,
+            backend.rtt_s,
+            backend.running,
+            backend.waiting,
+            backend.kv_use,
+            backend.sampled_at,
+        ),
     )
 
 

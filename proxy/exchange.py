@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from policies.base import Hold, Outcome, Reject, RequestFacts, Send
 from policies.routing import Routing
+from policies.rules import NOTHING_TRIED
 from policies.state import Backend, Lease
 from probes.base import os_reason
 from probes.passive import AttemptError, backoff_s, outcome_of
@@ -82,7 +83,9 @@ MOVES: Final[dict[State, frozenset[State]]] = {
 _NO_DATA: Final = (None, b"", b"[DONE]")
 """Events that commit nothing at the beginning of a stream: heartbeats, and an end of what never began."""
 
-_EVENTS, _WHOLE, _RAW = range(3)
+_EVENTS: Final = 0
+_WHOLE: Final = 1
+_RAW: Final = 2
 """How the answer is passed on: as events, when it is complete, or as it comes."""
 
 _GIVE_UP_CODES: Final = {
@@ -111,7 +114,6 @@ class Client(Protocol):
 class Exchange:
     """Glue between one client connection, the valve, one backend connection at a time, meter and journal."""
 
-    state = State.RECEIVED
     facts: RequestFacts | None = None
     body_read: RequestBody | None = None
     raw_body: bytes | None = None
@@ -121,11 +123,11 @@ class Exchange:
     target: Endpoint | None = None
     connection: BackendConnection | None = None
     connecting: asyncio.Task[Any] | None = None
-    tried: frozenset[str] = frozenset()
+    tried: frozenset[str]
     dispatched = 0.0
     # Its answer
     reply: ResponseHead | None = None
-    mode = _WHOLE
+    mode: int
     reader: EventReader | None = None
     parts: list[bytes]
     """Set with the head of each answer."""
@@ -148,6 +150,9 @@ class Exchange:
     def __init__(
         self, runtime: Runtime, client: Client, head: RequestHead, endpoint: str, key: Key | None, now: float
     ) -> None:
+        self.state = State.RECEIVED
+        self.mode = _WHOLE
+        self.tried = NOTHING_TRIED
         self.runtime = runtime
         self.client = client
         self.request = head
@@ -619,18 +624,20 @@ class Exchange:
         row = self.row
         row.overhead_s = max(self.dispatched - self.arrived - row.queue_s, 0.0)
         keep_alive = self._keeps_alive() and (self.chunked or framing.startswith(b"content-length"))
-        fields = b"HTTP/1.1 %d %b\r\n%b%bx-request-id: %b\r\nx-tidegate-backend: %b\r\n" % (
-            reply.status,
-            reply.phrase,
-            reply.fields,
-            framing,
-            self.id.encode("ascii"),
-            row.backend.encode("ascii"),
-        )
-        fields += b"x-tidegate-reason: %b\r\nx-tidegate-queue-ms: %d\r\nx-tidegate-overhead-ms: %.3f\r\n" % (
-            _field_text(row.reason),
-            row.queue_s * 1000,
-            row.overhead_s * 1000,
+        fields = (
+            b"HTTP/1.1 %d %b\r\n%b%bx-request-id: %b\r\nx-tidegate-backend: %b\r\nx-tidegate-reason: %b\r\n"
+            b"x-tidegate-queue-ms: %d\r\nx-tidegate-overhead-ms: %.3f\r\n"
+            % (
+                reply.status,
+                reply.phrase,
+                reply.fields,
+                framing,
+                self.id.encode("ascii"),
+                row.backend.encode("ascii"),
+                _field_text(row.reason),
+                row.queue_s * 1000,
+                row.overhead_s * 1000,
+            )
         )
         if self.key is not None:
             fields += self.runtime.limits.headers(self.key, self.arrived)

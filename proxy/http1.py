@@ -269,14 +269,14 @@ class RequestGrammar:
             head.keep_alive = False
 
 
-class RepeatedHead:
-    """The last head of a connection, to know it again.
+class _Repeated:
+    """The bytes of a head around the digits of its `Content-Length`, to know it again.
 
-    Clients send the same head with every request, but for the digits of `Content-Length`. A head that equals the
+    Both sides of a connection send the same head with every message, but for that length. A head that equals the
     last one in every other byte has been matched whole already; only its length is read.
     """
 
-    __slots__ = ("_after", "_before", "_head")
+    __slots__ = ("_after", "_before")
 
     MAX_BYTES: Final = 4096
 
@@ -284,35 +284,67 @@ class RepeatedHead:
         self._before = b""
         """All bytes up to the digits; empty: nothing to compare with."""
         self._after = b""
+        """All bytes behind the digits; empty: the head has no length."""
+
+    def _keep(self, data: bytes, start: int, end: int, has_length: bool) -> bool:
+        """Take the head at `data[start:end]`. False: it is too long, or its length is written otherwise."""
+        self._before = b""
+        if end - start > self.MAX_BYTES:
+            return False
+        digits = _LENGTH_DIGITS.search(data, start, end)
+        if (digits is not None) != has_length:
+            return False
+        if digits is None:
+            self._before, self._after = data[start:end], b""
+        else:
+            self._before, self._after = data[start : digits.start(1)], data[digits.end(1) : end]
+        return True
+
+    def _find(self, data: bytes, start: int) -> tuple[int, int]:
+        """-> (length, position behind the head), position 0: it is another head."""
+        before = self._before
+        if not before or not data.startswith(before, start):
+            return 0, 0
+        position = start + len(before)
+        after = self._after
+        if not after:
+            return 0, position
+        digits = _DIGITS.match(data, position)
+        if digits is None:
+            return 0, 0
+        end = digits.end()
+        if not data.startswith(after, end):
+            return 0, 0
+        return int(digits[0]), end + len(after)
+
+
+class RepeatedHead(_Repeated):
+    """The last request head of a connection."""
+
+    __slots__ = ("_head",)
+
+    def __init__(self) -> None:
+        super().__init__()
         self._head: RequestHead | None = None
 
     def remember(self, data: bytes, start: int, end: int, head: RequestHead) -> None:
         """Keep a head that has just been parsed from `data[start:end]`."""
-        self._before, self._head = b"", None
-        if end - start > self.MAX_BYTES or head.method in _BODY_IS_ODD:
-            return
-        digits = _LENGTH_DIGITS.search(data, start, end)
-        if digits is None:
-            if head.content_length or head.chunked:
-                return
-            self._before, self._after = data[start:end], b""
-        else:
-            self._before, self._after = data[start : digits.start(1)], data[digits.end(1) : end]
-        self._head = head
+        has_length = bool(head.content_length)
+        keep = (
+            head.method not in _BODY_IS_ODD and not head.chunked and self._keep(data, start, end, has_length)
+        )
+        self._head = head if keep else None
 
     def recall(self, data: bytes, start: int) -> tuple[RequestHead, int] | None:
         """-> (the same head object with its new length, position behind it), or None when it is another head."""
         head = self._head
-        if head is None or not data.startswith(self._before, start):
+        if head is None:
             return None
-        position = start + len(self._before)
-        if not self._after:
-            return head, position
-        digits = _DIGITS.match(data, position)
-        if digits is None or not data.startswith(self._after, digits.end()):
+        length, position = self._find(data, start)
+        if not position:
             return None
-        head.content_length = int(digits[0])
-        return head, digits.end() + len(self._after)
+        head.content_length = length
+        return head, position
 
 
 _LENGTH_DIGITS: Final = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15}+)\r\n")
@@ -434,6 +466,44 @@ class ResponseHead:
         return self.content_length is None and not self.chunked
 
 
+class RepeatedResponseHead(_Repeated):
+    """The last usual response head of a backend. It holds a date, so it serves for a second."""
+
+    __slots__ = ("_head",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._head: ResponseHead | None = None
+
+    def remember(self, data: bytes, start: int, end: int, head: ResponseHead) -> None:
+        """Keep a head that has just been parsed from `data[start:end]`, not in answer to HEAD."""
+        keep = head.status == 200 and self._keep(data, start, end, head.content_length is not None)
+        self._head = head if keep else None
+
+    def recall(self, data: bytes, start: int) -> tuple[ResponseHead, int] | None:
+        """-> (a head like it with its own length, position behind it), or None when it is another head."""
+        head = self._head
+        if head is None:
+            return None
+        length, position = self._find(data, start)
+        if not position:
+            return None
+        return (
+            ResponseHead(
+                head.status,
+                head.phrase,
+                head.fields,
+                None if head.content_length is None else length,
+                head.chunked,
+                head.keep_alive,
+                head.content_type,
+                head.content_encoding,
+                head.retry_after,
+            ),
+            position,
+        )
+
+
 _find_response_fields: Final = _field_finder(
     b"content-length|transfer-encoding|connection|content-type|content-encoding|retry-after"
 )
@@ -523,7 +593,11 @@ def _apply_connection(head: ResponseHead, connection: bytes, kept: bytes) -> byt
     return b"\n".join(line for line in kept.split(b"\n") if line.partition(b":")[0].lower() not in named)
 
 
-_SIZE, _DATA, _DATA_END, _TRAILER, _DONE = range(5)
+_SIZE: Final = 0
+_DATA: Final = 1
+_DATA_END: Final = 2
+_TRAILER: Final = 3
+_DONE: Final = 4
 
 
 class ChunkedDecoder:

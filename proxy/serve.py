@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 import uvloop
@@ -160,7 +160,11 @@ class Service:
         host, port = split_address(self.config.listen)
         try:
             self._server = await runtime.loop.create_server(
-                lambda: ClientConnection(runtime), host, port, backlog=BACKLOG, reuse_address=True
+                lambda: cast("asyncio.Protocol", ClientConnection(runtime)),
+                host,
+                port,
+                backlog=BACKLOG,
+                reuse_address=True,
             )
         except OSError as error:
             raise _cannot_listen("listen", self.config.listen, error) from None

@@ -37,8 +37,9 @@ LINGER_S: Final = 2.0
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-class ClientConnection(asyncio.Protocol):
-    """One client connection."""
+class ClientConnection:
+    """One client connection: an `asyncio.Protocol` in all but name, since a class that inherits from one outside
+    cannot be compiled well."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime

@@ -11,6 +11,7 @@ import asyncio
 import socket
 import ssl
 from collections import deque
+from functools import partial
 from typing import Final, Protocol, cast
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from proxy.http1 import (
     ChunkedDecoder,
     MalformedResponseError,
     PartialHead,
+    RepeatedResponseHead,
     ResponseHead,
     parse_response_head,
 )
@@ -27,7 +29,12 @@ from proxy.http1 import (
 MAX_INFORMATIONAL: Final = 16
 """1xx responses in front of one reply; more is a flood."""
 
-_IDLE, _HEAD, _LENGTH, _CHUNKED, _UNTIL_CLOSE, _CLOSED = range(6)
+_IDLE: Final = 0
+_HEAD: Final = 1
+_LENGTH: Final = 2
+_CHUNKED: Final = 3
+_UNTIL_CLOSE: Final = 4
+_CLOSED: Final = 5
 
 
 class Receiver(Protocol):
@@ -40,8 +47,8 @@ class Receiver(Protocol):
     def lost(self, error: AttemptError, message: str) -> None: ...
 
 
-class BackendConnection(asyncio.Protocol):
-    """One connection to a backend."""
+class BackendConnection:
+    """One connection to a backend: an `asyncio.Protocol` in all but name, as `ClientConnection` is."""
 
     __slots__ = (
         "_decoder",
@@ -159,13 +166,19 @@ class BackendConnection(asyncio.Protocol):
                 if not self._partial.add(data):
                     return
                 data, self._partial = self._partial.whole(), None
-            while True:
+            repeated = self.endpoint.repeated
+            recalled = None if self._to_head_request else repeated.recall(data, 0)
+            if recalled is not None:
+                head, position = recalled
+            while recalled is None:
                 parsed = parse_response_head(data, position, to_head_request=self._to_head_request)
                 if isinstance(parsed, PartialHead):
                     self._partial = parsed
                     return
-                head, position = parsed
+                start, (head, position) = position, parsed
                 if head.status >= 200:
+                    if not self._to_head_request:
+                        repeated.remember(data, start, position, head)
                     break
                 self._informational += 1
                 if self._informational > MAX_INFORMATIONAL:
@@ -332,6 +345,7 @@ class Endpoint:
         self.continuous_usage = continuous_usage
         self.cache_salt = cache_salt
         self.pool = Pool(idle_s, loop)
+        self.repeated = RepeatedResponseHead()
         host = f"[{self.host}]" if ":" in self.host else self.host
         authority = host if parts.port is None else f"{host}:{parts.port}"
         # What is encoded cannot be metered.
@@ -369,11 +383,15 @@ class Endpoint:
     async def connect(self, timeout_s: float) -> BackendConnection:
         """Open a connection. Raises OSError (also for TLS) or TimeoutError."""
         async with asyncio.timeout(timeout_s):
-            _, connection = await self._loop.create_connection(
-                lambda: BackendConnection(self),
+            _, protocol = await self._loop.create_connection(
+                partial(_new_connection, self),
                 self.host,
                 self.port,
                 ssl=self._tls,
                 server_hostname=self._server_name,
             )
-        return connection
+        return cast("BackendConnection", protocol)
+
+
+def _new_connection(endpoint: Endpoint) -> asyncio.Protocol:
+    return cast("asyncio.Protocol", BackendConnection(endpoint))

@@ -55,6 +55,7 @@ TESTED_BY = {
     "policies/guarded.py": "tests/policies/test_rules.py",
     "policies/picks.py": "tests/policies/test_files.py",
     "policies/routing.py": "tests/policies/test_rules.py",
+    "policies/rule.py": "tests/policies/test_rules.py",
     "policies/units.py": "tests/policies/test_files.py",
     "policies/weights.py": "tests/policies/test_files.py",
     "policies/yamlproblems.py": "tests/policies/test_yamlfile.py",

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.base import BackendView, Decision, Finished, Hold, Outcome, Policy, Reject, RequestFacts, Send
+from policies.guarded import Guarded
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,6 @@ def test_a_policy_has_to_write_choose_only() -> None:
     policy.dispatched(facts, view, 0.0)
     policy.first_token(facts, view, 0.0)
     policy.finished(Finished(facts, "b", Outcome.OK, 1.0))
-    assert isinstance(policy, Policy)
     assert policy.needs == frozenset()
     assert policy.choose(facts, [view], 0.0) == Send("b")
 
@@ -91,8 +91,10 @@ def test_a_policy_need_not_inherit() -> None:
 
         def finished(self, finished: object) -> None: ...
 
-    assert isinstance(Own(), Policy)
-    assert not isinstance(object(), Policy)
+    policy: Policy = Own()
+    guarded = Guarded(policy, "own")
+    assert guarded.decide(RequestFacts("r", "m"), [BackendView("b")], 1.0) == (Hold(2.0), "own")
+    assert not guarded.failures
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""One rule of a policy file, compiled: what it matches, which backends it allows, and its tiers in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from policies.base import BackendView, Policy
+from policies.guarded import Guarded
+from policies.match import Match, Selector
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Saturation at which a tier opens to the next, and below which it closes: 0 < leave <= enter."""
+
+    enter: float
+    leave: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """Backends that are asked together. A backend belongs to the first tier of its rule that selects it."""
+
+    selector: Selector = field(default_factory=Selector)
+    spill: Spill | None = None
+    policy: Policy | None = None
+    """Chooses in this tier instead of the rule's policy."""
+    policy_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """How long a request of a rule may be held, and how many may be at once (per set of feasible
+    backends)."""
+
+    wait_s: float = 10.0
+    depth: int = 200
+
+
+@dataclass(slots=True, eq=False)
+class Rule:
+    """One rule of the file: for the requests it matches, on the backends of `require`, tier by tier.
+
+    Each rule has a policy object of its own, so policies keep their state per rule.
+    """
+
+    name: str
+    policy: Policy
+    policy_name: str
+    match: Match = field(default_factory=Match)
+    require: Selector = field(default_factory=Selector)
+    """What every backend of this rule must satisfy (`sites: [local]`)."""
+    tiers: tuple[Tier, ...] = (Tier(),)
+    """Asked in order; without `prefer` in the file there is one that takes every backend."""
+    queue: Queue = field(default_factory=Queue)
+    guarded: Guarded = field(init=False)
+    """The policy, unable to take a request down; counts its failures."""
+    choosers: tuple[Guarded, ...] = field(init=False)
+    """By tier: the tier's own policy, guarded, or `guarded`."""
+    matches_all: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guarded = Guarded(self.policy, self.policy_name)
+        self.choosers = tuple(
+            Guarded(tier.policy, tier.policy_name) if tier.policy is not None else self.guarded
+            for tier in self.tiers
+        )
+        self.matches_all = self.match == Match()
+
+    def tier_of(self, backend: BackendView) -> int:
+        """Index of the first tier that selects the backend; -1: none does."""
+        for index, tier in enumerate(self.tiers):
+            if tier.selector.accepts(backend):
+                return index
+        return -1
+
+    def allows(self, backend: BackendView) -> bool:
+        """Whether the rule lets the backend serve at all."""
+        return self.require.accepts(backend) and self.tier_of(backend) >= 0
