@@ -51,6 +51,7 @@ def feasible(
     kept: list[AnyBackend] = []
     removed: dict[str, str] = {}
     need = least_context(request)
+    longest = 0
     passed = 0  # checks that the best of the removed ones has passed
     for backend in backends:
         limit = backend.context_tokens.get(request.model)
@@ -60,22 +61,25 @@ def feasible(
             removed[backend.name] = f"{backend.site} does not accept data class {request.data_class}"
             passed = max(passed, 1)
         elif limit is not None and need > limit:
-            removed[backend.name] = f"needs {need} tokens of context or more, has {limit}"
+            removed[backend.name] = f"too long for its context of {limit} tokens"
+            longest = max(longest, limit)
             passed = max(passed, 2)
         elif allows is not None and not allows(backend):
             removed[backend.name] = f"not among the backends of rule {rule!r}"
             passed = 3
         else:
             kept.append(backend)
-    return Feasible(kept, removed, None if kept else _refusal(request, passed))
+    return Feasible(kept, removed, None if kept else _refusal(request, passed, longest))
 
 
-def _refusal(request: RequestFacts, passed: int) -> Reject:
+def _refusal(request: RequestFacts, passed: int, longest: int) -> Reject:
+    """The answer; it holds for every request of the same kind and length bucket, so it names none's length."""
     if passed == 0:
         return Reject("model_not_found", f"no backend serves model {request.model!r}")
     if passed == 1:
         return Reject("data_class", f"no site that serves it accepts data class {request.data_class!r}")
     if passed == 2:
-        return Reject("context_length", f"the request is longer than every context of {request.model!r}")
+        message = f"prompt and answer do not fit the longest context of {request.model!r}, {longest} tokens"
+        return Reject("context_length", message)
     # To this client the model does not exist; 503 would invite it to try again for ever.
     return Reject("model_not_found", f"the policy lets no backend serve {request.model!r} here")

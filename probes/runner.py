@@ -111,6 +111,8 @@ class _Watched:
     task: asyncio.Task[Any] | None = None
     complaints: list[str] = field(default_factory=list)
     """Misconfigurations that were logged already."""
+    news: bool = False
+    """What it serves or its slots have changed, and nobody was told yet."""
 
     @property
     def busy(self) -> bool:
@@ -201,6 +203,8 @@ class Prober:
         for gone in before.values():
             gone.abandon()
         self._apply(self._watched.values())
+        for watched in self._watched.values():
+            self._say_news(watched)
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """What is known of each target, by name, as plain values (`TargetStatus.snapshot`)."""
@@ -242,6 +246,7 @@ class Prober:
             watched.metrics_asked, watched.metrics_stretch = self._clock(), self._stretch()
             await _look_at_engine(questions, status, self._timing)
             self._apply([watched])
+        self._say_news(watched)
 
     def _metrics_due(self, watched: _Watched, now: float) -> bool:
         """Whether to look at its engine's figures: often while it works, rarely where that fails."""
@@ -286,14 +291,19 @@ class Prober:
         for watched in those:
             backend = self._fleet.backends.get(watched.status.target.name)
             if backend is not None and watched.status.apply(backend, now):
-                log.info(
-                    "backend %s serves %s on %d slots", backend.name, sorted(backend.models), backend.slots
-                )
-                changed = True
+                watched.news = changed = True
         if changed:
             self._fleet.version += 1
         if self._fleet.refresh(now) or changed:
             self._tell()
+
+    def _say_news(self, watched: _Watched) -> None:
+        """Once a round: its models come with the check, its slots with the figures after it."""
+        backend = self._fleet.backends.get(watched.status.target.name)
+        if watched.news and backend is not None and backend.models:  # that it serves none is a complaint
+            models = ", ".join(sorted(backend.models))
+            log.info("backend %s serves %s on %d slots", backend.name, models, backend.slots)
+        watched.news = False
 
     def _tell(self) -> None:
         try:

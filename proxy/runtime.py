@@ -166,7 +166,10 @@ class Runtime:
             )
         if path.startswith(_MODELS):
             return self._models(head, path, key)
-        return Admission(error=RequestError("not_found", "there is no such path here"))
+        message = "there is no such path here"
+        if b"/v1" + path in ROUTES or (b"/v1" + path).startswith(_MODELS):
+            message += "; API paths begin with /v1, so the base_url of an OpenAI client ends in /v1"
+        return Admission(error=RequestError("not_found", message))
 
     def _unauthorized(self, peer: str) -> RequestError:
         wait = self.auth_failures.failed(peer, self.now())

@@ -60,6 +60,20 @@ def test_the_refusal_is_named_after_the_check_that_the_best_of_them_failed() -> 
     assert code(restricted, short, backend("good"), shut) == ""
 
 
+def test_a_request_that_is_too_long_is_told_the_longest_context() -> None:
+    views = [
+        backend("a", context_tokens={"m": 100}),
+        backend("b", context_tokens={"m": 400}),
+        backend("c", context_tokens={"m": 900}, data_classes=frozenset()),
+    ]
+    found = feasible(request(max_tokens=500), views)
+    assert found.removed["b"] == "too long for its context of 400 tokens"
+    assert found.refusal is not None
+    assert found.refusal.reason == "prompt and answer do not fit the longest context of 'm', 400 tokens"
+    # Requests of one length bucket share one answer.
+    assert feasible(request(max_tokens=800), views)[1:] == found[1:]
+
+
 def test_a_rule_that_allows_none_of_them_hides_the_model() -> None:
     found = feasible(request(), [backend("a")], lambda view: False, "home")
     assert found.removed == {"a": "not among the backends of rule 'home'"}

@@ -316,6 +316,24 @@ async def test_a_model_that_is_gone_and_back(
     assert bench.prober.snapshot()["a"]["misconfigured"] == []
 
 
+async def test_what_a_backend_serves_is_logged_once_and_in_words(
+    bench: Bench, backend: FakeBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if "serves" in record.getMessage()]
+
+    backend.models = model_list("m", "bench")
+    bench.watch(Target("a", backend.url))
+    with caplog.at_level(logging.INFO, "tidegate.probes"):
+        await bench.pass_time()
+        assert said() == ["backend a serves bench, m on 8 slots"]  # with what its engine says of its slots
+        await bench.pass_time(200)
+        assert len(said()) == 1
+        backend.models = model_list()
+        await bench.pass_time(200)
+        assert said()[1:] == ["backend a: serves no model"]
+
+
 async def test_the_list_of_models_is_asked_for_now_and_then(bench: Bench, backend: FakeBackend) -> None:
     bench.watch(Target("a", backend.url))
     for _ in range(13):

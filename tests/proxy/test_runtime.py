@@ -1,0 +1,29 @@
+"""What a request's head alone decides."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy.http1 import RequestHead
+from tests.proxy.fakes import World
+
+HINT = "API paths begin with /v1, so the base_url of an OpenAI client ends in /v1"
+
+
+@pytest.mark.parametrize(
+    ("path", "hinted"),
+    [
+        (b"/chat/completions", True),
+        (b"/completions?x=1", True),
+        (b"/models", True),
+        (b"/models/m", True),
+        (b"/health", False),
+        (b"/v1/nothing", False),
+        (b"/v1/v1/chat/completions", False),
+    ],
+)
+def test_a_base_url_without_v1_gets_a_hint(path: bytes, hinted: bool) -> None:
+    admission = World("a").runtime.admit(RequestHead(b"POST", path, 1, keep_alive=True), "127.0.0.1")
+    assert admission.error is not None
+    assert admission.error.code == "not_found"
+    assert (HINT in admission.error.message) == hinted
