@@ -15,7 +15,6 @@ from policies.fileschema import DEFAULT_PICK, Pick, PolicyFile, Rule, Tier
 from policies.match import ANY_SITE, LOCAL, REMOTE, Match, Selector, sites_include
 from policies.yamlproblems import Finding, Path, closest, listed
 
-
 KEYED_BY_BACKEND = frozenset({("weighted-qps", "max_qps")})
 """Policy and parameter: those whose keys are names of backends."""
 

@@ -188,22 +188,41 @@ def usage(
     """
     from proxy import reports
 
+    if json_output and csv_output:
+        fail("give --json or --csv, not both")
+    begin, end = _span(since, until)
     engine, _, currency = open_ledger(config, state)
-    now = time.time()
     try:
-        begin = reports.parse_time(since, now) if since else None
-        end = reports.parse_time(until, now) if until else None
         lines = reports.usage(engine, by, begin, end, currency)
     except ValueError as error:
-        fail(str(error))
+        fail(f"--by: {error}")
     if json_output:
         sys.stdout.buffer.write(reports.usage_json(lines))
     elif csv_output:
         sys.stdout.buffer.write(reports.usage_csv(lines))
+    elif not lines:
+        typer.echo(f"no requests {reports.span_in_words(begin, end)}")
     else:
         from rich.console import Console
 
         Console().print(reports.usage_table(lines))
+
+
+def _span(since: str | None, until: str | None) -> tuple[float | None, float | None]:
+    """Unix times of --since and --until; None: open."""
+    from proxy.reports import parse_time, span_in_words
+
+    now = time.time()
+    found: list[float | None] = []
+    for option, text in (("--since", since), ("--until", until)):
+        try:
+            found.append(parse_time(text, now) if text is not None else None)
+        except ValueError as error:
+            fail(f"{option}: {error}")
+    begin, end = found
+    if begin is not None and end is not None and begin >= end:
+        fail(f"--since {since} is not before --until {until}: nothing lies {span_in_words(begin, end)}")
+    return begin, end
 
 
 @app.command()
@@ -225,13 +244,8 @@ def export(
 
     if form not in ("jsonl", "csv"):
         fail(f"--format is jsonl or csv, not '{form}'")
+    begin, end = _span(since, until)
     engine, _, _ = open_ledger(config, state)
-    now = time.time()
-    try:
-        begin = reports.parse_time(since, now) if since else None
-        end = reports.parse_time(until, now) if until else None
-    except ValueError as error:
-        fail(str(error))
     if output is None:
         reports.export(engine, sys.stdout.buffer, begin, end, form=form)  # type: ignore[arg-type]
         return

@@ -231,6 +231,18 @@ def parse_time(text: str, now: float) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
+def span_in_words(since: float | None, until: float | None) -> str:
+    """`from 2026-11-01 00:00 to 2026-11-08 00:00 UTC`, of the Unix times that bound a report."""
+    begin, end = (
+        None if time is None else f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M}"
+        for time in (since, until)
+    )
+    if begin is None and end is None:
+        return "in this ledger"
+    words = [*([f"from {begin}"] if begin else []), *([f"to {end}"] if end else [])]
+    return f"{' '.join(words)} UTC{'' if end else ' until now'}"
+
+
 def money(nano: int, decimals: int) -> str:
     """Nano-units as a decimal number, rounded once, half to even. At most 9 decimals."""
     unit = 10 ** (9 - decimals)

@@ -20,6 +20,7 @@ HINT = "API paths begin with /v1, so the base_url of an OpenAI client ends in /v
         (b"/health", False),
         (b"/v1/nothing", False),
         (b"/v1/v1/chat/completions", False),
+        (b"/v1/modelsx", False),
     ],
 )
 def test_a_base_url_without_v1_gets_a_hint(path: bytes, hinted: bool) -> None:

@@ -1,0 +1,85 @@
+"""The commands as typed, where they need no running proxy."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from proxy.cli import app
+from proxy.database import open_database
+
+
+@pytest.fixture(autouse=True)
+def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with an empty ledger."""
+    monkeypatch.chdir(tmp_path)
+    open_database(tmp_path / "tidegate-data").dispose()
+
+
+def tidegate(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+# Usage
+
+
+def test_usage_of_nothing_says_so_and_of_when() -> None:
+    assert tidegate("usage").stdout == "no requests in this ledger\n"
+    found = tidegate("usage", "--since", "2026-11-01", "--until", "2026-11-08T12:30")
+    assert found.stdout == "no requests from 2026-11-01 00:00 to 2026-11-08 12:30 UTC\n"
+    found = tidegate("usage", "--since", "7d")
+    assert re.fullmatch(r"no requests from \d{4}-\d\d-\d\d \d\d:\d\d UTC until now\n", found.stdout)
+    assert tidegate("usage", "--until", "2026-11-08").stdout == "no requests to 2026-11-08 00:00 UTC\n"
+
+
+def test_for_scripts_nothing_stays_what_it_was() -> None:
+    assert json.loads(tidegate("usage", "--json").stdout) == []
+    assert tidegate("usage", "--csv").stdout.startswith("requests,errors,")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("usage", "--json", "--csv"), "give --json or --csv, not both"),
+        (
+            ("usage", "--since", "1d", "--until", "2d"),
+            "--since 1d is not before --until 2d: nothing lies from",
+        ),
+        (("export", "--since", "2026-11-02", "--until", "2026-11-01"), "--since 2026-11-02 is not before"),
+        (("usage", "--since", "2026-11-02", "--until", "2026-11-02"), "is not before"),
+        (("usage", "--since", "soon"), "--since: 'soon' is neither a duration"),
+        (("export", "--until", "soon"), "--until: 'soon' is neither a duration"),
+        (("usage", "--by", "colour"), "--by: cannot sum by 'colour'; there are tenant, "),
+        (("export", "-o", "nowhere/rows.jsonl"), "nowhere/rows.jsonl: no such file or directory"),
+        (("usage", "--config", "nowhere.yaml"), "nowhere.yaml: no such file or directory"),
+        (("usage", "--state", "nowhere"), "there is no ledger in nowhere: name its configuration"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_words(arguments: tuple[str, ...], said: str) -> None:
+    found = tidegate(*arguments)
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert found.stderr.startswith("tidegate: ")
+    assert said in found.stderr
+    assert "Errno" not in found.stderr
+
+
+# Serve
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("--listen", "18480"),
+            "listen: an address is HOST:PORT, got '18480' (did you mean 127.0.0.1:18480?)",
+        ),
+        (("--policy", "nowhere.yaml"), "nowhere.yaml: no such file or directory"),
+    ],
+)
+def test_serve_says_what_stands_in_the_way(arguments: tuple[str, ...], said: str) -> None:
+    found = tidegate("serve", "--local", "http://127.0.0.1:1", *arguments)
+    assert (found.exit_code, found.stderr.splitlines()[-1]) == (2, f"tidegate: {said}")
