@@ -3,13 +3,17 @@
 The event loop only appends to a queue in memory: `open` before a request is dispatched, `progress` every half
 second of a stream, `close` with the finished row. One thread takes what has gathered for 20 ms, writes it to
 the current segment (`segments.py`) and syncs it; then the closed rows go on to the ledger. Nothing is written
-on the loop: a write beside a sync of the same file waits for as long as the sync.
+on the loop: a write beside a sync of the same file waits for as long as the sync. While requests come, the thread
+looks every 20 ms on its own; only after a fifth of a second without any must the loop wake it.
 
 What is settled within one such moment leaves less behind: a request that opened and closed in it is written
 once, and of several figures of a stream the last one.
 
 A segment is deleted when every row closed in it is in the ledger. Requests that are still open when the next
 one begins are written into that one again, so no segment is kept for the sake of a long stream.
+
+A segment that cannot be begun, for want of file descriptors, memory or room, is no failure: the present one
+grows beyond its size until the next one can be made.
 
 A write or sync that fails is final. The kernel may have dropped the pages it could not write, and would call
 the next sync a success (https://lwn.net/Articles/752063/), so it is never tried again: `failed` says why, new
@@ -28,7 +32,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import orjson
 
@@ -47,13 +51,13 @@ log = logging.getLogger("tidegate")
 
 FRAME_RECORDS = 64
 """Records to a frame: encoding them holds the interpreter for about 0.1 ms, writing them lets the loop run."""
-REPLAY_ROWS = 1024
-"""Rows handed over at once in a replay."""
-
-_OPEN, _PROGRESS, _CLOSE, _SYNC = range(4)
+QUIET_STEPS = 10
+"""Intervals without a record before the thread sleeps until it is woken."""
 
 Progress: TypeAlias = tuple[str, str, int, int, int, str]
 """Operation id, backend, prompt, cached and completion tokens, source."""
+Item: TypeAlias = Row | tuple[Row] | Progress | asyncio.Future[None]
+"""What the loop appends: a closed row, a row to open, progress, a wait for the sync."""
 T = TypeVar("T")
 
 
@@ -88,6 +92,8 @@ class Journal:
         self._last: dict[str, Progress] = {}
         self._waiting: list[asyncio.Future[None]] = []
         self._delivered = 0
+        self._cramped = False
+        """Whether the last attempt to begin a segment failed."""
         self._rotated: list[Path] = []
         """Full segments, until what is still open has been written again and synced."""
         self._retired: deque[tuple[Path, int]] = deque()
@@ -95,7 +101,7 @@ class Journal:
         self._retired_lock = threading.Lock()
         self._settled = 0
 
-        self._queue: deque[tuple[int, Any]] = deque()
+        self._queue: deque[Item] = deque()
         self._append = self._queue.append
         self._bell: SimpleQueue[None] = SimpleQueue()
         self._idle = False
@@ -111,7 +117,7 @@ class Journal:
         The same object is closed later. It is read within 20 ms by another thread: what it says by then is
         what a crash would leave of it.
         """
-        self._append((_OPEN, row))
+        self._append((row,))
         if self._idle:
             self._ring()
 
@@ -119,13 +125,13 @@ class Journal:
         self, op: str, backend: str, prompt: int, cached: int, completion: int, source: str = "reported"
     ) -> None:
         """Tokens so far (totals, not increments) of an open request on the backend it is on now."""
-        self._append((_PROGRESS, (op, backend, prompt, cached, completion, source)))
+        self._append((op, backend, prompt, cached, completion, source))
         if self._idle:
             self._ring()
 
     def close(self, row: Row) -> None:
         """A request has ended, or was refused without being opened. The row must not change any more."""
-        self._append((_CLOSE, row))
+        self._append(row)
         if self._idle:
             self._ring()
 
@@ -134,7 +140,7 @@ class Journal:
         if self.failed or self._stopping or self._thread is None:
             raise JournalError(self.failed or "the journal is not running")
         future = asyncio.get_running_loop().create_future()
-        self._append((_SYNC, future))
+        self._append(future)
         self._urgent = True
         self._ring()
         await future
@@ -212,65 +218,74 @@ class Journal:
 
     def _wait(self) -> bool:
         """Block until something was appended and the interval is over. False: stopped, and nothing is left."""
-        if not self._queue:
+        steps = QUIET_STEPS
+        while True:
+            if not self._urgent and not self._stopping:
+                try:
+                    self._bell.get(timeout=self._sync_interval_s)
+                except Empty:
+                    pass
+            if self._queue:
+                return True
             if self._stopping:
                 return False
-            # The loop appends first and looks at `_idle` then; here it is the other way round.
-            self._idle = True
-            if not self._queue and not self._stopping:
-                self._bell.get()
-            self._idle = False
-        if not self._urgent and not self._stopping:
-            try:
-                self._bell.get(timeout=self._sync_interval_s)
-            except Empty:
-                pass
-        return True
+            self._urgent = False  # who waits for a sync rings after setting it: that is not lost
+            steps -= 1
+            if steps <= 0:
+                # The loop appends first and looks at `_idle` then; here it is the other way round.
+                self._idle = True
+                if not self._queue and not self._stopping:
+                    self._bell.get()
+                self._idle = False
 
     def _commit(self) -> None:
         opened, progress, closed = self._take()
+        frames: list[bytes] = []
         delivered: list[Values] = []
         for heads, figures, rows in _frames(opened, progress, closed):
             values = list(map(to_values, rows))
-            self._write(list(map(to_head, heads)), figures, values)
+            frames.append(_encode(list(map(to_head, heads)), figures, values))
             delivered += values
+        if frames:
+            self._write(b"".join(frames))
         self._delivered += len(delivered)
-        if opened or progress or closed:
+        if frames:
             self._sync()
         if delivered:
             self._deliver(delivered)
 
     def _take(self) -> tuple[list[Row], list[Progress], list[Row]]:
         """What the queue holds now, less what it makes superfluous itself."""
-        queue, live, last, instance = self._queue, self._live, self._last, self.instance
+        live, last, instance = self._live, self._last, self.instance
+        popleft = self._queue.popleft
         opened: dict[str, Row] = {}
         progress: dict[str, Progress] = {}
         closed: list[Row] = []
-        for _ in range(len(queue)):
-            kind, item = queue.popleft()
-            if kind == _PROGRESS:
-                op = item[0]
-                if op in live:
-                    progress[op] = last[op] = item
-            elif kind == _OPEN:
+        for _ in range(len(self._queue)):
+            item = popleft()
+            if type(item) is Row:
                 item.instance = instance
-                opened[item.op] = live[item.op] = item
-            elif kind == _CLOSE:
-                item.instance = instance
-                op = item.op
-                if live.pop(op, None) is not None:
-                    last.pop(op, None)
-                    opened.pop(op, None)
-                    progress.pop(op, None)
                 closed.append(item)
-            else:
-                self._waiting.append(item)
+                op = item.op
+                if op in live:
+                    del live[op]
+                    opened.pop(op, None)
+                    if op in last:
+                        del last[op]
+                        progress.pop(op, None)
+            elif type(item) is not tuple:
+                self._waiting.append(item)  # type: ignore[arg-type]
+            elif len(item) == 1:
+                row = item[0]
+                row.instance = instance
+                opened[row.op] = live[row.op] = row
+            elif item[0] in live:
+                progress[item[0]] = last[item[0]] = item
         return list(opened.values()), list(progress.values()), closed
 
-    def _write(self, heads: list[Head], figures: list[Progress], closed: list[Values]) -> None:
+    def _write(self, data: bytes) -> None:
         if self.failed or self._segment is None:
             return
-        data = _encode(heads, figures, closed)
         try:
             if self._segment.written + len(data) > self._segment.size:
                 self._rotate(len(data))
@@ -280,21 +295,33 @@ class Journal:
         self.written_bytes += len(data)
 
     def _rotate(self, wanted: int) -> None:
-        """Begin the next segment with what is still open. Raises OSError."""
-        assert self._segment is not None
-        live, last = list(self._live.values()), list(self._last.values())
-        frames = [
-            _encode(list(map(to_head, heads)), figures, []) for heads, figures, _ in _frames(live, last, [])
-        ]
-        # At least half of a segment is for what is new, however much is open.
-        size = max(self._segment_bytes, 2 * sum(map(len, frames)), wanted)
+        """Begin the next segment with what is still open, or go on in this one if that cannot be done now.
+
+        Raises OSError, which is final.
+        """
         old = self._segment
+        assert old is not None
         old.sync()
-        self._segment = Segment(self.directory, old.number + 1, size, self._disk)
+        try:
+            live, last = list(self._live.values()), list(self._last.values())
+            frames = [
+                _encode(list(map(to_head, heads)), figures, [])
+                for heads, figures, _ in _frames(live, last, [])
+            ]
+            # At least half of a segment is for what is new, however much is open.
+            size = max(self._segment_bytes, 2 * sum(map(len, frames)), wanted)
+            segment = Segment(self.directory, old.number + 1, size, self._disk)
+        except (OSError, MemoryError) as error:
+            if not self._cramped:
+                self._cramped = True
+                log.error("journal: no new segment can be begun, %s grows instead: %r", old.path, error)
+            return
+        self._cramped = False
+        self._segment = segment
         old.close()
         self._rotated.append(old.path)
         for data in frames:
-            self._segment.write(data)
+            segment.write(data)
 
     def _sync(self) -> None:
         if self.failed or self._segment is None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from operator import attrgetter
 from typing import Any, TypeAlias
 
 import orjson
@@ -180,12 +179,33 @@ MOST_NANO = 2**50
 
 _TOKENS = tuple(name for name in COLUMNS if name.endswith("_tokens"))
 
-to_head: Callable[[Row], Head] = attrgetter(*HEAD)
-"""The fields of `HEAD` as a tuple."""
 
-_first: Callable[[Row], tuple[str, str]] = attrgetter(*COLUMNS[:2])
-_columns: Callable[[Row], tuple[Any, ...]] = attrgetter(*COLUMNS[3:])
-_detail: Callable[[Row], tuple[Any, ...]] = attrgetter(*DETAIL)
+# The fields are read one by one, in the order of the names above (tests compare them): an interpreted attribute
+# costs 4 ns, one that `attrgetter` fetches 11.
+
+
+def to_head(row: Row) -> Head:
+    """The fields of `HEAD`."""
+    return (
+        row.op,
+        row.instance,
+        row.arrived,
+        row.tenant,
+        row.key_id,
+        row.endpoint,
+        row.model,
+        row.served_model,
+        row.data_class,
+        row.session,
+        row.stream,
+        row.backend,
+        row.site,
+        row.rule,
+        row.policy,
+        row.attempts,
+        row.max_tokens,
+        row.body_bytes,
+    )
 
 
 def to_values(row: Row) -> Values:
@@ -217,8 +237,53 @@ def plain(value: Any) -> Any:
 
 
 def _flatten(row: Row) -> Values:
-    detail = orjson.dumps(_detail(row)).decode()
-    return (*_first(row), round(row.arrived * 1e6), *_columns(row), detail)
+    return (
+        row.op,
+        row.instance,
+        round(row.arrived * 1e6),
+        row.tenant,
+        row.key_id,
+        row.served_model,
+        row.backend,
+        row.site,
+        row.status,
+        row.outcome,
+        row.prompt_tokens,
+        row.cached_tokens,
+        row.completion_tokens,
+        row.overhead_prompt_tokens,
+        row.overhead_completion_tokens,
+        row.cost_nano,
+        row.currency,
+        row.ttft_s,
+        row.total_s,
+        orjson.dumps(_detail(row)).decode(),
+    )
+
+
+def _detail(row: Row) -> tuple[Any, ...]:
+    """The fields of `DETAIL`."""
+    return (
+        row.endpoint,
+        row.model,
+        row.data_class,
+        row.session,
+        row.prefix,
+        row.stream,
+        row.code,
+        row.rule,
+        row.policy,
+        row.reason,
+        row.propensity,
+        row.candidates,
+        row.attempts,
+        row.usage_source,
+        row.max_tokens,
+        row.expected_tokens,
+        row.body_bytes,
+        row.queue_s,
+        row.overhead_s,
+    )
 
 
 def _repaired(row: Row) -> Row:
@@ -257,16 +322,19 @@ class OperationIds:
         self._process = secrets.token_hex(5)
         self._ms = 0
         self._count = 0
+        self._prefix = ""
+        """Of all ids of this millisecond."""
 
     def mint(self) -> str:
         """A new id, 25 hex digits."""
         ms = int(self._clock() * 1000)
-        if ms > self._ms:
-            self._ms = ms
-            self._count = 0
-        elif self._count == 0xFFF:
-            self._ms += 1
-            self._count = 0
-        else:
+        if ms <= self._ms and self._count < 0xFFF:
             self._count += 1
-        return f"{self._ms:012x}{self._process}{self._count:03x}"
+        else:
+            self._ms = max(ms, self._ms + 1)
+            self._count = 0
+            self._prefix = f"{self._ms:012x}{self._process}"
+        return self._prefix + _COUNTS[self._count]
+
+
+_COUNTS = [f"{count:03x}" for count in range(0x1000)]

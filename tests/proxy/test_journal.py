@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import orjson
 import pytest
 
+import proxy.journal
 from proxy.journal import Journal, JournalError, JournalLockedError
 from proxy.records import LOST, Row, Values, from_values
 from proxy.replay import Replayed, replay
@@ -294,10 +296,10 @@ async def test_more_open_requests_than_a_segment_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "code", "after"),
     [
-        ("sync", errno.EIO, 1),
+        ("sync", errno.EIO, 1),  # that of the full segment
         ("write", errno.ENOSPC, 1),
         ("write", errno.EIO, 1),
-        ("create", errno.ENOSPC, 1),
+        ("sync", errno.EIO, 2),  # that of the next one
     ],
 )
 async def test_a_failure_is_final(tmp_path: Path, call: str, code: int, after: int) -> None:
@@ -324,6 +326,96 @@ async def test_a_failure_is_final(tmp_path: Path, call: str, code: int, after: i
     assert delivered.failures == [journal.failed], "the loop is told once"
     assert disk.later == [], "nothing is written or synced after a failure"
     assert acknowledged.op in [row.op for row in replayed_from(tmp_path)[0]]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(code, os.strerror(code)) for code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)]
+    + [MemoryError()],
+    ids=repr,
+)
+async def test_a_segment_that_cannot_be_begun_is_begun_later(
+    tmp_path: Path, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    class CrampedDisk(Disk):
+        cramped = False
+
+        def create(self, path: Path, size: int) -> int:
+            if self.cramped:
+                raise error
+            return super().create(path, size)
+
+    async def close(count: int) -> None:
+        for _ in range(count):
+            journal.close(a_row())
+            await journal.synced()
+
+    delivered = Delivered()
+    disk = CrampedDisk()
+    journal = Journal(tmp_path, segment_bytes=2048, disk=disk)
+    with running(journal, delivered):
+        journal.open(stays_open := a_row())
+        disk.cramped = True
+        await close(20)
+        assert (journal.failed, delivered.failures) == ("", [])
+        assert len(segments(tmp_path)) == 1
+        assert segments(tmp_path)[0].stat().st_size > 2048
+        kept = tmp_path / "copy"
+        kept.mkdir()
+        (kept / segments(tmp_path)[0].name).write_bytes(segments(tmp_path)[0].read_bytes())
+        found, replayed = replayed_from(kept)
+        assert (replayed.rows, replayed.lost, replayed.damages) == (20, 1, []), "all of it was durable"
+        assert found[:20] == delivered.rows
+        assert len([record for record in caplog.records if record.name == "tidegate"]) == 1, "it is told once"
+        disk.cramped = False
+        await close(1)
+        assert len(segments(tmp_path)) == 2
+        journal.settled(21)
+        assert len(segments(tmp_path)) == 1
+    found, replayed = replayed_from(tmp_path)
+    assert (found[-1].op, replayed.lost) == (stays_open.op, 1), "the new segment has what is open"
+
+
+async def test_a_process_without_file_descriptors_goes_on(tmp_path: Path) -> None:
+    """The real thing: not even a temporary descriptor is to be had."""
+    delivered = Delivered()
+    with running(Journal(tmp_path, segment_bytes=2048), delivered) as journal:
+        _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+        try:
+            for _ in range(20):
+                journal.close(a_row())
+                await journal.synced()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert len(segments(tmp_path)) == 1
+        journal.close(a_row())
+        await journal.synced()
+        assert len(segments(tmp_path)) == 2
+        assert (journal.failed, len(delivered.rows)) == ("", 21)
+
+
+async def test_the_thread_is_woken_only_after_a_quiet_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rings = []
+    with running(Journal(tmp_path, sync_interval_s=0.001), Delivered()) as journal:
+        ring = journal._ring
+        monkeypatch.setattr(journal, "_ring", lambda: (rings.append(1), ring()))
+        monkeypatch.setattr(proxy.journal, "QUIET_STEPS", 10**9)
+        await journal.synced()
+        for _ in range(5):
+            journal.close(a_row())
+            eventually(lambda: not journal._queue)
+        assert len(rings) == 1, "who waits for a sync does not wait for the next step"
+        monkeypatch.setattr(proxy.journal, "QUIET_STEPS", 1)
+        journal.close(a_row())
+        eventually(lambda: journal._idle)
+        journal.close(last := a_row())
+        assert len(rings) == 2
+        eventually(lambda: journal.syncs >= 7)
+        await journal.synced()
+    assert last.op in [row.op for row in replayed_from(tmp_path)[0]]
 
 
 async def test_an_error_that_nobody_expected_is_a_failure_too(tmp_path: Path) -> None:
