@@ -80,7 +80,6 @@ TESTED_BY = {
     "proxy/openai.py": "tests/proxy/test_exchange.py",
     "proxy/readable.py": "tests/e2e/test_docs_run.py",
     "proxy/replay.py": "tests/proxy/test_journal.py",
-    "proxy/requestlog.py": "tests/test_docs.py",
     "proxy/runtime.py": "tests/proxy/test_exchange.py",
     "proxy/sse.py": "tests/proxy/test_exchange.py",
     "proxy/tables.py": "tests/proxy/test_database.py",
