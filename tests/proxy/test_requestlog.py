@@ -11,7 +11,7 @@ import pytest
 
 import proxy.requestlog
 from proxy.records import Row
-from proxy.requestlog import RequestLog
+from proxy.requestlog import WORDS, RequestLog
 from tests.proxy.rows import a_row
 
 
@@ -30,30 +30,16 @@ def written(log: RequestLog, tmp_path: Path) -> list[dict[str, Any]]:
 
 def expected(request_id: str, row: Row) -> dict[str, Any]:
     names = {"key": "key_id", "usage": "usage_source"}
-    same = [
-        "tenant",
-        "key",
-        "endpoint",
-        "model",
-        "stream",
-        "status",
-        "outcome",
-        "code",
-        "backend",
-        "site",
-        "rule",
-        "policy",
-        "reason",
-        "attempts",
+    figures = [
         "prompt_tokens",
         "cached_tokens",
         "completion_tokens",
-        "usage",
         "queue_s",
         "ttft_s",
         "total_s",
         "overhead_s",
     ]
+    same = [*figures, *WORDS]
     fields = {name: getattr(row, names.get(name, name)) for name in same}
     return {"time": row.arrived, "id": request_id, **fields}
 
