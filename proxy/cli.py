@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy.cli_ask import explain
+from proxy.cli_ask import explain, status
 from proxy.cli_common import (
     CONTEXT,
     ConfigOption,
@@ -272,6 +272,7 @@ def export(
 
 
 app.command()(explain)
+app.command()(status)
 
 
 def _version(value: bool) -> None:

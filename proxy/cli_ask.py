@@ -1,8 +1,9 @@
-"""The commands that ask a running proxy: `tidegate explain`."""
+"""The commands that ask a running proxy: `tidegate explain` and `tidegate status`."""
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ import typer
 from proxy.cli_common import ConfigOption, JsonOption, config_path, fail, load
 
 AdminOption = Annotated[str | None, typer.Option("--admin", help="HOST:PORT of the admin port.")]
+WATCH_S = 1.0
+"""Between two looks of `status --watch`."""
 RunningStateOption = Annotated[
     Path | None, typer.Option("--state", help="State directory of the running proxy: its port is read there.")
 ]
@@ -35,6 +38,71 @@ def explain(
     except AskError as error:
         fail(str(error), 1)
     typer.echo(json.dumps(record, indent=2) if json_output else render(record))
+
+
+def status(
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Look again every second, until Ctrl-C.")
+    ] = False,
+    admin: AdminOption = None,
+    config: ConfigOption = None,
+    state: RunningStateOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Show how full every backend is, who waits, and what has been served.
+
+    Example: tidegate status --watch
+    """
+    from rich.console import Console
+
+    from proxy.ask import AskError, ask
+    from proxy.status import screen
+
+    if watch and json_output:
+        fail("give --watch or --json, not both")
+    try:
+        address = _address(admin, config, state)
+        shown = ask(address, "/state")
+    except AskError as error:
+        fail(str(error), 1)
+    if json_output:
+        typer.echo(json.dumps(shown, indent=2))
+    elif watch:
+        try:
+            _watch(address)
+        except KeyboardInterrupt:
+            raise typer.Exit from None
+    else:
+        console = Console()
+        console.print(screen(shown, address, console.width))
+
+
+def _watch(address: str) -> None:
+    """Show the state again and again: in place on a terminal, else as a line each time."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from proxy.ask import AskError, ask
+    from proxy.status import line, screen
+
+    console = Console()
+    if not console.is_terminal:
+        while True:
+            try:
+                typer.echo(line(ask(address, "/state")))
+            except AskError as error:
+                typer.echo(str(error))
+            time.sleep(WATCH_S)
+    last = Group()
+    with Live(console=console, auto_refresh=False, screen=True) as live:
+        while True:
+            try:
+                last = Group(screen(ask(address, "/state"), address, console.width))
+                live.update(last, refresh=True)
+            except AskError as error:  # perhaps it is being restarted
+                live.update(Group(Text(str(error), "red"), last), refresh=True)
+            time.sleep(WATCH_S)
 
 
 def _address(admin: str | None, config: Path | None, state: Path | None) -> str:

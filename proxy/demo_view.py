@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from proxy.demo_traffic import Served, Traffic
+from proxy.levels import bar, called, condition, levels
 
 WINDOW_S = 10.0
 """Live percentiles and rates look back so far."""
@@ -40,13 +41,6 @@ def sparkline(shares: Sequence[float], cells: int) -> str:
     edges = [position * len(shares) // groups for position in range(groups + 1)]
     means = [sum(shares[low:high]) / (high - low) for low, high in pairwise(edges)]
     return "".join(_LEVELS[min(len(_LEVELS) - 1, int(mean * len(_LEVELS)))] for mean in means)
-
-
-def bar(saturation: float, cells: int) -> Text:
-    """A water level: full at 1, red from there on."""
-    filled = min(cells, round(saturation * cells))
-    colour = "green" if saturation < 0.7 else "yellow" if saturation < 1.0 else "red"
-    return Text.assemble(("█" * filled, colour), ("░" * (cells - filled), "dim"), f" {saturation:4.2f}")
 
 
 def _median_and_tail(seconds: Sequence[float]) -> str:
@@ -95,12 +89,12 @@ class View:
         cells = max(_LEAST_BAR_CELLS, min(_MOST_BAR_CELLS, width - 80 + _LEAST_BAR_CELLS))
         for row in self._backends():
             table.add_row(
-                row["name"] if row["name"] == row["site"] else f"{row['name']} ({row['site']})",
+                called(row),
                 bar(row["saturation"], cells),
                 f"{row['in_flight']}/{row['slots']}",
                 str(row["waiting"]),
                 _percent(shares[row["name"]], shares.total()),
-                _condition(row),
+                condition(row),
                 _median_and_tail(self._ttfts(row["name"], self.traffic.now_s() - WINDOW_S)),
                 f"{self._rate(row['name']):.0f}",
                 f"{float(row['cost']):.4f}",
@@ -118,11 +112,8 @@ class View:
 
     def line(self) -> str:
         """The same in one line, for a log."""
-        levels = "  ".join(
-            f"{row['name']} {row['saturation']:.2f} ({row['in_flight']}/{row['slots']})"
-            for row in self._backends()
-        )
-        return f"{self.traffic.now_s():5.1f} s  {levels}  spill {self._spill()}  {self._counts()}"
+        shown = levels(self._backends())
+        return f"{self.traffic.now_s():5.1f} s  {shown}  spill {self._spill()}  {self._counts()}"
 
     def summary(self) -> str:
         """How it went, once all is done."""
@@ -181,14 +172,3 @@ class View:
         turned_away = sum(record.turned_away for record in served)
         failed = sum(record.failed for record in served)
         return f"{len(served)} sent, {done} done, {turned_away} turned away, {failed} failed"
-
-
-def _condition(row: Mapping[str, Any]) -> Text:
-    """One word on whether requests go there."""
-    if row["draining"]:
-        return Text("draining", "yellow")
-    if not row["probed_up"]:
-        return Text("down", "red")
-    if row["breaker"] != "closed":
-        return Text(f"breaker {row['breaker']}", "red")
-    return Text("up", "green") if row["available"] else Text("away", "red")

@@ -10,7 +10,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
-from proxy.admin.explain import explanation
+from proxy.admin.explain import explanation, unavailable
 from proxy.metrics import Metrics
 from proxy.runtime import Runtime
 
@@ -94,6 +94,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
                 "probed_up": backend.probed_up,
                 "breaker": backend.breaker.state(now),
                 "draining": backend.draining,
+                "unavailable": unavailable(runtime, backend)[0],
                 "in_flight": backend.in_flight,
                 "in_flight_tokens": backend.in_flight_tokens,
                 "slots": backend.slots,

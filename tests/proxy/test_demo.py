@@ -28,7 +28,7 @@ from proxy.demo_fleet import (
     start_fleet,
 )
 from proxy.demo_traffic import ANSWER_TOKENS, MEAN_ANSWER_TOKENS, PROFILE, Served, Traffic, rate_at, rush_hour
-from proxy.demo_view import View, bar, percentile, sparkline
+from proxy.demo_view import View, percentile, sparkline
 from tests.proxy.demo_with_fakes import LISTENING, python
 
 # The fleet
@@ -206,11 +206,6 @@ def test_sparklines() -> None:
 @given(st.lists(st.floats(0, 1), max_size=300), st.integers(1, 100))
 def test_a_sparkline_fits_its_cells(shares: list[float], cells: int) -> None:
     assert len(sparkline(shares, cells)) == min(len(shares), cells)
-
-
-@given(st.floats(0, 50), st.integers(1, 30))
-def test_a_bar_keeps_its_width(saturation: float, cells: int) -> None:
-    assert len(bar(saturation, cells).plain.split(" ")[0]) == cells
 
 
 def row(name: str, site: str, **values: Any) -> dict[str, Any]:

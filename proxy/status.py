@@ -1,0 +1,140 @@
+"""`tidegate status`: what `GET /state` says, on one screen of 80 columns or more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from proxy.levels import bar, called, condition, levels
+
+_LEAST_BAR_CELLS, _MOST_BAR_CELLS = 10, 30
+
+_MANY_ROWS = 1000
+"""So many rows on their way into the database are more than a moment's."""
+
+State = Mapping[str, Any]
+
+
+def screen(state: State, address: str, width: int = 80) -> RenderableType:
+    """Everything for people, for a terminal of so many columns."""
+    rows: Sequence[State] = state["backends"]
+    return Group(_heading(state, address), _backends(rows, width), *map(Text, _lines(state)))
+
+
+def line(state: State) -> str:
+    """The same in one line, for a log."""
+    opened = sum(entry["open"] for entry in state["spill"])
+    requests = state["requests"]
+    return (
+        f"{levels(state['backends'])}  spill {'open' if opened else 'closed'}  {state['queue']['waiting']} held  "
+        f"{requests['total']} requests, {requests['rejected']} turned away, {requests['failed']} failed"
+    )
+
+
+def _heading(state: State, address: str) -> Text:
+    word = Text("ready", "green") if state["ready"] else Text(f"not ready: {state['unready_reason']}", "red")
+    for_s = duration(state["uptime_s"])
+    return Text.assemble(
+        "proxy at ", address, ": ", word, f", running for {for_s}", f", policy {state['policy']['name']}"
+    )
+
+
+def _backends(rows: Sequence[State], width: int) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("backend", overflow="fold")
+    table.add_column("water level", no_wrap=True)
+    for name in ("load", "queued"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in ("TTFT", "requests", "tokens out"):
+        table.add_column(name, justify="right", no_wrap=True)
+    cells = max(_LEAST_BAR_CELLS, min(_MOST_BAR_CELLS, width - 80 + _LEAST_BAR_CELLS))
+    for row in rows:
+        table.add_row(
+            Text(called(row)),
+            bar(row["saturation"], cells),
+            f"{row['in_flight']}/{row['slots']}",
+            str(row["waiting"]),
+            condition(row),
+            f"{row['ttft_s']:.2f} s" if row["ttft_s"] else "-",
+            f"{row['ok'] + row['failed'] + row['ignored']:,}",
+            f"{row['completion_tokens']:,}",
+        )
+    return table
+
+
+def _lines(state: State) -> Iterator[str]:
+    for row in state["backends"]:
+        yield from _complaints(row)
+    yield ""
+    yield f"queue     {_queue(state['queue'])}"
+    yield from _spill(state["spill"])
+    requests, tokens = state["requests"], state["tokens"]
+    yield (
+        f"requests  {requests['total']:,}: {requests['ok']:,} ok, {requests['rejected']:,} turned away, "
+        f"{requests['failed']:,} failed,"
+    )
+    yield (
+        f"          {requests['client_gone']:,} left by their client, "
+        f"{requests['client_error']:,} with errors of their client"
+    )
+    if state["errors"]:
+        most = sorted(state["errors"].items(), key=lambda item: -item[1])[:4]
+        yield f"errors    {', '.join(f'{code} {count:,}' for code, count in most)}"
+    cost = sum(row["cost"] for row in state["backends"])
+    yield f"tokens    {tokens['prompt']:,} in ({tokens['cached']:,} cached), {tokens['completion']:,} out"
+    yield f"cost      {cost:,.4f} {state['currency']}"
+    if state["ledger"]["failed"]:
+        yield f"ledger    FAILED: {state['ledger']['failed']}"
+    elif state["ledger"]["lag_rows"] > _MANY_ROWS:
+        yield f"ledger    {state['ledger']['lag_rows']:,} rows are not in the database yet"
+
+
+def _complaints(row: State) -> Iterator[str]:
+    """What is wrong with a backend."""
+    probe = row["probe"] or {}
+    if row["unavailable"]:
+        since = probe.get("since_s")
+        is_down = since is not None and not row["draining"] and not row["probed_up"]
+        yield f"! {row['name']}: {row['unavailable']}" + (
+            f", for {duration(since or 0.0)}" if is_down else ""
+        )
+    for complaint in probe.get("misconfigured", ()):
+        yield f"! {row['name']}: {complaint}"
+
+
+def _queue(queue: State) -> str:
+    if not queue["waiting"]:
+        return "nobody waits"
+    tenants = ", ".join(f"{tenant} {count}" for tenant, count in queue["by_tenant"].items())
+    return f"{queue['waiting']} held, the first for {duration(queue['oldest_s'])} ({tenants})"
+
+
+def _spill(entries: Sequence[State]) -> Iterator[str]:
+    if not entries:
+        yield "spill     no request has met a tier with thresholds yet"
+    for entry in entries:
+        moved = entry["moved_s_ago"]
+        since = "" if moved is None else f" for {duration(moved)}"
+        openings = entry["openings"]
+        yield (
+            f"spill     {'OPEN' if entry['open'] else 'closed'}{since}, opened {openings} "
+            f"time{'' if openings == 1 else 's'}: {', '.join(entry['backends'])} (tier {entry['tier'] + 1} "
+            f"of '{entry['rule']}')"
+        )
+
+
+def duration(seconds: float) -> str:
+    """`0.3 s`, `35 s`, `2 min`, `3 h 5 min`, `4 d 2 h`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from proxy.admin.http import state
+from proxy.status import duration, line, screen
+from tests.proxy.fakes import World, answer_body, whole
+
+
+def shown(state: dict[str, Any], width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, legacy_windows=False)
+    console.print(screen(state, "127.0.0.1:8081", width))
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(text.rstrip() for text in console.file.getvalue().splitlines())
+
+
+def busy(slots: int = 4) -> tuple[World, dict[str, Any]]:
+    """Two backends; the second one is down, one request runs on the first and one is done."""
+    world = World("appliance", "nanjing", slots=slots)
+    done = world.start(stream=False)
+    world.answers(done, "appliance").data_received(whole(200, answer_body()))
+    world.start()
+    world.runtime.probes = lambda: {
+        "nanjing": {"since_s": 35.0, "reason": "GET /health: no answer within 1 s", "misconfigured": []},
+        "appliance": {"since_s": 90.0, "reason": "", "misconfigured": ["does not serve model x"]},
+    }
+    world.backend("nanjing").probed_up = False
+    world.runtime.fleet.refresh(world.loop.now)
+    return world, state(world.runtime, world.loop.now - 7500)
+
+
+def test_one_screen_says_it_all() -> None:
+    _, now = busy()
+    text = shown(now)
+    assert all(len(row) <= 80 for row in text.splitlines())
+    rows = {row.split()[0]: row for row in text.splitlines() if row}
+    assert rows["proxy"] == "proxy at 127.0.0.1:8081: ready, running for 2 h 5 min, policy test"
+    for part in ("appliance (local)", "██░░░░░░░░ 0.25", "1/4", "up", " 1 ", "5"):
+        assert part in rows["appliance"]
+    for part in ("nanjing (remote)", "0/4", "down"):
+        assert part in rows["nanjing"]
+    assert "! appliance: does not serve model x" in text
+    assert "! nanjing: down: GET /health: no answer within 1 s, for 35 s" in text
+    assert rows["queue"] == "queue     nobody waits"
+    assert rows["requests"] == "requests  1: 1 ok, 0 turned away, 0 failed,"
+    assert "          0 left by their client, 0 with errors of their client" in text
+    assert rows["tokens"] == "tokens    7 in (0 cached), 5 out"
+    assert rows["cost"] == "cost      0.0000 EUR"
+    assert "ledger" not in rows
+
+
+def test_who_waits_and_what_went_wrong_is_shown() -> None:
+    world, _ = busy(slots=1)
+    world.start()
+    world.start(model="unknown")
+    world.wait(2.0)
+    world.runtime.ledger.failed = "disk is full"  # type: ignore[misc]
+    text = shown(state(world.runtime, world.loop.now - 5))
+    assert "not ready: usage cannot be recorded: disk is full" in text
+    assert "queue     1 held, the first for 2.0 s (default 1)" in text
+    assert "errors    model_not_found 1" in text
+    assert "rows are not" not in text
+    assert "ledger    FAILED: disk is full" in text
+
+
+def test_a_ledger_that_falls_behind_is_shown() -> None:
+    _, now = busy()
+    assert "rows" not in shown({**now, "ledger": {"lag_rows": 5, "failed": ""}})
+    text = shown({**now, "ledger": {"lag_rows": 5000, "failed": ""}})
+    assert "ledger    5,000 rows are not in the database yet" in text
+
+
+def test_spill_is_told_by_tier() -> None:
+    _, now = busy()
+    entry = {
+        "rule": "local first",
+        "tier": 0,
+        "backends": ["appliance"],
+        "open": True,
+        "openings": 1,
+        "saturation": 1.0,
+        "moved_s_ago": 12.0,
+    }
+    text = shown({**now, "spill": [entry, {**entry, "open": False, "moved_s_ago": None, "openings": 0}]})
+    assert "spill     OPEN for 12 s, opened 1 time: appliance (tier 1 of 'local first')" in text
+    assert "spill     closed, opened 0 times: appliance (tier 1 of 'local first')" in text
+    assert "spill     no request has met a tier with thresholds yet" in shown(now)
+
+
+def test_names_of_people_are_no_markup() -> None:
+    _, now = busy()
+    now["backends"][0]["unavailable"] = "down: [red]x[/red]"
+    assert "! appliance: down: [red]x[/red]" in shown(now)
+
+
+def test_a_wide_terminal_has_longer_bars() -> None:
+    _, now = busy()
+    assert "████████" in shown(now, 120)
+
+
+def test_the_line_for_a_log() -> None:
+    _, now = busy()
+    assert line(now) == (
+        "appliance 0.25 (1/4)  nanjing 0.00 (0/4)  spill closed  0 held  1 requests, 0 turned away, 0 failed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.26, "0.3 s"),
+        (35.4, "35 s"),
+        (119.0, "119 s"),
+        (120.0, "2 min"),
+        (3 * 3600 + 5 * 60, "3 h 5 min"),
+        (98 * 3600 + 59, "4 d 2 h"),
+    ],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
