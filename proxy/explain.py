@@ -36,12 +36,12 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
         yield f"  it reached no backend; held {_seconds(happened['queue_s'])}"
         return
     forecast = record["forecast"]
-    yield "  forecast against what happened:"
+    yield "  what happened against the forecast:"
     if record["stream"]:
-        yield f"    first token: {_forecast(forecast['ttft_s'])}, {_came(happened['ttft_s'])}"
+        yield f"    {_came(happened['ttft_s'])}; {_forecast(forecast['ttft_s'])}"
     else:
         yield "    not a stream: the answer came whole, so nobody saw its first token"
-    yield f"    {forecast['completion_tokens']} tokens; there were {happened['completion_tokens']}"
+    yield f"    {happened['completion_tokens']} tokens; expected were {forecast['completion_tokens']}"
     yield (
         f"    held {_seconds(happened['queue_s'])}, total {_seconds(happened['total_s'])}, "
         f"our own part {happened['overhead_s'] * 1000:.2f} ms"
@@ -82,11 +82,11 @@ def _tiers(tiers: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _forecast(value: float | None) -> str:
-    return "no forecast, as none was measured yet" if value is None else f"forecast after {value:.3f} s"
+    return "no forecast, for none had been measured" if value is None else f"expected after {value:.3f} s"
 
 
 def _came(value: float | None) -> str:
-    return "and none came" if value is None else f"came after {value:.3f} s"
+    return "no first token came" if value is None else f"first token after {value:.3f} s"
 
 
 def _seconds(value: float) -> str:

@@ -72,7 +72,7 @@ def test_a_stream_had_one() -> None:
     exchange = world.start()
     world.wait(0.25)
     world.relaying(exchange, "a").data_received(chunked(b"data: [DONE]\n\n") + b"0\r\n\r\n")
-    assert "first token: no forecast, as none was measured yet, came after 0.250 s" in words(world, exchange)
+    assert "first token after 0.250 s; no forecast, for none had been measured" in words(world, exchange)
 
 
 def test_tiers_are_told_by_number_and_in_words() -> None:
