@@ -96,6 +96,8 @@ class Service:
         self._engine: sa.Engine
         self._seed = config.seed if config.seed is not None else secrets.randbits(32)
         self._seen: tuple[Any, ...] = ()
+        self._keys_unread = False
+        """Whether the last attempt to read the keys failed."""
         self._stopping = asyncio.Event()
         self._started = time.monotonic()
 
@@ -328,21 +330,35 @@ class Service:
                 log.exception("sweep failed")
 
     async def _watch(self) -> None:
-        runtime = self.runtime
         turn = 0
         while True:
             await asyncio.sleep(KEYS_S)
             turn += 1
             try:
-                if await asyncio.to_thread(runtime.keys.refresh):
-                    runtime.limits.keep(runtime.keys.ids)
+                await self._refresh_keys()
                 if turn % 2 == 0 and self._fingerprint() != self._seen:
                     self.reload()
-            except sa.exc.SQLAlchemyError as error:
-                log.warning("keys cannot be read, the known ones go on: %s", error)
             except Exception:
                 # Whatever it was: revoked keys must go on being refused.
                 log.exception("watching keys and files failed this time")
+
+    async def _refresh_keys(self) -> None:
+        """Read the keys if they changed. What fails (the database, descriptors, memory) is told once, and tried
+        again at the next turn, also if it is the same for hours."""
+        runtime = self.runtime
+        try:
+            changed = await asyncio.to_thread(runtime.keys.refresh)
+        except Exception as error:
+            if not self._keys_unread:
+                self._keys_unread = True
+                reason = error.orig if isinstance(error, sa.exc.DBAPIError) else repr(error)
+                log.error("keys cannot be read, the known ones go on and no revocation is seen: %s", reason)
+            return
+        if self._keys_unread:
+            self._keys_unread = False
+            log.warning("keys can be read again")
+        if changed:
+            runtime.limits.keep(runtime.keys.ids)
 
     def _ledger_failed(self, reason: str) -> None:
         log.error("usage cannot be recorded any more, new requests are refused: %s", reason)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import itertools
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy.exc
 
+import proxy.serve
 from tests.e2e import backends as b
 from tests.e2e.backends import Request, answers, stalls
 from tests.e2e.proxy_fixtures import (
@@ -101,6 +106,48 @@ async def test_a_key_revoked_by_another_process_is_refused_within_a_second(
     await command("keys", "revoke", other.split("_")[1], "--state", state)
     await eventually(lambda: not proxy.runtime.keys.ids)
     assert (await proxy.chat()).status == 401
+
+
+async def test_keys_that_cannot_be_read_are_read_when_they_can(
+    start_backend: StartBackend,
+    start_proxy: StartProxy,
+    make_key: MakeKey,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class FailingEngine:
+        def connect(self) -> None:
+            failures.append(error := next(errors))
+            raise error
+
+    def told(text: str) -> int:
+        return sum(text in record.getMessage() for record in caplog.records)
+
+    no_file = sqlite3.OperationalError("unable to open database file")
+    errors = itertools.cycle(
+        [
+            sqlalchemy.exc.OperationalError("SELECT", {}, no_file),
+            OSError(errno.EMFILE, "Too many open files"),
+            MemoryError(),
+            RuntimeError("can't start new thread"),
+        ]
+    )
+    failures: list[Exception] = []
+    monkeypatch.setattr(proxy.serve, "KEYS_S", 0.01)
+    key, other = make_key(), make_key()
+    running = await start_proxy(await start_backend())
+    engine = running.runtime.keys._engine
+    monkeypatch.setattr(running.runtime.keys, "_engine", FailingEngine())
+    await command("keys", "revoke", key.split("_")[1], "--state", str(running.state_folder))
+    await eventually(lambda: len(failures) > 12)
+    assert (await running.chat(other)).status == 200, "known keys go on"
+    assert (told("keys cannot be read"), told("keys can be read again")) == (1, 0)
+    monkeypatch.setattr(running.runtime.keys, "_engine", engine)
+    await eventually(lambda: len(running.runtime.keys.ids) == 1)
+    assert (await running.chat(key)).status == 401
+    assert (await running.chat(other)).status == 200
+    assert (told("keys cannot be read"), told("keys can be read again")) == (1, 1)
+    assert "unable to open database file" in caplog.text
 
 
 async def test_requests_per_minute(
