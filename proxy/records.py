@@ -3,7 +3,7 @@
 A row becomes `values`, one flat tuple: the columns of the SQL table in the order of `COLUMNS` and, last, the
 fields of `DETAIL` as one JSON array. The journal saves that tuple, SQL takes it as it is; nothing is encoded
 twice. `DETAIL` may only ever grow at its end: an older row then has fewer elements, and its missing fields
-take their defaults.
+take their defaults. Times are rounded to microseconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import orjson
 
@@ -33,6 +33,10 @@ SHUTDOWN = "shutdown"
 LOST = "lost"
 """The proxy died while it served this; written by the replay of the journal."""
 OUTCOMES = (OK, CLIENT_ERROR, REJECTED, BACKEND_FAILED, CLIENT_GONE, CUT, SHUTDOWN, LOST)
+
+INTEGER: Final[float] = 1.5 * 2**52
+"""Added to a number below 2**51 and subtracted again it leaves the nearest integer, for a tenth of `round`: there
+are no bits for a fraction beside it."""
 
 USAGE_SOURCES = ("reported", "counted", "estimated", "none")
 
@@ -237,6 +241,7 @@ def plain(value: Any) -> Any:
 
 
 def _flatten(row: Row) -> Values:
+    ttft_s = row.ttft_s
     return (
         row.op,
         row.instance,
@@ -255,8 +260,8 @@ def _flatten(row: Row) -> Values:
         row.overhead_completion_tokens,
         row.cost_nano,
         row.currency,
-        row.ttft_s,
-        row.total_s,
+        None if ttft_s is None else (ttft_s * 1e6 + INTEGER - INTEGER) / 1e6,
+        (row.total_s * 1e6 + INTEGER - INTEGER) / 1e6,
         orjson.dumps(_detail(row)).decode(),
     )
 
@@ -281,8 +286,8 @@ def _detail(row: Row) -> tuple[Any, ...]:
         row.max_tokens,
         row.expected_tokens,
         row.body_bytes,
-        row.queue_s,
-        row.overhead_s,
+        (row.queue_s * 1e6 + INTEGER - INTEGER) / 1e6,
+        (row.overhead_s * 1e6 + INTEGER - INTEGER) / 1e6,
     )
 
 

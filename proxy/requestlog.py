@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 
 import orjson
 
-from proxy.records import Row, plain
+from proxy.records import INTEGER, Row, plain
 
 Line: TypeAlias = tuple[str, Row] | dict[str, Any]
 """A finished request (its id and row), or any other line."""
@@ -151,13 +151,13 @@ def _figures(request_id: str, row: Row) -> dict[str, Any]:
     """What differs from line to line. Times are rounded to microseconds."""
     ttft_s = row.ttft_s
     return {
-        "time": (row.arrived * 1e6 + 0.5) // 1 / 1e6,
+        "time": round(row.arrived * 1e6) / 1e6,  # in 2041 too large for the trick below
         "id": request_id,
         "prompt_tokens": row.prompt_tokens,
         "cached_tokens": row.cached_tokens,
         "completion_tokens": row.completion_tokens,
-        "queue_s": (row.queue_s * 1e6 + 0.5) // 1 / 1e6,
-        "ttft_s": None if ttft_s is None else (ttft_s * 1e6 + 0.5) // 1 / 1e6,
-        "total_s": (row.total_s * 1e6 + 0.5) // 1 / 1e6,
-        "overhead_s": (row.overhead_s * 1e6 + 0.5) // 1 / 1e6,
+        "queue_s": (row.queue_s * 1e6 + INTEGER - INTEGER) / 1e6,
+        "ttft_s": None if ttft_s is None else (ttft_s * 1e6 + INTEGER - INTEGER) / 1e6,
+        "total_s": (row.total_s * 1e6 + INTEGER - INTEGER) / 1e6,
+        "overhead_s": (row.overhead_s * 1e6 + INTEGER - INTEGER) / 1e6,
     }

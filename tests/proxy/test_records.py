@@ -66,6 +66,13 @@ def test_arrival_is_kept_to_the_microsecond(arrived: float) -> None:
     assert from_values(to_values(a_row(arrived=arrived))).arrived == pytest.approx(arrived, abs=1e-6, rel=0)
 
 
+@given(st.sampled_from(["queue_s", "ttft_s", "total_s", "overhead_s"]), st.floats(min_value=0, max_value=1e5))
+def test_times_are_kept_to_the_microsecond_and_no_further(name: str, seconds: float) -> None:
+    kept = getattr(from_values(to_values(a_row(**{name: seconds}))), name)
+    assert kept == pytest.approx(seconds, abs=0.6e-6, rel=0)
+    assert kept == round(kept, 6)
+
+
 @given(st.sampled_from([name for name in FIELDS if name.endswith("_tokens")]), st.integers())
 def test_token_counts_are_bounded(name: str, count: int) -> None:
     row = from_values(to_values(a_row(**{name: count})))
