@@ -217,7 +217,8 @@ def _in_words(row: dict[str, Any], currency: str) -> str:
     limits = (("rpm", "requests/min"), ("tpm", "tokens/min"), ("concurrency", "at once"))
     words += [f"{row[name]:,} {unit}" for name, unit in limits if row[name] is not None]
     if row["budget"] is not None:
-        words.append(f"{row['spent']:,.2f} of {row['budget']:,.2f} {currency}".rstrip() + " spent this month")
+        budget = f"{_money(row['spent'])} of {_money(row['budget'])} {currency}".rstrip()
+        words.append(f"{budget} spent this month")
     if row["models"]:
         words.append(f"only {', '.join(row['models'])}")
     if row["priority"]:
@@ -227,6 +228,12 @@ def _in_words(row: dict[str, Any], currency: str) -> str:
         until = datetime.fromtimestamp(row["expires"], UTC)
         words.append(f"until {until:%Y-%m-%d %H:%M} UTC")
     return "; ".join(words)
+
+
+def _money(amount: float) -> str:
+    """With two decimals, or up to four where small change counts."""
+    text = f"{amount:,.4f}"
+    return text[:-2] + text[-2:].rstrip("0")
 
 
 @keys_app.command("revoke")

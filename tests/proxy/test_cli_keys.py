@@ -114,6 +114,14 @@ async def test_a_budget_shows_what_is_spent_of_it_this_month(folder: Path) -> No
     assert "1.25 of 2.50 CNY spent this month" in text
 
 
+def test_small_budgets_are_not_rounded_to_nothing() -> None:
+    create("--budget", "0.0025")
+    create("--budget", "1234.5")
+    text = " ".join(tidegate("list").stdout.split())
+    assert "0.00 of 0.0025 spent this month" in text
+    assert "0.00 of 1,234.50 spent this month" in text
+
+
 def spend(state: Path, *keys: str) -> None:
     """1.25 with each key this month, and 10 the month before."""
     engine = open_database(state)
