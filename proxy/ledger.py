@@ -51,6 +51,13 @@ KNOWN_ROWS = 500
 """Operation ids that are looked up at once."""
 LONGEST_PAUSE_S = 5.0
 FINAL_SQLITE_ERRORS = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+SHORTAGES = (
+    sqlite3.SQLITE_IOERR_SHMSIZE,
+    sqlite3.SQLITE_IOERR_SHMMAP,
+    sqlite3.SQLITE_IOERR_SHMOPEN,
+    sqlite3.SQLITE_IOERR_NOMEM,
+)
+"""I/O errors that pass: no room, memory or file descriptor for the index of the WAL."""
 
 
 class Ledger:
@@ -301,16 +308,15 @@ def _dialect_insert(engine: Engine) -> Any:
 
 def _is_final(error: Exception) -> bool:
     code = _sqlite_code(error)
-    # No room for the index of the WAL is an I/O error too, but passes when there is room again.
-    return code & 0xFF in FINAL_SQLITE_ERRORS and code != sqlite3.SQLITE_IOERR_SHMSIZE
+    return code & 0xFF in FINAL_SQLITE_ERRORS and code not in SHORTAGES
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same insert may succeed later: locked, full, away; not: a row that does not fit."""
+    """Whether the same insert may succeed later: locked, full, away, no memory; not: a row that does not fit."""
     code = _sqlite_code(error)
     if code:
         return code & 0xFF not in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH)
-    return isinstance(error, OperationalError | InterfaceError)
+    return isinstance(error, OperationalError | InterfaceError | MemoryError)
 
 
 def _sqlite_code(error: Exception) -> int:

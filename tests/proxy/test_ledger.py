@@ -274,18 +274,23 @@ async def test_a_full_database_takes_the_rows_when_there_is_room_again(state: St
 class FailingInsert:
     """In place of the statements: fails with an SQLite error, a number of times."""
 
-    def __init__(self, insert: _Insert, code: int, message: str, times: int = 1_000_000) -> None:
+    def __init__(self, insert: _Insert, error: Exception, times: int = 1_000_000) -> None:
         self.insert = insert
-        self.error = sqlite3.OperationalError(message)
-        self.error.sqlite_errorcode = code
+        self.error = error
         self.times = times
         self.calls = 0
 
     def rows(self, rows: list[Values]) -> None:
         self.calls += 1
         if self.calls <= self.times:
-            raise OperationalError("INSERT", {}, self.error)
+            raise self.error
         self.insert.rows(rows)
+
+
+def sqlite_error(code: int, message: str) -> Exception:
+    error = sqlite3.OperationalError(message)
+    error.sqlite_errorcode = code
+    return OperationalError("INSERT", {}, error)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +304,7 @@ async def test_a_broken_disk_is_not_tried_again(
     state: State, monkeypatch: pytest.MonkeyPatch, code: int, message: str
 ) -> None:
     moved = state.start()
-    failing = FailingInsert(_Insert(state.engine), code, message)
+    failing = FailingInsert(_Insert(state.engine), sqlite_error(code, message))
     monkeypatch.setattr(moved, "_insert", failing)
     moved.journal.close(row := a_row())
     eventually(lambda: message in moved.failed)
@@ -312,15 +317,29 @@ async def test_a_broken_disk_is_not_tried_again(
     assert state.rows() == [row, late], "they were in the journal"
 
 
-async def test_an_error_that_passes_is_tried_again(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        sqlite_error(sqlite3.SQLITE_IOERR_SHMSIZE, "disk I/O error"),
+        sqlite_error(sqlite3.SQLITE_IOERR_NOMEM, "disk I/O error"),
+        sqlite_error(sqlite3.SQLITE_CANTOPEN, "unable to open database file"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+async def test_an_error_that_passes_is_tried_again(
+    state: State, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     moved = state.start()
-    failing = FailingInsert(_Insert(state.engine), sqlite3.SQLITE_IOERR_SHMSIZE, "disk I/O error", times=2)
+    failing = FailingInsert(_Insert(state.engine), error, times=2)
     monkeypatch.setattr(moved, "_insert", failing)
-    moved.journal.close(row := a_row())
+    rows = [a_row(), a_row()]
+    for row in rows:
+        moved.journal.close(row)
     await moved.journal.synced()
     eventually(lambda: moved.lag == 0)
-    assert failing.calls == 3
-    assert state.rows() == [row]
+    assert (failing.calls, moved.refused, moved.failed) == (3, 0, "")
+    assert state.rows() == rows
 
 
 async def test_a_row_that_sql_refuses_keeps_none_of_the_others(
