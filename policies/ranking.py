@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from policies.base import BackendView, Send
 
@@ -17,31 +16,51 @@ Rank: TypeAlias = tuple[float, float, float, int, str]
 """What counts first, second and third (less is better), then the position among the candidates and the name."""
 
 
-class Recent(OrderedDict[str, Value]):
+class Recent(Generic[Value]):
     """The last value noted of each backend, bounded: the one noted longest ago is forgotten first."""
 
+    def __init__(self) -> None:
+        self._values: dict[str, Value] = {}
+        """The one noted longest ago first."""
+
+    def get(self, name: str, default: Value) -> Value:
+        return self._values.get(name, default)
+
     def note(self, name: str, value: Value) -> None:
-        self[name] = value
-        self.move_to_end(name)
-        while len(self) > REMEMBERED:
-            self.popitem(last=False)
+        values = self._values
+        values.pop(name, None)
+        values[name] = value
+        while len(values) > REMEMBERED:
+            del values[next(iter(values))]
+
+    def change(self, name: str, value: Value) -> None:
+        """As `note`, but a backend that is known keeps its place in the order of forgetting."""
+        self._values[name] = value
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
-class Turns(Recent[int]):
+class Turns:
     """In which turn each backend was last dispatched to; 0: never, or so long ago that it is forgotten.
 
     Ordering by turn is fair whoever is a candidate: a backend that comes back is the next one, once.
     """
 
-    turn = 0
+    def __init__(self) -> None:
+        self._turn = 0
+        self._last: Recent[int] = Recent()
 
-    def __missing__(self, name: str) -> int:
-        return 0
+    def __getitem__(self, name: str) -> int:
+        return self._last.get(name, 0)
+
+    def __len__(self) -> int:
+        return len(self._last)
 
     def took(self, name: str) -> None:
         """The backend was dispatched to."""
-        self.turn += 1
-        self.note(name, self.turn)
+        self._turn += 1
+        self._last.note(name, self._turn)
 
 
 def with_weight(backends: Sequence[BackendView]) -> Sequence[BackendView]:

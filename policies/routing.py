@@ -108,5 +108,7 @@ class Routing:
     """Monotonic time of the decision."""
     held_s: float = 0.0
     """How long the request was held before."""
+    failure: str = ""
+    """Why the attempt failed that this decision led to; empty: it did not."""
     lease: Lease | None = None
     """With a `Send` from the valve: load already counted; whoever gets it releases it."""

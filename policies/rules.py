@@ -177,6 +177,10 @@ class RuleSet:
     @staticmethod
     def _refused(request: RequestFacts, candidates: Candidates, fleet: Fleet, now: float) -> Routing:
         refusal, decided_by = candidates.refusal, "constraints"
+        if refusal is not None and refusal.code == "context_length":  # shared with others of other lengths
+            asked = f" and asks for {request.max_tokens} more" if request.max_tokens else ""
+            reason = f"{refusal.reason}; this prompt has about {request.prompt_tokens}{asked}"
+            refusal = Reject(refusal.code, reason)
         if refusal is None:
             refusal = _unavailable([fleet[name] for name in candidates.key[1]], now)
             decided_by = AVAILABILITY

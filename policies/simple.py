@@ -219,7 +219,7 @@ class WeightedQps(Policy):
         decided, gifts = self._decided
         if request.id == decided:
             for candidate, gift in gifts:
-                credits[candidate] = credits.get(candidate, 0.0) + gift
+                credits.change(candidate, credits.get(candidate, 0.0) + gift)
         # A late fallback comes without credits for anybody: without a floor, debts would only grow.
         credits.note(name, max(credits.get(name, 0.0) - self._price, -self._price))
         spacing = self._spacing.get(name)

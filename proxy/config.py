@@ -118,6 +118,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_nearby(host: str) -> bool:
+    """Whether an address can be taken for one of the own network: private, or a name without a public domain."""
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".internal", ".lan", ".home.arpa", ".localhost"))
+
+
 def _check_forwarded(value: str) -> str:
     if re.fullmatch(r"[!#$%&'*+.^`|~0-9A-Za-z-]{1,64}", value) is None:
         raise BadValueError(f"not the name of a header field: '{value[:40]}'")
@@ -175,7 +183,10 @@ class BackendConfig(FileModel):
 
     name: Name = Field(description="How files, headers, logs and metrics call it.")
     url: Url = Field(description="Where it answers, without `/v1`: `http://127.0.0.1:8000`.")
-    site: Name = Field("local", description="Where it stands: `local`, or a name from `sites`.")
+    site: Name = Field(
+        "local",
+        description="Where it stands: `local`, or a name from `sites`. Public addresses must say it.",
+    )
     slots: int | None = Field(
         None,
         ge=1,
@@ -274,6 +285,9 @@ class LimitsConfig(FileModel):
     target: Size = Field(8192, ge=64, description="Bytes of a request target: 414.")
     fields: int = Field(100, ge=8, description="Header fields of a request: 431.")
     body: Size = Field(32 * 1024 * 1024, ge=1024, description="Bytes of a request body: 413.")
+    bodies: Size = Field(
+        1024 * 1024 * 1024, ge=1024, description="Bytes of all request bodies held at once: 503."
+    )
     connections: int = Field(10000, ge=1, description="Client connections; further ones: 503.")
 
 
@@ -350,6 +364,13 @@ class Config(FileModel):
                     f"two backends are called '{backend.name}'", at=("backends", number, "name")
                 )
             seen.add(backend.name)
+            host = urlsplit(backend.url).hostname or ""
+            if "site" not in backend.model_fields_set and not is_nearby(host):
+                # `local` may see every class of data: nobody becomes it by saying nothing.
+                raise BadValueError(
+                    f"backend '{backend.name}' is at {host}: say where that is (`site: NAME`, or `site: local`)",
+                    at=("backends", number),
+                )
             for price in [*([backend.price] if backend.price else []), *backend.prices.values()]:
                 currencies.add(price.currency)
             if len(currencies) > 1:
@@ -418,6 +439,7 @@ def config_from_flags(local: list[str], remote: list[str], **settings: Any) -> C
             {
                 "name": name if named else ("local" if len(local) == 1 else f"local-{number}"),
                 "url": rest if named else url,
+                "site": "local",
             }
         )
     for text in remote:
@@ -425,7 +447,7 @@ def config_from_flags(local: list[str], remote: list[str], **settings: Any) -> C
         if not given:
             raise BadValueError(f"--remote takes NAME=URL, got '{text[:80]}'")
         backends.append({"name": name, "url": url, "site": name})
-    sites: dict[str, Any] = {backend["site"]: {} for backend in backends if "site" in backend}
+    sites: dict[str, Any] = {backend["site"]: {} for backend in backends if backend["site"] != "local"}
     return Config.model_validate({"backends": backends, "sites": sites, **settings})
 
 

@@ -36,6 +36,7 @@ CLIENT_ERRORS: Final[dict[str, int]] = {
     "invalid_api_key": 401,
     "data_class": 403,
     "model_not_allowed": 403,
+    "origin_refused": 403,
     "not_found": 404,
     "model_not_found": 404,
     "method_not_allowed": 405,

@@ -17,6 +17,7 @@ import asyncio
 import errno
 import hashlib
 import logging
+import socket
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -33,7 +34,7 @@ from proxy.answers import answer, error_answer
 from proxy.errors import REASON_PHRASES, RequestError, error_event
 from proxy.http1 import LAST_CHUNK, RequestHead, ResponseHead, chunk
 from proxy.meter import ABORTED, Meter
-from proxy.openai import RequestBody, body_for_backend, read_body
+from proxy.openai import LARGE_BODY_BYTES, RequestBody, body_for_backend, read_body
 from proxy.records import Row
 from proxy.sse import MAX_EVENT_BYTES, EventReader
 from proxy.upstream import BackendConnection, Endpoint, connect_failure
@@ -180,53 +181,84 @@ class Exchange:
 
     # Deciding
 
-    def start(self, body: bytes) -> None:
+    def start(self, raw: bytes) -> None:
         """The request is complete: check it, decide, send, hold or refuse."""
+        media_urls = self.runtime.config.media_urls
         try:
+            self._read_head(len(raw))
+            if self.endpoint == "forward":
+                facts = self._forwarded(raw)
+            elif len(raw) <= LARGE_BODY_BYTES:
+                facts = self._read(read_body(self.endpoint, raw, media_urls=media_urls))
+            else:
+                self.runtime.tasks.spawn(self._start_large(raw, media_urls), "read body")
+                return
+            self._admit(facts)
+        except Exception as error:
+            self._not_started(error)
+            return
+        self._submit(facts)
+
+    async def _start_large(self, raw: bytes, media_urls: bool) -> None:
+        """As `start`, reading the body in a thread."""
+        try:
+            body = await asyncio.to_thread(read_body, self.endpoint, raw, media_urls=media_urls)
+            if self.state is not State.RECEIVED:
+                return  # the client has left meanwhile, or the proxy stops
             facts = self._read(body)
             self._admit(facts)
-        except RequestError as error:
+        except Exception as error:
+            if self.state is State.RECEIVED:
+                self._not_started(error)
+            return
+        self._submit(facts)
+
+    def _not_started(self, error: Exception) -> None:
+        if isinstance(error, RequestError):
             self.refuse(error)
-            return
-        except Exception:
-            log.exception("request %s could not be read", self.id)
+        else:
+            log.error("request %s could not be read", self.id, exc_info=error)
             self.fail()
-            return
+
+    def _submit(self, facts: RequestFacts) -> None:
         runtime = self.runtime
         runtime.retry_budget.deposit(self.arrived)
         self._routed(runtime.valve.submit(facts, self.arrived))
 
-    def _read(self, raw: bytes) -> RequestFacts:
-        """Facts from head, key and body, and the ledger row's first half. Raises RequestError."""
+    def _read_head(self, body_bytes: int) -> None:
+        """What head and key alone say of the ledger's row. Raises RequestError."""
         runtime, head, key, row = self.runtime, self.request, self.key, self.row
-        wall = runtime.wall()
         row.instance = runtime.instance
-        row.arrived = wall
+        row.arrived = runtime.wall()
         row.endpoint = self.endpoint
-        row.body_bytes = len(raw)
-        data_class, tenant = "public", "default"
-        if key is not None:
-            row.tenant = tenant = key.tenant
-            row.key_id = key.id
-            data_class = key.data_class
+        row.body_bytes = body_bytes
+        if key is None:
+            row.tenant, row.data_class = "default", "public"
         else:
-            row.tenant = tenant
-        row.data_class = data_class
+            row.tenant, row.data_class, row.key_id = key.tenant, key.data_class, key.id
         if runtime.journal.failed or runtime.ledger.failed:
             raise RequestError("ledger_unavailable", "usage cannot be recorded now", retry_after_s=5.0)
         if self.endpoint == "forward":
-            self.raw_body = raw
-            self.mode = _RAW
-            facts = RequestFacts(
-                row.op, runtime.forward_model, "forward", tenant=tenant, arrived=self.arrived
-            )
-            self.facts = facts
-            return facts
+            return
         if head.content_encoding not in (b"", b"identity"):
             raise RequestError("unsupported_media_type", "send the body without Content-Encoding")
         if head.codings:
             raise RequestError("unsupported_transfer_coding", "only chunked is understood here")
-        body = read_body(self.endpoint, raw, media_urls=runtime.config.media_urls)
+
+    def _forwarded(self, raw: bytes) -> RequestFacts:
+        """A request that is passed on unread."""
+        row = self.row
+        self.raw_body = raw
+        self.mode = _RAW
+        self.facts = RequestFacts(
+            row.op, self.runtime.forward_model, "forward", tenant=row.tenant, arrived=self.arrived
+        )
+        return self.facts
+
+    def _read(self, body: RequestBody) -> RequestFacts:
+        """What a decision needs to know of the request. Raises RequestError."""
+        runtime, head, key, row = self.runtime, self.request, self.key, self.row
+        tenant = row.tenant
         self.body_read = body
         row.model = body.model
         row.stream = body.stream
@@ -250,12 +282,12 @@ class Exchange:
             self.endpoint,
             tenant=tenant,
             key_id=row.key_id,
-            data_class=data_class,
+            data_class=row.data_class,
             arrived=self.arrived,
-            wall=wall,
+            wall=row.arrived,
             deadline=self.arrived + runtime.config.timeouts.total,
             stream=body.stream,
-            body_bytes=len(raw),
+            body_bytes=row.body_bytes,
             prompt_tokens=body.prompt_tokens,
             max_tokens=body.max_tokens,
             expected_tokens=body.expected_tokens if self.endpoint in ("chat", "completions") else 0,
@@ -376,8 +408,10 @@ class Exchange:
         assert endpoint is not None
         try:
             connection = await endpoint.connect(self.runtime.config.timeouts.connect)
-        except OSError as error:
+        except (OSError, UnicodeError) as failure:
             self.connecting = None
+            # A host name with an empty label fails in IDNA, before anybody asks for its address.
+            error = failure if isinstance(failure, OSError) else socket.gaierror(failure)
             if error.errno in OUR_SHORTAGE:
                 self._release(Outcome.IGNORED)
                 reason = f"the proxy cannot connect: {os_reason(error)}"
@@ -670,6 +704,7 @@ class Exchange:
         if pause > 0 and name in runtime.fleet.backends:  # a reload may have removed it
             runtime.fleet.back_off(name, pause, now)
         runtime.observer.attempt_failed(name, error)
+        self.routings[-1].failure = message
         self.tried |= {name}
         self.meter, self.reader, self.reply, self.parts_bytes = self._new_meter(), None, None, 0
         if self.mode != _RAW or self.endpoint != "forward":

@@ -65,6 +65,8 @@ def _decision(number: int, decision: dict[str, Any]) -> Iterator[str]:
         )
     for name, reason in decision["others"].items():
         yield f"    {name} was no candidate: {reason}"
+    if decision["failure"]:
+        yield f"    this attempt failed: {decision['failure']}"
     if decision["fallbacks"]:
         yield f"    fallbacks: {', '.join(decision['fallbacks'])}"
 

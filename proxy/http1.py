@@ -123,6 +123,8 @@ class RequestHead:
     """Value of `Authorization`, or of `x-api-key`."""
     request_id: bytes = b""
     session: bytes = b""
+    origin: bytes = b""
+    """The web page that sends it, as browsers say; empty: none does."""
     content_encoding: bytes = b""
     forward: bytes = b""
     """Field lines that go on to the backend, each ending in CRLF."""
@@ -145,7 +147,7 @@ class RequestGrammar:
     FORWARDED: Final = ("accept", "content-type", "traceparent", "tracestate", "user-agent")
     _OWN: Final = (
         "host|content-length|transfer-encoding|connection|expect|authorization|x-api-key|x-request-id|"
-        "x-session-id|content-encoding|content[_-]++length|transfer[_-]++encoding"
+        "x-session-id|origin|content-encoding|content[_-]++length|transfer[_-]++encoding"
     )
 
     def __init__(self, limits: HeadLimits | None = None, forward: tuple[str, ...] = ()) -> None:
@@ -227,6 +229,8 @@ class RequestGrammar:
                 head.request_id = value.rstrip(b" \t")
             elif name == b"x-session-id":
                 head.session = value.rstrip(b" \t")
+            elif name == b"origin":
+                head.origin = value.rstrip(b" \t")
             elif name == b"expect":
                 if value.rstrip(b" \t").lower() != b"100-continue":
                     raise RequestError("expectation_failed", "only Expect: 100-continue is understood")
@@ -606,7 +610,7 @@ class ChunkedDecoder:
     Raises ValueError on the first byte that breaks the grammar.
     """
 
-    __slots__ = ("_line", "_remaining", "_state", "_trailer_bytes")
+    __slots__ = ("_line", "_remaining", "_state", "_trailer_bytes", "chunks")
 
     def __init__(self) -> None:
         self._state = _SIZE
@@ -614,6 +618,8 @@ class ChunkedDecoder:
         self._line = b""
         """Beginning of a line whose end has not come yet."""
         self._trailer_bytes = 0
+        self.chunks = 0
+        """Chunks that have begun."""
 
     @property
     def done(self) -> bool:
@@ -653,6 +659,7 @@ class ChunkedDecoder:
                     position = size
                     break
                 position = match.end()
+                self.chunks += 1
                 self._remaining = int(match[1], 16)
                 state = _DATA if self._remaining else _TRAILER
             elif state == _DATA_END:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from policies.routing import Routing
 from proxy import records
@@ -196,7 +197,8 @@ _STATE_NAMES: Final = {
 }
 
 
-class Record(NamedTuple):
+@dataclass(slots=True)
+class Record:
     """One exchange as `tidegate explain` shows it."""
 
     id: str
@@ -223,6 +225,7 @@ class Record(NamedTuple):
                     "tiers_passed": [None if value == float("inf") else value for value in routing.passed],
                     "spilling": routing.spilling,
                     "held_s": routing.held_s,
+                    "failure": routing.failure,
                     "removed": dict(routing.removed or {}),
                     "candidates": [
                         {name: _finite(value) for name, value in candidate._asdict().items()}

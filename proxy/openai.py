@@ -12,6 +12,7 @@ from what it read then, so only a body that it would write otherwise is read a s
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -64,11 +65,20 @@ class RequestBody:
         return (self.max_tokens or DEFAULT_EXPECTED_TOKENS) * self.choices
 
 
+LARGE_BODY_BYTES: Final = 256 * 1024
+"""Reading a larger one may take longer than other requests should wait: in a thread, then."""
+
+MOST_CONTAINERS: Final = 200_000
+"""Objects and lists in one body; conversations have hundreds. Each costs a microsecond of everybody's time."""
+
+
 def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> RequestBody:
     """Parse and check a body. Raises RequestError that names the field at fault.
 
     `media_urls`: whether this client may have the engine fetch URLs.
     """
+    if len(raw) > LARGE_BODY_BYTES and _has_too_many_containers(raw):
+        raise RequestError("invalid_json", f"more than {MOST_CONTAINERS} objects and lists in one body")
     try:
         document = orjson.loads(raw)
         canonical = orjson.dumps(document) == raw
@@ -102,6 +112,16 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
     if not media_urls:
         _refuse_media_urls(document.get("messages"))
     return body
+
+
+_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
+
+
+def _has_too_many_containers(raw: bytes) -> bool:
+    if raw.count(b"{") + raw.count(b"[") <= MOST_CONTAINERS:
+        return False
+    bare = _STRING.sub(b"", raw)  # text may be full of them
+    return bare.count(b"{") + bare.count(b"[") > MOST_CONTAINERS
 
 
 def _read_exactly(raw: bytes) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ ROUTES: Final = {
 TARGETS: Final = {endpoint: path for path, endpoint in ROUTES.items()}
 _MODELS: Final = b"/v1/models"
 
+
+_LOCAL_ORIGIN: Final = re.compile(rb"https?://(?:localhost|127\.[0-9.]++|\[::1\])(?::[0-9]++)?")
+"""Web pages of this machine's own."""
 
 _ID_BYTES: Final = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_.:")
 
@@ -109,6 +113,8 @@ class Runtime:
         self.exchanges: set[Exchange] = set()
         """Those that have been sent to a backend."""
         self.held: dict[str, Exchange] = {}
+        self.held_bytes = 0
+        """Of request bodies, those that are still coming included."""
         self.draining = False
         self.most_clients = config.limits.connections
         """Fewer than configured where the system allows fewer open files."""
@@ -156,6 +162,9 @@ class Runtime:
             key = keys.authenticate(head.credential, self.wall())
             if key is None:
                 return Admission(error=self._unauthorized(peer))
+        elif head.origin and _LOCAL_ORIGIN.fullmatch(head.origin) is None:
+            # A browser sends it, for whatever page its user looks at; without keys nothing else stops that page.
+            return Admission(error=RequestError("origin_refused", "web pages need an API key here"))
         path = head.target.partition(b"?")[0]
         endpoint = ROUTES.get(path)
         if endpoint is not None:
@@ -254,6 +263,12 @@ class Runtime:
                 self._cache_salts.clear()
             salt = self._cache_salts[tenant] = self.salted(b"cache " + tenant.encode())
         return salt
+
+    def check_limits(self, key: Key) -> None:
+        """Raise RequestError if the key may not send even the smallest request now."""
+        refusal = self.limits.check(key, self.now(), self.wall())
+        if refusal is not None:
+            raise RequestError(refusal.code, refusal.message, retry_after_s=refusal.retry_after_s)
 
     def estimate_cost(self, facts: RequestFacts, answer_tokens: int) -> int:
         """The most that a request may cost, nano-units: at the dearest backend of its model."""

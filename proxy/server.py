@@ -32,6 +32,13 @@ REFUSED_BODY_BYTES: Final = 64 * 1024
 
 SMALL_PIECE_BYTES: Final = 4096
 
+REQUESTS_PER_TURN: Final = 32
+"""Requests of one connection that are answered before others have their turn: such as need no backend."""
+
+FREE_CHUNKS: Final = 4096
+LEAST_CHUNK_BYTES: Final = 16
+"""Beyond so many chunks they must be this long on average, or reading them costs more than they say."""
+
 LINGER_S: Final = 2.0
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -67,6 +74,8 @@ class ClientConnection:
         self.decoder: ChunkedDecoder | None = None
         self.parts: list[bytes] = []
         self.body_bytes = 0
+        self.held = 0
+        """Bytes of the present request's body in `runtime.held_bytes`."""
         self.exchange: Exchange | None = None
 
     # asyncio.Protocol
@@ -107,6 +116,7 @@ class ClientConnection:
         self._forget()
         if exchange is not None:
             exchange.client_gone()
+        self._hold(0)
 
     def pause_writing(self) -> None:
         self.blocked = True
@@ -125,16 +135,34 @@ class ClientConnection:
     def _read(self, data: bytes) -> None:
         """Read requests until one is being answered or more bytes are needed."""
         self.reading = True
+        answered = 0
         try:
             while data and not self.lingering and self.transport is not None:
                 data = self._read_head(data) if self.head is None else self._read_body(data)
                 if self.exchange is not None or self.blocked:
                     self.pending += data
                     break
+                if self.head is None:
+                    answered += 1
+                    if data and answered == REQUESTS_PER_TURN:
+                        self._read_later(data)
+                        break
         except RequestError as error:
             self._reject(error)
         finally:
             self.reading = False
+
+    def _read_later(self, data: bytes) -> None:
+        """Go on in the loop's next turn, and take nothing from the socket before."""
+        self.pending += data
+        if not self.paused and self.transport is not None:
+            self.paused = True
+            self.transport.pause_reading()
+        self.runtime.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if self.exchange is None and not self.blocked and not self.lingering:
+            self._next()
 
     def _read_head(self, data: bytes) -> bytes:
         """-> what is left to read; empty: it is kept in `partial` or `pending`, or all is read."""
@@ -170,8 +198,13 @@ class ClientConnection:
             self.decoder = ChunkedDecoder()
         elif head.content_length <= len(data) - position:
             end = position + head.content_length
+            self._hold(head.content_length)
             self._complete(data[position:end])
             return data[end:]
+        if admission.key is not None and (head.expects_continue or head.content_length > REFUSED_BODY_BYTES):
+            # Who has used up its limits need not send a large body to be told so.
+            runtime.check_limits(admission.key)
+        self._hold(head.content_length)
         self.body_bytes = 0
         self.deadline = runtime.now() + runtime.config.timeouts.body
         if head.expects_continue and position == len(data):
@@ -216,6 +249,8 @@ class ClientConnection:
         except ValueError as error:
             raise RequestError("malformed_body", str(error)) from None
         self._keep(payload)
+        if self.decoder.chunks > FREE_CHUNKS and self.body_bytes < LEAST_CHUNK_BYTES * self.decoder.chunks:
+            raise RequestError("malformed_body", "too many small chunks")
         if self.body_bytes > self.runtime.config.limits.body:
             raise RequestError("body_too_large", f"a body may have {self.runtime.config.limits.body} bytes")
         admission = self.admission
@@ -225,9 +260,20 @@ class ClientConnection:
             self._complete(b"".join(self.parts))
         return data[end:]
 
+    def _hold(self, size: int) -> None:
+        """Have `size` bytes of the present request's body counted. RequestError when there is no room for them."""
+        runtime = self.runtime
+        more = size - self.held
+        if more > 0 and runtime.held_bytes + more > runtime.config.limits.bodies:
+            raise RequestError("overloaded", "too many large requests at once", retry_after_s=1.0)
+        runtime.held_bytes += more
+        self.held = size
+
     def _keep(self, piece: bytes) -> None:
         """Keep a piece of the body. Small ones are put together: single, they would take many times their size."""
         self.body_bytes += len(piece)
+        if self.body_bytes > self.held:
+            self._hold(self.body_bytes)
         parts = self.parts
         if parts and len(parts[-1]) < SMALL_PIECE_BYTES:
             parts[-1] += piece
@@ -285,6 +331,7 @@ class ClientConnection:
         transport = self.transport
         self.lingering = True
         self._forget()
+        self._hold(0)
         if transport is None or transport.is_closing():
             return
         patience = self.runtime.config.timeouts.client_write if self.unsent else LINGER_S
@@ -321,6 +368,7 @@ class ClientConnection:
     def finished(self, *, keep_alive: bool) -> None:
         """The answer is written."""
         self.exchange = None
+        self._hold(0)
         transport = self.transport
         if transport is None:
             return

@@ -209,6 +209,20 @@ class Limits:
             return Reservation(usage, tokens, second, cost_nano, month)
         return _refusal(key, usage, tokens, cost_nano, now, wall)
 
+    def check(self, key: Key, now: float, wall: float) -> Refusal | None:
+        """Why even a request without tokens would be refused now; None: it would not. Nothing is reserved."""
+        if key.rpm is None and key.tpm is None and key.concurrency is None and key.budget_nano is None:
+            return None
+        usage = self.usage(key, wall)
+        if (
+            (key.concurrency is None or usage.running < key.concurrency)
+            and (key.rpm is None or usage.requests.advance(now) < key.rpm)
+            and (key.tpm is None or usage.tokens.advance(now) <= key.tpm)
+            and (key.budget_nano is None or usage.month.allows(0, key.budget_nano))
+        ):
+            return None
+        return _refusal(key, usage, 0, 0, now, wall)
+
     def settle(self, reservation: Reservation, tokens: int, cost_nano: int, now: float) -> None:
         """Put what was really used in the place of what was reserved, once; a second call does nothing."""
         usage = reservation.usage

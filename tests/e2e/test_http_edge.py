@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from proxy.openai import LARGE_BODY_BYTES
 from proxy.tasks import Tasks
 from tests.e2e.backends import Request, answers, stalls, waits
 from tests.e2e.proxy_fixtures import (
@@ -329,3 +330,26 @@ async def test_a_client_may_bring_its_own_request_id_but_not_anything(
     assert len(set(given)) == 2
     for bad in ("a b", "x" * 200, "<script>"):
         assert (await proxy.chat(f"x-request-id: {bad}")).id != bad
+
+
+async def test_a_large_body_is_read_beside_the_loop(
+    start_backend: StartBackend, start_proxy: StartProxy
+) -> None:
+    backend = await start_backend()
+    proxy = await start_proxy(backend)
+    client = await proxy.connect()
+    large = "x" * 2 * LARGE_BODY_BYTES
+    good = json.dumps({"model": "m", "messages": [{"role": "user", "content": large}]}).encode()
+    twice = good[:-1] + b', "model": "m"}'
+    # One after the other on one connection, and in order: a small one does not overtake.
+    await client.send(b"".join(chat(body) for body in (good, twice, chat_body())))
+    first, second, third = [await client.answer() for _ in range(3)]
+    assert (first.status, second.status, third.status) == (200, 400, 200)
+    assert second.json["error"]["code"] == "duplicate_key"
+    assert backend.received[0].body == good
+    assert len(backend.received) == 2
+    # And a client that leaves meanwhile is no concern.
+    await client.send(chat(good))
+    client.writer.transport.abort()
+    await eventually(lambda: not proxy.runtime.clients)
+    assert proxy.runtime.held_bytes == 0

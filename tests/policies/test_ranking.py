@@ -11,8 +11,8 @@ def test_the_one_noted_longest_ago_is_forgotten_first() -> None:
     recent.note("b0", -1)
     recent.note("new", 7)
     assert len(recent) == REMEMBERED
-    assert (recent["b0"], recent["new"]) == (-1, 7)
-    assert "b1" not in recent
+    assert (recent.get("b0", 0), recent.get("new", 0)) == (-1, 7)
+    assert recent.get("b1", -2) == -2
 
 
 def test_who_never_had_a_turn_comes_before_all_others() -> None:

@@ -101,6 +101,9 @@ class FakeLoop:
     def time(self) -> float:
         return self.now
 
+    def call_soon(self, callback: Callable[..., None], *arguments: Any) -> Timer:
+        return self.call_later(1e-6, callback, *arguments)  # the next turn, not this one
+
     def call_later(self, delay: float, callback: Callable[..., None], *arguments: Any) -> Timer:
         timer = Timer(self.now + delay, callback, arguments)
         self.timers.append(timer)

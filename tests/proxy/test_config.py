@@ -149,7 +149,7 @@ def backend(text: str) -> str:
         ("HTTPS://A:8443/x/", "https://A:8443/x"),
         ("http://10.0.0.1:8000", "http://10.0.0.1:8000"),
         ("http://[::1]:8000", "http://[::1]:8000"),
-        ("http://a_b.example/v1beta", "http://a_b.example/v1beta"),
+        ("http://a_b.internal/v1beta", "http://a_b.internal/v1beta"),
     ],
 )
 def test_urls(write: Any, url: str, kept: str) -> None:
@@ -424,3 +424,20 @@ def test_the_schema_is_json_and_describes_everything() -> None:
     for name, definition in [("Config", schema), *schema["$defs"].items()]:
         for field, description in definition.get("properties", {}).items():
             assert "description" in description, f"{name}.{field}"
+
+
+@pytest.mark.parametrize("host", ["api.example.com", "8.8.8.8", "[2606:4700::1]"])
+def test_a_public_address_is_not_local_by_saying_nothing(write: Any, host: str) -> None:
+    text = "backends:\n  - {name: a, url: 'https://%s'%s}\n"
+    found = problem(write(text % (host, "")))
+    assert "site: NAME" in found[3]
+    assert load_config(write(text % (host, ", site: local"))).backends[0].site == "local"
+    assert config_from_flags([f"https://{host}"], []).backends[0].site == "local"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.1.2.3", "[fd00::1]", "localhost", "vllm", "gpu.lan"])
+def test_an_address_of_the_own_network_may_say_nothing(write: Any, host: str) -> None:
+    assert (
+        load_config(write(f"backends: [{{name: a, url: 'http://{host}:8000'}}]\n")).backends[0].site
+        == "local"
+    )

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import RequestError
-from proxy.openai import DEFAULT_EXPECTED_TOKENS, ENGINE_FIELDS, RequestBody, body_for_backend, read_body
+from proxy.openai import (
+    DEFAULT_EXPECTED_TOKENS,
+    ENGINE_FIELDS,
+    MOST_CONTAINERS,
+    RequestBody,
+    body_for_backend,
+    read_body,
+)
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
@@ -455,3 +462,10 @@ def test_the_name_of_a_model_is_bounded() -> None:
 def test_each_prompt_of_a_list_has_choices_of_its_own(prompt: object, prompts: int) -> None:
     body = read_body("completions", orjson.dumps({"model": "m", "prompt": prompt, "n": 3, "max_tokens": 10}))
     assert (body.prompts, body.choices, body.reserved_tokens) == (prompts, 3 * prompts, 30 * prompts)
+
+
+def test_a_body_of_very_many_objects_is_refused_and_text_that_looks_like_one_is_not() -> None:
+    many = {**CHAT, "metadata": [{}] * (MOST_CONTAINERS + 1)}
+    assert refused(many)[0] == "invalid_json"
+    text = "{[" * MOST_CONTAINERS + '\\"{'
+    assert read({"model": "m", "messages": [{"role": "user", "content": text}]}).model == "m"

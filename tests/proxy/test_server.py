@@ -8,9 +8,16 @@ from typing import cast
 import orjson
 import pytest
 
-from proxy.access.keys import KeyStore
+from proxy.access.keys import Key, KeyStore
 from proxy.exchange import State
-from proxy.server import LINGER_S, PIPELINE_BYTES, WRITE_BUFFER_BYTES, ClientConnection
+from proxy.server import (
+    FREE_CHUNKS,
+    LINGER_S,
+    PIPELINE_BYTES,
+    REQUESTS_PER_TURN,
+    WRITE_BUFFER_BYTES,
+    ClientConnection,
+)
 from tests.proxy.fakes import (
     DONE,
     LAST_CHUNK,
@@ -58,6 +65,24 @@ class Peer:
         body = self.transport.written.partition(b"\r\n\r\n")[2]
         code: str = orjson.loads(body)["error"]["code"]
         return code
+
+
+class OneKey:
+    """A key that every request has."""
+
+    empty = False
+    version = ""
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+
+    def authenticate(self, credential: bytes | None, now: float) -> Key:
+        return self.key
+
+
+@pytest.fixture
+def key() -> Key:
+    return Key("k", "t", rpm=1)
 
 
 class BadKeys:
@@ -354,3 +379,77 @@ def test_what_counts_as_idle(begin: Callable[[Peer], None]) -> None:
     assert not peer.connection.idle
     world.connects("a").data_received(whole(200, answer_body()))
     assert peer.connection.idle
+
+
+def test_a_flood_of_small_requests_lets_others_have_their_turn() -> None:
+    world = World("a")
+    peer = Peer(world)
+    peer.send(request(b"{") * 100)
+    assert peer.statuses == [400] * REQUESTS_PER_TURN
+    assert not peer.transport.reading
+    for turn in (2, 3):
+        world.wait(1e-6)
+        assert peer.statuses == [400] * REQUESTS_PER_TURN * turn
+    world.wait(1e-6)
+    assert peer.statuses == [400] * 100
+    assert peer.transport.reading
+
+
+def test_a_body_in_very_small_chunks_is_refused_before_it_costs_much() -> None:
+    world = World("a")
+    peer = Peer(world)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    peer.send(head + b"1\r\nx\r\n" * FREE_CHUNKS)
+    assert peer.statuses == []
+    peer.send(b"1\r\nx\r\n")
+    assert (peer.statuses, peer.code) == ([400], "malformed_body")
+
+
+@pytest.mark.parametrize("coding", ["length", "chunked"])
+def test_bodies_have_one_bound_together(coding: str) -> None:
+    world = World("a", limits={"bodies": 4096})
+    first, second = Peer(world), Peer(world)
+    big = request(b"x" * 3000)
+    first.send(big[:-1])
+    assert world.runtime.held_bytes == 3000
+    if coding == "length":
+        second.send(big[:-2000])
+    else:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        second.send(head + b"7d0\r\n" + b"x" * 1000)
+        assert second.statuses == []
+        second.send(b"x" * 1000)
+    assert (second.statuses, second.code) == ([503], "overloaded")
+    first.send(b"x")
+    assert (first.statuses, world.runtime.held_bytes) == ([400], 0)
+    third = Peer(world)
+    third.send(request())
+    assert world.runtime.held_bytes == len(BODY)
+    third.connection.connection_lost(None)
+    assert world.runtime.held_bytes == 0
+
+
+def test_who_has_used_up_its_limits_need_not_send_a_large_body(key: Key) -> None:
+    world = World("a")
+    world.runtime.keys = cast("KeyStore", OneKey(key))
+    peer = Peer(world)
+    peer.send(request())
+    world.connects("a").data_received(whole(200, answer_body()))
+    peer.send(request(BODY, b"expect: 100-continue")[: -len(BODY)])
+    assert peer.statuses == [200, 429]
+    assert peer.transport.ended
+
+
+def test_a_web_page_needs_a_key() -> None:
+    world = World("a")
+    peer = Peer(world)
+    for origin in (b"https://evil.example", b"null", b"http://127.0.0.1.evil.example"):
+        peer.send(request(BODY, b"origin: " + origin))
+    assert peer.statuses == [403] * 3
+    peer.send(request(BODY, b"Origin: http://localhost:3000"))
+    world.connects("a").data_received(whole(200, answer_body()))
+    assert peer.statuses == [403] * 3 + [200]
+    world.runtime.keys = cast("KeyStore", OneKey(Key("k", "t")))
+    peer.send(request(BODY, b"origin: https://page.example"))
+    world.endpoints["a"].connections[0].data_received(whole(200, answer_body()))
+    assert peer.statuses == [403] * 3 + [200, 200]
