@@ -107,7 +107,7 @@ class Journal:
         self._idle = False
         self._urgent = False
         self._stopping = False
-        self._thread: threading.Thread | None = None
+        self._worker: threading.Thread | None = None
 
     # On the event loop
 
@@ -137,7 +137,7 @@ class Journal:
 
     async def synced(self) -> None:
         """Return when everything appended so far is durable (`durability: strict`). Raises JournalError."""
-        if self.failed or self._stopping or self._thread is None:
+        if self.failed or self._stopping or self._worker is None:
             raise JournalError(self.failed or "the journal is not running")
         future = asyncio.get_running_loop().create_future()
         self._append(future)
@@ -168,8 +168,8 @@ class Journal:
         self._loop = loop
         self._deliver = deliver
         self._on_failed = on_failed
-        self._thread = threading.Thread(target=self._run, name="tidegate-journal", daemon=True)
-        self._thread.start()
+        self._worker = threading.Thread(target=self._run, name="tidegate-journal", daemon=True)
+        self._worker.start()
 
     def settled(self, count: int) -> None:
         """The first `count` rows delivered since start are in the ledger: what only held them is deleted."""
@@ -184,11 +184,11 @@ class Journal:
 
         `timeout_s` is for a disk that hangs: the thread is then left to it, and the journal has failed.
         """
-        if self._thread is not None:
+        if self._worker is not None:
             self._stopping = True
             self._ring()
-            self._thread.join(timeout_s)
-            if self._thread.is_alive():
+            self._worker.join(timeout_s)
+            if self._worker.is_alive():
                 self._fail(f"the journal's disk did not answer for {timeout_s:g} s")
 
     def release(self) -> None:

@@ -333,7 +333,9 @@ def _pages(engine: Engine, span: list[ColumnElement[bool]]) -> Iterator[list[Row
 
 
 def _write_jsonl(file: BinaryIO, rows: list[Row], *, with_header: bool) -> None:
-    file.write(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
+    for row in rows:  # not given to orjson as it is: it looks into dataclasses, and a compiled one is none
+        fields = {name: getattr(row, name) for name in FIELDS}
+        file.write(orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def _write_csv(file: BinaryIO, rows: list[Row], *, with_header: bool) -> None:

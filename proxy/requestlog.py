@@ -59,8 +59,8 @@ class RequestLog:
         self._lines: deque[Line] = deque()
         self._words: dict[tuple[Any, ...], bytes] = {}
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="request log", daemon=True)
-        self._thread.start()
+        self._worker = threading.Thread(target=self._run, name="request log", daemon=True)
+        self._worker.start()
 
     @classmethod
     def to(cls, where: str) -> RequestLog | None:
@@ -81,7 +81,7 @@ class RequestLog:
     def close(self) -> None:
         """Write what is left and end."""
         self._stop.set()
-        self._thread.join(timeout=2.0)
+        self._worker.join(timeout=2.0)
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):

@@ -57,6 +57,7 @@ TESTED_BY = {
     "policies/routing.py": "tests/policies/test_rules.py",
     "policies/rule.py": "tests/policies/test_rules.py",
     "policies/units.py": "tests/policies/test_files.py",
+    "policies/values.py": "tests/policies/test_base.py",
     "policies/weights.py": "tests/policies/test_files.py",
     "policies/yamlproblems.py": "tests/policies/test_yamlfile.py",
     "proxy/admin/http.py": "tests/test_docs.py",

@@ -1,0 +1,180 @@
+"""What a decision is made from, and what it says: plain values. `base.py` tells their contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from math import inf
+from typing import TypeAlias
+
+ENGINE_FIGURES_VALID_S = 2.0
+"""Scraped engine figures older than this are ignored (routers that trust stale queues herd)."""
+
+KV_USE_FULL = 0.95
+"""KV cache use at which an engine is about to preempt, and so counts as full."""
+
+
+@dataclass(slots=True)
+class RequestFacts:
+    """What a decision may depend on, read once from the request and its key."""
+
+    id: str
+    model: str
+    """The model after aliases, as backends name it."""
+    endpoint: str = "chat"
+    """`chat`, `completions`, `tokenize` or `detokenize`."""
+    tenant: str = "default"
+    key_id: str = ""
+    data_class: str = "public"
+    arrived: float = 0.0
+    """Monotonic time at which the request was complete."""
+    wall: float = 0.0
+    """Unix time of the same moment."""
+    deadline: float = inf
+    """Monotonic time at which its client gives up."""
+    stream: bool = False
+    body_bytes: int = 0
+    prompt_tokens: int = 0
+    """An estimate, until the backend reports: about a quarter of the bytes of the prompt."""
+    max_tokens: int = 0
+    """The client's limit on the answer; 0: none given."""
+    expected_tokens: int = 0
+    """Forecast of the length of the answer, tokens, over all choices."""
+    session: str = ""
+    """Affinity key, unique over tenants; empty: no affinity."""
+    priority: int = 0
+    """Higher goes first."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    prefix: tuple[int, ...] = ()
+    """Chained hashes of the prompt's leading blocks; filled only for policies that need `prefix`."""
+
+    @property
+    def tokens(self) -> int:
+        """Load this request is expected to put on a backend, tokens."""
+        return self.prompt_tokens + self.expected_tokens
+
+
+@dataclass(slots=True)
+class BackendView:
+    """One backend as a policy sees it: valid during the call only, not to be kept or changed by a policy."""
+
+    name: str
+    site: str = "local"
+    slots: int = 32
+    """Requests it serves at once inside its SLA; at least 1."""
+    weight: float = 1.0
+    """Its share where a policy goes by weight, 0 or more; 0: nothing while another candidate has a weight."""
+    models: frozenset[str] = frozenset()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    operator: str = ""
+    location: tuple[float, float] | None = None
+    """Latitude and longitude, degrees."""
+    data_classes: frozenset[str] | None = None
+    """Data classes it may see; None: all of them (the local site)."""
+    context_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Longest prompt plus answer by model, tokens; a model that is not named has no known limit."""
+    bandwidth: float = 125_000_000.0
+    """Bytes per second towards it, above 0."""
+    price_input: float | None = None
+    price_output: float | None = None
+    """Per million tokens in the ledger's currency; None: unknown, which is not free."""
+    carbon_gco2_kwh: float | None = None
+
+    in_flight: int = 0
+    """Requests leased to it by this router: always exact, always fresh."""
+    in_flight_tokens: int = 0
+    ttft_s: float = 0.0
+    """EWMA of the time to the first token; 0: not measured yet."""
+    tpot_s: float = 0.0
+    """EWMA of the time per output token after the first; 0: not measured yet."""
+    rtt_s: float = 0.0
+    """EWMA of the network round trip; 0: not measured yet."""
+    available: bool = True
+    """The one question about a backend: probed up, breaker closed, not draining."""
+    running: int = 0
+    waiting: int = 0
+    kv_use: float = 0.0
+    """What the engine said of itself (`waiting`: requests in its queue; `kv_use`: 0 to 1) at `sampled_at`."""
+    sampled_at: float = -inf
+
+    def saturation(self, now: float) -> float:
+        """How full it is: 0 empty, 1 full, above 1 queueing.
+
+        The worst of in-flight over slots, KV use over 0.95 and, once the engine reports waiting requests, one
+        plus waiting over slots; engine figures count only while younger than 2 s.
+        """
+        saturation = self.in_flight / self.slots
+        if now - self.sampled_at <= ENGINE_FIGURES_VALID_S:
+            saturation = max(saturation, self.kv_use / KV_USE_FULL)
+            if self.waiting:
+                saturation = max(saturation, 1.0 + self.waiting / self.slots)
+        return saturation
+
+    def has_free_slot(self, now: float) -> bool:
+        """Whether one more request fits without queueing."""
+        return self.in_flight < self.slots and self.saturation(now) < 1.0
+
+
+@dataclass(slots=True)
+class Send:
+    """Send the request to `backend`; if it fails before its first data event, to the fallbacks in order."""
+
+    backend: str
+    fallbacks: tuple[str, ...] = ()
+    reason: str = ""
+    """A few words for people: `least in-flight of 3`."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Backend name to score; lower is better unless the policy says otherwise."""
+    propensity: float = 1.0
+    """Probability with which this policy would choose this backend here (for off-policy estimates)."""
+
+
+@dataclass(slots=True)
+class Hold:
+    """Keep the request until capacity appears, at the latest until `until` (monotonic)."""
+
+    until: float
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Reject:
+    """Refuse the request; `code` is one of the codes in `proxy/errors.py`."""
+
+    code: str
+    reason: str = ""
+    retry_after_s: float | None = None
+
+
+Decision: TypeAlias = Send | Hold | Reject
+
+
+class Outcome(Enum):
+    """How an attempt on one backend ended, seen from the backend."""
+
+    OK = "ok"
+    FAILED = "failed"
+    """The backend's fault: refused, reset, stalled, garbage, 5xx."""
+    IGNORED = "ignored"
+    """Says nothing about the backend: the client left, or the client's own 4xx."""
+
+
+@dataclass(slots=True)
+class Finished:
+    """One attempt, after its stream has ended."""
+
+    request: RequestFacts
+    backend: str
+    outcome: Outcome
+    ended: float
+    """Monotonic."""
+    started: float = 0.0
+    """Monotonic time of the dispatch to this backend."""
+    ttft_s: float | None = None
+    """From dispatch to the first token; None: none came."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    decided_by: str = ""
+    """Name of the policy that chose the backend."""
