@@ -7,10 +7,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test verify bench vllm format constraints clean check-style
+.PHONY: help run test test-compiled verify bench vllm format constraints clean check-style
 
 help: ## list these words
-	@sed -n 's/^\([a-z]*\):.*## /  make \1#/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-18s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1#/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-18s %s\n", $$1, $$2}'
 
 run: $(VENV)/.runtime ## install, then start `tidegate demo` (rush hour: make run ARGS=--traffic)
 	@exec $(BIN)/tidegate demo $(ARGS)
@@ -18,7 +18,10 @@ run: $(VENV)/.runtime ## install, then start `tidegate demo` (rush hour: make ru
 test: check-style ## style, types and the tests of this machine (one file: make test ARGS=tests/proxy/test_x.py)
 	@$(BIN)/pytest -m "not slow" $(ARGS)
 
-verify: check-style vllm ## all tests, with real models and promised times, then crashes, memory and delay (an hour)
+test-compiled: build/compiled/.stamp ## the same over real sockets, with the data path compiled (hatch_build.py)
+	@PYTHONPATH=$(CURDIR)/build/compiled $(BIN)/pytest --import-mode=append -m "not slow and not vllm" tests/e2e $(ARGS)
+
+verify: check-style vllm test-compiled ## all tests, with real models and promised times, then crashes, memory and delay (an hour)
 	@TIDEGATE_FORBID_SKIPS=1 TIDEGATE_PATIENCE=1 $(BIN)/pytest $(ARGS)
 	@$(BIN)/python -m benchmarks.crash --no-result
 	@$(BIN)/python -m benchmarks.memory --check --no-result
@@ -72,6 +75,13 @@ $(VENV)/.pip: $(VENV)/.python constraints.txt
 
 $(VENV)/.runtime: $(VENV)/.pip pyproject.toml
 	@$(INSTALL) --build-constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+SOURCES := $(wildcard proxy/*.py proxy/*/*.py policies/*.py probes/*.py sim/*.py)
+build/compiled/.stamp: $(VENV)/.dev hatch_build.py pyproject.toml $(SOURCES)
+	@echo "compiling the data path ..."
+	@rm -rf build/compiled
+	@TIDEGATE_COMPILE=1 $(INSTALL) --build-constraint constraints.txt --no-deps --target build/compiled .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.install_peers import environment, find_program
+from benchmarks.install_peers import environment, find_program, installed_tidegate
 from benchmarks.load import chat_body
 from benchmarks.processes import Service, Services, StartError, free_port
 from benchmarks.shapes import MODEL
@@ -72,7 +72,10 @@ def start_direct(services: Services, ports: Sequence[int], core: int | None) -> 
 
 
 def tidegate_command() -> tuple[str, ...]:
-    """Tidegate's command line, from the environment that runs this benchmark."""
+    """Tidegate's command line: as installed for production, else from the environment that runs this benchmark."""
+    compiled = installed_tidegate()
+    if compiled is not None:
+        return (str(compiled),)
     installed = Path(sys.executable).with_name("tidegate")
     return (str(installed),) if installed.exists() else (sys.executable, "-m", "proxy.cli")
 

@@ -30,6 +30,7 @@ from aiohttp import web
 
 from policies.yamlfile import FileProblems
 from probes.runner import Prober
+from proxy import server
 from proxy.access.keys import KeyStore
 from proxy.access.limits import Limits
 from proxy.access.pepper import load_pepper
@@ -422,6 +423,8 @@ def _print_banner(service: Service) -> None:
     log.info(
         "policy %s, ledger in %s", runtime.built.policy.name, service.config.database or service.config.state
     )
+    if not (server.__file__ or "").endswith(".py"):
+        log.info("the data path is compiled")
     if runtime.keys.empty:
         log.info("no keys: everybody on this machine may use it; `tidegate keys create` makes the first")
     for backend in runtime.fleet:
