@@ -1,8 +1,8 @@
 """Compiles the data path when a wheel is built: the same modules, type annotations and all, as C (mypyc).
 
 It halves the CPU that a request costs and needs a C compiler and Python's headers. Where those are missing the
-wheel is pure Python and does the same; `TIDEGATE_COMPILE=1` makes that an error, `TIDEGATE_COMPILE=0` asks for it.
-Editable installs are never compiled.
+wheel is pure Python and does the same, and so it is where compiling fails. `TIDEGATE_COMPILE=1` makes that an
+error, `TIDEGATE_COMPILE=0` asks for it. Editable installs are never compiled.
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ class CompileHook(BuildHookInterface[Any]):
         """Compile into a folder of its own and have the results put beside the sources."""
         if version == "editable" or not self._wanted():
             return
-        target = Path(tempfile.mkdtemp(prefix="tidegate-build-"))
-        build_data["force_include"].update(_compile(Path(self.root), self.config["modules"], target))
+        self._folder = tempfile.TemporaryDirectory(prefix="tidegate-build-")  # as long as this object
+        try:
+            compiled = _compile(Path(self.root), self.config["modules"], Path(self._folder.name))
+        except (Exception, SystemExit) as error:  # mypyc exits where it finds a mistake
+            if os.environ.get("TIDEGATE_COMPILE") == "1":
+                raise
+            self.app.display_warning(f"not compiled, and so slower: {error}")
+            return
+        build_data["force_include"].update(compiled)
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
 
