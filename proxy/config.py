@@ -123,7 +123,9 @@ def is_nearby(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_private
     except ValueError:
-        return "." not in host or host.endswith((".local", ".internal", ".lan", ".home.arpa", ".localhost"))
+        return "." not in host or host.endswith(
+            (".local", ".internal", ".lan", ".home.arpa", ".localhost", ".test")
+        )
 
 
 def _check_forwarded(value: str) -> str:

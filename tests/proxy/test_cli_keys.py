@@ -91,7 +91,7 @@ def test_nothing_is_cut_at_eighty_columns() -> None:
     assert all(len(line) <= 80 for line in lines)
     assert "…" not in "".join(lines)
     assert ["plain", "active", "public"] in [line.split()[1:] for line in lines]
-    assert "".join("".join(lines).split()).count("x") == 40
+    assert "".join("".join(lines).split()).count("x") >= 40  # an id may have one too
     assert "".join("".join(lines).split()).count("v") >= 70
 
 
