@@ -74,7 +74,7 @@ $(VENV)/.pip: $(VENV)/.python constraints.txt
 	@touch $@
 
 $(VENV)/.runtime: $(VENV)/.pip pyproject.toml
-	@$(INSTALL) --build-constraint constraints.txt --editable '.[demo]'
+	@TIDEGATE_COMPILE=0 $(INSTALL) --build-constraint constraints.txt --editable '.[demo]'
 	@touch $@
 
 SOURCES := $(wildcard proxy/*.py proxy/*/*.py policies/*.py probes/*.py sim/*.py)

@@ -341,11 +341,9 @@ class RepeatedHead(_Repeated):
 
     def recall(self, data: bytes, start: int) -> tuple[RequestHead, int] | None:
         """-> (the same head object with its new length, position behind it), or None when it is another head."""
-        head = self._head
-        if head is None:
-            return None
         length, position = self._find(data, start)
-        if not position:
+        head = self._head
+        if not position or head is None:
             return None
         head.content_length = length
         return head, position
@@ -486,11 +484,9 @@ class RepeatedResponseHead(_Repeated):
 
     def recall(self, data: bytes, start: int) -> tuple[ResponseHead, int] | None:
         """-> (a head like it with its own length, position behind it), or None when it is another head."""
-        head = self._head
-        if head is None:
-            return None
         length, position = self._find(data, start)
-        if not position:
+        head = self._head
+        if not position or head is None:
             return None
         return (
             ResponseHead(

@@ -113,7 +113,7 @@ class Runtime:
         self.exchanges: set[Exchange] = set()
         """Those that have been sent to a backend."""
         self.held: dict[str, Exchange] = {}
-        self.held_bytes = 0
+        self.body_bytes = 0
         """Of request bodies, those that are still coming included."""
         self.draining = False
         self.most_clients = config.limits.connections

@@ -74,8 +74,8 @@ class ClientConnection:
         self.decoder: ChunkedDecoder | None = None
         self.parts: list[bytes] = []
         self.body_bytes = 0
-        self.held = 0
-        """Bytes of the present request's body in `runtime.held_bytes`."""
+        self.counted = 0
+        """Bytes of the present request's body in `runtime.body_bytes`."""
         self.exchange: Exchange | None = None
 
     # asyncio.Protocol
@@ -116,7 +116,7 @@ class ClientConnection:
         self._forget()
         if exchange is not None:
             exchange.client_gone()
-        self._hold(0)
+        self._count_body(0)
 
     def pause_writing(self) -> None:
         self.blocked = True
@@ -198,13 +198,13 @@ class ClientConnection:
             self.decoder = ChunkedDecoder()
         elif head.content_length <= len(data) - position:
             end = position + head.content_length
-            self._hold(head.content_length)
+            self._count_body(head.content_length)
             self._complete(data[position:end])
             return data[end:]
         if admission.key is not None and (head.expects_continue or head.content_length > REFUSED_BODY_BYTES):
             # Who has used up its limits need not send a large body to be told so.
             runtime.check_limits(admission.key)
-        self._hold(head.content_length)
+        self._count_body(head.content_length)
         self.body_bytes = 0
         self.deadline = runtime.now() + runtime.config.timeouts.body
         if head.expects_continue and position == len(data):
@@ -260,20 +260,20 @@ class ClientConnection:
             self._complete(b"".join(self.parts))
         return data[end:]
 
-    def _hold(self, size: int) -> None:
+    def _count_body(self, size: int) -> None:
         """Have `size` bytes of the present request's body counted. RequestError when there is no room for them."""
         runtime = self.runtime
-        more = size - self.held
-        if more > 0 and runtime.held_bytes + more > runtime.config.limits.bodies:
+        more = size - self.counted
+        if more > 0 and runtime.body_bytes + more > runtime.config.limits.bodies:
             raise RequestError("overloaded", "too many large requests at once", retry_after_s=1.0)
-        runtime.held_bytes += more
-        self.held = size
+        runtime.body_bytes += more
+        self.counted = size
 
     def _keep(self, piece: bytes) -> None:
         """Keep a piece of the body. Small ones are put together: single, they would take many times their size."""
         self.body_bytes += len(piece)
-        if self.body_bytes > self.held:
-            self._hold(self.body_bytes)
+        if self.body_bytes > self.counted:
+            self._count_body(self.body_bytes)
         parts = self.parts
         if parts and len(parts[-1]) < SMALL_PIECE_BYTES:
             parts[-1] += piece
@@ -331,7 +331,7 @@ class ClientConnection:
         transport = self.transport
         self.lingering = True
         self._forget()
-        self._hold(0)
+        self._count_body(0)
         if transport is None or transport.is_closing():
             return
         patience = self.runtime.config.timeouts.client_write if self.unsent else LINGER_S
@@ -368,7 +368,7 @@ class ClientConnection:
     def finished(self, *, keep_alive: bool) -> None:
         """The answer is written."""
         self.exchange = None
-        self._hold(0)
+        self._count_body(0)
         transport = self.transport
         if transport is None:
             return

@@ -352,4 +352,4 @@ async def test_a_large_body_is_read_beside_the_loop(
     await client.send(chat(good))
     client.writer.transport.abort()
     await eventually(lambda: not proxy.runtime.clients)
-    assert proxy.runtime.held_bytes == 0
+    assert proxy.runtime.body_bytes == 0

@@ -102,6 +102,13 @@ def test_what_nothing_may_serve_is_refused(facts: dict[str, Any], code: str) -> 
     assert "a" in routing.removed
 
 
+def test_what_is_too_long_is_told_its_own_length_not_that_of_the_first_who_was() -> None:
+    rules, machines = one_tier(), fleet(backend("a", context_tokens={"m": 100}))
+    for prompt, answer in ((10, 101), (20, 102)):
+        decision = rules.route(request(prompt_tokens=prompt, max_tokens=answer), machines, 0.0).decision
+        assert f"100 tokens; this prompt has about {prompt} and asks for {answer} more" in decision.reason
+
+
 @pytest.mark.parametrize("lengths", [(101, 100), (100, 101)])
 def test_what_is_remembered_of_one_length_is_not_taken_for_another(lengths: tuple[int, int]) -> None:
     rules, homes = one_tier(), fleet(backend("a", context_tokens={"m": 100}))

@@ -8,6 +8,7 @@ from proxy.http1 import (
     LAST_CHUNK,
     ChunkedDecoder,
     MalformedResponseError,
+    RepeatedResponseHead,
     ResponseHead,
     chunk,
     parse_response_head,
@@ -244,3 +245,46 @@ def test_chunks_of_our_own() -> None:
         == b"hello" + b"\x00" * 300
     )
     assert chunk(b"") == b""
+
+
+HEADS = [
+    response(*fields, line=line)
+    for line in (b"HTTP/1.1 200 OK", b"HTTP/1.0 200 OK", b"HTTP/1.1 500 No", b"HTTP/1.1 204 None")
+    for fields in (
+        (b"date: Mon, 23 Nov 2026 17:41:12 GMT", b"content-length: 5", b"content-type: a/b"),
+        (b"date: Mon, 23 Nov 2026 17:41:13 GMT", b"content-length: 5", b"content-type: a/b"),
+        (b"date: Mon, 23 Nov 2026 17:41:12 GMT", b"content-length: 1234", b"content-type: a/b"),
+        (b"date: Mon, 23 Nov 2026 17:41:12 GMT", b"content-length: 0", b"content-type: a/b"),
+        (b"content-length: 5", b"connection: close, x", b"x: content-length: 7"),
+        (b"Content-Length:5",),
+        (b"content-length: 5 ",),
+        (b"transfer-encoding: chunked", b"content-type: text/event-stream"),
+        (b"content-type: text/event-stream",),
+        (b"retry-after: 3", b"content-encoding: gzip", b"content-length: 9"),
+    )
+    if line != b"HTTP/1.0 200 OK" or b"transfer-encoding: chunked" not in fields
+]
+
+
+@pytest.mark.parametrize("first", HEADS)
+def test_a_head_that_is_known_again_reads_as_if_it_were_parsed(first: bytes) -> None:
+    repeated = RepeatedResponseHead()
+    repeated.remember(b"junk" + first, 4, 4 + len(first), parse_response(first))
+    for second in HEADS:
+        recalled = repeated.recall(second + b"body", 0)
+        if recalled is not None:
+            assert recalled == (parse_response(second), len(second))
+            assert recalled[0] is not repeated.recall(second, 0)[0]  # type: ignore[index]
+        assert repeated.recall(second[:-1], 0) is None
+
+
+def test_the_usual_head_is_known_again_with_another_length_and_no_other_head_is() -> None:
+    usual, longer, later = HEADS[0], HEADS[2], HEADS[1]
+    repeated = RepeatedResponseHead()
+    assert repeated.recall(usual, 0) is None
+    repeated.remember(usual, 0, len(usual), parse_response(usual))
+    found = repeated.recall(longer, 0)
+    assert found is not None
+    assert found[0].content_length == 1234
+    assert repeated.recall(later, 0) is None
+    assert repeated.recall(usual.replace(b": 5", b": x"), 0) is None

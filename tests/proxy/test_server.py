@@ -411,7 +411,7 @@ def test_bodies_have_one_bound_together(coding: str) -> None:
     first, second = Peer(world), Peer(world)
     big = request(b"x" * 3000)
     first.send(big[:-1])
-    assert world.runtime.held_bytes == 3000
+    assert world.runtime.body_bytes == 3000
     if coding == "length":
         second.send(big[:-2000])
     else:
@@ -421,12 +421,12 @@ def test_bodies_have_one_bound_together(coding: str) -> None:
         second.send(b"x" * 1000)
     assert (second.statuses, second.code) == ([503], "overloaded")
     first.send(b"x")
-    assert (first.statuses, world.runtime.held_bytes) == ([400], 0)
+    assert (first.statuses, world.runtime.body_bytes) == ([400], 0)
     third = Peer(world)
     third.send(request())
-    assert world.runtime.held_bytes == len(BODY)
+    assert world.runtime.body_bytes == len(BODY)
     third.connection.connection_lost(None)
-    assert world.runtime.held_bytes == 0
+    assert world.runtime.body_bytes == 0
 
 
 def test_who_has_used_up_its_limits_need_not_send_a_large_body(key: Key) -> None:
