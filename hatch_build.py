@@ -7,11 +7,13 @@ error, `TIDEGATE_COMPILE=0` asks for it. Editable installs are never compiled.
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +69,16 @@ def _compile(root: Path, modules: list[str], target: Path) -> dict[str, str]:
     from mypyc.build import mypycify
     from setuptools import Distribution
 
+    source = target / "source"
+    for package in root.glob("*/__init__.py"):
+        shutil.copytree(package.parent, source / package.parent.name)
+    texts = {source / module: (source / module).read_text() for module in modules}
+    for path, text in texts.items():
+        path.write_text(with_constructors(text, bases_in(texts.values())))
     here = Path.cwd()
     # mypy resolves imports by the working directory; its own settings are for checking, not for this.
-    os.chdir(root)
-    sys.path.insert(0, str(root))
+    os.chdir(source)
+    sys.path.insert(0, str(source))
     try:
         settings = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
         extensions = mypycify(
@@ -87,6 +95,62 @@ def _compile(root: Path, modules: list[str], target: Path) -> dict[str, str]:
         command.run()
     finally:
         os.chdir(here)
-        sys.path.remove(str(root))
+        sys.path.remove(str(source))
     built = target / "lib"
     return {str(path): str(path.relative_to(built)) for path in built.rglob("*") if path.is_file()}
+
+
+def bases_in(sources: Iterable[str]) -> set[str]:
+    """Names of the classes that others in these modules inherit from."""
+    nodes = [
+        node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)
+    ]
+    return {ast.unparse(base) for node in nodes for base in node.bases}
+
+
+def with_constructors(source: str, bases: Collection[str]) -> str:
+    """A module whose dataclasses have the `__init__` written out that the decorator would make at run time.
+
+    mypyc compiles what stands in the source: the decorator's is interpreted, and five times as slow. Each stands on
+    one line, the empty one behind the docstring, so that line numbers in tracebacks stay true. Classes without such
+    a line keep the decorator's, and so do those where it is more than assignments (frozen, with `__post_init__`) or
+    has to do with inheritance (`bases`: the names of those that others inherit from).
+    """
+    lines = source.splitlines(keepends=True)
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name not in bases and _is_plain_dataclass(node):
+            free = node.body[0].end_lineno or 0
+            if ast.get_docstring(node) and not lines[free].strip():
+                lines[free] = f"    {_constructor(node)}\n"
+    return "".join(lines)
+
+
+def _is_plain_dataclass(node: ast.ClassDef) -> bool:
+    if node.bases or any(
+        isinstance(part, ast.FunctionDef) and part.name == "__post_init__" for part in node.body
+    ):
+        return False
+    for decorator in node.decorator_list:
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "dataclass":
+            return not {option.arg for option in decorator.keywords} & {"frozen", "init", "kw_only"}
+    return False
+
+
+def _constructor(node: ast.ClassDef) -> str:
+    parameters, statements = ["self"], []
+    for field in node.body:
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        name, kind = ast.unparse(field.target), ast.unparse(field.annotation)
+        value = name
+        if field.value is None:
+            parameters.append(f"{name}: {kind}")
+        elif isinstance(field.value, ast.Call) and ast.unparse(field.value.func) == "field":
+            (option,) = field.value.keywords
+            assert option.arg == "default_factory", f"line {field.lineno}: unknown here, see hatch_build.py"
+            parameters.append(f"{name}: {kind} | None = None")
+            value = f"{ast.unparse(option.value)}() if {name} is None else {name}"
+        else:
+            parameters.append(f"{name}: {kind} = {ast.unparse(field.value)}")
+        statements.append(f"self.{name} = {value}")
+    return f"def __init__({', '.join(parameters)}) -> None: {'; '.join(statements)}"

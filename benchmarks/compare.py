@@ -11,7 +11,9 @@ the other, so that a change in the machine's mood meets all of them. Two loads:
 
 CPU is user plus system time of the proxy's whole process tree. Per request: over the first load, divided by its
 requests. Per streamed token: over the second load, divided by its tokens, so that connecting, the request and the
-end are in it. A round in which an answer was not complete and right does not count.
+end are in it. Each load is followed by a second without any, so that what it left to be done (records to write,
+connections to close) is counted as its own and not as the next one's. A round in which an answer was not complete
+and right does not count.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from benchmarks.processes import Cores, Services, StartError, machine_cpu_second
 from benchmarks.summary import Spread, facts_line, print_table, ratio, write_result
 
 TOKENS_PER_S = 50.0
+SETTLE_S = 1.0
+"""After a load, until its cost is read."""
 PROMISED = {"us_per_request": 0.75, "us_per_token": 1.0}
 """Tidegate over vllm-router, at most."""
 
@@ -100,6 +104,7 @@ def measure(peer: Peer, load: Load, cores: Cores, niceness: int = 0) -> Figures:
         def run(mode: str, **options: object) -> dict[str, Any]:
             command = load_command(mode, endpoint, **options)
             report: dict[str, Any] = json.loads(services.run("load", command, core=cores.load, timeout_s=180))
+            time.sleep(SETTLE_S)
             return report
 
         run("requests", clients=load.clients, seconds=load.warm_up_s)

@@ -92,7 +92,7 @@ class Ledger:
         self._broken = False
         self._stopping = threading.Event()
         self._give_up_at = inf
-        self._thread: threading.Thread | None = None
+        self._worker: threading.Thread | None = None
 
     @property
     def lag(self) -> int:
@@ -120,8 +120,8 @@ class Ledger:
         if replayed.rows or replayed.lost:
             log.warning("journal replayed: %d finished rows, %d lost requests", replayed.rows, replayed.lost)
         self.journal.start(loop, self.take, on_failed)
-        self._thread = threading.Thread(target=self._run, name="tidegate-ledger", daemon=True)
-        self._thread.start()
+        self._worker = threading.Thread(target=self._run, name="tidegate-ledger", daemon=True)
+        self._worker.start()
         return replayed
 
     def take(self, rows: list[Values]) -> None:
@@ -140,8 +140,8 @@ class Ledger:
         self._give_up_at = deadline
         self._stopping.set()
         self._queue.put([])  # for a thread that waits for rows
-        if self._thread is not None:
-            self._thread.join(max(0.0, deadline - time.monotonic()) + BUSY_TIMEOUT_S)
+        if self._worker is not None:
+            self._worker.join(max(0.0, deadline - time.monotonic()) + BUSY_TIMEOUT_S)
         if self.lag:
             log.error(
                 "%d rows are not in the ledger yet: the next start takes them from the journal", self.lag
@@ -158,17 +158,26 @@ class Ledger:
                 return
 
     def _gather(self) -> list[Values]:
-        """Wait for rows, then for what else comes within the interval. Empty: stopped, and none are left."""
+        """Wait for rows, then for what else comes within the interval, unless a batch of them waits already.
+
+        Empty: stopped, and none are left.
+        """
         batch: list[Values] = []
         if not self._stopping.is_set():
             batch += self._queue.get()
-            self._stopping.wait(self._interval_s)
+            self._take_waiting(batch)
+            if len(batch) < BATCH_ROWS:
+                self._stopping.wait(self._interval_s)
+        self._take_waiting(batch)
+        return batch
+
+    def _take_waiting(self, batch: list[Values]) -> None:
+        """Add what waits already, until the batch is full."""
         while len(batch) < BATCH_ROWS:
             try:
                 batch += self._queue.get_nowait()
             except Empty:
-                break
-        return batch
+                return
 
     def _move(self, rows: list[Values]) -> bool:
         """Insert, however often it takes. False: it will not succeed any more."""

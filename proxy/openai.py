@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
@@ -49,7 +49,7 @@ class RequestBody:
     max_tokens: int = 0
     prompt_tokens: int = 0
     session: str = ""
-    must_rewrite: bool = field(default=False)
+    must_rewrite: bool = False
     """Holds fields that must not go on as they are."""
 
     @property

@@ -95,7 +95,8 @@ class RequestLog:
             data = memoryview(b"".join(block))
             try:
                 while data:
-                    data = data[os.write(self._descriptor, data) :]
+                    written = os.write(self._descriptor, data)
+                    data = data[written:]
             except OSError:
                 self.dropped += len(block)
                 return
