@@ -313,13 +313,11 @@ class _Repeated:
         after = self._after
         if not after:
             return 0, position
-        digits = _DIGITS.match(data, position)
-        if digits is None:
+        end = data.find(b"\r", position, position + _LONGEST_LENGTH + 1)
+        digits = data[position:end]
+        if end < 0 or not digits.isdigit() or not data.startswith(after, end):
             return 0, 0
-        end = digits.end()
-        if not data.startswith(after, end):
-            return 0, 0
-        return int(digits[0]), end + len(after)
+        return int(digits), end + len(after)
 
 
 class RepeatedHead(_Repeated):
@@ -349,7 +347,8 @@ class RepeatedHead(_Repeated):
         return head, position
 
 
-_LENGTH_DIGITS: Final = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15}+)\r\n")
+_LONGEST_LENGTH: Final = 15
+_LENGTH_DIGITS: Final = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,%d}+)\r\n" % _LONGEST_LENGTH)
 
 
 class _Grammar(NamedTuple):
@@ -598,6 +597,8 @@ _DATA: Final = 1
 _DATA_END: Final = 2
 _TRAILER: Final = 3
 _DONE: Final = 4
+_USUAL_SIZES: Final = {b"%x\r\n" % size: (size, len(b"%x\r\n" % size)) for size in range(0x10, 0x1000)}
+"""By the whole line: the size, and the length of the line."""
 
 
 class ChunkedDecoder:
@@ -647,6 +648,14 @@ class ChunkedDecoder:
                 parts.append(data[position:end])
                 position, state = end, _DATA_END
             elif state == _SIZE:
+                # The size of nearly every chunk of a stream has two or three digits.
+                usual = _USUAL_SIZES.get(data[position : data.find(b"\n", position, position + 5) + 1])
+                if usual is not None:
+                    self._remaining, used = usual
+                    position += used
+                    self.chunks += 1
+                    state = _DATA
+                    continue
                 match = _CHUNK_LINE.match(data, position)
                 if match is None:
                     self._line = _unfinished(data, position, _CHUNK_LINE_MAX)
@@ -702,9 +711,16 @@ def _unfinished(data: bytes, position: int, limit: int) -> bytes:
     return line
 
 
+_SIZE_LINES: Final = [b"%x\r\n" % size for size in range(4096)]
+
+
 def chunk(payload: bytes) -> bytes:
     """One chunk. An empty payload would end the body, so it gives nothing."""
-    return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+    size = len(payload)
+    if not size:
+        return b""
+    line = _SIZE_LINES[size] if size < 4096 else b"%x\r\n" % size
+    return b"%b%b\r\n" % (line, payload)
 
 
 LAST_CHUNK: Final = b"0\r\n\r\n"
