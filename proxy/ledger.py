@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from math import inf
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, Engine, select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -44,12 +44,13 @@ log = logging.getLogger("tidegate")
 
 BLOCKS = (128, 16, 4, 1)
 """Rows to a statement: a batch is cut into the largest that fit, so that only four statements are prepared.
-Binding the values of the largest holds the interpreter for about 0.1 ms."""
+Binding and adding up the values of the largest holds the interpreter for about 0.1 ms."""
 BATCH_ROWS = 8192
 """Rows of one transaction, or a few more: it costs a millisecond or two before its first row."""
 KNOWN_ROWS = 500
 """Operation ids that are looked up at once."""
 LONGEST_PAUSE_S = 5.0
+Sums: TypeAlias = dict[tuple[Any, ...], list[int]]
 FINAL_SQLITE_ERRORS = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 SHORTAGES = (
     sqlite3.SQLITE_IOERR_SHMSIZE,
@@ -229,23 +230,29 @@ class _Insert:
         while rows:
             try:
                 with writing(self._engine) as connection:
-                    self._put(connection, rows)
-                    connection.exec_driver_sql(self._add_up, hourly_sums(rows))
+                    sums = self._put(connection, rows)
+                    connection.exec_driver_sql(
+                        self._add_up, [(*group, *figures) for group, figures in sums.items()]
+                    )
                 return
             except _KnownError:
                 rows = self._unknown(rows)
 
-    def _put(self, connection: Connection, rows: list[Values]) -> None:
-        """Raises _KnownError: one of them was skipped."""
+    def _put(self, connection: Connection, rows: list[Values]) -> Sums:
+        """-> what they add to the hours. Raises _KnownError: one of them was skipped."""
+        sums: Sums = {}
         start = 0
         for size, text in self._blocks:
             while len(rows) - start >= size:
+                block = rows[start : start + size]
                 values: list[Any] = []
-                for row in rows[start : start + size]:
+                for row in block:
                     values += row
                 if connection.exec_driver_sql(text, tuple(values)).rowcount != size:
                     raise _KnownError
+                add_up(block, sums)
                 start += size
+        return sums
 
     def _unknown(self, rows: list[Values]) -> list[Values]:
         """Those that are not in the ledger, each once."""
@@ -261,9 +268,8 @@ class _Insert:
         return list(fresh.values())
 
 
-def hourly_sums(rows: list[Values]) -> list[tuple[Any, ...]]:
-    """What rows add to `usage_hourly`: the values of `HOURLY_GROUPS` and `HOURLY_SUMS`, once per group."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
+def add_up(rows: list[Values], groups: Sums) -> None:
+    """Add rows to what `usage_hourly` gets: the values of `HOURLY_SUMS` by those of `HOURLY_GROUPS`."""
     # fmt: off
     for (
         _, _, arrived_us, tenant, key_id, served_model, backend, site, _, outcome, prompt, cached, completion,
@@ -286,7 +292,6 @@ def hourly_sums(rows: list[Values]) -> list[tuple[Any, ...]]:
         sums[6] += overhead_prompt
         sums[7] += overhead_completion
         sums[8] += cost_nano
-    return [(*group, *sums) for group, sums in groups.items()]
 
 
 def _insert_text(engine: Engine, rows: int) -> str:
