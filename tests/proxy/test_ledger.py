@@ -16,6 +16,7 @@ from sqlalchemy.dialects.postgresql import psycopg
 from sqlalchemy.exc import OperationalError
 
 import proxy.database
+import proxy.ledger
 from proxy.database import DATABASE_FILE, writing
 from proxy.journal import Journal, JournalLockedError
 from proxy.ledger import BLOCKS, KNOWN_ROWS, Ledger, _add_up_text, _Insert, _insert_text
@@ -116,6 +117,16 @@ async def test_a_clean_stop_drains_everything(state: State) -> None:
     assert segments(state.directory / "journal") == []
     state.start()
     assert (state.replayed.rows, state.replayed.lost) == (0, 0)
+
+
+async def test_who_is_behind_does_not_pause(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy.ledger, "BATCH_ROWS", 4)
+    moved = state.start(interval_s=600.0)
+    for _ in range(5):
+        moved.take([to_values(a_row()) for _ in range(4)])
+    eventually(lambda: moved.lag == 0)  # far sooner than the interval
+    assert len(state.rows()) == 20
+    state.stop()
 
 
 async def test_a_restart_takes_what_the_last_run_left(state: State) -> None:
