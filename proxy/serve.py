@@ -38,6 +38,7 @@ from proxy.admin.http import admin_app
 from proxy.build import Built, ConfigError, build, timing
 from proxy.config import Config, is_loopback, is_policy_file, load_config, override, split_address
 from proxy.database import open_database
+from proxy.exchange import OUR_SHORTAGE
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.observe import Observer
@@ -271,6 +272,10 @@ class Service:
             config = override(config, self.overrides)
             built = build(config, runtime.loop, self._seed, runtime.built)
         except (ConfigError, FileProblems, OSError, ValueError) as error:
+            if _is_our_shortage(error):
+                self._seen = ()  # nothing is wrong with the files: the next look tries again
+                if not runtime.observer.reload_ok:
+                    return False  # said already
             runtime.observer.reloads_failed += 1
             runtime.observer.reload_ok = False
             log.error("reload refused, the old configuration goes on:\n%s", error)
@@ -363,6 +368,15 @@ class Service:
 
     def _ledger_failed(self, reason: str) -> None:
         log.error("usage cannot be recorded any more, new requests are refused: %s", reason)
+
+
+def _is_our_shortage(error: BaseException | None) -> bool:
+    """Whether an error, or one that it arose from, says that this machine has no more of something."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in OUR_SHORTAGE:
+            return True
+        error = error.__context__
+    return False
 
 
 def _cannot_listen(key: str, address: str, error: OSError) -> ConfigError:

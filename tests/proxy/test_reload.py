@@ -1,0 +1,72 @@
+"""When a reload that failed is tried again."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+import proxy.build
+import proxy.serve
+from proxy.config import load_config
+from proxy.serve import Service
+
+TEXT = """
+listen: 127.0.0.1:0
+admin: 127.0.0.1:0
+log: off
+state: %s
+probing: {enabled: false}
+backends: [{name: a, url: "http://127.0.0.1:9", models: [m]}]
+"""
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Service]:
+    """One that serves, and watches the file it was configured by."""
+    path = tmp_path / "tidegate.yaml"
+    path.write_text(TEXT % (tmp_path / "state"))
+    service = Service(load_config(path), path)
+    await service.start()
+    yield service
+    await service.stop()
+
+
+def seen(service: Service) -> bool:
+    """Whether the watch is content with the files as they are."""
+    return service._fingerprint() == service._seen
+
+
+@pytest.mark.parametrize("where", ["configuration", "policy"])
+async def test_a_reload_without_file_descriptors_is_tried_again(
+    service: Service, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_descriptors(*_: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        if where == "configuration":
+            patched.setattr(proxy.serve, "load_config", no_descriptors)
+        else:
+            patched.setattr(proxy.build, "load_policy", no_descriptors)
+        assert not service.reload()
+        assert not service.reload()
+        assert not seen(service)
+    assert caplog.text.count("reload refused") == 1
+    assert service.reload()
+    assert seen(service)
+
+
+async def test_a_wrong_file_is_not_read_again_until_it_changes(service: Service) -> None:
+    assert service.path is not None
+    right = service.path.read_text()
+    service.path.write_text("backends: 7")
+    assert not seen(service)
+    assert not service.reload()
+    assert seen(service)
+    service.path.write_text(right)
+    assert not seen(service)
+    assert service.reload()
