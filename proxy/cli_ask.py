@@ -110,4 +110,4 @@ def _address(admin: str | None, config: Path | None, state: Path | None) -> str:
     from proxy.ask import admin_address
 
     path = config_path(config) if admin is None and state is None else None
-    return admin_address(admin, state, load(path) if path is not None else None)
+    return admin_address(admin, state, load(path, "--admin HOST:PORT") if path is not None else None)

@@ -19,7 +19,9 @@ ConfigOption = Annotated[
         "--config", "-c", help="Configuration file. Default: tidegate.yaml, if it is there.", dir_okay=False
     ),
 ]
-StateOption = Annotated[Path | None, typer.Option("--state", help="State directory, when there is no file.")]
+StateOption = Annotated[
+    Path | None, typer.Option("--state", help="State directory. The configuration file is then not read.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -36,7 +38,8 @@ def config_path(config: Path | None) -> Path | None:
     return default if default.is_file() else None
 
 
-def load(path: Path) -> Config:
+def load(path: Path, instead: str = "") -> Config:
+    """The configuration in a file; `instead`: what to give where it cannot be read. Ends with exit status 2."""
     from policies.yamlfile import FileProblems
     from proxy.config import load_config
     from proxy.readable import in_words
@@ -44,9 +47,18 @@ def load(path: Path) -> Config:
     try:
         return load_config(path)
     except FileProblems as error:
-        fail(f"{path} cannot be used:\n{error}")
+        fail(f"{path} cannot be used{instead and f' ({instead} needs no file)'}:\n{error}")
     except OSError as error:
         fail(in_words(error))
+
+
+def ledger_place(config: Path | None, state: Path | None) -> tuple[Path, str | None, str]:
+    """State directory, URL of the database if that is elsewhere, and currency."""
+    path = config_path(config)
+    if path is None or state is not None:
+        return state or Path("tidegate-data"), None, ""
+    loaded = load(path, "--state DIRECTORY")
+    return loaded.state, loaded.database, loaded.ledger_currency
 
 
 def open_ledger(config: Path | None, state: Path | None, *, create: bool = False) -> tuple[Engine, Path, str]:
@@ -54,11 +66,7 @@ def open_ledger(config: Path | None, state: Path | None, *, create: bool = False
     from proxy.database import open_database
     from proxy.readable import READABLE_ERRORS, in_words
 
-    path = config_path(config)
-    directory, database, currency = state or Path("tidegate-data"), None, ""
-    if path is not None and state is None:
-        loaded = load(path)
-        directory, database, currency = loaded.state, loaded.database, loaded.ledger_currency
+    directory, database, currency = ledger_place(config, state)
     if not create and database is None and not (directory / "tidegate.db").exists():
         fail(
             f"there is no ledger in {directory}: name its configuration (--config) or its directory (--state)"

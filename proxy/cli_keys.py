@@ -18,12 +18,14 @@ from proxy.cli_common import (
     StateOption,
     config_path,
     fail,
+    ledger_place,
     load,
     open_ledger,
 )
 
 if TYPE_CHECKING:
     from proxy.access.keys import StoredKey
+    from proxy.config import Config
 
 DAY_S = 86_400
 
@@ -62,7 +64,9 @@ def keys_create(
     from proxy.access.keys import KeyFieldError, create_key
     from proxy.access.pepper import PepperError, load_pepper
 
-    engine, directory, _ = open_ledger(config, state, create=True)
+    directory, database, _ = ledger_place(config, state)
+    is_new = database is None and not directory.exists()
+    engine, _, _ = open_ledger(config, state, create=True)
     try:
         text, key = create_key(
             engine,
@@ -81,11 +85,22 @@ def keys_create(
         )
     except (KeyFieldError, PepperError) as error:
         fail(str(error))
-    _warn_of_data_class(data_class, config_path(config) if config or not state else None)
+    path = config_path(config) if config or not state else None
+    if path is not None:
+        loaded = load(path)
+        _warn_of_data_class(data_class, path, loaded)
+        if budget is not None and not any(backend.price or backend.prices for backend in loaded.backends):
+            typer.echo(
+                f"warning: no backend in {path} has a price: nothing is ever taken from a budget", err=True
+            )
     if json_output:
         typer.echo(json.dumps({"id": key.id, "key": text, "tenant": key.tenant}))
     else:
-        typer.echo(f"key {key.id} of tenant {key.tenant}; it is shown this once:", err=True)
+        if is_new:
+            typer.echo(f"note: {directory} is new, no proxy has kept its state there yet", err=True)
+        typer.echo(
+            f"key {key.id} of tenant {key.tenant}, kept in {directory}; it is shown this once:", err=True
+        )
         typer.echo(text)
 
 
@@ -118,14 +133,11 @@ def _expiry(text: str | None) -> float | None:
     return when
 
 
-def _warn_of_data_class(data_class: str, path: Path | None) -> None:
+def _warn_of_data_class(data_class: str, path: Path, config: Config) -> None:
     """Say so if a key's data class is one that no configured site names: a typo, or a key of little use."""
-    if path is None:
-        return
     from policies.yamlproblems import closest
     from proxy.build import make_backends
 
-    config = load(path)
     named = {"public"}.union(*(site.data_classes or () for site in config.sites.values()))
     accepting = {
         backend.site

@@ -43,8 +43,8 @@ def _check_url(value: str) -> str:
     try:
         parts = urlsplit(value)
         port = parts.port
-    except ValueError:
-        raise BadValueError(f"not a URL: '{value[:80]}'") from None
+    except ValueError as error:
+        raise BadValueError(f"not a URL ({str(error).lower()}): '{value[:80]}'") from None
     if _NOT_IN_URLS.search(value):
         raise BadValueError(f"a URL holds printable ASCII only, without blanks and quotes: '{value[:80]}'")
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -380,6 +380,8 @@ class Config(FileModel):
                     f"one ledger has one currency, but there are {' and '.join(sorted(currencies))}",
                     at=("backends", number),
                 )
+        if self.admin == self.listen and not self.listen.endswith(":0"):
+            raise BadValueError("`listen` and `admin` are the same address", at=("admin",))
         for alias, model in self.aliases.items():
             if model in self.aliases:
                 raise BadValueError(f"'{model}' is itself an alias", at=("aliases", alias))

@@ -165,7 +165,8 @@ def usage_table(lines: list[Usage]) -> Table:
             table.add_row("total", *[""] * (len(groups) - 1), *_cells(total, has_overhead, one_currency))
     unpriced = sum(line.unpriced for line in lines)
     if unpriced:
-        table.caption = f"{unpriced:,} requests had no price: what they cost is not in here"
+        requests = "1 request" if unpriced == 1 else f"{unpriced:,} requests"
+        table.caption = f"{requests} had no price: what they cost is not in here"
         table.caption_justify = "left"
     return table
 

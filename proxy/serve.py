@@ -216,7 +216,6 @@ class Service:
             for exchange in [*self.runtime.exchanges, *self.runtime.held.values()]:
                 exchange.stop()
         else:
-            log.info("draining: up to %g s for running requests", self.config.timeouts.drain)
             self._stopping.set()
 
     def request_stop(self) -> None:
@@ -227,6 +226,10 @@ class Service:
         """Drain, end, and record everything."""
         runtime = self.runtime
         runtime.draining = True
+        if running := len(runtime.exchanges) + len(runtime.held):
+            log.info(
+                "draining: up to %g s for what runs, %d requests", runtime.config.timeouts.drain, running
+            )
         if self._server is not None:
             self._server.close()
         for client in list(runtime.clients):
@@ -352,6 +355,7 @@ class Service:
         """Read the keys if they changed. What fails (the database, descriptors, memory) is told once, and tried
         again at the next turn, also if it is the same for hours."""
         runtime = self.runtime
+        keyless = runtime.keys.empty
         try:
             changed = await asyncio.to_thread(runtime.keys.refresh)
         except Exception as error:
@@ -365,6 +369,8 @@ class Service:
             log.warning("keys can be read again")
         if changed:
             runtime.limits.keep(runtime.keys.ids)
+            if keyless and not runtime.keys.empty:
+                log.info("there are keys now: every request needs one")
 
     def _ledger_failed(self, reason: str) -> None:
         log.error("usage cannot be recorded any more, new requests are refused: %s", reason)
@@ -410,6 +416,7 @@ def serve(config: Config, path: Path | None, overrides: Mapping[str, Any] | None
         gc.set_threshold(50_000, 20, 20)
         _print_banner(service)
         await service.run()
+        log.info("stopped")
 
     uvloop.run(main())
 

@@ -50,7 +50,7 @@ def _backends(rows: Sequence[State], width: int) -> Table:
     for name in ("load", "queued"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for name in ("TTFT", "requests", "tokens out"):
+    for name in ("TTFT", "attempts", "tokens out"):
         table.add_column(name, justify="right", no_wrap=True)
     cells = max(_LEAST_BAR_CELLS, min(_MOST_BAR_CELLS, width - 80 + _LEAST_BAR_CELLS))
     for row in rows:
@@ -68,6 +68,8 @@ def _backends(rows: Sequence[State], width: int) -> Table:
 
 
 def _lines(state: State) -> Iterator[str]:
+    if not state["reload_ok"]:
+        yield "! the last reload was refused: what was configured before goes on (the log says why)"
     for row in state["backends"]:
         yield from _complaints(row)
     yield ""

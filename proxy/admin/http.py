@@ -122,6 +122,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         "uptime_s": now - started,
         "ready": not unready(runtime),
         "unready_reason": unready(runtime),
+        "reload_ok": runtime.observer.reload_ok,
         "policy": {"name": runtime.built.policy.name, "hash": runtime.built.policy.text_hash},
         "backends": backends,
         "queue": {

@@ -153,6 +153,32 @@ def test_a_data_class_that_nobody_names_is_warned_of(folder: Path) -> None:
         assert tidegate("create", "--tenant", "acme", "--data-class", known, "--json").stderr == ""
 
 
+def test_a_budget_without_prices_is_warned_of(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG)
+    arguments = ("create", "--tenant", "acme", "--json")
+    assert tidegate(*arguments, "--budget", "5").stderr == (
+        "warning: no backend in tidegate.yaml has a price: nothing is ever taken from a budget\n"
+    )
+    priced = CONFIG.replace('url: "http://a.test"', 'url: "http://a.test", price: {input: 1, output: 2, currency: CNY}')
+    assert priced != CONFIG
+    (folder / "tidegate.yaml").write_text(priced)
+    assert tidegate(*arguments, "--budget", "5").stderr == ""
+
+
+def test_a_state_directory_that_was_not_there_is_named(folder: Path) -> None:
+    first, second = (tidegate("create", "--tenant", "acme", "--state", "mistyped") for _ in range(2))
+    assert first.stderr.startswith("note: mistyped is new, no proxy has kept its state there yet\nkey ")
+    assert second.stderr.startswith("key ")
+    assert all(", kept in mistyped; it is shown this once:" in found.stderr for found in (first, second))
+
+
+def test_a_broken_file_says_how_to_do_without_it(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text("bakends: []")
+    found = tidegate("list")
+    assert found.exit_code == 2
+    assert "tidegate.yaml cannot be used (--state DIRECTORY needs no file):\n" in found.stderr
+
+
 def test_a_data_class_that_nobody_accepts_is_warned_of(folder: Path) -> None:
     remote = CONFIG.replace('{name: a, url: "http://a.test"}', '{name: b, url: "http://b.test", site: b}')
     (folder / "tidegate.yaml").write_text(remote)

@@ -51,6 +51,13 @@ def test_one_screen_says_it_all() -> None:
     assert rows["tokens"] == "tokens    7 in (0 cached), 5 out"
     assert rows["cost"] == "cost      0.0000 EUR"
     assert "ledger" not in rows
+    assert "reload" not in text
+
+
+def test_a_reload_that_was_refused_is_told() -> None:
+    world, _ = busy()
+    world.runtime.observer.reload_ok = False
+    assert "! the last reload was refused" in shown(state(world.runtime, 0.0))
 
 
 def test_who_waits_and_what_went_wrong_is_shown() -> None:
