@@ -159,7 +159,8 @@ def test_a_budget_without_prices_is_warned_of(folder: Path) -> None:
     assert tidegate(*arguments, "--budget", "5").stderr == (
         "warning: no backend in tidegate.yaml has a price: nothing is ever taken from a budget\n"
     )
-    priced = CONFIG.replace('url: "http://a.test"', 'url: "http://a.test", price: {input: 1, output: 2, currency: CNY}')
+    price = "price: {input: 1, output: 2, currency: CNY}"
+    priced = CONFIG.replace('url: "http://a.test"', f'url: "http://a.test", {price}')
     assert priced != CONFIG
     (folder / "tidegate.yaml").write_text(priced)
     assert tidegate(*arguments, "--budget", "5").stderr == ""

@@ -119,7 +119,7 @@ def test_paths_are_relative_to_the_file(write: Any, tmp_path: Path) -> None:
         (ONE + "listen: 'a:²'\n", (3, 9, "listen", "HOST:PORT")),
         (ONE + "listen: ':80'\n", (3, 9, "listen", "needs a host")),
         (ONE + "listen: 'a:80'\nadmin: 'a:80'\n", (4, 8, "admin", "are the same address")),
-        (ONE + "  - {name: b, url: 'http://b:99999'}\n", (3, 21, "backends[1].url", "out of range")),
+        (ONE + "  - {name: b, url: 'http://b:99999'}\n", (3, 20, "backends[1].url", "out of range")),
         (ONE + "durability: sync\n", (3, 13, "durability", "strict")),
         (ONE + "currency: EUR\n  # x\nbackends: []\n", (5, 1, "backends", "")),
     ],
