@@ -45,7 +45,7 @@ log = logging.getLogger("tidegate")
 BLOCKS = (128, 16, 4, 1)
 """Rows to a statement: a batch is cut into the largest that fit, so that only four statements are prepared.
 Binding and adding up the values of the largest holds the interpreter for about 0.1 ms."""
-BATCH_ROWS = 8192
+BATCH_ROWS = 4096
 """Rows of one transaction, or a few more: it costs a millisecond or two before its first row."""
 KNOWN_ROWS = 500
 """Operation ids that are looked up at once."""
