@@ -314,10 +314,10 @@ class _Repeated:
         if not after:
             return 0, position
         end = data.find(b"\r", position, position + _LONGEST_LENGTH + 1)
-        digits = data[position:end]
-        if end < 0 or not digits.isdigit() or not data.startswith(after, end):
+        if end < 0 or not data.startswith(after, end):
             return 0, 0
-        return int(digits), end + len(after)
+        digits = data[position:end]
+        return (int(digits), end + len(after)) if digits.isdigit() else (0, 0)
 
 
 class RepeatedHead(_Repeated):
@@ -597,8 +597,8 @@ _DATA: Final = 1
 _DATA_END: Final = 2
 _TRAILER: Final = 3
 _DONE: Final = 4
-_USUAL_SIZES: Final = {b"%x\r\n" % size: (size, len(b"%x\r\n" % size)) for size in range(0x10, 0x1000)}
-"""By the whole line: the size, and the length of the line."""
+_USUAL_SIZES: Final = {b"%x\r\n" % size: size for size in range(0x10, 0x1000)}
+"""By the whole line."""
 
 
 class ChunkedDecoder:
@@ -649,10 +649,11 @@ class ChunkedDecoder:
                 position, state = end, _DATA_END
             elif state == _SIZE:
                 # The size of nearly every chunk of a stream has two or three digits.
-                usual = _USUAL_SIZES.get(data[position : data.find(b"\n", position, position + 5) + 1])
-                if usual is not None:
-                    self._remaining, used = usual
-                    position += used
+                end = data.find(b"\n", position, position + 5) + 1
+                size_of_chunk = _USUAL_SIZES.get(data[position:end], 0) if end else 0
+                if size_of_chunk:
+                    self._remaining = size_of_chunk
+                    position = end
                     self.chunks += 1
                     state = _DATA
                     continue
