@@ -18,8 +18,9 @@ import errno
 import hashlib
 import logging
 import socket
+from abc import ABC, abstractmethod
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from policies.base import Hold, Outcome, Reject, RequestFacts, Send
 from policies.routing import Routing
@@ -37,7 +38,7 @@ from proxy.meter import ABORTED, Meter
 from proxy.openai import LARGE_BODY_BYTES, RequestBody, body_for_backend, read_body
 from proxy.records import Row
 from proxy.sse import MAX_EVENT_BYTES, EventReader
-from proxy.upstream import BackendConnection, Endpoint, connect_failure
+from proxy.upstream import BackendConnection, Endpoint, Receiver, connect_failure
 
 if TYPE_CHECKING:
     from proxy.runtime import Runtime
@@ -102,17 +103,20 @@ _GIVE_UP_CODES: Final = {
 }
 
 
-class Client(Protocol):
-    """What an exchange needs of the connection it answers on."""
+class Client(ABC):
+    """What an exchange needs of the connection it answers on (a class for the reason that `Receiver` is one)."""
 
+    @abstractmethod
     def write(self, data: bytes) -> None: ...
 
+    @abstractmethod
     def finished(self, *, keep_alive: bool) -> None: ...
 
+    @abstractmethod
     def abort(self) -> None: ...
 
 
-class Exchange:
+class Exchange(Receiver):
     """Glue between one client connection, the valve, one backend connection at a time, meter and journal."""
 
     facts: RequestFacts | None = None
@@ -488,6 +492,11 @@ class Exchange:
     def _relay_events(self, payload: bytes, done: bool) -> None:
         reader, meter = self.reader, self.meter
         assert reader is not None
+        if self.committed and not (done or meter.done or self.every_event) and reader.between_events:
+            out = meter.recall(payload)
+            if out:
+                self.client.write(chunk(out) if self.chunked else out)
+                return
         events = reader.feed(payload)
         if len(events) == 1 and self.committed and not meter.done:
             out = meter.event(events[0], include_usage=self.include_usage, every_event=self.every_event)
@@ -617,7 +626,7 @@ class Exchange:
             self.last_error = (reply, body, self.lease.backend)
             self._attempt_failed(status, f"the backend answered {status}")
             return
-        if ABORTED in body:
+        if body.find(ABORTED) >= 0:
             self.meter.body(body)
             self._attempt_failed(AttemptError.ERROR_EVENT, "the backend aborted the request")
             return

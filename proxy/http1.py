@@ -597,6 +597,11 @@ _DATA: Final = 1
 _DATA_END: Final = 2
 _TRAILER: Final = 3
 _DONE: Final = 4
+_WHOLE_CHUNKS: Final = [b""] * 0x1000
+"""By the length of a read: the size line of the one chunk that it may be."""
+for _size in range(0x10, 0x1000 - 7):
+    _WHOLE_CHUNKS[len(b"%x\r\n" % _size) + _size + 2] = b"%x\r\n" % _size
+
 _USUAL_SIZES: Final = {b"%x\r\n" % size: size for size in range(0x10, 0x1000)}
 """By the whole line."""
 
@@ -628,6 +633,12 @@ class ChunkedDecoder:
         All of `data` is read unless the body ends before; what stands behind the end is not this message's.
         """
         if not self._line:
+            if self._state == _SIZE and not position:
+                size = len(data)
+                line = _WHOLE_CHUNKS[size] if size < len(_WHOLE_CHUNKS) else b""
+                if line and data.startswith(line) and data.endswith(b"\r\n"):
+                    self.chunks += 1
+                    return data[len(line) : size - 2], size
             return self._read(data, position)
         line, self._line = self._line, b""
         payload, end = self._read(line + data[position:], 0)

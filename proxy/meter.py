@@ -21,6 +21,7 @@ from typing import Any, Final
 import orjson
 
 from proxy.errors import error_event
+from proxy.repeated import RepeatedEvent
 from proxy.sse import Event
 
 _USAGE_KEY: Final = b',"usage":{'
@@ -37,6 +38,7 @@ _CACHED: Final = re.compile(
 _SHORTEST_CACHED: Final = len(b',"prompt_tokens_details":{"cached_tokens":0}')
 _NO_CHOICES: Final = b'"choices":[]'
 
+_LINE_START: Final = len(b"data: ")
 _LINE_OVERHEAD: Final = len(b"data: \n\n")
 
 ABORTED: Final = b'"finish_reason":"abort"'
@@ -53,6 +55,7 @@ class Meter:
         "_by_choice",
         "_by_prompt",
         "_per_prompt",
+        "_repeated",
         "cached",
         "client_fault",
         "completion",
@@ -70,6 +73,7 @@ class Meter:
         """Completion tokens by index of the choice, where there are several."""
         self._by_prompt: dict[int, int] | None = {} if prompts > 1 else None
         self._per_prompt = max(choices // prompts, 1)
+        self._repeated = RepeatedEvent()
         self.prompt = 0
         self.cached = 0
         self.completion = 0
@@ -146,6 +150,18 @@ class Meter:
         else:
             self.text_bytes += _text_bytes(answer.get("choices"))
 
+    def recall(self, raw: bytes) -> bytes:
+        """Read an event that is like the last one. -> the bytes for a client that did not ask for running usage;
+        empty: it is another, and `event` has to read it.
+
+        `raw`: what would be `Event.raw`, if it is one event.
+        """
+        repeated = self._repeated
+        out = repeated.recall(raw)
+        if out and repeated.completion > self.completion:
+            self.completion = repeated.completion
+        return out
+
     def event(self, event: Event, *, include_usage: bool, every_event: bool) -> bytes:
         """Read one event of a stream. -> the bytes for the client; empty: the event is not for it.
 
@@ -154,7 +170,7 @@ class Meter:
         data = event.data
         if data is None:
             return event.raw
-        if ABORTED in data:
+        if data.find(ABORTED) >= 0:
             self._parsed(event, data, include_usage=True, every_event=True)
             self.failed = True
             return error_event("backend_error", "the backend aborted the request")
@@ -163,11 +179,18 @@ class Meter:
             match = _USAGE_TAIL.fullmatch(data, at)
             if match is None or len(event.raw) != len(data) + _LINE_OVERHEAD:
                 return self._parsed(event, data, include_usage=include_usage, every_event=every_event)
+            before = self.completion
             self._matched(match, data)
             if every_event:
                 return event.raw
             no_choices = data.find(_NO_CHOICES, 0, at)
             if no_choices < 0:
+                if self._by_choice is None:
+                    step = self.completion - before
+                    _, _, details, rest = match.groups()
+                    self._repeated.remember(
+                        event.raw, at + _LINE_START, self.prompt, self.completion, step, details, rest
+                    )
                 return b"data: %b%b}\n\n" % (data[:at], match[4])
             if no_choices + len(_NO_CHOICES) == at:
                 return event.raw if include_usage else b""

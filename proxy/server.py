@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from proxy.answers import error_answer
 from proxy.errors import RequestError
-from proxy.exchange import Exchange
+from proxy.exchange import Client, Exchange
 from proxy.http1 import ChunkedDecoder, PartialHead, RepeatedHead, RequestHead
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ LINGER_S: Final = 2.0
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-class ClientConnection:
+class ClientConnection(Client):
     """One client connection: an `asyncio.Protocol` in all but name, since a class that inherits from one outside
     cannot be compiled well."""
 

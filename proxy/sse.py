@@ -65,16 +65,18 @@ class EventReader:
         """Whether bytes of an event that has not ended are held."""
         return bool(self._pending or self._block or self._too_long)
 
+    @property
+    def between_events(self) -> bool:
+        """Whether the next byte begins an event (or, at the very beginning, is a byte order mark)."""
+        return not (self._held or self._swallow_lf or self._too_long or self._pending)
+
     def feed(self, chunk: bytes) -> list[Event]:
         """-> complete events, in order."""
         if (
-            not self._pending
-            and not self._block
-            and not self._swallow_lf
-            and not self._too_long
+            self.between_events
             and chunk.startswith(b"data: ")
             and chunk.endswith(b"\n\n")
-            and b"\r" not in chunk
+            and chunk.find(b"\r") < 0
         ):
             # The usual read: whole events of one `data` line each.
             self._at_start = False
@@ -171,7 +173,7 @@ def _plain_events(chunk: bytes) -> list[Event] | None:
     """Events of exactly one `data: ` line each; None when the chunk holds anything else."""
     events = []
     for block in chunk[:-2].split(b"\n\n"):
-        if not block.startswith(b"data: ") or b"\n" in block:
+        if not block.startswith(b"data: ") or block.find(b"\n") >= 0:
             return None
         events.append(Event(block + b"\n\n", block[6:]))
     return events

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from abc import ABC, abstractmethod
 from collections import deque
 from functools import partial
-from typing import Final, Protocol, cast
+from typing import Final, cast
 from urllib.parse import urlsplit
 
 from probes.base import os_reason
@@ -37,13 +38,19 @@ _UNTIL_CLOSE: Final = 4
 _CLOSED: Final = 5
 
 
-class Receiver(Protocol):
-    """Who waits for a reply. After `body(..., done=True)` or `lost` the connection is no longer its own."""
+class Receiver(ABC):
+    """Who waits for a reply. After `body(..., done=True)` or `lost` the connection is no longer its own.
 
+    A class to inherit from and no Protocol, so that compiled code calls its methods and does not look them up.
+    """
+
+    @abstractmethod
     def head(self, head: ResponseHead) -> None: ...
 
+    @abstractmethod
     def body(self, payload: bytes, done: bool) -> None: ...
 
+    @abstractmethod
     def lost(self, error: AttemptError, message: str) -> None: ...
 
 

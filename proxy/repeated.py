@@ -1,0 +1,96 @@
+"""The next event of a stream, known by the last one.
+
+Nearly every event of a stream differs from the one before in two places: the text, and the counts of its running
+usage, which have grown by the same step. What is equal has been read already, so it is compared and not read
+again: an event that equals the expected one in every byte but its text, and whose text is the inside of one JSON
+string, says what the meter would have found in it. Any other is the meter's to read, and to go by afterwards.
+
+Nothing can hide in the text: it stands between a quote that opens a value and `",` or `"}`, every quote inside has
+a backslash in front, and it holds no control character. So it adds neither a key nor an end of line.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_TEXT: Final = re.compile(
+    rb'"(?:content|text|reasoning(?:_content)?+)":"((?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*+)"[,}]'
+)
+_COMPLETION: Final = b',"completion_tokens":'
+_MAX_BYTES: Final = 4096
+"""A longer event is not kept: there is one for each open stream."""
+
+
+class RepeatedEvent:
+    """The last event of one stream, in the parts that the next one is expected to have."""
+
+    __slots__ = ("_before", "_end", "_prompt", "_step", "_stripped_end", "_to_total", "completion")
+
+    def __init__(self) -> None:
+        self.completion = 0
+        """Completion tokens that it reported."""
+        self._step = 0
+        """By how much that grows from event to event."""
+        self._before = b""
+        """The event up to its text; empty: nothing to go by."""
+        self._to_total = b""
+        """From behind its text to the total of its tokens."""
+        self._end = b""
+        """From behind the completion tokens to the end."""
+        self._stripped_end = b""
+        """From behind its text to the end, without usage."""
+        self._prompt = 0
+
+    def remember(
+        self, raw: bytes, at: int, prompt: int, completion: int, step: int, details: bytes, rest: bytes
+    ) -> None:
+        """Keep an event that the meter has read: `raw` is one line `data: …` and the empty line.
+
+        Its usage stands at `raw[at:]`, with `details` behind the completion tokens and `rest` behind the usage.
+        """
+        self._before = b""
+        if step <= 0 or len(raw) > _MAX_BYTES or (text := _TEXT.search(raw, 0, at)) is None:
+            return
+        to_total = b',"usage":{"prompt_tokens":%d,"total_tokens":' % prompt
+        end = b"%b}%b}\n\n" % (details, rest)
+        if raw[at:] != b"%b%d%b%d%b" % (to_total, prompt + completion, _COMPLETION, completion, end):
+            return  # it counts otherwise
+        after = raw[text.end(1) : at]
+        self._before = raw[: text.start(1)]
+        self._to_total = after + to_total
+        self._end = end
+        self._stripped_end = b"%b%b}\n\n" % (after, rest)
+        self._prompt = prompt
+        self.completion = completion
+        self._step = step
+
+    def recall(self, raw: bytes) -> bytes:
+        """-> the event without its usage if it is the expected one, else nothing."""
+        before = self._before
+        if not before or not raw.startswith(before):
+            return b""
+        completion = self.completion + self._step
+        tail = b"%b%b%b%b%b" % (
+            self._to_total,
+            str(self._prompt + completion).encode(),
+            _COMPLETION,
+            str(completion).encode(),
+            self._end,
+        )
+        start, end = len(before), len(raw) - len(tail)
+        if end < start or not raw.endswith(tail):
+            return b""
+        position = start
+        while position < end:
+            byte = raw[position]
+            if byte == 92:  # a backslash takes the next byte with it
+                position += 1
+                byte = raw[position] if position < end else 0
+            elif byte == 34:
+                return b""
+            if byte < 32:
+                return b""
+            position += 1
+        self.completion = completion
+        return b"%b%b%b" % (before, raw[start:end], self._stripped_end)
