@@ -307,17 +307,22 @@ class _Repeated:
     def _find(self, data: bytes, start: int) -> tuple[int, int]:
         """-> (length, position behind the head), position 0: it is another head."""
         before = self._before
-        if not before or not data.startswith(before, start):
+        if not before or not (data.startswith(before, start) if start else data.startswith(before)):
             return 0, 0
         position = start + len(before)
         after = self._after
         if not after:
             return 0, position
-        end = data.find(b"\r", position, position + _LONGEST_LENGTH + 1)
-        if end < 0 or not data.startswith(after, end):
+        # Byte by byte: compiled, that is a tenth of what finding, slicing and `int` cost.
+        length, last = 0, min(position + _LONGEST_LENGTH, len(data))
+        begin = position
+        while position < last and 48 <= data[position] <= 57:
+            length = 10 * length + data[position] - 48
+            position += 1
+        end = position + len(after)
+        if position == begin or data[position:end] != after:
             return 0, 0
-        digits = data[position:end]
-        return (int(digits), end + len(after)) if digits.isdigit() else (0, 0)
+        return length, end
 
 
 class RepeatedHead(_Repeated):

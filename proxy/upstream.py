@@ -385,7 +385,7 @@ class Endpoint:
         )
         if body is None:
             return head + b"\r\n"
-        return b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
+        return b"%bcontent-length: %b\r\n\r\n%b" % (head, str(len(body)).encode(), body)
 
     async def connect(self, timeout_s: float) -> BackendConnection:
         """Open a connection. Raises OSError (also for TLS) or TimeoutError."""
