@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,7 @@ def _endpoint(
         key=key,
         idle_s=config.timeouts.backend_idle,
         tls=tls,
+        tls_files=b"" if tls is None else _tls_files(section.tls),
         server_name=section.tls.server_name,
         continuous_usage=is_vllm,
         cache_salt=is_vllm,
@@ -177,6 +179,28 @@ def _tls(section: Tls) -> ssl.SSLContext:
     if section.certificate is not None and section.key is not None:
         context.load_cert_chain(section.certificate, section.key)
     return context
+
+
+def _tls_files(section: Tls) -> bytes:
+    """Changes with what stands in the files of a section."""
+    digest = hashlib.sha256()
+    for name in _tls_file_names(section):
+        digest.update(Path(name).read_bytes())
+    return digest.digest()
+
+
+def _tls_file_names(section: Tls) -> list[str]:
+    return [str(name) for name in (section.ca_file, section.certificate, section.key) if name is not None]
+
+
+def files_of(config: Config) -> list[Path]:
+    """The files that a configuration names and that are read with it."""
+    files = [config.policy] if is_policy_file(config.policy) else []
+    for section in config.backends:
+        files += _tls_file_names(section.tls)
+        if section.api_key_file is not None:
+            files.append(str(section.api_key_file))
+    return [Path(file) for file in files]
 
 
 def _prices(config: Config) -> Prices:

@@ -269,7 +269,9 @@ class Timeouts(FileModel):
     answer: Duration = Field(
         600.0, gt=0, description="Until an answer that is not a stream is complete: 504, not tried again."
     )
-    between_tokens: Duration = Field(30.0, gt=0, description="Silence within a stream: error event.")
+    between_tokens: Duration = Field(
+        30.0, gt=0, description="Without a token in a stream, heartbeats or not: error."
+    )
     total: Duration = Field(3600.0, gt=0, description="For the whole request: error event or 504.")
     client_write: Duration = Field(
         60.0, gt=0, description="A client that reads nothing for so long is cut off."

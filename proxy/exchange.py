@@ -22,6 +22,8 @@ from abc import ABC, abstractmethod
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
+import orjson
+
 from policies.base import Hold, Outcome, Reject, RequestFacts, Send
 from policies.routing import Routing
 from policies.rules import NOTHING_TRIED
@@ -54,7 +56,11 @@ OUR_SHORTAGE: Final = frozenset(
 )
 """Why no connection can be had that says nothing about a backend."""
 
-TAIL_BYTES: Final = 8192
+UNTIL_CLOSE_BYTES: Final = 8 * 1024 * 1024
+"""The same for an answer that only its connection's end delimits: it has to be parsed to know that it is whole."""
+
+STALE_S: Final = 1.0
+"""A backend that closed a connection while our request was on its way is heard of sooner than this."""
 
 PREFIX_BLOCK_BYTES: Final = 2048
 PREFIX_BLOCKS: Final = 512
@@ -141,8 +147,6 @@ class Exchange(Receiver):
     parts: list[bytes]
     """Set with the head of each answer."""
     parts_bytes = 0
-    tail = b""
-    """End of an answer that is passed on as it comes: where its usage stands."""
     last_error: tuple[ResponseHead, bytes, Backend] | None = None
     """A complete error answer, for the client if no other backend does better."""
     # The client's side
@@ -182,6 +186,10 @@ class Exchange(Receiver):
         if to not in MOVES[self.state]:
             raise RuntimeError(f"{self!r} cannot become {to.value}")
         self.state = to
+
+    @property
+    def _choices(self) -> int:
+        return 1 if self.body_read is None else self.body_read.choices
 
     def _new_meter(self) -> Meter:
         body = self.body_read
@@ -349,9 +357,8 @@ class Exchange(Receiver):
         assert self.facts is not None
         message, param = decision.reason, None
         if decision.code == "model_not_found":
-            unknown = [backend.name for backend in self.runtime.fleet if not backend.models]
-            if unknown:
-                message = f"{', '.join(unknown)}: no model known yet, so yours may be there"
+            if any(not backend.models for backend in self.runtime.fleet):
+                message = "not every backend has said yet which models it has, so yours may be there"
                 self.refuse(RequestError("no_backend", message, retry_after_s=5.0))
                 return
             message, param = f"the model {self.row.model[:128]!r} does not exist", "model"
@@ -428,6 +435,11 @@ class Exchange(Receiver):
             kind, reason = connect_failure(error)
             self._attempt_failed(kind, f"cannot connect to {endpoint.name}: {reason}")
             return
+        except Exception:
+            log.exception("connecting to %s", endpoint.name)
+            self.connecting = None
+            self.fail()
+            return
         self.connecting = None
         if connection.closed:
             self._attempt_failed(AttemptError.RESET, "the backend closed the connection at once")
@@ -472,12 +484,13 @@ class Exchange(Receiver):
 
     def body(self, payload: bytes, done: bool) -> None:
         """Payload of the answer; `done`: its last, and the connection is not ours any more."""
-        self.alive = True
         if done:
             self.connection = None
         if self.mode == _EVENTS:
             self._relay_events(payload, done)
-        elif self.mode == _RAW:
+            return
+        self.alive = True
+        if self.mode == _RAW:
             self._relay_raw(payload, done)
         else:
             self._collect(payload, done)
@@ -487,11 +500,13 @@ class Exchange(Receiver):
         self.connection = None
         if self.committed:
             self._cut(error, message)
-        elif error is AttemptError.STALE_CONNECTION:
+        elif error is not AttemptError.STALE_CONNECTION:
+            self._attempt_failed(error, message)
+        elif self.runtime.now() - self.quiet_since < STALE_S:
             # No byte of an answer: the backend closed it as our request was on its way. Once, on a new one.
             self._connect_anew()
-        else:
-            self._attempt_failed(error, message)
+        else:  # it may have worked on it
+            self._attempt_failed(AttemptError.RESET, "the backend closed the connection without an answer")
 
     def _relay_events(self, payload: bytes, done: bool) -> None:
         reader, meter = self.reader, self.meter
@@ -499,9 +514,12 @@ class Exchange(Receiver):
         if self.committed and not (done or meter.done or self.every_event) and reader.between_events:
             out = meter.recall(payload)
             if out:
+                self.alive = True
                 self.client.write(chunk(out) if self.chunked else out)
                 return
         events = reader.feed(payload)
+        if not self.alive:
+            self.alive = any(event.data is not None for event in events)  # heartbeats are no token
         if len(events) == 1 and self.committed and not meter.done:
             out = meter.event(events[0], include_usage=self.include_usage, every_event=self.every_event)
         else:
@@ -550,7 +568,7 @@ class Exchange(Receiver):
             if meter.client_fault:
                 self._release(Outcome.IGNORED)  # the engine did what it should
             self._finish_cut("backend_error", AttemptError.ERROR_EVENT, keep_alive=False)
-        elif not meter.done and (reply.until_close or reader.unfinished):
+        elif not meter.done and (meter.finished < self._choices or reply.until_close or reader.unfinished):
             if out:
                 self.client.write(out)
             self._cut(AttemptError.RESET, "the backend's stream ended before it was complete")
@@ -584,7 +602,15 @@ class Exchange(Receiver):
         reply = self.reply
         assert reply is not None
         out = b""
-        self.tail = (self.tail + payload)[-TAIL_BYTES:]
+        if self.body_read is not None and 200 <= reply.status < 300:
+            self.meter.piece(payload)
+            if self.meter.failed or (done and reply.until_close):
+                # It is not whole, or nobody can tell.
+                if not self.committed:
+                    self._attempt_failed(AttemptError.ERROR_EVENT, "the backend's answer is not whole")
+                else:
+                    self._cut(AttemptError.ERROR_EVENT, "")
+                return
         chunked = reply.content_length is None and self.chunked and self.request.method != b"HEAD"
         if not self.committed:
             if chunked:
@@ -602,8 +628,6 @@ class Exchange(Receiver):
         if out:
             self.client.write(out)
         if done:
-            if 200 <= reply.status < 300 and self.body_read is not None:
-                self.meter.body(self.tail)
             self._release(outcome_of(reply.status))
             keep_alive = chunked or reply.content_length is not None
             self._end(_outcome(reply.status), reply.status, keep_alive=keep_alive)
@@ -615,16 +639,23 @@ class Exchange(Receiver):
         self.parts.append(payload)
         self.parts_bytes += len(payload)
         if not done:
-            if self.parts_bytes > WHOLE_ANSWER_BYTES:
+            if reply.until_close:
+                if self.parts_bytes > UNTIL_CLOSE_BYTES:
+                    message = "the backend's answer is long, and its length is not said"
+                    self._attempt_failed(AttemptError.MALFORMED, message)
+            elif self.parts_bytes > WHOLE_ANSWER_BYTES:
                 body, self.parts = b"".join(self.parts), []
                 self.mode = _RAW
                 self._relay_raw(body, False)
             return
-        if reply.until_close and not self._is_whole_json():
+        if reply.until_close and not self._is_whole():
             self._attempt_failed(AttemptError.RESET, "the backend's answer broke off")
             return
         body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
         status = reply.status
+        if 300 <= status < 400:
+            self._attempt_failed(status, f"the backend answered {status}: it stands elsewhere")
+            return
         if status >= 500 or status in (401, 403, 408, 429):
             assert self.lease is not None
             self.last_error = (reply, body, self.lease.backend)
@@ -636,12 +667,19 @@ class Exchange(Receiver):
             return
         self._answer_whole(reply, body)
 
-    def _is_whole_json(self) -> bool:
+    def _is_whole(self) -> bool:
         """Whether an answer that only its connection's end delimits is complete, as far as can be told."""
+        assert self.reply is not None
         body = b"".join(self.parts)
         self.parts = [body]
-        tail = body.rstrip()
-        return not tail or tail[-1] in b'}]"' or not tail.startswith((b"{", b"["))
+        begin = body.lstrip()[:1]
+        if begin not in (b"{", b"["):
+            return bool(begin) or self.reply.status >= 300
+        try:
+            orjson.loads(body)
+        except orjson.JSONDecodeError:
+            return False
+        return True
 
     def _answer_whole(self, reply: ResponseHead, body: bytes) -> None:
         status = reply.status
@@ -753,7 +791,10 @@ class Exchange(Receiver):
         elif self.mode == _EVENTS:
             code = _GIVE_UP_CODES.get(error, "shutting_down")
             event = error_event(code, message)
-            # A half-written event of the backend's was never passed on, so this one stands alone.
+            # A half-written event of the backend's was never passed on, so this one stands alone: unless it was too
+            # long to wait for.
+            if self.reader is not None and self.reader.cut_short:
+                event = b"\n\n" + event
             self.client.write(chunk(event) + LAST_CHUNK if self.chunked else event)
             self._finish_cut(code, error, keep_alive=False)
         else:
@@ -827,6 +868,10 @@ class Exchange(Receiver):
         if self.connection is not None:
             self.connection.resume()
 
+    def last_on_connection(self) -> None:
+        """The client has sent more ahead than is kept: its connection ends behind this answer."""
+        self.request.keep_alive = False
+
     def stop(self) -> None:
         """The proxy stops now."""
         if self.state is State.ENDED:
@@ -845,8 +890,7 @@ class Exchange(Receiver):
         timeouts = self.runtime.config.timeouts
         if self.alive:
             self.alive = False
-            if self.committed or self.mode != _EVENTS:  # heartbeats are no token
-                self.quiet_since = now
+            self.quiet_since = now
         if self.committed:
             if self.blocked_since is not None:
                 if now - self.blocked_since > timeouts.client_write:
@@ -919,7 +963,7 @@ class Exchange(Receiver):
         if meter.reported:
             row.prompt_tokens, row.cached_tokens, row.completion_tokens = meter.usage
             row.usage_source = "reported"
-        elif meter.text_bytes and self.facts is not None:
+        elif meter.text_bytes and self.facts is not None and self.facts.expected_tokens:
             row.prompt_tokens = self.facts.prompt_tokens
             row.completion_tokens = meter.estimate_completion()
             row.usage_source = "estimated"

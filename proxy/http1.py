@@ -132,9 +132,10 @@ class RequestHead:
 
 NEVER_FORWARDED: Final = frozenset(
     b"host content-length transfer-encoding connection keep-alive proxy-connection proxy-authorization te trailer "
-    b"upgrade expect authorization x-api-key x-request-id x-session-id content-encoding".split()
+    b"upgrade expect authorization x-api-key x-request-id x-session-id content-encoding accept-encoding "
+    b"origin".split()
 )
-"""Fields that frame the message, belong to one connection, or are ours to set."""
+"""Fields that frame the message, belong to one connection, or are ours to set or to judge."""
 
 
 class RequestGrammar:
@@ -511,13 +512,12 @@ class RepeatedResponseHead(_Repeated):
 _find_response_fields: Final = _field_finder(
     b"content-length|transfer-encoding|connection|content-type|content-encoding|retry-after"
 )
-# What a client must not see: hop-by-hop fields (`Connection` may name further ones, see below), ours, and what
-# tells of a backend's operator or of the account there.
-_HOP_BY_HOP: Final = re.compile(
-    rb"\n(?i:connection|keep-alive|proxy-connection|proxy-authenticate|te|trailer|transfer-encoding|upgrade|"
-    rb"content-length|x-request-id|x-tidegate-[a-z-]++|x-ratelimit-[a-z-]++|"
-    rb"set-cookie|server|via|alt-svc|openai-organization|openai-project|cf-[a-z-]++):[^\r]*+\r"
-)
+# What a client may see of a backend's head, as an allow-list: other fields tell of its operator, of the account
+# there, of hosts behind it, or belong to one connection.
+_find_passed_on: Final = re.compile(
+    rb"\n((?i:date|content-type|content-encoding|content-language|content-disposition|cache-control|etag|last-modified|"
+    rb"vary|retry-after|allow):[^\r]*+\r)"
+).findall
 _RESPONSE_LIMITS: Final = HeadLimits(head_bytes=65536, target_bytes=65536, fields=65536)
 """Bytes alone limit a backend's head."""
 _RESPONSE: Final = _Grammar(
@@ -565,10 +565,10 @@ def parse_response_head(
         else:
             head.retry_after = value
     head.keep_alive = version == b"1"
-    kept = _HOP_BY_HOP.sub(b"", fields)
+    kept = _find_passed_on(fields)
     if connection:
         kept = _apply_connection(head, connection, kept)
-    head.fields = kept[1:]
+    head.fields = b"\n".join([*kept, b""])
     if length is not None:
         if codings is not None:
             raise MalformedResponseError("both Content-Length and Transfer-Encoding")
@@ -586,7 +586,7 @@ def parse_response_head(
     return head, match.end()
 
 
-def _apply_connection(head: ResponseHead, connection: bytes, kept: bytes) -> bytes:
+def _apply_connection(head: ResponseHead, connection: bytes, kept: list[bytes]) -> list[bytes]:
     """`Connection: close`, and the removal of fields that it names (RFC 9110 7.6.1)."""
     options = {option.strip(b" \t").lower() for option in connection.split(b",")}
     if b"close" in options:
@@ -594,7 +594,7 @@ def _apply_connection(head: ResponseHead, connection: bytes, kept: bytes) -> byt
     named = options - {b"", b"close", b"keep-alive", b"content-type", b"content-encoding"}
     if not named:
         return kept
-    return b"\n".join(line for line in kept.split(b"\n") if line.partition(b":")[0].lower() not in named)
+    return [line for line in kept if line.partition(b":")[0].lower() not in named]
 
 
 _SIZE: Final = 0

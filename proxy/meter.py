@@ -31,6 +31,9 @@ _USAGE_TAIL: Final = re.compile(
     rb'((?:,"(?!completion_tokens")[a-z_]++":(?:null|[0-9]{1,12}+|\{(?:"[a-z_]++":(?:null|[0-9]{1,12}+),?+)*+\}))*+)\}'
     rb'((?:,"(?!error")[a-z_]++":(?:null|true|false|[0-9]{1,12}+|"[A-Za-z0-9._\-]*+"))*+)\}'
 )
+_USAGE_ANYWHERE: Final = re.compile(rb'"usage"\s*+:\s*+(\{(?:[^{}]|\{[^{}]*+\})*+\})')
+_LONGEST_USAGE: Final = 1024
+_FINISH_REASON: Final = re.compile(rb'"finish_reason"\s*+:\s*+"')
 _CHOICE_INDEX: Final = re.compile(rb'"choices": ?+\[\{"index": ?+([0-9]{1,4}+)')
 _CACHED: Final = re.compile(
     rb'"prompt_tokens_details":\{(?:"(?!cached_tokens")[a-z_]++":(?:null|[0-9]++),)*+"cached_tokens":([0-9]{1,12}+)'
@@ -56,12 +59,14 @@ class Meter:
         "_by_prompt",
         "_per_prompt",
         "_repeated",
+        "_scanned",
         "cached",
         "client_fault",
         "completion",
         "done",
         "failed",
         "fault",
+        "finished",
         "prompt",
         "reported",
         "text_bytes",
@@ -74,6 +79,8 @@ class Meter:
         self._by_prompt: dict[int, int] | None = {} if prompts > 1 else None
         self._per_prompt = max(choices // prompts, 1)
         self._repeated = RepeatedEvent()
+        self._scanned = b""
+        """End of what `piece` has seen."""
         self.prompt = 0
         self.cached = 0
         self.completion = 0
@@ -83,8 +90,10 @@ class Meter:
         """Bytes of answer text seen while nothing was reported."""
         self.done = False
         """`[DONE]` was seen."""
+        self.finished = 0
+        """Choices whose finish reason was seen in a stream."""
         self.failed = False
-        """The backend sent an error event."""
+        """The backend sent an error event, or says that it aborted the request."""
         self.client_fault = 0
         """Its status if it was the client's own (400 to 499)."""
         self.fault = b""
@@ -150,6 +159,21 @@ class Meter:
         else:
             self.text_bytes += _text_bytes(answer.get("choices"))
 
+    def piece(self, payload: bytes) -> None:
+        """A piece of an answer that is too long to keep, or encoded: whatever usage passes by is taken."""
+        window = self._scanned + payload
+        if window.find(ABORTED) >= 0:
+            self.failed = True
+        for match in _USAGE_ANYWHERE.finditer(window):
+            try:
+                usage = orjson.loads(match[1])
+            except orjson.JSONDecodeError:
+                continue
+            if "prompt_tokens" in usage:
+                self.take(usage)
+        self.text_bytes += len(payload)
+        self._scanned = window[-_LONGEST_USAGE:]
+
     def recall(self, raw: bytes) -> bytes:
         """Read an event that is like the last one. -> the bytes for a client that did not ask for running usage;
         empty: it is another, and `event` has to read it.
@@ -174,6 +198,8 @@ class Meter:
             self._parsed(event, data, include_usage=True, every_event=True)
             self.failed = True
             return error_event("backend_error", "the backend aborted the request")
+        if _FINISH_REASON.search(data) is not None:
+            self.finished += 1
         at = data.rfind(_USAGE_KEY)
         if at >= 0:
             match = _USAGE_TAIL.fullmatch(data, at)
@@ -236,7 +262,10 @@ class Meter:
             return event.raw if include_usage else b""
         del document["usage"]
         name = b"event: %b\n" % event.name if event.name else b""
-        return b"%bdata: %b\n\n" % (name, orjson.dumps(document))
+        try:
+            return b"%bdata: %b\n\n" % (name, orjson.dumps(document))
+        except orjson.JSONEncodeError:  # it reads deeper nesting than it writes
+            return event.raw
 
     def _sums(self, data: bytes, prompt: int, completion: int) -> tuple[int, int]:
         """Tokens over all prompts and choices, when this event reports those of its own."""

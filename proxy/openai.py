@@ -68,8 +68,14 @@ class RequestBody:
 LARGE_BODY_BYTES: Final = 256 * 1024
 """Reading a larger one may take longer than other requests should wait: in a thread, then."""
 
-MOST_CONTAINERS: Final = 200_000
-"""Objects and lists in one body; conversations have hundreds. Each costs a microsecond of everybody's time."""
+COUNTED_BODY_BYTES: Final = 16 * 1024
+"""In a larger one its parts are counted before it is parsed. A parser does not let others run before it is done."""
+MOST_CONTAINERS: Final = 50_000
+"""Objects and lists in one body; conversations have hundreds. Each costs up to a microsecond of everybody."""
+MOST_VALUES: Final = 1_000_000
+"""Values in one body, roughly: a prompt of token numbers has one for each. They cost 0.05 µs each."""
+MOST_CHOICES: Final = 16_384
+"""Of `n` and `best_of`: vLLM's own default limit. Beyond, forecasts of load would be nonsense."""
 
 
 def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> RequestBody:
@@ -77,8 +83,9 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
 
     `media_urls`: whether this client may have the engine fetch URLs.
     """
-    if len(raw) > LARGE_BODY_BYTES and _has_too_many_containers(raw):
-        raise RequestError("invalid_json", f"more than {MOST_CONTAINERS} objects and lists in one body")
+    if len(raw) > COUNTED_BODY_BYTES and _has_too_many_parts(raw):
+        message = f"more than {MOST_CONTAINERS} objects and lists, or {MOST_VALUES} values, in one body"
+        raise RequestError("invalid_json", message)
     try:
         document = orjson.loads(raw)
         canonical = orjson.dumps(document) == raw
@@ -117,11 +124,14 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
 _STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"')
 
 
-def _has_too_many_containers(raw: bytes) -> bool:
-    if raw.count(b"{") + raw.count(b"[") <= MOST_CONTAINERS:
+def _has_too_many_parts(raw: bytes) -> bool:
+    if not _count_too_many(raw):
         return False
-    bare = _STRING.sub(b"", raw)  # text may be full of them
-    return bare.count(b"{") + bare.count(b"[") > MOST_CONTAINERS
+    return _count_too_many(_STRING.sub(b"", raw))  # text may be full of them
+
+
+def _count_too_many(raw: bytes) -> bool:
+    return raw.count(b"{") + raw.count(b"[") > MOST_CONTAINERS or raw.count(b",") > MOST_VALUES
 
 
 def _read_exactly(raw: bytes) -> dict[str, Any]:
@@ -202,7 +212,8 @@ def _read_generation(body: RequestBody, document: dict[str, Any]) -> None:
             body.every_event = body.include_usage and bool(options.get("continuous_usage_stats"))
         body.must_rewrite = True
     if not _COUNTS.isdisjoint(document):
-        body.choices = body.prompts * max(_count(document, "n", 1), _count(document, "best_of", 1))
+        several = max(_count(document, "n", 1, MOST_CHOICES), _count(document, "best_of", 1, MOST_CHOICES))
+        body.choices = body.prompts * several
         body.max_tokens = _count(document, "max_completion_tokens", 0) or _count(document, "max_tokens", 0)
     for name in ("prompt_cache_key", "user"):
         value = document.get(name)
@@ -214,14 +225,14 @@ def _read_generation(body: RequestBody, document: dict[str, Any]) -> None:
 _COUNTS: Final = frozenset(("n", "best_of", "max_tokens", "max_completion_tokens"))
 
 
-def _count(document: dict[str, Any], name: str, least: int) -> int:
+def _count(document: dict[str, Any], name: str, least: int, most: int = 2**31) -> int:
     value = document.get(name)
     if value is None:
         return least
     if type(value) is not int or value < least:
         raise RequestError("invalid_value", f"{name} must be a whole number of at least {least}", name)
-    if value > 2**31:
-        raise RequestError("invalid_value", f"{name} is too large", name)
+    if value > most:
+        raise RequestError("invalid_value", f"{name} is too large: at most {most}", name)
     return value
 
 

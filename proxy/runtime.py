@@ -237,7 +237,10 @@ class Runtime:
                 "max_model_len": length,
             }
             for model, length in sorted(limits.items())
-            if key is None or key.models is None or model in key.models
+            if key is None
+            or key.models is None
+            or model in key.models
+            or self.aliases.get(model, model) in key.models
         }
 
     # What connections and exchanges ask

@@ -35,7 +35,7 @@ from proxy.access.keys import KeyStore
 from proxy.access.limits import Limits
 from proxy.access.pepper import load_pepper
 from proxy.admin.http import admin_app
-from proxy.build import Built, ConfigError, build, timing
+from proxy.build import Built, ConfigError, build, files_of, timing
 from proxy.config import Config, is_loopback, is_policy_file, load_config, override, split_address
 from proxy.database import open_database
 from proxy.exchange import OUR_SHORTAGE
@@ -226,7 +226,8 @@ class Service:
         """Drain, end, and record everything."""
         runtime = self.runtime
         runtime.draining = True
-        if running := len(runtime.exchanges) + len(runtime.held):
+        clients = runtime.clients
+        if running := sum(client.exchange is not None for client in clients):
             log.info(
                 "draining: up to %g s for what runs, %d requests", runtime.config.timeouts.drain, running
             )
@@ -236,11 +237,12 @@ class Service:
             if client.idle and client.transport is not None:
                 client.transport.close()
         deadline = runtime.now() + runtime.config.timeouts.drain
-        clients = runtime.clients
         await self._while(
-            lambda: runtime.exchanges or runtime.held or any(client.receiving for client in clients), deadline
+            lambda: any(client.exchange is not None or client.receiving for client in clients), deadline
         )
-        for exchange in [*runtime.exchanges, *runtime.held.values()]:
+        # Who waits goes first: the places of those who run would be given to them.
+        rest = [client.exchange for client in clients if client.exchange is not None]
+        for exchange in sorted(rest, key=lambda exchange: exchange in runtime.exchanges):
             exchange.stop()
         deadline = max(deadline, runtime.now() + FLUSH_S)
         await self._while(lambda: any(client.unsent for client in clients), deadline)
@@ -310,14 +312,14 @@ class Service:
             before = old.get(section.name)
             if sections.get(section.name) == section and before is not None:
                 fresh = built.endpoints[section.name]
-                if fresh.same_credentials(before):  # a key file may have another key in it
+                if fresh.same_credentials(before):  # what stands in files may be new
+                    before.pool.idle_s = fresh.pool.idle_s
                     built.endpoints[section.name] = before
 
     def _fingerprint(self) -> tuple[Any, ...]:
         """Changes when a watched file does."""
         files = [self.path] if self.path is not None else []
-        if is_policy_file(self.config.policy):
-            files.append(Path(self.config.policy))
+        files += files_of(self.config)
         marks: list[tuple[Any, ...]] = []
         for file in files:
             try:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from proxy.runtime import Admission, Runtime
 
 PIPELINE_BYTES: Final = 64 * 1024
-"""Bytes of further requests that are kept while one is answered; beyond, the socket is not read."""
+"""Bytes of further requests that are kept while one is answered. Beyond, they are dropped and the connection ends
+with the answer, as any server may end it (RFC 9112 9.3.2): not to read on would hide that the client has left."""
 
 WRITE_BUFFER_BYTES: Final = 64 * 1024
 """Bytes that a slow client may have pending before its backend is not read any more."""
@@ -58,6 +59,8 @@ class ClientConnection(Client):
         self.reading = False
         """Inside `_read`: an exchange that ends at once is followed by the loop there."""
         self.paused = False
+        self.overrun = False
+        """More was sent ahead than is kept: no further request is read."""
         self.blocked = False
         """The client reads slower than we write: nothing further is begun before it has caught up."""
         self.lingering = False
@@ -93,7 +96,14 @@ class ClientConnection(Client):
             self._reject(RequestError("overloaded", "too many connections", retry_after_s=1.0))
 
     def data_received(self, data: bytes) -> None:
-        if self.exchange is not None or self.blocked:
+        if self.exchange is not None:
+            if not self.overrun:
+                self.pending += data
+                if len(self.pending) > PIPELINE_BYTES:
+                    self.overrun = True
+                    self.pending.clear()
+                    self.exchange.last_on_connection()
+        elif self.blocked:
             self.pending += data
             if len(self.pending) > PIPELINE_BYTES and not self.paused and self.transport is not None:
                 self.paused = True
@@ -204,7 +214,7 @@ class ClientConnection(Client):
         if admission.key is not None and (head.expects_continue or head.content_length > REFUSED_BODY_BYTES):
             # Who has used up its limits need not send a large body to be told so.
             runtime.check_limits(admission.key)
-        self._count_body(head.content_length)
+        # Counted as it comes: what is only announced takes no room, and must not take that of others.
         self.body_bytes = 0
         self.deadline = runtime.now() + runtime.config.timeouts.body
         if head.expects_continue and position == len(data):
@@ -372,7 +382,7 @@ class ClientConnection(Client):
         transport = self.transport
         if transport is None:
             return
-        if not keep_alive or self.runtime.draining:
+        if not keep_alive or self.overrun or self.runtime.draining:
             self._close()
             return
         if self.blocked:

@@ -66,6 +66,11 @@ class EventReader:
         return bool(self._pending or self._block or self._too_long)
 
     @property
+    def cut_short(self) -> bool:
+        """Whether the beginning of an event that has not ended has been passed on."""
+        return self._too_long
+
+    @property
     def between_events(self) -> bool:
         """Whether the next byte begins an event (or, at the very beginning, is a byte order mark)."""
         return not (self._held or self._swallow_lf or self._too_long or self._pending)

@@ -8,6 +8,7 @@ arrive while nobody asked anything are a reason to close it too.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import ssl
 from abc import ABC, abstractmethod
@@ -26,6 +27,8 @@ from proxy.http1 import (
     ResponseHead,
     parse_response_head,
 )
+
+log = logging.getLogger("tidegate")
 
 MAX_INFORMATIONAL: Final = 16
 """1xx responses in front of one reply; more is a flood."""
@@ -130,6 +133,15 @@ class BackendConnection:
         # uvloop's transports are no subclasses of asyncio's
         self.transport = cast("asyncio.Transport", transport)
 
+    def eof_received(self) -> bool:
+        return False  # what that means is decided when the connection is lost
+
+    def pause_writing(self) -> None:
+        """A request body is kept whole anyway: the transport sends it as fast as the backend takes it."""
+
+    def resume_writing(self) -> None:
+        """See `pause_writing`."""
+
     def data_received(self, data: bytes) -> None:
         state = self._state
         if state == _CHUNKED:
@@ -154,7 +166,7 @@ class BackendConnection:
         if receiver is None:
             return
         if state == _UNTIL_CLOSE and error is None:
-            receiver.body(b"", True)
+            _finish(receiver, b"")
         elif state == _HEAD and not self.received and self.requests > 1:
             receiver.lost(AttemptError.STALE_CONNECTION, "an idle connection had been closed")
         else:
@@ -222,7 +234,7 @@ class BackendConnection:
             return
         if decoder.done:
             self._release(end == len(data))
-            receiver.body(payload, True)
+            _finish(receiver, payload)
         elif payload:
             receiver.body(payload, False)
 
@@ -237,7 +249,7 @@ class BackendConnection:
             return
         end = position + self._remaining
         self._release(end == len(data))
-        receiver.body(data[position:end], True)
+        _finish(receiver, data[position:end])
 
     def _release(self, clean: bool) -> None:
         """The reply is complete: keep the connection, or close it."""
@@ -263,6 +275,16 @@ class BackendConnection:
             receiver.lost(AttemptError.MALFORMED, message)
 
 
+def _finish(receiver: Receiver, payload: bytes) -> None:
+    """Hand over the end of a reply. The connection has let go of its receiver, so nobody else would tell it of a
+    bug in reading that end."""
+    try:
+        receiver.body(payload, True)
+    except Exception:
+        log.exception("the end of an answer could not be read")
+        receiver.lost(AttemptError.MALFORMED, "the backend's answer could not be read")
+
+
 def connect_failure(error: OSError) -> tuple[AttemptError, str]:
     """Why a connection could not be made: what kind of failure it is, and words that name no address."""
     match error:
@@ -282,8 +304,9 @@ class Pool:
     """Idle connections of one backend, the last used first."""
 
     def __init__(self, idle_s: float, clock: asyncio.AbstractEventLoop) -> None:
+        self.idle_s = idle_s
+        """Seconds after which an idle connection is closed."""
         self._idle: deque[BackendConnection] = deque()
-        self._idle_s = idle_s
         self._loop = clock
         self._closed = False
 
@@ -315,7 +338,7 @@ class Pool:
 
     def sweep(self, now: float) -> None:
         """Close what has been idle too long: sooner than the backend would, so that none dies in our hands."""
-        while self._idle and now - self._idle[0].idle_since >= self._idle_s:
+        while self._idle and now - self._idle[0].idle_since >= self.idle_s:
             self._idle.popleft().abort()
 
     def close(self) -> None:
@@ -337,11 +360,13 @@ class Endpoint:
         key: str | None = None,
         idle_s: float = 4.0,
         tls: ssl.SSLContext | None = None,
+        tls_files: bytes = b"",
         server_name: str | None = None,
         continuous_usage: bool = True,
         cache_salt: bool = True,
     ) -> None:
-        """`key` replaces the client's credential; `tls` is needed for https URLs."""
+        """`key` replaces the client's credential; `tls` is needed for https URLs, and `tls_files` is what it was
+        made of, in any form that tells whether it has changed."""
         parts = urlsplit(url)
         assert parts.hostname is not None
         self.name = name
@@ -362,11 +387,12 @@ class Endpoint:
         self._fields = fields.encode("ascii")
         self._loop = loop
         self._tls = tls
+        self._tls_files = tls_files
         self._server_name = (server_name or self.host) if tls is not None else None
 
     def same_credentials(self, other: Endpoint) -> bool:
-        """Whether both send the same key."""
-        return self._fields == other._fields
+        """Whether both send the same key, and trust and show the same certificates."""
+        return self._fields == other._fields and self._tls_files == other._tls_files
 
     def __repr__(self) -> str:
         return f"<Endpoint {self.name} {self.url}, {len(self.pool)} idle>"

@@ -10,7 +10,7 @@ import pytest
 
 from proxy.openai import LARGE_BODY_BYTES
 from proxy.tasks import Tasks
-from tests.e2e.backends import Request, answers, stalls, waits
+from tests.e2e.backends import Request, answers, stalls, stalls_after_head, waits
 from tests.e2e.proxy_fixtures import (
     Client,
     MakeKey,
@@ -342,14 +342,40 @@ async def test_a_large_body_is_read_beside_the_loop(
     good = json.dumps({"model": "m", "messages": [{"role": "user", "content": large}]}).encode()
     twice = good[:-1] + b', "model": "m"}'
     # One after the other on one connection, and in order: a small one does not overtake.
-    await client.send(b"".join(chat(body) for body in (good, twice, chat_body())))
-    first, second, third = [await client.answer() for _ in range(3)]
-    assert (first.status, second.status, third.status) == (200, 400, 200)
-    assert second.json["error"]["code"] == "duplicate_key"
+    for large_one, status in ((good, 200), (twice, 400)):
+        await client.send(chat(large_one) + chat(chat_body()))
+        first, second = await client.answer(), await client.answer()
+        assert (first.status, second.status) == (status, 200)
+    assert first.json["error"]["code"] == "duplicate_key"
     assert backend.received[0].body == good
-    assert len(backend.received) == 2
+    assert len(backend.received) == 3
     # And a client that leaves meanwhile is no concern.
     await client.send(chat(good))
     client.writer.transport.abort()
     await eventually(lambda: not proxy.runtime.clients)
     assert proxy.runtime.body_bytes == 0
+
+
+async def test_bodies_that_are_announced_and_not_sent_are_in_nobodys_way(
+    start_backend: StartBackend, start_proxy: StartProxy
+) -> None:
+    proxy = await start_proxy(await start_backend())
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 33554432\r\n\r\n"
+    for _ in range(40):
+        await (await proxy.connect()).send(head)
+    await eventually(lambda: sum(client.receiving for client in proxy.runtime.clients) == 40)
+    assert (await proxy.chat()).status == 200
+
+
+async def test_a_client_that_sends_far_ahead_and_leaves_is_noticed(
+    start_backend: StartBackend, start_proxy: StartProxy
+) -> None:
+    backend = await start_backend(stalls_after_head)
+    proxy = await start_proxy(backend)
+    client = await proxy.connect()
+    await client.send(chat(stream=True))
+    await eventually(lambda: backend.running == 1)
+    await client.send(chat(chat_body(stream=True, x="y" * 400_000)))
+    client.reset()
+    await eventually(lambda: not backend.running)
+    await proxy.idle()

@@ -368,3 +368,18 @@ async def test_sigterm_drains_and_a_second_one_ends_at_once(
     assert time.monotonic() - begun < bound(3.0)
     writer.transport.abort()
     assert [row["outcome"] for row in proxy.export()] == ["ok", "shutdown"]
+
+
+async def test_a_request_whose_large_body_is_still_being_read_is_served(
+    start_backend: StartBackend, start_proxy: StartProxy
+) -> None:
+    backend = await start_backend(answers())
+    proxy = await start_proxy(backend, timeouts={"drain": "20s"})
+    client = await proxy.connect()
+    messages = [{"role": "user", "content": "x"}] * 20_000 + [{"role": "user", "content": "y" * 4_000_000}]
+    await client.send(chat(chat_body(messages=messages)))
+    await eventually(lambda: any(task.get_name() == "read body" for task in asyncio.all_tasks()))
+    stopping = await drain(proxy)
+    assert (await client.answer()).status == 200
+    await stopping
+    assert len(backend.received) == 1

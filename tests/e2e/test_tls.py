@@ -91,3 +91,35 @@ async def test_a_client_that_leaves_stops_the_engine_behind_tls_too(
     client.close()
     await eventually(lambda: backend.aborted == 1)
     await proxy.idle()
+
+
+async def test_an_answer_that_ends_with_its_connection_is_whole_behind_tls_too(
+    authority: tuple[trustme.CA, str],
+    start_backend: StartBackend,
+    start_proxy: StartProxy,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = await start_backend(then=b.until_close(complete=True), tls=server(authority[0], "127.0.0.1"))
+    proxy = await start_proxy({"url": backend.url, "tls": {"ca_file": authority[1]}})
+    answer = await proxy.chat(stream=True)
+    assert (answer.status, answer.done, answer.errors) == (200, True, [])
+    assert proxy.backend("a").failed == 0
+    await proxy.idle()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_a_reload_sees_certificates_that_were_replaced(
+    authority: tuple[trustme.CA, str], start_backend: StartBackend, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    first = await start_backend(tls=server(authority[0], "127.0.0.1"))
+    section = {"url": first.url, "tls": {"ca_file": authority[1]}}
+    proxy = await start_proxy(section, file=tmp_path / "tidegate.yaml")
+    assert (await proxy.chat()).status == 200
+    await first.stop()
+    another = trustme.CA()
+    first.tls = server(another, "127.0.0.1")
+    await first.start()
+    another.cert_pem.write_to_path(authority[1])
+    assert proxy.service.reload()
+    assert (await proxy.chat()).status == 200
+    await proxy.idle()

@@ -30,7 +30,7 @@ PATTERNS = {
 SEARCHES = {
     "requests": RequestGrammar()._find.__self__,  # type: ignore[attr-defined]
     "responses": http1._find_response_fields.__self__,  # type: ignore[attr-defined]
-    "hop by hop": http1._HOP_BY_HOP,
+    "passed on": http1._find_passed_on.__self__,
     "length": http1._LENGTH_DIGITS,
 }
 

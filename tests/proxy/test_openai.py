@@ -15,6 +15,7 @@ from proxy.openai import (
     DEFAULT_EXPECTED_TOKENS,
     ENGINE_FIELDS,
     MOST_CONTAINERS,
+    MOST_VALUES,
     RequestBody,
     body_for_backend,
     read_body,
@@ -467,5 +468,8 @@ def test_each_prompt_of_a_list_has_choices_of_its_own(prompt: object, prompts: i
 def test_a_body_of_very_many_objects_is_refused_and_text_that_looks_like_one_is_not() -> None:
     many = {**CHAT, "metadata": [{}] * (MOST_CONTAINERS + 1)}
     assert refused(many)[0] == "invalid_json"
-    text = "{[" * MOST_CONTAINERS + '\\"{'
+    numbers = {"model": "m", "prompt": [1] * (MOST_VALUES + 2)}
+    with pytest.raises(RequestError, match="values"):
+        read_body("completions", orjson.dumps(numbers))
+    text = "," * (MOST_VALUES + 1) + "{[" * MOST_CONTAINERS + '\\"{'
     assert read({"model": "m", "messages": [{"role": "user", "content": text}]}).model == "m"

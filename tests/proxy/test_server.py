@@ -111,15 +111,28 @@ def test_pipelined_requests_are_answered_one_after_the_other_in_their_order() ->
     assert b'"id":"m"' in peer.transport.written
 
 
-def test_a_flood_of_pipelined_requests_is_not_read() -> None:
+def test_a_flood_of_pipelined_requests_ends_the_connection_behind_the_answer() -> None:
     world = World("a")
     peer = Peer(world)
     peer.send(request())
-    peer.send(b"x" * (PIPELINE_BYTES + 1))
-    assert not peer.transport.reading
+    peer.send(request() * (PIPELINE_BYTES // len(request()) + 1))
+    peer.send(request())
+    assert peer.transport.reading  # or nobody would see that it leaves
+    assert not peer.connection.pending
     world.connects("a").data_received(whole(200, answer_body()))
-    assert peer.transport.reading
-    assert peer.statuses == [200, 400]
+    assert peer.statuses == [200]
+    assert b"connection: close" in peer.transport.written
+    assert peer.transport.ended
+
+
+def test_a_client_that_has_sent_far_ahead_can_leave() -> None:
+    world = World("a")
+    peer = Peer(world)
+    peer.send(request(STREAM_BODY))
+    connection = world.connects("a")
+    peer.send(b"x" * (PIPELINE_BYTES + 1))
+    peer.connection.eof_received()
+    assert connection.closed
 
 
 def test_nothing_further_is_begun_for_a_client_that_does_not_read() -> None:
@@ -411,9 +424,11 @@ def test_bodies_have_one_bound_together(coding: str) -> None:
     first, second = Peer(world), Peer(world)
     big = request(b"x" * 3000)
     first.send(big[:-1])
-    assert world.runtime.body_bytes == 3000
+    assert world.runtime.body_bytes == 2999
     if coding == "length":
-        second.send(big[:-2000])
+        second.send(big[:-2000])  # what is announced takes no room
+        assert second.statuses == []
+        second.send(b"x" * 1000)
     else:
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
         second.send(head + b"7d0\r\n" + b"x" * 1000)
