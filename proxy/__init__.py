@@ -15,7 +15,7 @@ ledger      the durable record of every request                   (ledger.py)
 probe       how the state of backends is learnt                   (probes/)
 
 Bytes come in at `server.py`, are read by `http1.py`, become facts in `openai.py`, are decided on by
-`policies/`, leave through `upstream.py`, come back through `exchange.py` and are counted by `meter.py`.
+`policies/`, leave through `upstream.py`, come back through `relay.py` and are counted by `meter.py`.
 """
 
 DISTRIBUTION = "tidegate"

@@ -18,46 +18,33 @@ import errno
 import hashlib
 import logging
 import socket
-from abc import ABC, abstractmethod
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
-
-import orjson
 
 from policies.base import Hold, Outcome, Reject, RequestFacts, Send
 from policies.routing import Routing
 from policies.rules import NOTHING_TRIED
-from policies.state import Backend, Lease
 from probes.base import os_reason
 from probes.passive import AttemptError, backoff_s, outcome_of
 from proxy import records
 from proxy.access.keys import Key
 from proxy.access.limits import Refusal, Reservation
-from proxy.answers import answer, error_answer
-from proxy.errors import REASON_PHRASES, RequestError, error_event
-from proxy.http1 import LAST_CHUNK, RequestHead, ResponseHead, chunk
-from proxy.meter import ABORTED, Meter
+from proxy.answers import error_answer
+from proxy.errors import RequestError, error_event
+from proxy.http1 import LAST_CHUNK, RequestHead, chunk
 from proxy.openai import LARGE_BODY_BYTES, RequestBody, body_for_backend, read_body
-from proxy.records import Row
-from proxy.sse import MAX_EVENT_BYTES, EventReader
-from proxy.upstream import BackendConnection, Endpoint, Receiver, connect_failure
+from proxy.relay import EVENTS, RAW, WHOLE, Client, Relay
+from proxy.upstream import BackendConnection, Endpoint, connect_failure
 
 if TYPE_CHECKING:
     from proxy.runtime import Runtime
 
 log = logging.getLogger("tidegate")
 
-WHOLE_ANSWER_BYTES: Final = 1024 * 1024
-"""Answers that are not streams are kept until they are complete, so that a broken one can be tried elsewhere;
-beyond this size they are passed on as they come."""
-
 OUR_SHORTAGE: Final = frozenset(
     (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
 )
 """Why no connection can be had that says nothing about a backend."""
-
-UNTIL_CLOSE_BYTES: Final = 8 * 1024 * 1024
-"""The same for an answer that only its connection's end delimits: it has to be parsed to know that it is whole."""
 
 STALE_S: Final = 1.0
 """A backend that closed a connection while our request was on its way is heard of sooner than this."""
@@ -92,14 +79,6 @@ MOVES: Final[dict[State, frozenset[State]]] = {
     State.ENDED: frozenset(),
 }
 
-_NO_DATA: Final = (None, b"", b"[DONE]")
-"""Events that commit nothing at the beginning of a stream: heartbeats, and an end of what never began."""
-
-_EVENTS: Final = 0
-_WHOLE: Final = 1
-_RAW: Final = 2
-"""How the answer is passed on: as events, when it is complete, or as it comes."""
-
 _GIVE_UP_CODES: Final = {
     AttemptError.CONNECT: "backend_unreachable",
     AttemptError.TLS: "backend_unreachable",
@@ -113,49 +92,17 @@ _GIVE_UP_CODES: Final = {
 }
 
 
-class Client(ABC):
-    """What an exchange needs of the connection it answers on (a class for the reason that `Receiver` is one)."""
-
-    @abstractmethod
-    def write(self, data: bytes) -> None: ...
-
-    @abstractmethod
-    def finished(self, *, keep_alive: bool) -> None: ...
-
-    @abstractmethod
-    def abort(self) -> None: ...
-
-
-class Exchange(Receiver):
+class Exchange(Relay):
     """Glue between one client connection, the valve, one backend connection at a time, meter and journal."""
 
-    facts: RequestFacts | None = None
-    body_read: RequestBody | None = None
     raw_body: bytes | None = None
     reservation: Reservation | None = None
     # The present attempt
-    lease: Lease | None = None
     target: Endpoint | None = None
-    connection: BackendConnection | None = None
     connecting: asyncio.Task[Any] | None = None
     tried: frozenset[str]
-    dispatched = 0.0
-    # Its answer
-    reply: ResponseHead | None = None
-    mode: int
-    reader: EventReader | None = None
-    parts: list[bytes]
-    """Set with the head of each answer."""
-    parts_bytes = 0
-    last_error: tuple[ResponseHead, bytes, Backend] | None = None
-    """A complete error answer, for the client if no other backend does better."""
     # The client's side
-    committed = False
-    include_usage = False
-    every_event = False
     blocked_since: float | None = None
-    alive = False
-    """Data has come since the last sweep."""
     quiet_since = 0.0
     journaled = 0
     """Completion tokens in the journal."""
@@ -163,20 +110,10 @@ class Exchange(Receiver):
     def __init__(
         self, runtime: Runtime, client: Client, head: RequestHead, endpoint: str, key: Key | None, now: float
     ) -> None:
+        super().__init__(runtime, client, head, endpoint, key, now)
         self.state = State.RECEIVED
-        self.mode = _WHOLE
         self.tried = NOTHING_TRIED
-        self.runtime = runtime
-        self.client = client
-        self.request = head
-        self.endpoint = endpoint
-        self.key = key
-        self.arrived = now
-        row = self.row = Row(runtime.operation_ids.mint())
-        self.id = runtime.request_id(head) if head.request_id else row.op
         self.routings: list[Routing] = []
-        self.meter = Meter()
-        self.chunked = head.version == 1
 
     def __repr__(self) -> str:
         backend = self.lease.backend.name if self.lease else "-"
@@ -187,13 +124,9 @@ class Exchange(Receiver):
             raise RuntimeError(f"{self!r} cannot become {to.value}")
         self.state = to
 
-    @property
-    def _choices(self) -> int:
-        return 1 if self.body_read is None else self.body_read.choices
-
-    def _new_meter(self) -> Meter:
-        body = self.body_read
-        return Meter() if body is None else Meter(body.choices, body.prompts)
+    def _begun(self) -> None:
+        if self.state is State.SENT:
+            self._move(State.RELAYING)
 
     # Deciding
 
@@ -265,7 +198,7 @@ class Exchange(Receiver):
         """A request that is passed on unread."""
         row = self.row
         self.raw_body = raw
-        self.mode = _RAW
+        self.mode = RAW
         self.facts = RequestFacts(
             row.op, self.runtime.forward_model, "forward", tenant=row.tenant, arrived=self.arrived
         )
@@ -467,33 +400,7 @@ class Exchange(Receiver):
             request = self.runtime.forward_request(endpoint, head, self.raw_body or b"", self.id)
         connection.send(self, request, to_head_request=head.method == b"HEAD")
 
-    # The answer (proxy.upstream.Receiver)
-
-    def head(self, head: ResponseHead) -> None:
-        """A response head arrived; it is withheld."""
-        self.reply = head
-        self.parts = []
-        if self.mode == _RAW:
-            return
-        if 200 <= head.status < 300:
-            if head.content_encoding not in (b"", b"identity"):
-                self.mode = _RAW
-            elif head.content_type[:17].lower() == b"text/event-stream":
-                self.mode = _EVENTS
-                self.reader = EventReader()
-
-    def body(self, payload: bytes, done: bool) -> None:
-        """Payload of the answer; `done`: its last, and the connection is not ours any more."""
-        if done:
-            self.connection = None
-        if self.mode == _EVENTS:
-            self._relay_events(payload, done)
-            return
-        self.alive = True
-        if self.mode == _RAW:
-            self._relay_raw(payload, done)
-        else:
-            self._collect(payload, done)
+    # Losing the backend
 
     def lost(self, error: AttemptError, message: str) -> None:
         """The connection is gone before the answer was complete."""
@@ -507,234 +414,6 @@ class Exchange(Receiver):
             self._connect_anew()
         else:  # it may have worked on it
             self._attempt_failed(AttemptError.RESET, "the backend closed the connection without an answer")
-
-    def _relay_events(self, payload: bytes, done: bool) -> None:
-        reader, meter = self.reader, self.meter
-        assert reader is not None
-        if self.committed and not (done or meter.done or self.every_event) and reader.between_events:
-            out = meter.recall(payload)
-            if out:
-                self.alive = True
-                self.client.write(chunk(out) if self.chunked else out)
-                return
-        events = reader.feed(payload)
-        if not self.alive:
-            self.alive = any(event.data is not None for event in events)  # heartbeats are no token
-        if len(events) == 1 and self.committed and not meter.done:
-            out = meter.event(events[0], include_usage=self.include_usage, every_event=self.every_event)
-        else:
-            pieces = []
-            started = self.committed
-            for event in events:
-                if meter.done or meter.failed:
-                    done = True  # nothing may follow `[DONE]` or an error
-                    break
-                if not started:
-                    if event.data in _NO_DATA and len(event.raw) <= MAX_EVENT_BYTES:
-                        continue
-                    started = True
-                pieces.append(
-                    meter.event(event, include_usage=self.include_usage, every_event=self.every_event)
-                )
-            out = b"".join(pieces)
-            if not self.committed:
-                if meter.client_fault:
-                    self._answer_client_fault(meter.fault)
-                    return
-                if meter.failed and not any(pieces[:-1]):
-                    self._attempt_failed(AttemptError.ERROR_EVENT, "the backend answered with an error event")
-                    return
-                if not started:
-                    if done:
-                        self._attempt_failed(AttemptError.RESET, "the backend's stream held no event")
-                    return
-                out = self._commit_stream() + (chunk(out) if self.chunked else out)
-                self._end_of_read(out, done)
-                return
-        self._end_of_read(chunk(out) if self.chunked and out else out, done)
-
-    def _end_of_read(self, out: bytes, done: bool) -> None:
-        """Write what one read of the backend gave, in one go, and end the stream where it ends."""
-        meter = self.meter
-        if not done and not meter.failed:
-            if out:
-                self.client.write(out)
-            return
-        reader, reply = self.reader, self.reply
-        assert reader is not None
-        assert reply is not None
-        if meter.failed:
-            self.client.write(out + LAST_CHUNK if self.chunked else out)
-            if meter.client_fault:
-                self._release(Outcome.IGNORED)  # the engine did what it should
-            self._finish_cut("backend_error", AttemptError.ERROR_EVENT, keep_alive=False)
-        elif not meter.done and (meter.finished < self._choices or reply.until_close or reader.unfinished):
-            if out:
-                self.client.write(out)
-            self._cut(AttemptError.RESET, "the backend's stream ended before it was complete")
-        else:
-            self._complete(out)
-
-    def _complete(self, out: bytes = b"") -> None:
-        """`out` is the last of the stream; whatever its backend still does is of no interest."""
-        if self.chunked:
-            out += LAST_CHUNK
-        if out:
-            self.client.write(out)
-        self._drop_connection()
-        self._release(Outcome.OK)
-        self._end(records.OK, 200, keep_alive=self.chunked)
-
-    def _answer_client_fault(self, body: bytes) -> None:
-        """vLLM finds some faults of a request only when it has said 200: an event with the error it would have
-        answered. Nothing has reached the client yet, so it gets that answer."""
-        status = self.meter.client_fault if self.meter.client_fault in REASON_PHRASES else 400
-        self._drop_connection()
-        fields = b"x-request-id: %b\r\n" % self.id.encode("ascii")
-        keep_alive = self._keeps_alive()
-        self.client.write(
-            answer(status, body, fields=fields, keep_alive=keep_alive, version=self.request.version)
-        )
-        self._release(Outcome.IGNORED)
-        self._end(records.CLIENT_ERROR, status, keep_alive=keep_alive)
-
-    def _relay_raw(self, payload: bytes, done: bool) -> None:
-        reply = self.reply
-        assert reply is not None
-        out = b""
-        if self.body_read is not None and 200 <= reply.status < 300:
-            self.meter.piece(payload)
-            if self.meter.failed or (done and reply.until_close):
-                # It is not whole, or nobody can tell.
-                if not self.committed:
-                    self._attempt_failed(AttemptError.ERROR_EVENT, "the backend's answer is not whole")
-                else:
-                    self._cut(AttemptError.ERROR_EVENT, "")
-                return
-        chunked = reply.content_length is None and self.chunked and self.request.method != b"HEAD"
-        if not self.committed:
-            if chunked:
-                framing = b"transfer-encoding: chunked\r\n"
-            elif reply.content_length is not None and reply.status >= 200 and reply.status not in (204, 304):
-                framing = b"content-length: %d\r\n" % reply.content_length
-            else:
-                framing = b""
-            if self.request.method == b"HEAD":
-                framing = b""
-            out = self._commit(framing)
-        out += chunk(payload) if chunked else payload
-        if done and chunked:
-            out += LAST_CHUNK
-        if out:
-            self.client.write(out)
-        if done:
-            self._release(outcome_of(reply.status))
-            keep_alive = chunked or reply.content_length is not None
-            self._end(_outcome(reply.status), reply.status, keep_alive=keep_alive)
-
-    def _collect(self, payload: bytes, done: bool) -> None:
-        """An answer that is not a stream: kept until it is complete, or too large to keep."""
-        reply = self.reply
-        assert reply is not None
-        self.parts.append(payload)
-        self.parts_bytes += len(payload)
-        if not done:
-            if reply.until_close:
-                if self.parts_bytes > UNTIL_CLOSE_BYTES:
-                    message = "the backend's answer is long, and its length is not said"
-                    self._attempt_failed(AttemptError.MALFORMED, message)
-            elif self.parts_bytes > WHOLE_ANSWER_BYTES:
-                body, self.parts = b"".join(self.parts), []
-                self.mode = _RAW
-                self._relay_raw(body, False)
-            return
-        if reply.until_close and not self._is_whole():
-            self._attempt_failed(AttemptError.RESET, "the backend's answer broke off")
-            return
-        body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
-        status = reply.status
-        if 300 <= status < 400:
-            self._attempt_failed(status, f"the backend answered {status}: it stands elsewhere")
-            return
-        if status >= 500 or status in (401, 403, 408, 429):
-            assert self.lease is not None
-            self.last_error = (reply, body, self.lease.backend)
-            self._attempt_failed(status, f"the backend answered {status}")
-            return
-        if body.find(ABORTED) >= 0:
-            self.meter.body(body)
-            self._attempt_failed(AttemptError.ERROR_EVENT, "the backend aborted the request")
-            return
-        self._answer_whole(reply, body)
-
-    def _is_whole(self) -> bool:
-        """Whether an answer that only its connection's end delimits is complete, as far as can be told."""
-        assert self.reply is not None
-        body = b"".join(self.parts)
-        self.parts = [body]
-        begin = body.lstrip()[:1]
-        if begin not in (b"{", b"["):
-            return bool(begin) or self.reply.status >= 300
-        try:
-            orjson.loads(body)
-        except orjson.JSONDecodeError:
-            return False
-        return True
-
-    def _answer_whole(self, reply: ResponseHead, body: bytes) -> None:
-        status = reply.status
-        if 200 <= status < 300:
-            self.meter.body(body)
-        head = self._commit(b"content-length: %b\r\n" % str(len(body)).encode())
-        self.client.write(head + body)
-        self._release(outcome_of(status))
-        self._end(_outcome(status), status, keep_alive=True)
-
-    def _commit_stream(self) -> bytes:
-        """Head of an event stream: from here on the client knows."""
-        framing = b"transfer-encoding: chunked\r\n" if self.chunked else b""
-        head = self._commit(framing + b"cache-control: no-cache\r\nx-accel-buffering: no\r\n")
-        now = self.runtime.now()
-        self.row.ttft_s = now - self.arrived
-        if self.lease is not None:
-            self.runtime.fleet.first_token(self.lease, now)
-        return head
-
-    def _commit(self, framing: bytes) -> bytes:
-        reply = self.reply
-        assert reply is not None
-        if self.state is State.SENT:
-            self._move(State.RELAYING)
-        self.committed = True
-        row = self.row
-        row.overhead_s = max(self.dispatched - self.arrived - row.queue_s, 0.0)
-        keep_alive = self._keeps_alive() and (self.chunked or framing.startswith(b"content-length"))
-        overhead_us = int(row.overhead_s * 1e6)
-        # Only `%b`, since that is compiled; any other format is not.
-        fields = (
-            b"HTTP/1.1 %b %b\r\n%b%bx-request-id: %b\r\nx-tidegate-backend: %b\r\nx-tidegate-reason: %b\r\n"
-            b"x-tidegate-queue-ms: %b\r\nx-tidegate-overhead-ms: %b.%b\r\n"
-            % (
-                str(reply.status).encode(),
-                reply.phrase,
-                reply.fields,
-                framing,
-                self.id.encode(),
-                row.backend.encode(),
-                _field_text(row.reason),
-                str(int(row.queue_s * 1000)).encode(),
-                str(overhead_us // 1000).encode(),
-                str(1000 + overhead_us % 1000)[1:].encode(),
-            )
-        )
-        if self.key is not None:
-            fields += self.runtime.limits.headers(self.key, self.arrived)
-        if not keep_alive:
-            return fields + b"connection: close\r\n\r\n"
-        return fields + (b"\r\n" if self.chunked else b"connection: keep-alive\r\n\r\n")
-
-    def _keeps_alive(self) -> bool:
-        return self.request.keep_alive and not self.runtime.draining
 
     # Failing
 
@@ -761,8 +440,8 @@ class Exchange(Receiver):
         self.routings[-1].failure = message
         self.tried |= {name}
         self.meter, self.reader, self.reply, self.parts_bytes = self._new_meter(), None, None, 0
-        if self.mode != _RAW or self.endpoint != "forward":
-            self.mode = _WHOLE
+        if self.mode != RAW or self.endpoint != "forward":
+            self.mode = WHOLE
         others = runtime.valve.rules.candidates(self.facts, runtime.fleet).without(self.tried).order
         if others and row.attempts < runtime.config.retries.attempts and runtime.retry_budget.withdraw(now):
             routing = runtime.valve.retry(self.facts, self.routings[-1], self.tried, now)
@@ -788,7 +467,7 @@ class Exchange(Receiver):
         """The answer has begun and cannot go on."""
         if self.meter.done:
             self._complete()
-        elif self.mode == _EVENTS:
+        elif self.mode == EVENTS:
             code = _GIVE_UP_CODES.get(error, "shutting_down")
             event = error_event(code, message)
             # A half-written event of the backend's was never passed on, so this one stands alone: unless it was too
@@ -988,19 +667,6 @@ class Exchange(Receiver):
         else:
             self.client.abort()
         runtime.capacity_freed(now)
-
-
-def _outcome(status: int) -> str:
-    """How a request ended whose backend's complete answer was passed on."""
-    if status < 300:
-        return records.OK
-    return records.CLIENT_ERROR if status < 500 and status != 429 else records.BACKEND_FAILED
-
-
-def _field_text(text: str) -> bytes:
-    """Any text as a header field value."""
-    raw = text.encode("ascii", "replace")
-    return raw if text.isprintable() else bytes(c if 32 <= c < 127 else 63 for c in raw)
 
 
 def _prefix_hashes(raw: bytes, salt: bytes) -> tuple[int, ...]:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final, cast
 
 from proxy.answers import error_answer
 from proxy.errors import RequestError
-from proxy.exchange import Client, Exchange
+from proxy.exchange import Exchange
 from proxy.http1 import ChunkedDecoder, PartialHead, RepeatedHead, RequestHead
+from proxy.relay import Client
 
 if TYPE_CHECKING:
     from proxy.runtime import Admission, Runtime
@@ -364,7 +365,7 @@ class ClientConnection(Client):
         self.pending.clear()
         self.partial, self.parts = None, []
 
-    # proxy.exchange.Client
+    # proxy.relay.Client
 
     def write(self, data: bytes) -> None:
         if self.transport is not None:

@@ -9,7 +9,8 @@ import orjson
 import pytest
 
 from proxy.access.keys import Key
-from proxy.exchange import MOVES, WHOLE_ANSWER_BYTES, Exchange, State
+from proxy.exchange import MOVES, Exchange, State
+from proxy.relay import WHOLE_ANSWER_BYTES
 from proxy.sse import MAX_EVENT_BYTES
 from tests.proxy.fakes import (
     DONE,

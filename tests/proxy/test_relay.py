@@ -7,7 +7,8 @@ import json
 import orjson
 import pytest
 
-from proxy.exchange import STALE_S, UNTIL_CLOSE_BYTES, WHOLE_ANSWER_BYTES, State
+from proxy.exchange import STALE_S, State
+from proxy.relay import UNTIL_CLOSE_BYTES, WHOLE_ANSWER_BYTES
 from proxy.sse import MAX_EVENT_BYTES
 from tests.proxy.fakes import (
     DONE,
