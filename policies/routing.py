@@ -93,7 +93,7 @@ class Routing:
     policy: Policy | None = None
     """Hears how it goes; the lease carries it too."""
     tier: int = -1
-    """Index of the tier that took the request; -1: none did."""
+    """Index of the tier that took or refused the request; -1: none did."""
     passed: tuple[float, ...] = ()
     """Saturation of the tiers that were asked and did not take it; inf: none of its backends was
     available."""
@@ -108,6 +108,8 @@ class Routing:
     """Monotonic time of the decision."""
     held_s: float = 0.0
     """How long the request was held before."""
+    waits: Mapping[int, str] | None = None
+    """Tiers passed that have room, but whose policy asked to wait: index and reason."""
     failure: str = ""
     """Why the attempt failed that this decision led to; empty: it did not."""
     lease: Lease | None = None

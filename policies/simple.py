@@ -158,8 +158,9 @@ class WeightedQps(Policy):
     no candidate has a weight: then all are alike.
 
     `max_qps` is a token bucket that holds one second's worth, and one request at least (GCRA, the leaky bucket
-    of ITU-T I.371): in t seconds a backend gets at most max_qps * t + max(max_qps, 1) requests. Backends at
-    their limit are left out, as fallbacks too; when all are, the request is held until the first has room.
+    of ITU-T I.371): in t seconds this policy sends a backend at most max_qps * t + max(max_qps, 1) requests.
+    Backends at their limit are left out, as fallbacks too; when all are, it asks to wait until the first has room.
+    What goes to a backend after a failed attempt, or because its wait was over, is booked but not held back.
 
     Scores: credit with w_i; more is better.
     """

@@ -132,7 +132,10 @@ class Send:
 
 @dataclass(slots=True)
 class Hold:
-    """Keep the request until capacity appears, at the latest until `until` (monotonic)."""
+    """Keep the request for now, and ask again when capacity appears, at the latest at `until` (monotonic).
+
+    It ends with its rule's wait or the request's deadline, whatever `until` says.
+    """
 
     until: float
     reason: str = ""

@@ -321,7 +321,7 @@ def test_the_policys_decision_object_is_left_as_it_was() -> None:
 def test_a_policy_may_hold_within_the_rules_wait_and_may_reject() -> None:
     homes = fleet(backend("a"))
     routing = one_tier(Answers(Hold(2.0), Hold(99.0)), wait_s=5.0).route(request(), homes, 0.0)
-    assert (routing.decision, routing.decided_by, routing.tier) == (Hold(2.0), "chooser", 0)
+    assert (routing.decision, routing.decided_by, routing.tier) == (Hold(2.0), "chooser", -1)
     assert one_tier(Answers(Hold(99.0)), wait_s=5.0).route(request(), homes, 0.0).decision == Hold(5.0)
     assert one_tier(Answers(Reject("overloaded"))).route(request(), homes, 0.0).decision == Reject(
         "overloaded"
@@ -336,6 +336,54 @@ def test_a_tier_may_have_a_policy_of_its_own() -> None:
     load(homes["local"], 1)
     routing = rules.route(request(), homes, 0.0)
     assert (decided(routing), routing.decided_by) == ("r2", "special")
+
+
+def waiting_tiers(*holds: Any) -> RuleSet:
+    """Tiers with a policy each: `local`, `east`, then the rest."""
+    sites = [Selector(sites=frozenset({site})) for site in ("local", "east", "*")]
+    tiers = [
+        Tier(site, policy=Answers(hold) if hold else None, policy_name=f"p{number}")
+        for number, (site, hold) in enumerate(zip(sites, holds, strict=False))
+    ]
+    return RuleSet([rule(tiers=tuple(tiers), queue=Queue(10.0, 5))])
+
+
+def test_a_policy_that_asks_to_wait_is_passed_over_like_a_full_tier() -> None:
+    homes = fleet(backend("local", slots=4, in_flight=1), backend("east"), backend("west"))
+    routing = waiting_tiers(Hold(2.0, "rest"), None, None).route(request(), homes, 0.0)
+    assert (decided(routing), routing.tier, routing.passed, routing.waits) == (
+        "east",
+        1,
+        (0.25,),
+        {0: "rest"},
+    )
+    refused = waiting_tiers(Hold(2.0), Reject("overloaded"), None).route(request(), homes, 0.0)
+    assert (decided(refused), refused.tier) == ("overloaded", 1)
+
+
+def test_when_no_tier_sends_the_hold_is_that_of_the_policy_to_be_asked_first() -> None:
+    homes = fleet(backend("local", slots=4), backend("east"), backend("west", slots=2, in_flight=2))
+    routing = waiting_tiers(Hold(4.0, "slow"), Hold(3.0, "fast"), None).route(request(), homes, 0.0)
+    assert (routing.decision, routing.decided_by, routing.tier) == (Hold(3.0, "fast"), "p1", -1)
+    assert (routing.passed, routing.waits) == ((0.0, 0.0, 1.0), {0: "slow", 1: "fast"})
+    assert [candidate.name for candidate in routing.candidates] == ["east"]
+    load(homes["local"], 4)
+    load(homes["east"], 2)
+    full = waiting_tiers(Hold(4.0), Hold(3.0), None).route(request(), homes, 0.0)
+    assert (full.decision, full.decided_by, full.waits) == (Hold(10.0, "no free slot"), "tiers", None)
+
+
+def test_a_spill_moves_behind_a_policy_that_asks_to_wait() -> None:
+    tiers = (
+        Tier(LOCAL, Spill(0.5, 0.25), Answers(Hold(2.0)), "waits"),
+        Tier(Selector(sites=frozenset({"east"})), Spill(0.5, 0.25)),
+        Tier(),
+    )
+    homes = fleet(backend("local", slots=2, in_flight=1), backend("east", in_flight=2), backend("west"))
+    rules = RuleSet([rule(tiers=tiers)])
+    routing = rules.route(request(), homes, 0.0)
+    assert (decided(routing), routing.passed, routing.spilling) == ("west", (0.5, 1.0), True)
+    assert [state.open for state in rules.spills] == [True, True]
 
 
 @pytest.mark.parametrize(
