@@ -53,7 +53,8 @@ class Policy(Protocol):
     """
 
     needs: frozenset[str] = frozenset()
-    """Costly facts it reads: `prefix`."""
+    """Facts that are only seen to for policies that name them: `prefix` (costly to make), `weight` (a backend of
+    weight 0 is then no candidate while another one is available that has a weight)."""
 
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision: ...
 

@@ -162,6 +162,7 @@ def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: lis
         selector(section),
         tuple(tiers) or (Tier(),),
         Queue(section.queue.wait, section.queue.depth),
+        section.weights or {},
     )
 
 

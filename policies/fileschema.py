@@ -311,7 +311,8 @@ class Rule(FileModel):
     pick: PickOrName | None = None
     """Policy that chooses one of the backends asked: a name, or a name with parameters. Default: `least-load`."""
     weights: Mapping[Name, Annotated[float, Field(ge=0, le=1_000_000)]] | None = None
-    """Weights of backends, by name, that replace those of the configuration in this rule. 0 takes no share."""
+    """Weights of backends, by name, that replace those of the configuration in this rule. 0 takes nothing
+    while another backend that may serve the request is available."""
     queue: Queue = Queue()
     """How long a request is held when no tier has room, and how many may be."""
 

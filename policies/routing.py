@@ -100,7 +100,8 @@ class Routing:
     spilling: bool = False
     """Whether the tier that took it, or one asked before, stood open."""
     removed: Mapping[str, str] | None = None
-    """Backends that constraints removed, with the reason. Shared between decisions: not to be changed."""
+    """Backends that constraints or weight 0 removed, with the reason. Shared between decisions: not to be
+    changed."""
     candidates: tuple[Candidate, ...] = ()
     """What the policy chose from. A feasible backend that is not here had no free slot, was not available,
     or is of another tier."""

@@ -50,6 +50,8 @@ class RandomChoice(Policy):
     candidate has a known chance, to gather decisions for off-policy estimates.
     """
 
+    needs = frozenset({"weight"})
+
     def __init__(self, rng: Random) -> None:
         self._rng = rng
 
@@ -164,6 +166,8 @@ class WeightedQps(Policy):
 
     Scores: credit with w_i; more is better.
     """
+
+    needs = frozenset({"weight"})
 
     def __init__(
         self,

@@ -64,7 +64,8 @@ class BackendView:
     slots: int = 32
     """Requests it serves at once inside its SLA; at least 1."""
     weight: float = 1.0
-    """Its share where a policy goes by weight, 0 or more; 0: nothing while another candidate has a weight."""
+    """Its share where a policy goes by weight, 0 or more; 0: nothing, not even after a failed attempt or a wait,
+    while another backend with a weight that may serve the request is available."""
     models: frozenset[str] = frozenset()
     labels: Mapping[str, str] = field(default_factory=dict)
     operator: str = ""

@@ -13,6 +13,7 @@ from policies.constraints import feasible
 from policies.match import Match, Selector
 from policies.routing import Routing, rebuild
 from policies.rules import Queue, RuleSet, Spill, Tier
+from policies.simple import WeightedQps
 from policies.state import Backend, Fleet
 from tests.policies.builders import (
     Answers,
@@ -433,6 +434,57 @@ def test_tried_backends_are_left_out_and_move_no_flag() -> None:
     assert not any(state.open for state in rules.spills)
     everything = frozenset({"local", "r1", "r2"})
     assert decided(rules.route(request(), homes, 0.0, everything)) == "no_backend"
+
+
+# --- weight 0 ----------------------------------------------------------------------------------------------
+
+
+def weighing(*tiers: Tier, **facts: Any) -> RuleSet:
+    return RuleSet([rule(policy=WeightedQps(Random(0)), tiers=tiers or (Tier(),), **facts)])
+
+
+def test_weight_zero_takes_nothing_even_where_all_others_are_full() -> None:
+    homes = fleet(backend("a"), backend("zero", weight=0.0), backend("b", slots=1, in_flight=1))
+    rules = weighing()
+    routing = rules.route(request(), homes, 0.0)
+    assert (decided(routing), send(routing).fallbacks) == ("a", ("b",))
+    assert routing.removed == {"zero": "weight 0, and another backend is available"}
+    load(homes["a"], 2)
+    assert decided(rules.route(request(), homes, 0.0)) == "hold"
+    assert decided(rules.route(request(), homes, 0.0, frozenset({"a", "b"}))) == "no_backend"
+
+
+def test_weight_zero_is_passed_over_for_a_later_tier_and_its_tier_is_not_asked() -> None:
+    rules = weighing(Tier(LOCAL, Spill(0.8, 0.5)), Tier())
+    homes = fleet(backend("local", weight=0.0), backend("away"))
+    routing = rules.route(request(), homes, 0.0)
+    assert (decided(routing), routing.tier, routing.passed, routing.spilling) == ("away", 1, (), False)
+    assert send(routing).fallbacks == ()
+
+
+def test_weight_zero_serves_when_nothing_else_is_available() -> None:
+    rules, homes = weighing(), fleet(backend("a"), backend("zero", weight=0.0), backend("none", weight=0.0))
+    homes["a"].probed_up = False
+    homes.refresh(1.0)
+    assert {decided(rules.route(request(), homes, 1.0)) for _ in range(3)} == {"zero"}
+    homes["a"].probed_up = True
+    homes.refresh(2.0)
+    assert decided(rules.route(request(), homes, 2.0)) == "a"
+
+
+def test_weights_of_the_rule_count_and_not_those_of_the_configuration() -> None:
+    homes = fleet(backend("a"), backend("zero", weight=0.0, slots=1))
+    routing = weighing(weights={"a": 0.0, "zero": 2.0}).route(request(), homes, 0.0)
+    assert (decided(routing), list(routing.removed or ())) == ("zero", ["a"])
+
+
+def test_where_nobody_goes_by_weight_zero_means_nothing() -> None:
+    homes = fleet(backend("a", in_flight=1), backend("zero", weight=0.0))
+    assert decided(one_tier().route(request(), homes, 0.0)) == "zero"
+    # Nor in one tier of several: its backends are others to those that are to be empty.
+    homes = fleet(backend("local", weight=0.0), backend("zero", weight=0.0))
+    tiers = (Tier(LOCAL), Tier(policy=LeastInFlight(), policy_name="by load"))
+    assert decided(weighing(*tiers).route(request(), homes, 0.0)) == "zero"
 
 
 # --- laws --------------------------------------------------------------------------------------------------

@@ -231,6 +231,15 @@ def test_after_its_wait_a_request_goes_to_the_least_saturated_backend_of_any_tie
     assert valve.next_wake() == inf
 
 
+def test_after_its_wait_a_request_still_goes_to_none_of_weight_zero() -> None:
+    homes = fleet(backend("a", slots=1), backend("zero", slots=4, weight=0.0))
+    valve = Valve(one_tier(WeightedQps(Random(0)), wait_s=5.0), homes)
+    assert [decided(valve.submit(request(f"r{number}"), 0.0)) for number in range(2)] == ["a", "hold"]
+    (answer,) = valve.poll(5.0)
+    assert isinstance(answer.decision, Send)
+    assert (answer.decision.backend, answer.decision.fallbacks) == ("a", ())
+
+
 def test_all_whose_wait_is_over_are_answered_and_spread() -> None:
     homes = fleet(backend("a", slots=1), backend("b", slots=1))
     valve = Valve(one_tier(wait_s=5.0), homes)
