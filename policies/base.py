@@ -17,6 +17,7 @@ from typing import Protocol
 from policies.values import (
     ENGINE_FIGURES_VALID_S,
     KV_USE_FULL,
+    REJECT_CODES,
     BackendView,
     Decision,
     Finished,
@@ -30,6 +31,7 @@ from policies.values import (
 __all__ = [
     "ENGINE_FIGURES_VALID_S",
     "KV_USE_FULL",
+    "REJECT_CODES",
     "BackendView",
     "Decision",
     "Finished",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 ENGINE_FIGURES_VALID_S = 2.0
 """Scraped engine figures older than this are ignored (routers that trust stale queues herd)."""
@@ -142,9 +142,23 @@ class Hold:
     reason: str = ""
 
 
+REJECT_CODES: Final[frozenset[str]] = frozenset(
+    {
+        "model_not_found",
+        "data_class",
+        "context_length",
+        "no_backend",
+        "overloaded",
+        "queue_full",
+        "queue_timeout",
+    }
+)
+"""What a `Reject` may say; `proxy/errors.py` has a status for each."""
+
+
 @dataclass(slots=True)
 class Reject:
-    """Refuse the request; `code` is one of the codes in `proxy/errors.py`."""
+    """Refuse the request; `code` is one of `REJECT_CODES`."""
 
     code: str
     reason: str = ""

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from math import inf
+from math import inf, nan
 from random import Random
 from typing import Any
 
@@ -394,9 +394,25 @@ def test_a_spill_moves_behind_a_policy_that_asks_to_wait() -> None:
         Send("unknown"),
         Send("busy"),
         Send("b", None),  # type: ignore[arg-type]
+        Send("b", ("a", ["busy"])),  # type: ignore[arg-type]
+        Send("b", (1,)),  # type: ignore[arg-type]
+        Send(["b"]),  # type: ignore[arg-type]
+        Send("b", (), None),  # type: ignore[arg-type]
+        Send("b", (), "", None),  # type: ignore[arg-type]
+        Send("b", (), "", {}, None),  # type: ignore[arg-type]
+        Send("b", (), "", {}, "0.5"),  # type: ignore[arg-type]
+        Send("b", (), "", {}, nan),
         None,
-        Hold(float("nan")),
+        "b",
+        Hold(nan),
         Hold(None),  # type: ignore[arg-type]
+        Hold(1.0, None),  # type: ignore[arg-type]
+        Reject("no_such_code"),
+        Reject(["overloaded"]),  # type: ignore[arg-type]
+        Reject("overloaded", None),  # type: ignore[arg-type]
+        Reject("overloaded", "", "5"),  # type: ignore[arg-type]
+        Reject("overloaded", "", nan),
+        Reject("overloaded", "", -1.0),
     ],
 )
 def test_a_bad_answer_costs_the_policy_its_say(answer: Any) -> None:
