@@ -48,6 +48,8 @@ Names = Annotated[
 ]
 """One name or a list of names."""
 
+Labels = Annotated[Mapping[Name, Name], Field(min_length=1)]
+
 Endpoints = Annotated[tuple[Endpoint, ...], BeforeValidator(_as_list), Field(min_length=1)]
 
 
@@ -219,7 +221,7 @@ class When(FileModel):
     """Length of the prompt in tokens, estimated as a quarter of its bytes: a number, or bounds."""
     stream: bool | None = None
     """Whether the answer is streamed."""
-    labels: Mapping[Name, Name] | None = None
+    labels: Labels | None = None
     """Labels the request must carry, each with this value."""
     time: Window | None = None
     """A daily window, `08:00-18:00`; one that ends before it starts passes midnight."""
@@ -273,7 +275,7 @@ class Tier(FileModel):
     """Sites by name; `remote` is every site but `local`, `"*"` any site."""
     backend: Names | None = None
     """Backends by name."""
-    labels: Mapping[Name, Name] | None = None
+    labels: Labels | None = None
     """Labels the backends must carry, each with this value."""
     spill: Spill | None = None
     """When the tier begins and ends to spill. Without it, it takes a request when it has a free slot."""
@@ -310,7 +312,7 @@ class Rule(FileModel):
     Without it: all at once."""
     pick: PickOrName | None = None
     """Policy that chooses one of the backends asked: a name, or a name with parameters. Default: `least-load`."""
-    weights: Mapping[Name, Annotated[float, Field(ge=0, le=1_000_000)]] | None = None
+    weights: Mapping[Name, Annotated[float, Field(ge=0, le=1_000_000)]] | None = Field(None, min_length=1)
     """Weights of backends, by name, that replace those of the configuration in this rule. 0 takes nothing
     while another backend that may serve the request is available."""
     queue: Queue = Queue()

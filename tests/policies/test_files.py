@@ -305,6 +305,36 @@ p.yaml:3:22: rules[0].weights.aplliance: unknown backend 'aplliance' (did you me
   3 |     weights: {nj: 2, aplliance: 3}
     |                      ^""",
     ),
+    "weights for a policy that knows none": (
+        "rules:\n  - name: all\n    prefer: [{site: local, pick: geo}, {site: remote}]\n    weights: {nj: 0}\n",
+        """\
+p.yaml:4:5: rules[0].weights: weights mean nothing to least-load or geo: pick weighted-qps, or another policy that \
+goes by weight
+  4 |     weights: {nj: 0}
+    |     ^""",
+    ),
+    "maps without an entry": (
+        "rules:\n  - name: a\n    when: {labels: {}}\n"
+        "  - name: b\n    prefer: [{labels: {}}]\n    weights: {}\n",
+        """\
+p.yaml:3:20: rules[0].when.labels: needs at least 1 entry
+  3 |     when: {labels: {}}
+    |                    ^
+p.yaml:5:23: rules[1].prefer[0].labels: needs at least 1 entry
+  5 |     prefer: [{labels: {}}]
+    |                       ^
+p.yaml:6:14: rules[1].weights: needs at least 1 entry
+  6 |     weights: {}
+    |              ^""",
+    ),
+    "a policy that cannot be imported": (
+        "rules:\n  - name: all\n    pick: tests.policies.broken_module:Policy\n",
+        """\
+p.yaml:3:11: rules[0].pick: policy tests.policies.broken_module:Policy cannot be imported from \
+tests.policies.broken_module:Policy: ZeroDivisionError: on import
+  3 |     pick: tests.policies.broken_module:Policy
+    |           ^""",
+    ),
     "a limit for nobody": (
         "rules:\n  - name: all\n    prefer:\n"
         "      - {site: local, pick: {policy: weighted-qps, max_qps: {locl: 5, nj: 1}}}\n",
@@ -335,7 +365,7 @@ def test_every_parameter_that_is_keyed_by_backend_is_known_as_such() -> None:
 
 
 def test_names_are_checked_only_when_the_fleet_is_known() -> None:
-    text = "rules: [{name: all, sites: [mars], weights: {nj: 2}}]"
+    text = "rules: [{name: all, sites: [mars], pick: random, weights: {nj: 2}}]"
     assert read_policy(text, "p.yaml").warnings == []
     assert "unknown site 'mars'" in problems(text)
 
@@ -357,7 +387,7 @@ def test_sites_of_the_configuration_without_backends_are_known() -> None:
             ["2:28: rules[0].prefer[0]: no backend is in this tier now"],
         ),
         (
-            "prefer: [{backend: nj}, {site: nanjing, labels: {}}]",
+            "prefer: [{backend: nj}, {site: nanjing}]",
             ["2:43: rules[0].prefer[1]: no backend is in this tier now"],
         ),
         (
@@ -501,6 +531,15 @@ def shares(compiled: CompiledPolicy, count: int) -> dict[str, int]:
 def test_weights_of_a_rule_replace_those_of_the_configuration() -> None:
     text = "rules: [{name: all, pick: weighted-qps, weights: {a: 5, b: 0}}]"
     assert shares(read_policy(text, "p.yaml"), 60) == {"a": 50, "b": 0, "c": 10}
+
+
+def test_weights_reach_those_tiers_whose_policy_goes_by_weight() -> None:
+    text = (
+        "rules: [{name: all, weights: {a: 5}, pick: random, prefer: [{backend: a, pick: geo}, {backend: b}]}]"
+    )
+    (rule,) = read_policy(text, "p.yaml").rules.rules
+    assert [isinstance(chooser.policy, WithWeights) for chooser in rule.choosers] == [False, True]
+    assert rule.weights == {"a": 5}
 
 
 def test_a_policy_with_weights_never_changes_the_backends_themselves() -> None:
