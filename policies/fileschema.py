@@ -48,6 +48,31 @@ Names = Annotated[
 ]
 """One name or a list of names."""
 
+DATA_CLASS = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+"""What a data class of a key looks like; no other can match."""
+
+
+def _check_data_class(name: str) -> str:
+    if DATA_CLASS.fullmatch(name) is None:
+        meant = name.strip().lower().replace(" ", "-")
+        raise BadValueError(
+            f"expected a data class in lower case, such as internal, got {shown(name)}",
+            meant if DATA_CLASS.fullmatch(meant) else None,
+        )
+    return name
+
+
+_DATA_CLASS_SCHEMA = {"type": "string", "pattern": f"^{DATA_CLASS.pattern}$"}
+
+DataClasses = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_data_class)], ...],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+    WithJsonSchema(
+        {"anyOf": [_DATA_CLASS_SCHEMA, {"type": "array", "items": _DATA_CLASS_SCHEMA, "minItems": 1}]}
+    ),
+]
+
 Labels = Annotated[Mapping[Name, Name], Field(min_length=1)]
 
 Endpoints = Annotated[tuple[Endpoint, ...], BeforeValidator(_as_list), Field(min_length=1)]
@@ -211,7 +236,7 @@ class When(FileModel):
     """Models, after aliases. Patterns may be used: `qwen*`."""
     tenant: Names | None = None
     """Tenants, as keys name them."""
-    data_class: Names | None = None
+    data_class: DataClasses | None = None
     """Data classes, as keys name them; a key without one is `public`."""
     endpoint: Endpoints | None = None
     """API endpoints."""

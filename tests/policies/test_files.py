@@ -26,6 +26,7 @@ from policies.rules import Queue, Spill, Tier
 from policies.state import Backend, Fleet
 from policies.weights import WithWeights
 from policies.yamlfile import BadValueError, FileProblems, Problem, parse_yaml
+from proxy.access.keys import _WORD
 
 KNOWN = KnownNames(
     [
@@ -305,6 +306,23 @@ p.yaml:3:22: rules[0].weights.aplliance: unknown backend 'aplliance' (did you me
   3 |     weights: {nj: 2, aplliance: 3}
     |                      ^""",
     ),
+    "data classes that no key can have": (
+        f"rules:\n  - name: a\n    when: {{data_class: Internal}}\n"
+        f"  - name: b\n    when: {{data_class: [internal, Top Secret, '']}}{LAST}\n",
+        """\
+p.yaml:3:24: rules[0].when.data_class: expected a data class in lower case, such as internal, \
+got 'Internal' (did you mean 'internal'?)
+  3 |     when: {data_class: Internal}
+    |                        ^
+p.yaml:5:35: rules[1].when.data_class[1]: expected a data class in lower case, such as internal, \
+got 'Top Secret' (did you mean 'top-secret'?)
+  5 |     when: {data_class: [internal, Top Secret, '']}
+    |                                   ^
+p.yaml:5:47: rules[1].when.data_class[2]: expected a data class in lower case, such as internal, \
+got ''
+  5 |     when: {data_class: [internal, Top Secret, '']}
+    |                                               ^""",
+    ),
     "weights for a policy that knows none": (
         "rules:\n  - name: all\n    prefer: [{site: local, pick: geo}, {site: remote}]\n    weights: {nj: 0}\n",
         """\
@@ -352,6 +370,31 @@ p.yaml:4:62: rules[0].prefer[0].pick.max_qps.locl: unknown backend 'locl'; known
 def test_mistakes_are_told_with_their_place_and_what_was_meant(mistake: str) -> None:
     text, expected = MISTAKES[mistake]
     assert problems(text) == expected
+
+
+def test_data_classes_are_those_that_a_key_can_have() -> None:
+    for name in (
+        "public",
+        "a",
+        "0",
+        "x_1-y",
+        "a" * 64,
+        "",
+        "A",
+        "-a",
+        "_a",
+        "a b",
+        "a.b",
+        "é",
+        "a" * 65,
+        "a\n",
+    ):
+        try:
+            read_policy(f"rules: [{{name: a, when: {{data_class: {name!r}}}}}, {{name: b}}]", "p.yaml")
+            taken = True
+        except FileProblems:
+            taken = False
+        assert taken == bool(_WORD(name)), name
 
 
 def test_every_parameter_that_is_keyed_by_backend_is_known_as_such() -> None:
@@ -608,7 +651,7 @@ picks = st.sampled_from(
 whens = sections(
     model=one_or_more,
     tenant=one_or_more,
-    data_class=one_or_more,
+    data_class=st.one_of(one_or_more, st.sampled_from(["public", ["internal", "x-1"]])),
     endpoint=st.sampled_from(["chat", ["tokenize", "completions"]]),
     priority=ranges,
     prompt_tokens=ranges,
