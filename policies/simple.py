@@ -50,9 +50,8 @@ class RandomChoice(Policy):
     candidate has a known chance, to gather decisions for off-policy estimates.
     """
 
-    needs = frozenset({"weight"})
-
     def __init__(self, rng: Random) -> None:
+        self.needs = frozenset({"weight"})
         self._rng = rng
 
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
@@ -167,8 +166,6 @@ class WeightedQps(Policy):
     Scores: credit with w_i; more is better.
     """
 
-    needs = frozenset({"weight"})
-
     def __init__(
         self,
         rng: Random,
@@ -180,6 +177,7 @@ class WeightedQps(Policy):
         for name, qps in max_qps.items():
             if not 0.0 < qps < inf:
                 raise ValueError(f"max_qps of {name} must be above 0, not {qps:g}")
+        self.needs = frozenset({"weight"})
         self._spacing = {name: 1.0 / qps for name, qps in max_qps.items()}
         self._booked_until: dict[str, float] = {}
         """Monotonic time up to which a backend's requests use up its limit (GCRA's theoretical arrival)."""
