@@ -16,6 +16,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
+from importlib import resources
 from importlib.metadata import entry_points
 from pkgutil import resolve_name
 from random import Random
@@ -130,15 +132,33 @@ def parameters(name: str) -> tuple[Parameter, ...]:
 
 def summary(name: str) -> str:
     """What a policy does, in one line. Raises PolicyError as `find` does."""
-    return (inspect.getdoc(find(name)) or "").partition("\n")[0]
+    return (inspect.getdoc(_as_written(find(name))) or "").partition("\n")[0]
 
 
 def _installed() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 
+@lru_cache(maxsize=64)
+def _as_written(policy_class: type[Policy]) -> type[Policy]:
+    """The class out of its source, which stands beside what was compiled of it (hatch_build.py).
+
+    Compiled classes keep neither their docstrings nor the annotations of their constructors.
+    """
+    package, _, module = policy_class.__module__.rpartition(".")
+    if inspect.isfunction(policy_class.choose) or not package:
+        return policy_class
+    source = resources.files(package) / f"{module}.py"
+    if not source.is_file():
+        return policy_class
+    names: dict[str, Any] = {"__name__": policy_class.__module__}
+    exec(source.read_text(encoding="utf-8"), names)  # noqa: S102  what was compiled and imported already
+    written: type[Policy] = names[policy_class.__qualname__]
+    return written
+
+
 def _parameters_of(policy_class: type[Policy]) -> tuple[Parameter, ...]:
-    constructor = policy_class.__init__
+    constructor = _as_written(policy_class).__init__
     hints = get_type_hints(constructor, include_extras=True)
     found = []
     # The first two are `self` and the random generator.

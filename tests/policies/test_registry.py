@@ -212,6 +212,15 @@ def test_right_parameters_arrive() -> None:
     assert policy.given == {"count": 3, "share": 1, "limits": limits, "rest": {}}
 
 
+def test_a_compiled_class_is_described_by_its_source() -> None:
+    facts = {"__module__": "policies.simple", "__doc__": None, "choose": dict.get}
+    compiled = type("WeightedQps", (), facts)
+    assert policies._parameters_of(compiled) == parameters("weighted-qps") != ()
+    assert (policies._as_written(compiled).__doc__ or "").startswith(summary("weighted-qps"))
+    without = type("Nameless", (), {**facts, "__module__": "policies.no_such_source"})
+    assert policies._as_written(without) is without
+
+
 def test_a_summary_is_one_line() -> None:
     assert summary(f"{HERE}:First") == "Takes the first."
     assert summary(f"{HERE}:NoGenerator") == "Takes the first."
