@@ -16,6 +16,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
+from importlib import resources
 from importlib.metadata import entry_points
 from pkgutil import resolve_name
 from random import Random
@@ -69,25 +71,21 @@ def load(name: str, rng: Random, /, **parameters: object) -> Policy:
     """Make a policy.
 
     Raises:
-        PolicyError: no such policy, no such parameter, or a value it does not accept.
+        PolicyError: no such policy, no such parameter, or a value it does not accept; or it fails to be made, in
+            whatever way.
     """
     policy_class = find(name)
-    known = {parameter.name: parameter for parameter in _parameters_of(policy_class)}
-    for key, value in parameters.items():
-        if key not in known:
-            raise PolicyError(
-                f"policy {name} has no parameter {_meant(key, known)} {_accepted(known.values())}"
-            )
-        if not _fits(value, known[key].annotation):
-            raise PolicyError(f"policy {name}: {key} must be {known[key].type}, not {value!r}")
-    for key, parameter in known.items():
-        if parameter.default is REQUIRED and key not in parameters:
-            raise PolicyError(f"policy {name} needs the parameter {key} ({parameter.type})")
     make: Callable[..., Policy] = policy_class
     try:
-        return make(rng, **parameters)
-    except (TypeError, ValueError) as error:
-        raise PolicyError(f"policy {name}: {error}") from error
+        wrong = _wrong(name, _parameters_of(policy_class), parameters)
+        policy = None if wrong else make(rng, **parameters)
+    except Exception as error:  # annotations and constructor are somebody else's code
+        raise PolicyError(f"policy {name}: {_said(error)}") from error
+    if policy is None:
+        raise PolicyError(wrong)
+    if not isinstance(getattr(policy, "needs", None), frozenset):
+        raise PolicyError(f"policy {name} is no policy, it has no `needs` (a frozenset)")
+    return policy
 
 
 def find(name: str) -> type[Policy]:
@@ -104,8 +102,8 @@ def find(name: str) -> type[Policy]:
         )
     try:
         found = resolve_name(target)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise PolicyError(f"policy {name} cannot be imported from {target}: {error}") from error
+    except Exception as error:  # importing runs somebody else's code
+        raise PolicyError(f"policy {name} cannot be imported from {target}: {_said(error)}") from error
     if not isinstance(found, type):
         raise PolicyError(f"policy {name}: {target} is no class")
     for method in ("choose", "dispatched", "first_token", "finished"):
@@ -121,21 +119,46 @@ def names() -> list[str]:
 
 
 def parameters(name: str) -> tuple[Parameter, ...]:
-    """The parameters of a policy, in the order of its constructor. Raises PolicyError as `find` does."""
-    return _parameters_of(find(name))
+    """The parameters of a policy, in the order of its constructor.
+
+    Raises PolicyError as `find` does, and if its annotations cannot be read.
+    """
+    policy_class = find(name)
+    try:
+        return _parameters_of(policy_class)
+    except Exception as error:
+        raise PolicyError(f"policy {name}: its parameters cannot be read: {_said(error)}") from error
 
 
 def summary(name: str) -> str:
     """What a policy does, in one line. Raises PolicyError as `find` does."""
-    return (inspect.getdoc(find(name)) or "").partition("\n")[0]
+    return (inspect.getdoc(_as_written(find(name))) or "").partition("\n")[0]
 
 
 def _installed() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 
+@lru_cache(maxsize=64)
+def _as_written(policy_class: type[Policy]) -> type[Policy]:
+    """The class out of its source, which stands beside what was compiled of it (hatch_build.py).
+
+    Compiled classes keep neither their docstrings nor the annotations of their constructors.
+    """
+    package, _, module = policy_class.__module__.rpartition(".")
+    if inspect.isfunction(policy_class.choose) or not package:
+        return policy_class
+    source = resources.files(package) / f"{module}.py"
+    if not source.is_file():
+        return policy_class
+    names: dict[str, Any] = {"__name__": policy_class.__module__}
+    exec(source.read_text(encoding="utf-8"), names)  # noqa: S102  what was compiled and imported already
+    written: type[Policy] = names[policy_class.__qualname__]
+    return written
+
+
 def _parameters_of(policy_class: type[Policy]) -> tuple[Parameter, ...]:
-    constructor = policy_class.__init__
+    constructor = _as_written(policy_class).__init__
     hints = get_type_hints(constructor, include_extras=True)
     found = []
     # The first two are `self` and the random generator.
@@ -147,6 +170,27 @@ def _parameters_of(policy_class: type[Policy]) -> tuple[Parameter, ...]:
             annotation, doc = get_args(annotation)[:2]
         found.append(Parameter(parameter.name, annotation, parameter.default, doc))
     return tuple(found)
+
+
+def _wrong(name: str, takes: Iterable[Parameter], given: Mapping[str, object]) -> str:
+    """What is wrong with the parameters given to a policy; empty: nothing."""
+    known = {parameter.name: parameter for parameter in takes}
+    for key, value in given.items():
+        if key not in known:
+            return f"policy {name} has no parameter {_meant(key, known)} {_accepted(known.values())}"
+        if not _fits(value, known[key].annotation):
+            return f"policy {name}: {key} must be {known[key].type}, not {value!r}"
+    for key, parameter in known.items():
+        if parameter.default is REQUIRED and key not in given:
+            return f"policy {name} needs the parameter {key} ({parameter.type})"
+    return ""
+
+
+def _said(error: Exception) -> str:
+    """An exception in words; with its type where its words may be no sentence, as in `KeyError: 'x'`."""
+    if isinstance(error, ImportError | AttributeError | TypeError | ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _meant(given: str, known: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from typing import Protocol
 from policies.values import (
     ENGINE_FIGURES_VALID_S,
     KV_USE_FULL,
+    REJECT_CODES,
     BackendView,
     Decision,
     Finished,
@@ -30,6 +31,7 @@ from policies.values import (
 __all__ = [
     "ENGINE_FIGURES_VALID_S",
     "KV_USE_FULL",
+    "REJECT_CODES",
     "BackendView",
     "Decision",
     "Finished",
@@ -53,7 +55,8 @@ class Policy(Protocol):
     """
 
     needs: frozenset[str] = frozenset()
-    """Costly facts it reads: `prefix`."""
+    """Facts that are only seen to for policies that name them: `prefix` (costly to make), `weight` (a backend of
+    weight 0 is then no candidate while another one is available that has a weight)."""
 
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision: ...
 

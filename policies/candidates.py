@@ -4,6 +4,10 @@ They change only when the fleet does, so they are worked out once per rule, mode
 bucket, and kept until `fleet.version` moves. Length buckets are cut at the context limits known for the
 model: all requests between two limits have the same candidates.
 
+A backend of weight 0 is to be empty, if the policy of its tier goes by weight: it is taken out here, from all
+tiers, fallbacks and ends of waits alike, as long as another one may serve the request, is available and has a
+weight (or a policy that asks for none).
+
 The spill flags live here too, since they outlast a change of the fleet: a flag belongs to a tier and the
 feasible backends in it, and goes when one of them leaves the fleet.
 """
@@ -72,14 +76,16 @@ class Candidates:
 
     rule: Rule
     key: tuple[str, frozenset[str]]
-    """Rule and feasible backends, available or not: requests with the same key wait for the same things."""
+    """Rule and the backends in its tiers, available or not: requests with the same key wait for the same
+    things."""
     tiers: tuple[AvailableTier, ...]
-    """Tiers with feasible backends, in order."""
+    """Tiers with feasible backends that are not to be empty, in order."""
     order: tuple[str, ...]
     """Available backends in the order of their tiers."""
     tier_of: Mapping[str, int]
     """Tier by name of available backend."""
     removed: Mapping[str, str]
+    """Backends that may not serve it, or are to be empty, with the reason."""
     refusal: Reject | None
     """Set when nothing is feasible."""
     known_fallbacks: dict[tuple[int, str, tuple[str, ...]], tuple[str, ...]]
@@ -182,9 +188,17 @@ class CandidateSets:
 
     def _build(self, rule: Rule, request: RequestFacts, fleet: Fleet) -> Candidates:
         found = feasible(request, fleet, rule.allows, rule.name)
+        weights = [rule.weight_in(rule.tier_of(backend), backend) for backend in found.backends]
+        emptying = any(
+            backend.available and weight > 0.0
+            for backend, weight in zip(found.backends, weights, strict=True)
+        )
         members: list[list[Backend]] = [[] for _ in rule.tiers]
-        for backend in found.backends:
-            members[rule.tier_of(backend)].append(backend)
+        for backend, weight in zip(found.backends, weights, strict=True):
+            if emptying and weight == 0.0:
+                found.removed[backend.name] = "weight 0, and another backend is available"
+            else:
+                members[rule.tier_of(backend)].append(backend)
         tiers = tuple(
             AvailableTier(
                 index,
@@ -195,10 +209,10 @@ class CandidateSets:
             if inside
         )
         tier_of = {backend.name: tier.tier for tier in tiers for backend in tier.backends}
-        feasible_names = frozenset(backend.name for backend in found.backends)
+        names = frozenset(backend.name for inside in members for backend in inside)
         return Candidates(
             rule,
-            (rule.name, feasible_names),
+            (rule.name, names),
             tiers,
             tuple(tier_of),
             tier_of,

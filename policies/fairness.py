@@ -30,6 +30,7 @@ class Held:
     __slots__ = ("queue", "request", "sequence", "since", "until")
 
     def __init__(self, request: RequestFacts, sequence: int, since: float, until: float) -> None:
+        """`until`: when its hold ends at the latest, monotonic."""
         self.request = request
         self.sequence = sequence
         self.since = since

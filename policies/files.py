@@ -21,7 +21,7 @@ from policies.match import NO_LABELS, Hours, Match
 from policies.rules import Queue, Rule, RuleSet, Spill, Tier
 from policies.weights import WithWeights
 from policies.yamlfile import Document, Problem, parse_yaml
-from policies.yamlproblems import Finding, Path, closest
+from policies.yamlproblems import Finding, Path, closest, listed
 
 __all__ = [
     "DEFAULT_POLICY",
@@ -146,10 +146,17 @@ def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: lis
         except PolicyError as error:
             findings.append(Finding((*at, *path), str(error)))
             continue
-        made[path] = WithWeights(policy, section.weights) if section.weights else policy
+        made[path] = policy
+        if section.weights and "weight" in policy.needs:
+            made[path] = WithWeights(policy, section.weights)
     names = {path: pick.policy for path, pick in filechecks.picks_of(section)}
     if len(made) < len(names):
         return None
+    if section.weights and not any("weight" in policy.needs for policy in made.values()):
+        message = (
+            f"weights mean nothing to {listed(dict.fromkeys(names.values()))}: pick weighted-qps, or another"
+        )
+        findings.append(Finding((*at, "weights"), f"{message} policy that goes by weight", at_key=True))
     tiers = [
         _tier(tier, made.get(("prefer", place, "pick")), names.get(("prefer", place, "pick"), ""))
         for place, tier in enumerate(section.prefer or ())
@@ -162,6 +169,7 @@ def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: lis
         selector(section),
         tuple(tiers) or (Tier(),),
         Queue(section.queue.wait, section.queue.depth),
+        section.weights or {},
     )
 
 

@@ -48,6 +48,33 @@ Names = Annotated[
 ]
 """One name or a list of names."""
 
+DATA_CLASS = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+"""What a data class of a key looks like; no other can match."""
+
+
+def _check_data_class(name: str) -> str:
+    if DATA_CLASS.fullmatch(name) is None:
+        meant = name.strip().lower().replace(" ", "-")
+        raise BadValueError(
+            f"expected a data class in lower case, such as internal, got {shown(name)}",
+            meant if DATA_CLASS.fullmatch(meant) else None,
+        )
+    return name
+
+
+_DATA_CLASS_SCHEMA = {"type": "string", "pattern": f"^{DATA_CLASS.pattern}$"}
+
+DataClasses = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_data_class)], ...],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+    WithJsonSchema(
+        {"anyOf": [_DATA_CLASS_SCHEMA, {"type": "array", "items": _DATA_CLASS_SCHEMA, "minItems": 1}]}
+    ),
+]
+
+Labels = Annotated[Mapping[Name, Name], Field(min_length=1)]
+
 Endpoints = Annotated[tuple[Endpoint, ...], BeforeValidator(_as_list), Field(min_length=1)]
 
 
@@ -209,7 +236,7 @@ class When(FileModel):
     """Models, after aliases. Patterns may be used: `qwen*`."""
     tenant: Names | None = None
     """Tenants, as keys name them."""
-    data_class: Names | None = None
+    data_class: DataClasses | None = None
     """Data classes, as keys name them; a key without one is `public`."""
     endpoint: Endpoints | None = None
     """API endpoints."""
@@ -219,7 +246,7 @@ class When(FileModel):
     """Length of the prompt in tokens, estimated as a quarter of its bytes: a number, or bounds."""
     stream: bool | None = None
     """Whether the answer is streamed."""
-    labels: Mapping[Name, Name] | None = None
+    labels: Labels | None = None
     """Labels the request must carry, each with this value."""
     time: Window | None = None
     """A daily window, `08:00-18:00`; one that ends before it starts passes midnight."""
@@ -273,7 +300,7 @@ class Tier(FileModel):
     """Sites by name; `remote` is every site but `local`, `"*"` any site."""
     backend: Names | None = None
     """Backends by name."""
-    labels: Mapping[Name, Name] | None = None
+    labels: Labels | None = None
     """Labels the backends must carry, each with this value."""
     spill: Spill | None = None
     """When the tier begins and ends to spill. Without it, it takes a request when it has a free slot."""
@@ -310,8 +337,9 @@ class Rule(FileModel):
     Without it: all at once."""
     pick: PickOrName | None = None
     """Policy that chooses one of the backends asked: a name, or a name with parameters. Default: `least-load`."""
-    weights: Mapping[Name, Annotated[float, Field(ge=0, le=1_000_000)]] | None = None
-    """Weights of backends, by name, that replace those of the configuration in this rule. 0 takes no share."""
+    weights: Mapping[Name, Annotated[float, Field(ge=0, le=1_000_000)]] | None = Field(None, min_length=1)
+    """Weights of backends, by name, that replace those of the configuration in this rule. 0 takes nothing
+    while another backend that may serve the request is available."""
     queue: Queue = Queue()
     """How long a request is held when no tier has room, and how many may be."""
 

@@ -1,16 +1,26 @@
 """A policy that cannot take requests down with it.
 
-Policies come from other people, and from training. One that raises, or names a backend that it was not
-offered, costs its say in that decision and is counted; the request goes to the least loaded backend
-instead.
+Policies come from other people, and from training. One that raises, names a backend that it was not offered, or
+answers with anything else that is no decision, costs its say in that decision and is counted; the request goes to
+the least loaded backend instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 
-from policies.base import BackendView, Decision, Finished, Policy, Reject, RequestFacts, Send
+from policies.base import (
+    REJECT_CODES,
+    BackendView,
+    Decision,
+    Finished,
+    Hold,
+    Policy,
+    Reject,
+    RequestFacts,
+    Send,
+)
 
 FAILED = "policy failed"
 """`decided_by` of decisions made in a policy's stead."""
@@ -36,7 +46,7 @@ class Guarded:
         self._hears_dispatched = _overrides(policy, "dispatched")
         self._hears_finished = _overrides(policy, "finished")
         self.failures = 0
-        """Calls that raised, or answered with an unknown backend, since start."""
+        """Calls that raised, or whose answer was none, since start."""
         self.last_failure = ""
 
     def decide(
@@ -45,12 +55,7 @@ class Guarded:
         """The policy's decision and its name; on failure the least loaded backend and `policy failed`."""
         try:
             decision = self.policy.choose(request, backends, now)
-            if isinstance(decision, Send):
-                chosen = decision.backend
-                for backend in backends:
-                    if backend.name == chosen and type(decision.fallbacks) is tuple:
-                        return decision, self.name
-            elif isinstance(decision, Reject) or decision.until >= -inf:  # neither NaN nor None
+            if _is_answer(decision, backends):
                 return decision, self.name
             self._count(f"not an answer here: {decision!r}")
         except Exception as error:
@@ -86,6 +91,35 @@ class Guarded:
     def _count(self, failure: str) -> None:
         self.failures += 1
         self.last_failure = failure
+
+
+def _is_answer(decision: Decision, backends: Sequence[BackendView]) -> bool:
+    """Whether a decision holds what is declared: whatever else it held would fail later, outside of the guard.
+
+    May raise as well, as comparing None with a number does.
+    """
+    if type(decision) is Send:
+        if type(decision.fallbacks) is not tuple or not isinstance(decision.scores, Mapping):
+            return False
+        for name in decision.fallbacks:
+            if type(name) is not str:
+                return False
+        if type(decision.reason) is not str or not -inf < decision.propensity < inf:  # NaN neither
+            return False
+        for backend in backends:  # noqa: SIM110  runs for every request, and a generator costs thrice as much
+            if backend.name == decision.backend:
+                return True
+        return False
+    if type(decision) is Hold:
+        return decision.until >= -inf and type(decision.reason) is str
+    if type(decision) is Reject:
+        pause = decision.retry_after_s
+        return (
+            decision.code in REJECT_CODES
+            and type(decision.reason) is str
+            and (pause is None or 0.0 <= pause < inf)
+        )
+    return False
 
 
 def _overrides(policy: Policy, name: str) -> bool:

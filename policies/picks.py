@@ -41,7 +41,11 @@ def check(name: str, given: Mapping[str, Any]) -> Iterator[Finding]:
     }
     values = {key: value for key, value in given.items() if key in takes}
     config = ConfigDict(strict=True, arbitrary_types_allowed=True)
-    model: type[BaseModel] = create_model("Parameters", __config__=config, **fields)
+    try:
+        model: type[BaseModel] = create_model("Parameters", __config__=config, **fields)
+    except Exception as error:  # somebody else's names and annotations
+        yield Finding(("policy",), f"the parameters of {name} cannot be checked: {error}")
+        return
     try:
         model.model_validate(values)
     except ValidationError as error:

@@ -60,7 +60,7 @@ class SessionAffinity(Policy):
         self._fallback = load(fallback, rng)
         self._bound = bound
         self._bound_from = bound_from
-        self.needs = self._fallback.needs
+        self.needs = self._fallback.needs | {"weight"}
 
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
         if not request.session:

@@ -93,14 +93,15 @@ class Routing:
     policy: Policy | None = None
     """Hears how it goes; the lease carries it too."""
     tier: int = -1
-    """Index of the tier that took the request; -1: none did."""
+    """Index of the tier that took or refused the request; -1: none did."""
     passed: tuple[float, ...] = ()
     """Saturation of the tiers that were asked and did not take it; inf: none of its backends was
     available."""
     spilling: bool = False
     """Whether the tier that took it, or one asked before, stood open."""
     removed: Mapping[str, str] | None = None
-    """Backends that constraints removed, with the reason. Shared between decisions: not to be changed."""
+    """Backends that constraints or weight 0 removed, with the reason. Shared between decisions: not to be
+    changed."""
     candidates: tuple[Candidate, ...] = ()
     """What the policy chose from. A feasible backend that is not here had no free slot, was not available,
     or is of another tier."""
@@ -108,6 +109,8 @@ class Routing:
     """Monotonic time of the decision."""
     held_s: float = 0.0
     """How long the request was held before."""
+    waits: Mapping[int, str] | None = None
+    """Tiers passed that have room, but whose policy asked to wait: index and reason."""
     failure: str = ""
     """Why the attempt failed that this decision led to; empty: it did not."""
     lease: Lease | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from policies.base import BackendView, Policy
@@ -53,6 +54,8 @@ class Rule:
     tiers: tuple[Tier, ...] = (Tier(),)
     """Asked in order; without `prefer` in the file there is one that takes every backend."""
     queue: Queue = field(default_factory=Queue)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """By name of backend, in place of the configuration's."""
     guarded: Guarded = field(init=False)
     """The policy, unable to take a request down; counts its failures."""
     choosers: tuple[Guarded, ...] = field(init=False)
@@ -73,6 +76,12 @@ class Rule:
             if tier.selector.accepts(backend):
                 return index
         return -1
+
+    def weight_in(self, tier: int, backend: BackendView) -> float:
+        """The backend's weight for the policy of a tier; 1 for one that does not go by weight."""
+        if "weight" not in self.choosers[tier].needs:
+            return 1.0
+        return self.weights.get(backend.name, backend.weight)
 
     def allows(self, backend: BackendView) -> bool:
         """Whether the rule lets the backend serve at all."""

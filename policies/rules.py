@@ -1,7 +1,8 @@
 """The compiled policy file: where a request may go, in which order backends are asked, and who chooses.
 
 The first rule that matches a request applies. Its tiers are asked in order, and only when none of them takes
-the request it is held: spilling comes before waiting.
+the request it is held: spilling comes before waiting. That a tier's policy asks to wait is no different from
+having no room: the next tier is asked.
 
 A tier with `spill` is open or closed, with hysteresis: it opens when the capacity-weighted mean saturation of
 its available backends reaches `enter`, and closes below `leave`. While closed, the tier takes every request,
@@ -83,7 +84,8 @@ class RuleSet:
         """Decide; nothing is counted yet. Backends in `tried` (attempts that failed) are left out.
 
         Without a backend that may serve it: `Reject`, named after the constraint. With none that is
-        available: `Reject` with `no_backend`. With none that has room: `Hold`.
+        available: `Reject` with `no_backend`. With no tier that takes it: `Hold`, until the first of the
+        policies that asked to wait would be asked again.
         """
         candidates = self._sets.find(self.rule_for(request), request, fleet)
         rule = candidates.rule
@@ -93,6 +95,9 @@ class RuleSet:
             return self._refused(request, candidates, fleet, now)
         passed: tuple[float, ...] = ()
         spilling = False
+        waits: dict[int, str] | None = None
+        held: Routing | None = None
+        until = inf
         for tier in candidates.tiers:
             free = []
             figures = []
@@ -117,23 +122,26 @@ class RuleSet:
                     figures = [copy_figures(backend, backend.saturation(now)) for backend in free]
             if free:
                 routing = self._choose(request, candidates, tier.tier, free, figures, now)
-                routing.passed = passed
-                routing.spilling = spilling
-                return routing
+                decision = routing.decision
+                if type(decision) is not Hold:
+                    routing.passed = passed
+                    routing.spilling = spilling
+                    routing.waits = waits
+                    return routing
+                if waits is None:
+                    waits = {}
+                waits[tier.tier] = decision.reason
+                if held is None or decision.until < until:
+                    held, until = routing, decision.until
             passed = (*passed, mean)
-        return Routing(
-            request,
-            rule.name,
-            Hold(self.hold_until(request, rule), "no free slot"),
-            TIERS,
-            rule.guarded,
-            -1,
-            passed,
-            spilling,
-            candidates.removed,
-            (),
-            now,
-        )
+        if held is None:
+            hold = Hold(self.hold_until(request, rule), "no free slot")
+            held = Routing(request, rule.name, hold, TIERS, rule.guarded, removed=candidates.removed, at=now)
+        held.tier = -1
+        held.passed = passed
+        held.spilling = spilling
+        held.waits = waits
+        return held
 
     @staticmethod
     def hold_until(request: RequestFacts, rule: Rule) -> float:

@@ -51,6 +51,7 @@ class RandomChoice(Policy):
     """
 
     def __init__(self, rng: Random) -> None:
+        self.needs = frozenset({"weight"})
         self._rng = rng
 
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
@@ -158,8 +159,9 @@ class WeightedQps(Policy):
     no candidate has a weight: then all are alike.
 
     `max_qps` is a token bucket that holds one second's worth, and one request at least (GCRA, the leaky bucket
-    of ITU-T I.371): in t seconds a backend gets at most max_qps * t + max(max_qps, 1) requests. Backends at
-    their limit are left out, as fallbacks too; when all are, the request is held until the first has room.
+    of ITU-T I.371): in t seconds this policy sends a backend at most max_qps * t + max(max_qps, 1) requests.
+    Backends at their limit are left out, as fallbacks too; when all are, it asks to wait until the first has room.
+    What goes to a backend after a failed attempt, or because its wait was over, is booked but not held back.
 
     Scores: credit with w_i; more is better.
     """
@@ -175,6 +177,7 @@ class WeightedQps(Policy):
         for name, qps in max_qps.items():
             if not 0.0 < qps < inf:
                 raise ValueError(f"max_qps of {name} must be above 0, not {qps:g}")
+        self.needs = frozenset({"weight"})
         self._spacing = {name: 1.0 / qps for name, qps in max_qps.items()}
         self._booked_until: dict[str, float] = {}
         """Monotonic time up to which a backend's requests use up its limit (GCRA's theoretical arrival)."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 ENGINE_FIGURES_VALID_S = 2.0
 """Scraped engine figures older than this are ignored (routers that trust stale queues herd)."""
@@ -64,7 +64,8 @@ class BackendView:
     slots: int = 32
     """Requests it serves at once inside its SLA; at least 1."""
     weight: float = 1.0
-    """Its share where a policy goes by weight, 0 or more; 0: nothing while another candidate has a weight."""
+    """Its share where a policy goes by weight, 0 or more; 0: nothing, not even after a failed attempt or a wait,
+    while another backend with a weight that may serve the request is available."""
     models: frozenset[str] = frozenset()
     labels: Mapping[str, str] = field(default_factory=dict)
     operator: str = ""
@@ -132,15 +133,32 @@ class Send:
 
 @dataclass(slots=True)
 class Hold:
-    """Keep the request until capacity appears, at the latest until `until` (monotonic)."""
+    """Keep the request for now, and ask again when capacity appears, at the latest at `until` (monotonic).
+
+    It ends with its rule's wait or the request's deadline, whatever `until` says.
+    """
 
     until: float
     reason: str = ""
 
 
+REJECT_CODES: Final[frozenset[str]] = frozenset(
+    {
+        "model_not_found",
+        "data_class",
+        "context_length",
+        "no_backend",
+        "overloaded",
+        "queue_full",
+        "queue_timeout",
+    }
+)
+"""What a `Reject` may say; `proxy/errors.py` has a status for each."""
+
+
 @dataclass(slots=True)
 class Reject:
-    """Refuse the request; `code` is one of the codes in `proxy/errors.py`."""
+    """Refuse the request; `code` is one of `REJECT_CODES`."""
 
     code: str
     reason: str = ""

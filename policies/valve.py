@@ -8,9 +8,9 @@ decided, or all that are answered at once would pick the same backend.
 Held requests wait in one queue per rule and set of feasible backends, so that one model's queue, being
 stuck, stops no other. A poll asks at most `HEADS_PER_POLL` heads of each queue, one of each in turn, in
 fair order (`fairness.py`). Only a change of the fleet or of the policy file walks over those who wait, and
-a full queue is searched for the tenant that has most in it. A hold ends at the earliest of its policy's
-`until`, its rule's wait and the request's deadline: then the request goes to the least saturated backend
-that may serve it, whatever its tier, or is refused.
+a full queue is searched for the tenant that has most in it. The `until` of a policy's hold is when the heads
+are asked again. A hold ends with its rule's wait or the request's deadline: then the request goes to the least
+saturated backend that may serve it, whatever its tier, or is refused.
 
 Every request that is submitted gets exactly one answer that is not a `Hold`, by `submit` or by `poll`,
 unless it is cancelled.
@@ -44,6 +44,9 @@ class Valve:
         """By request id, in order of arrival."""
         self._queues: dict[tuple[str, frozenset[str]], FairQueue] = {}
         """Those with somebody in them."""
+        self._ask_at = inf
+        """When the first of the policies that hold requests wants to be asked again. One time for all queues is
+        enough, since a poll asks the heads of all; it may be too early, when a request has left."""
         self._ends: list[tuple[float, int, Held]] = []
         """Heap by the end of the hold. Answered ones stay until they come up, or outnumber the others."""
         self._answers: list[Routing] = []
@@ -132,6 +135,7 @@ class Valve:
             self._follow_fleet(now)
         self.rules.observe(self.fleet, now)
         self._unasked = False
+        self._ask_at = inf
         if not self._held and not self._answers:
             return []
         answers, self._answers = self._answers, []
@@ -142,14 +146,14 @@ class Valve:
     def next_wake(self) -> float:
         """When to poll if nothing happens before, monotonic.
 
-        It is the end of the next hold or the moment when a breaker or a back-off lets a backend be tried
-        again; inf: neither is pending.
+        It is the end of the next hold, the moment when a policy that holds requests wants to be asked again, or
+        when a breaker or a back-off lets a backend be tried again; inf: none is pending.
         """
         if self._answers or self._unasked:
             return self._now
         while self._ends and self._ends[0][2].queue is None:
             heappop(self._ends)
-        return min(self._ends[0][0], self._back_at) if self._ends else self._back_at
+        return min(self._ends[0][0], self._ask_at, self._back_at) if self._ends else self._back_at
 
     def cancel(self, request_id: str) -> bool:
         """The client has left: forget its request. False: it is not held, so it has been answered."""
@@ -194,9 +198,11 @@ class Valve:
             refusal.held_s = now - displaced.since
             self._answers.append(refusal)
         self._sequence += 1
-        held = Held(request, self._sequence, now, routing.decision.until)
+        held = Held(request, self._sequence, now, self.rules.hold_until(request, candidates.rule))
         if routing.decided_by == TIERS:
             queue.blocked = True
+        else:
+            self._ask_again(routing.decision, now)
         self._queues[candidates.key] = queue
         queue.add(held)
         self._held[request.id] = held
@@ -263,6 +269,7 @@ class Valve:
                 queue.blocked = True  # no room, nor for those behind it
                 return False
             queue.blocked = False
+            self._ask_again(routing.decision, now)
             queue.pass_over(held)
             return True
         if routing.decided_by == AVAILABILITY:
@@ -270,6 +277,12 @@ class Valve:
         queue.blocked = False
         self._answer(held, routing, now, answers)
         return len(queue) > 0
+
+    def _ask_again(self, hold: Hold, now: float) -> None:
+        """Note when a policy wants to be asked again. A time that has passed is none: polls would run in a
+        circle."""
+        if now < hold.until < self._ask_at:
+            self._ask_at = hold.until
 
     def _to_any(
         self, request: RequestFacts, candidates: Candidates, decided_by: str, reason: str, now: float

@@ -136,6 +136,8 @@ def _others(runtime: Runtime, routing: Routing, tried: set[str]) -> Iterator[tup
             yield name, "had failed before"
         elif tier > routing.tier >= 0 and not everybody_available:
             yield name, "of a later tier"
+        elif routing.waits and tier in routing.waits:
+            yield name, f"its tier had room, but asked to wait: {routing.waits[tier] or 'no reason given'}"
         else:
             yield name, _absence(runtime, runtime.fleet[name], routing, everybody_available)
 

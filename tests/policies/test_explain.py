@@ -136,7 +136,7 @@ def test_a_condition_without_conditions_is_none() -> None:
             "pick: {policy: geo, home: [39.9, 116], skip_full: false}",
             "geo chooses (with home [39.9, 116], skip_full false).",
         ),
-        ("weights: {a: 3, b: 0.5}", "Weights here: a=3 and b=0.5."),
+        ("pick: random, weights: {a: 3, b: 0.5}", "Weights here: a=3 and b=0.5."),
         ("queue: {wait: 90s, depth: 3}", "waits for up to 90 s and then"),
         (
             "queue: {wait: 2h}",

@@ -26,6 +26,7 @@ from policies.rules import Queue, Spill, Tier
 from policies.state import Backend, Fleet
 from policies.weights import WithWeights
 from policies.yamlfile import BadValueError, FileProblems, Problem, parse_yaml
+from proxy.access.keys import _WORD
 
 KNOWN = KnownNames(
     [
@@ -305,6 +306,53 @@ p.yaml:3:22: rules[0].weights.aplliance: unknown backend 'aplliance' (did you me
   3 |     weights: {nj: 2, aplliance: 3}
     |                      ^""",
     ),
+    "data classes that no key can have": (
+        f"rules:\n  - name: a\n    when: {{data_class: Internal}}\n"
+        f"  - name: b\n    when: {{data_class: [internal, Top Secret, '']}}{LAST}\n",
+        """\
+p.yaml:3:24: rules[0].when.data_class: expected a data class in lower case, such as internal, \
+got 'Internal' (did you mean 'internal'?)
+  3 |     when: {data_class: Internal}
+    |                        ^
+p.yaml:5:35: rules[1].when.data_class[1]: expected a data class in lower case, such as internal, \
+got 'Top Secret' (did you mean 'top-secret'?)
+  5 |     when: {data_class: [internal, Top Secret, '']}
+    |                                   ^
+p.yaml:5:47: rules[1].when.data_class[2]: expected a data class in lower case, such as internal, \
+got ''
+  5 |     when: {data_class: [internal, Top Secret, '']}
+    |                                               ^""",
+    ),
+    "weights for a policy that knows none": (
+        "rules:\n  - name: all\n    prefer: [{site: local, pick: geo}, {site: remote}]\n    weights: {nj: 0}\n",
+        """\
+p.yaml:4:5: rules[0].weights: weights mean nothing to least-load or geo: pick weighted-qps, or another policy that \
+goes by weight
+  4 |     weights: {nj: 0}
+    |     ^""",
+    ),
+    "maps without an entry": (
+        "rules:\n  - name: a\n    when: {labels: {}}\n"
+        "  - name: b\n    prefer: [{labels: {}}]\n    weights: {}\n",
+        """\
+p.yaml:3:20: rules[0].when.labels: needs at least 1 entry
+  3 |     when: {labels: {}}
+    |                    ^
+p.yaml:5:23: rules[1].prefer[0].labels: needs at least 1 entry
+  5 |     prefer: [{labels: {}}]
+    |                       ^
+p.yaml:6:14: rules[1].weights: needs at least 1 entry
+  6 |     weights: {}
+    |              ^""",
+    ),
+    "a policy that cannot be imported": (
+        "rules:\n  - name: all\n    pick: tests.policies.broken_module:Policy\n",
+        """\
+p.yaml:3:11: rules[0].pick: policy tests.policies.broken_module:Policy cannot be imported from \
+tests.policies.broken_module:Policy: ZeroDivisionError: on import
+  3 |     pick: tests.policies.broken_module:Policy
+    |           ^""",
+    ),
     "a limit for nobody": (
         "rules:\n  - name: all\n    prefer:\n"
         "      - {site: local, pick: {policy: weighted-qps, max_qps: {locl: 5, nj: 1}}}\n",
@@ -324,6 +372,31 @@ def test_mistakes_are_told_with_their_place_and_what_was_meant(mistake: str) -> 
     assert problems(text) == expected
 
 
+def test_data_classes_are_those_that_a_key_can_have() -> None:
+    for name in (
+        "public",
+        "a",
+        "0",
+        "x_1-y",
+        "a" * 64,
+        "",
+        "A",
+        "-a",
+        "_a",
+        "a b",
+        "a.b",
+        "é",
+        "a" * 65,
+        "a\n",
+    ):
+        try:
+            read_policy(f"rules: [{{name: a, when: {{data_class: {name!r}}}}}, {{name: b}}]", "p.yaml")
+            taken = True
+        except FileProblems:
+            taken = False
+        assert taken == bool(_WORD(name)), name
+
+
 def test_every_parameter_that_is_keyed_by_backend_is_known_as_such() -> None:
     described = {
         (name, parameter.name)
@@ -335,7 +408,7 @@ def test_every_parameter_that_is_keyed_by_backend_is_known_as_such() -> None:
 
 
 def test_names_are_checked_only_when_the_fleet_is_known() -> None:
-    text = "rules: [{name: all, sites: [mars], weights: {nj: 2}}]"
+    text = "rules: [{name: all, sites: [mars], pick: random, weights: {nj: 2}}]"
     assert read_policy(text, "p.yaml").warnings == []
     assert "unknown site 'mars'" in problems(text)
 
@@ -357,7 +430,7 @@ def test_sites_of_the_configuration_without_backends_are_known() -> None:
             ["2:28: rules[0].prefer[0]: no backend is in this tier now"],
         ),
         (
-            "prefer: [{backend: nj}, {site: nanjing, labels: {}}]",
+            "prefer: [{backend: nj}, {site: nanjing}]",
             ["2:43: rules[0].prefer[1]: no backend is in this tier now"],
         ),
         (
@@ -503,6 +576,15 @@ def test_weights_of_a_rule_replace_those_of_the_configuration() -> None:
     assert shares(read_policy(text, "p.yaml"), 60) == {"a": 50, "b": 0, "c": 10}
 
 
+def test_weights_reach_those_tiers_whose_policy_goes_by_weight() -> None:
+    text = (
+        "rules: [{name: all, weights: {a: 5}, pick: random, prefer: [{backend: a, pick: geo}, {backend: b}]}]"
+    )
+    (rule,) = read_policy(text, "p.yaml").rules.rules
+    assert [isinstance(chooser.policy, WithWeights) for chooser in rule.choosers] == [False, True]
+    assert rule.weights == {"a": 5}
+
+
 def test_a_policy_with_weights_never_changes_the_backends_themselves() -> None:
     compiled = read_policy("rules: [{name: all, pick: random, weights: {a: 5}}]", "p.yaml")
     policy = compiled.rules.rules[0].policy
@@ -569,7 +651,7 @@ picks = st.sampled_from(
 whens = sections(
     model=one_or_more,
     tenant=one_or_more,
-    data_class=one_or_more,
+    data_class=st.one_of(one_or_more, st.sampled_from(["public", ["internal", "x-1"]])),
     endpoint=st.sampled_from(["chat", ["tokenize", "completions"]]),
     priority=ranges,
     prompt_tokens=ranges,

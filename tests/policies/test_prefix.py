@@ -161,7 +161,7 @@ def test_without_a_session_the_fallback_decides_and_hears_everything() -> None:
 
 def test_the_fallback_says_what_it_needs_and_hears_what_happens() -> None:
     policy = SessionAffinity(Random(0), fallback=f"{__name__}:Hears")
-    assert policy.needs == {"prefix"}
+    assert policy.needs == {"prefix", "weight"}
     policy.first_token(request("r1"), BackendView("b"), 0.0)
     policy.finished(Finished(request("r2"), "b", Outcome.OK, 0.0))
     assert Hears.heard == ["first_token r1", "finished r2"]

@@ -12,6 +12,8 @@ import pytest
 import policies
 from policies import POLICIES, REQUIRED, Parameter, PolicyError, find, load, names, parameters, summary
 from policies.base import BackendView, Decision, Policy, RequestFacts, Send
+from policies.files import read_policy
+from policies.yamlfile import FileProblems
 
 HERE = __name__
 
@@ -48,6 +50,27 @@ class Everything(First):
 
 class NoGenerator(First):
     def __init__(self) -> None: ...
+
+
+class RaisesKeyError(First):
+    def __init__(self, rng: Random) -> None:
+        raise KeyError("secret")
+
+
+class Unresolved(First):
+    def __init__(self, rng: Random, *, x: Nowhere = 1) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+
+class OddlyNamed(First):
+    def __init__(self, rng: Random, *, model_dump: int = 1) -> None: ...
+
+
+class Needy:
+    """Has all methods, and no `needs`."""
+
+    def __init__(self, rng: Random) -> None: ...
+
+    choose = dispatched = first_token = finished = First.choose
 
 
 not_a_class = First.choose
@@ -120,6 +143,13 @@ def test_every_kind_of_parameter() -> None:
         (f"{HERE}:not_a_class", "is no class"),
         (f"{HERE}:NoPolicy", "is no policy, it has no `dispatched`"),
         (f"{HERE}:NoGenerator", "takes 1 positional argument but 2 were given"),
+        (f"{HERE}:RaisesKeyError", f"policy {HERE}:RaisesKeyError: KeyError: 'secret'"),
+        (f"{HERE}:Unresolved", f"policy {HERE}:Unresolved: NameError: name 'Nowhere' is not defined"),
+        (f"{HERE}:Needy", f"policy {HERE}:Needy is no policy, it has no `needs`"),
+        (
+            "tests.policies.broken_module:X",
+            "cannot be imported from tests.policies.broken_module:X: ZeroDivision",
+        ),
     ],
 )
 def test_wrong_names_are_explained(name: str, message: str) -> None:
@@ -167,6 +197,12 @@ def test_wrong_parameters_are_named(name: str, given: dict[str, object], message
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["Unresolved", "OddlyNamed", "RaisesKeyError", "Needy"])
+def test_a_policy_that_fails_is_a_mistake_in_the_file_that_picks_it(name: str) -> None:
+    with pytest.raises(FileProblems, match=f"{HERE}:{name}"):
+        read_policy(f"rules: [{{name: all, pick: {HERE}:{name}}}]", "p.yaml")
+
+
 def test_right_parameters_arrive() -> None:
     limits = {"a": [1, 2.5], "b": ()}
     policy = load(
@@ -174,6 +210,15 @@ def test_right_parameters_arrive() -> None:
     )
     assert isinstance(policy, Everything)
     assert policy.given == {"count": 3, "share": 1, "limits": limits, "rest": {}}
+
+
+def test_a_compiled_class_is_described_by_its_source() -> None:
+    facts = {"__module__": "policies.simple", "__doc__": None, "choose": dict.get}
+    compiled = type("WeightedQps", (), facts)
+    assert policies._parameters_of(compiled) == parameters("weighted-qps") != ()
+    assert (policies._as_written(compiled).__doc__ or "").startswith(summary("weighted-qps"))
+    without = type("Nameless", (), {**facts, "__module__": "policies.no_such_source"})
+    assert policies._as_written(without) is without
 
 
 def test_a_summary_is_one_line() -> None:

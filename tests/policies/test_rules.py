@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from math import inf
+from math import inf, nan
 from random import Random
 from typing import Any
 
@@ -13,6 +13,7 @@ from policies.constraints import feasible
 from policies.match import Match, Selector
 from policies.routing import Routing, rebuild
 from policies.rules import Queue, RuleSet, Spill, Tier
+from policies.simple import WeightedQps
 from policies.state import Backend, Fleet
 from tests.policies.builders import (
     Answers,
@@ -321,7 +322,7 @@ def test_the_policys_decision_object_is_left_as_it_was() -> None:
 def test_a_policy_may_hold_within_the_rules_wait_and_may_reject() -> None:
     homes = fleet(backend("a"))
     routing = one_tier(Answers(Hold(2.0), Hold(99.0)), wait_s=5.0).route(request(), homes, 0.0)
-    assert (routing.decision, routing.decided_by, routing.tier) == (Hold(2.0), "chooser", 0)
+    assert (routing.decision, routing.decided_by, routing.tier) == (Hold(2.0), "chooser", -1)
     assert one_tier(Answers(Hold(99.0)), wait_s=5.0).route(request(), homes, 0.0).decision == Hold(5.0)
     assert one_tier(Answers(Reject("overloaded"))).route(request(), homes, 0.0).decision == Reject(
         "overloaded"
@@ -338,6 +339,54 @@ def test_a_tier_may_have_a_policy_of_its_own() -> None:
     assert (decided(routing), routing.decided_by) == ("r2", "special")
 
 
+def waiting_tiers(*holds: Any) -> RuleSet:
+    """Tiers with a policy each: `local`, `east`, then the rest."""
+    sites = [Selector(sites=frozenset({site})) for site in ("local", "east", "*")]
+    tiers = [
+        Tier(site, policy=Answers(hold) if hold else None, policy_name=f"p{number}")
+        for number, (site, hold) in enumerate(zip(sites, holds, strict=False))
+    ]
+    return RuleSet([rule(tiers=tuple(tiers), queue=Queue(10.0, 5))])
+
+
+def test_a_policy_that_asks_to_wait_is_passed_over_like_a_full_tier() -> None:
+    homes = fleet(backend("local", slots=4, in_flight=1), backend("east"), backend("west"))
+    routing = waiting_tiers(Hold(2.0, "rest"), None, None).route(request(), homes, 0.0)
+    assert (decided(routing), routing.tier, routing.passed, routing.waits) == (
+        "east",
+        1,
+        (0.25,),
+        {0: "rest"},
+    )
+    refused = waiting_tiers(Hold(2.0), Reject("overloaded"), None).route(request(), homes, 0.0)
+    assert (decided(refused), refused.tier) == ("overloaded", 1)
+
+
+def test_when_no_tier_sends_the_hold_is_that_of_the_policy_to_be_asked_first() -> None:
+    homes = fleet(backend("local", slots=4), backend("east"), backend("west", slots=2, in_flight=2))
+    routing = waiting_tiers(Hold(4.0, "slow"), Hold(3.0, "fast"), None).route(request(), homes, 0.0)
+    assert (routing.decision, routing.decided_by, routing.tier) == (Hold(3.0, "fast"), "p1", -1)
+    assert (routing.passed, routing.waits) == ((0.0, 0.0, 1.0), {0: "slow", 1: "fast"})
+    assert [candidate.name for candidate in routing.candidates] == ["east"]
+    load(homes["local"], 4)
+    load(homes["east"], 2)
+    full = waiting_tiers(Hold(4.0), Hold(3.0), None).route(request(), homes, 0.0)
+    assert (full.decision, full.decided_by, full.waits) == (Hold(10.0, "no free slot"), "tiers", None)
+
+
+def test_a_spill_moves_behind_a_policy_that_asks_to_wait() -> None:
+    tiers = (
+        Tier(LOCAL, Spill(0.5, 0.25), Answers(Hold(2.0)), "waits"),
+        Tier(Selector(sites=frozenset({"east"})), Spill(0.5, 0.25)),
+        Tier(),
+    )
+    homes = fleet(backend("local", slots=2, in_flight=1), backend("east", in_flight=2), backend("west"))
+    rules = RuleSet([rule(tiers=tiers)])
+    routing = rules.route(request(), homes, 0.0)
+    assert (decided(routing), routing.passed, routing.spilling) == ("west", (0.5, 1.0), True)
+    assert [state.open for state in rules.spills] == [True, True]
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -345,9 +394,25 @@ def test_a_tier_may_have_a_policy_of_its_own() -> None:
         Send("unknown"),
         Send("busy"),
         Send("b", None),  # type: ignore[arg-type]
+        Send("b", ("a", ["busy"])),  # type: ignore[arg-type]
+        Send("b", (1,)),  # type: ignore[arg-type]
+        Send(["b"]),  # type: ignore[arg-type]
+        Send("b", (), None),  # type: ignore[arg-type]
+        Send("b", (), "", None),  # type: ignore[arg-type]
+        Send("b", (), "", {}, None),  # type: ignore[arg-type]
+        Send("b", (), "", {}, "0.5"),  # type: ignore[arg-type]
+        Send("b", (), "", {}, nan),
         None,
-        Hold(float("nan")),
+        "b",
+        Hold(nan),
         Hold(None),  # type: ignore[arg-type]
+        Hold(1.0, None),  # type: ignore[arg-type]
+        Reject("no_such_code"),
+        Reject(["overloaded"]),  # type: ignore[arg-type]
+        Reject("overloaded", None),  # type: ignore[arg-type]
+        Reject("overloaded", "", "5"),  # type: ignore[arg-type]
+        Reject("overloaded", "", nan),
+        Reject("overloaded", "", -1.0),
     ],
 )
 def test_a_bad_answer_costs_the_policy_its_say(answer: Any) -> None:
@@ -385,6 +450,57 @@ def test_tried_backends_are_left_out_and_move_no_flag() -> None:
     assert not any(state.open for state in rules.spills)
     everything = frozenset({"local", "r1", "r2"})
     assert decided(rules.route(request(), homes, 0.0, everything)) == "no_backend"
+
+
+# --- weight 0 ----------------------------------------------------------------------------------------------
+
+
+def weighing(*tiers: Tier, **facts: Any) -> RuleSet:
+    return RuleSet([rule(policy=WeightedQps(Random(0)), tiers=tiers or (Tier(),), **facts)])
+
+
+def test_weight_zero_takes_nothing_even_where_all_others_are_full() -> None:
+    homes = fleet(backend("a"), backend("zero", weight=0.0), backend("b", slots=1, in_flight=1))
+    rules = weighing()
+    routing = rules.route(request(), homes, 0.0)
+    assert (decided(routing), send(routing).fallbacks) == ("a", ("b",))
+    assert routing.removed == {"zero": "weight 0, and another backend is available"}
+    load(homes["a"], 2)
+    assert decided(rules.route(request(), homes, 0.0)) == "hold"
+    assert decided(rules.route(request(), homes, 0.0, frozenset({"a", "b"}))) == "no_backend"
+
+
+def test_weight_zero_is_passed_over_for_a_later_tier_and_its_tier_is_not_asked() -> None:
+    rules = weighing(Tier(LOCAL, Spill(0.8, 0.5)), Tier())
+    homes = fleet(backend("local", weight=0.0), backend("away"))
+    routing = rules.route(request(), homes, 0.0)
+    assert (decided(routing), routing.tier, routing.passed, routing.spilling) == ("away", 1, (), False)
+    assert send(routing).fallbacks == ()
+
+
+def test_weight_zero_serves_when_nothing_else_is_available() -> None:
+    rules, homes = weighing(), fleet(backend("a"), backend("zero", weight=0.0), backend("none", weight=0.0))
+    homes["a"].probed_up = False
+    homes.refresh(1.0)
+    assert {decided(rules.route(request(), homes, 1.0)) for _ in range(3)} == {"zero"}
+    homes["a"].probed_up = True
+    homes.refresh(2.0)
+    assert decided(rules.route(request(), homes, 2.0)) == "a"
+
+
+def test_weights_of_the_rule_count_and_not_those_of_the_configuration() -> None:
+    homes = fleet(backend("a"), backend("zero", weight=0.0, slots=1))
+    routing = weighing(weights={"a": 0.0, "zero": 2.0}).route(request(), homes, 0.0)
+    assert (decided(routing), list(routing.removed or ())) == ("zero", ["a"])
+
+
+def test_where_nobody_goes_by_weight_zero_means_nothing() -> None:
+    homes = fleet(backend("a", in_flight=1), backend("zero", weight=0.0))
+    assert decided(one_tier().route(request(), homes, 0.0)) == "zero"
+    # Nor in one tier of several: its backends are others to those that are to be empty.
+    homes = fleet(backend("local", weight=0.0), backend("zero", weight=0.0))
+    tiers = (Tier(LOCAL), Tier(policy=LeastInFlight(), policy_name="by load"))
+    assert decided(weighing(*tiers).route(request(), homes, 0.0)) == "zero"
 
 
 # --- laws --------------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 from math import inf
+from random import Random
 from typing import Any
+
+import pytest
 
 from policies.base import Hold, Outcome, Reject, RequestFacts, Send
 from policies.rules import Match, RuleSet
+from policies.simple import WeightedQps
 from policies.valve import HEADS_PER_POLL, Valve
 from tests.policies.builders import (
     Answers,
@@ -227,6 +231,15 @@ def test_after_its_wait_a_request_goes_to_the_least_saturated_backend_of_any_tie
     assert valve.next_wake() == inf
 
 
+def test_after_its_wait_a_request_still_goes_to_none_of_weight_zero() -> None:
+    homes = fleet(backend("a", slots=1), backend("zero", slots=4, weight=0.0))
+    valve = Valve(one_tier(WeightedQps(Random(0)), wait_s=5.0), homes)
+    assert [decided(valve.submit(request(f"r{number}"), 0.0)) for number in range(2)] == ["a", "hold"]
+    (answer,) = valve.poll(5.0)
+    assert isinstance(answer.decision, Send)
+    assert (answer.decision.backend, answer.decision.fallbacks) == ("a", ())
+
+
 def test_all_whose_wait_is_over_are_answered_and_spread() -> None:
     homes = fleet(backend("a", slots=1), backend("b", slots=1))
     valve = Valve(one_tier(wait_s=5.0), homes)
@@ -278,13 +291,58 @@ def test_a_wait_of_nothing_is_no_wait() -> None:
     assert ids(valve.poll(1.0)) == ["x"]
 
 
-def test_a_policys_hold_ends_when_it_said() -> None:
+def test_a_policy_is_asked_again_when_it_said_and_only_the_rules_wait_ends_its_hold() -> None:
     homes = fleet(backend("a"))
     valve = Valve(one_tier(Answers(Hold(2.0), Hold(9.0))), homes)
     assert decided(valve.submit(request("x"), 0.0)) == "hold"
     assert valve.next_wake() == 2.0
-    (answer,) = valve.poll(2.0)
+    assert valve.poll(2.0) == []
+    assert valve.next_wake() == 9.0
+    assert valve.poll(9.0) == []  # a time that has passed is no reason to ask in a circle
+    assert valve.next_wake() == 10.0
+    (answer,) = valve.poll(10.0)
     assert (decided(answer), answer.decided_by) == ("a", "wait over")
+
+
+def test_one_who_leaves_while_its_policy_holds_it_leaves_no_timer() -> None:
+    valve = Valve(one_tier(Answers(Hold(2.0))), fleet(backend("a")))
+    valve.submit(request("x"), 0.0)
+    valve.cancel("x")
+    assert valve.next_wake() == inf
+    assert valve.poll(3.0) == []
+    assert valve.next_wake() == inf
+
+
+@pytest.mark.parametrize("waiting", [1, 4])
+def test_max_qps_is_kept_to_the_second_by_next_wake_alone(waiting: int) -> None:
+    policy = WeightedQps(Random(0), max_qps={"a": 2})
+    valve = Valve(one_tier(policy), fleet(backend("a", slots=100)))
+    tenants = [f"t{number % 2}" for number in range(2 + waiting)]
+    sent = [valve.submit(request(f"r{n}", tenant=tenant), 0.0) for n, tenant in enumerate(tenants)]
+    assert [decided(routing) for routing in sent] == ["a", "a"] + ["hold"] * waiting
+    assert valve.poll(0.0) == []
+    answers = []
+    for _ in range(waiting):
+        now = valve.next_wake()
+        answers += [(now, answer.request.id, answer.decided_by) for answer in valve.poll(now)]
+    assert answers == [(0.5 * (n + 1), f"r{n + 2}", "chooser") for n in range(waiting)]
+    assert (valve.queued, valve.next_wake()) == (0, inf)
+
+
+def test_queues_that_share_a_limited_backend_are_all_asked_when_it_has_room() -> None:
+    policy = WeightedQps(Random(0), max_qps={"a": 1, "c": 0.1})
+    homes = fleet(
+        backend("a", slots=100, models=frozenset("mn")), backend("c", slots=100, models=frozenset("n"))
+    )
+    valve = Valve(one_tier(policy), homes)
+    asked = [valve.submit(request(f"r{n}", model=model), 0.0) for n, model in enumerate("nnmn")]
+    assert [decided(routing) for routing in asked] == ["a", "c", "hold", "hold"]
+    assert valve.poll(0.0) == []
+    answers = []
+    for now in (1.0, 2.0):
+        assert valve.next_wake() == now
+        answers += ids(valve.poll(now))
+    assert sorted(answers) == ["r2", "r3"]
 
 
 def test_a_policy_may_refuse_what_it_held() -> None:

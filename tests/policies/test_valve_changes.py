@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from math import inf
+from random import Random
 
 import pytest
 
 from policies.base import Outcome, RequestFacts, Send
 from policies.rules import Queue, RuleSet, Selector
+from policies.simple import WeightedQps
 from policies.state import Fleet
 from policies.valve import Valve
 from tests.policies.builders import (
@@ -117,6 +119,15 @@ def test_a_model_that_goes_leaves_a_refusal() -> None:
     homes.replace([])
     assert [decided(routing) for routing in valve.poll(1.0)] == ["model_not_found"]
     assert (valve.queued, valve.next_wake()) == (0, inf)
+
+
+def test_those_who_wait_go_to_weight_zero_when_all_others_are_down() -> None:
+    homes = fleet(backend("a", slots=1), backend("zero", weight=0.0))
+    valve = Valve(one_tier(WeightedQps(Random(0))), homes)
+    assert [decided(valve.submit(request(name), 0.0)) for name in "xy"] == ["a", "hold"]
+    homes["a"].probed(False, 1.0)
+    homes.refresh(1.0)
+    assert [decided(answer) for answer in valve.poll(1.0)] == ["zero"]
 
 
 def test_time_alone_brings_a_backend_back() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import policies
 import proxy
+from policies.base import REJECT_CODES
 from proxy.answers import answer, error_answer
 from proxy.errors import (
     BACKEND_ERRORS,
@@ -92,6 +93,12 @@ def test_every_code_that_is_used_exists() -> None:
             )
     assert used <= set(STATUS)
     assert len(used) > 30
+
+
+def test_every_refusal_of_a_policy_has_a_status() -> None:
+    assert set(STATUS) >= REJECT_CODES
+    for file in Path(policies.__file__ or "").parent.rglob("*.py"):
+        assert set(re.findall(r'Reject\(\s*"([a-z_]+)"', file.read_text())) <= REJECT_CODES
 
 
 def test_statuses_have_phrases() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from policies.files import read_policy
 from proxy.access.keys import Key
 from proxy.admin.explain import explanation
 from proxy.exchange import Exchange
@@ -89,6 +90,24 @@ def test_tiers_are_told_by_number_and_in_words() -> None:
     lines = words(world, first)
     assert "tier 1 (site local) took it" in lines
     assert "b was no candidate: of a later tier" in lines
+
+
+def test_a_tier_that_asked_to_wait_is_told_with_its_reason() -> None:
+    world = World("a", "b")
+    limited = "{site: local, pick: {policy: weighted-qps, max_qps: {a: 1}}}"
+    policy = read_policy(f"rules: [{{name: all, prefer: [{limited}, {{site: '*'}}]}}]", "test")
+    world.runtime.built.policy = policy
+    world.runtime.valve.swap(policy.rules, world.loop.now)
+    first, second = world.start(), world.start()
+    world.connects("a")
+    world.relaying(second, "b")
+    second.client_gone()
+    first.client_gone()
+    lines = words(world, second)
+    assert "tier 1 (site local) did not take it: 12% full" in lines
+    assert "tier 2 (any other backend) took it" in lines
+    said = "its tier had room, but asked to wait: every backend is at its max_qps"
+    assert f"a was no candidate: {said}" in lines
 
 
 def test_a_backend_that_was_down_already_is_named_with_the_reason() -> None:

@@ -1,0 +1,3 @@
+"""Cannot be imported, as a policy of somebody may."""
+
+raise ZeroDivisionError("on import")
