@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from policies.files import CompiledPolicy, KnownNames, library_policy, read_policy
@@ -60,6 +60,8 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
             targets.append(_target(section, key, tls))
         prices = _prices(config)
         policy = load_policy(config, backends, seed)
+        if before is not None and before.policy.text_hash == policy.text_hash:
+            policy = replace(policy, rules=before.policy.rules)  # spill flags, turns and bookings go on
     except (BadValueError, ValueError, OSError, FileProblems) as error:
         raise ConfigError(str(error)) from None
     for old, fresh, section in changes:

@@ -70,3 +70,35 @@ async def test_a_wrong_file_is_not_read_again_until_it_changes(service: Service)
     service.path.write_text(right)
     assert not seen(service)
     assert service.reload()
+
+
+async def test_rules_that_say_the_same_keep_what_they_remember(service: Service, tmp_path: Path) -> None:
+    assert service.path is not None
+    rules = service.runtime.valve.rules
+    service.path.write_text(service.path.read_text() + "aliases: {x: m}\n")
+    assert service.reload()
+    assert service.runtime.aliases == {"x": "m"}
+    assert service.runtime.valve.rules is rules  # spill flags, turns, bookings of max_qps
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("rules: [{name: all, pick: random}]\n")
+    service.path.write_text(service.path.read_text() + f"policy: {policy}\n")
+    assert service.reload()
+    assert service.runtime.valve.rules is not rules
+
+
+async def test_a_key_or_certificate_in_a_file_is_watched_too(service: Service, tmp_path: Path) -> None:
+    assert service.path is not None
+    key = tmp_path / "key"
+    key.write_text("one\n")
+    service.path.write_text(service.path.read_text().replace("[m]}", f"[m], api_key_file: {key}}}"))
+    assert service.reload()
+    first = service.runtime.endpoints["a"]
+    key.write_text("another\n")
+    assert not seen(service)
+    assert service.reload()
+    assert service.runtime.endpoints["a"] is not first
+    again = service.runtime.endpoints["a"]
+    service.path.write_text(service.path.read_text() + "timeouts: {backend_idle: 2s}\n")
+    assert service.reload()
+    assert service.runtime.endpoints["a"] is again
+    assert again.pool.idle_s == 2.0
