@@ -132,7 +132,7 @@ class Exchange(Relay):
 
     def start(self, raw: bytes) -> None:
         """The request is complete: check it, decide, send, hold or refuse."""
-        media_urls = self.runtime.config.media_urls
+        media_urls = self.runtime.media_urls
         try:
             self._read_head(len(raw))
             if self.endpoint == "forward":
@@ -234,7 +234,7 @@ class Exchange(Relay):
             data_class=row.data_class,
             arrived=self.arrived,
             wall=row.arrived,
-            deadline=self.arrived + runtime.config.timeouts.total,
+            deadline=self.arrived + runtime.total_s,
             stream=body.stream,
             body_bytes=row.body_bytes,
             prompt_tokens=body.prompt_tokens,

@@ -142,6 +142,12 @@ class Runtime:
         self.aliases = config.aliases
         self.strict = config.durability == "strict"
         limits = config.limits
+        # What every request asks for: an attribute of a pydantic model costs fifty times as much as one of ours.
+        self.most_body_bytes = limits.body
+        self.most_bodies_bytes = limits.bodies
+        self.idle_s = config.timeouts.idle
+        self.total_s = config.timeouts.total
+        self.media_urls = config.media_urls
         self.grammar = RequestGrammar(
             HeadLimits(limits.head, limits.target, limits.fields), tuple(config.forward_headers)
         )

@@ -92,7 +92,7 @@ class ClientConnection(Client):
         self.peer = peer[0] if isinstance(peer, tuple) else ""
         runtime = self.runtime
         runtime.clients.add(self)
-        self.deadline = runtime.now() + runtime.config.timeouts.idle
+        self.deadline = runtime.now() + runtime.idle_s
         if len(runtime.clients) > runtime.most_clients:
             self._reject(RequestError("overloaded", "too many connections", retry_after_s=1.0))
 
@@ -198,7 +198,7 @@ class ClientConnection(Client):
         head, admission, position = parsed
         self.head = head
         self.admission = admission
-        limit = runtime.config.limits.body
+        limit = runtime.most_body_bytes
         if head.content_length > limit:
             raise RequestError("body_too_large", f"a body may have {limit} bytes")
         if admission.error is not None and (
@@ -262,8 +262,8 @@ class ClientConnection(Client):
         self._keep(payload)
         if self.decoder.chunks > FREE_CHUNKS and self.body_bytes < LEAST_CHUNK_BYTES * self.decoder.chunks:
             raise RequestError("malformed_body", "too many small chunks")
-        if self.body_bytes > self.runtime.config.limits.body:
-            raise RequestError("body_too_large", f"a body may have {self.runtime.config.limits.body} bytes")
+        if self.body_bytes > self.runtime.most_body_bytes:
+            raise RequestError("body_too_large", f"a body may have {self.runtime.most_body_bytes} bytes")
         admission = self.admission
         if admission is not None and admission.error is not None and self.body_bytes > REFUSED_BODY_BYTES:
             raise admission.error
@@ -275,7 +275,7 @@ class ClientConnection(Client):
         """Have `size` bytes of the present request's body counted. RequestError when there is no room for them."""
         runtime = self.runtime
         more = size - self.counted
-        if more > 0 and runtime.body_bytes + more > runtime.config.limits.bodies:
+        if more > 0 and runtime.body_bytes + more > runtime.most_bodies_bytes:
             raise RequestError("overloaded", "too many large requests at once", retry_after_s=1.0)
         runtime.body_bytes += more
         self.counted = size
@@ -393,7 +393,7 @@ class ClientConnection(Client):
 
     def _next(self) -> None:
         """Wait for the next request, or read it if it has come already."""
-        self.deadline = self.runtime.now() + self.runtime.config.timeouts.idle
+        self.deadline = self.runtime.now() + self.runtime.idle_s
         if self.paused and self.transport is not None:
             self.paused = False
             self.transport.resume_reading()
