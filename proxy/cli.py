@@ -22,6 +22,7 @@ from proxy.cli_common import (
     fail,
     load,
     open_ledger,
+    readable_errors,
 )
 from proxy.cli_keys import keys_app
 
@@ -193,7 +194,8 @@ def usage(
     begin, end = _span(since, until)
     engine, _, currency = open_ledger(config, state)
     try:
-        lines = reports.usage(engine, by, begin, end, currency)
+        with readable_errors():
+            lines = reports.usage(engine, by, begin, end, currency)
     except ValueError as error:
         fail(f"--by: {error}")
     if json_output:
@@ -247,27 +249,28 @@ def export(
     begin, end = _span(since, until)
     engine, _, _ = open_ledger(config, state)
     if output is None:
-        reports.export(engine, sys.stdout.buffer, begin, end, form=form)  # type: ignore[arg-type]
+        with readable_errors():
+            reports.export(engine, sys.stdout.buffer, begin, end, form=form)  # type: ignore[arg-type]
+            sys.stdout.buffer.flush()
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    from proxy.readable import in_words
-
-    try:
-        target = output.open("wb")
-    except OSError as error:
-        fail(in_words(error))
-    with target as file, Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("exporting", total=None)
-        rows = reports.export(
-            engine,
-            file,
-            begin,
-            end,
-            form=form,  # type: ignore[arg-type]
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with readable_errors():
+        try:
+            with output.open("wb") as file, Progress(console=Console(stderr=True)) as bar:
+                task = bar.add_task("exporting", total=None)
+                rows = reports.export(
+                    engine,
+                    file,
+                    begin,
+                    end,
+                    form=form,  # type: ignore[arg-type]
+                    progress=lambda done, total: bar.update(task, completed=done, total=total),
+                )
+        except OSError as error:
+            error.filename = str(output)  # a full disk does not say which file
+            raise
     typer.echo(f"{rows} rows written to {output}", err=True)
 
 

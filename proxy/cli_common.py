@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -29,6 +31,19 @@ def fail(message: str, status: int = 2) -> NoReturn:
     """Say what is wrong, and end."""
     typer.echo(f"tidegate: {message}", err=True)
     raise typer.Exit(status)
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Report what a person can mend (a locked database, a full disk) in one line, with exit status 2."""
+    from proxy.readable import READABLE_ERRORS, in_words
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # whoever read our output has left, as `head` does: typer ends quietly
+    except READABLE_ERRORS as error:
+        fail(in_words(error))
 
 
 def config_path(config: Path | None) -> Path | None:
@@ -64,14 +79,11 @@ def ledger_place(config: Path | None, state: Path | None) -> tuple[Path, str | N
 def open_ledger(config: Path | None, state: Path | None, *, create: bool = False) -> tuple[Engine, Path, str]:
     """The ledger's database, its state directory and currency, for commands that read or write it."""
     from proxy.database import open_database
-    from proxy.readable import READABLE_ERRORS, in_words
 
     directory, database, currency = ledger_place(config, state)
     if not create and database is None and not (directory / "tidegate.db").exists():
         fail(
             f"there is no ledger in {directory}: name its configuration (--config) or its directory (--state)"
         )
-    try:
+    with readable_errors():
         return open_database(database or directory, check=False), directory, currency
-    except READABLE_ERRORS as error:
-        fail(in_words(error))

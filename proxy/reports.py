@@ -101,12 +101,14 @@ def usage(
 
     `by`: one of `GROUPS`, or several joined by commas. `currency` is shown where no request had a price.
     A ledger has one currency; should an older one be in it, its sums are lines of their own. Raises
-    ValueError naming an unknown group.
+    ValueError naming an unknown group, or one given twice.
     """
     groups = by.split(",")
     for group in groups:
         if group not in GROUPS:
             raise ValueError(f"cannot sum by {group!r}; there are {', '.join(GROUPS)}")
+        if groups.count(group) > 1:
+            raise ValueError(f"{group!r} is named twice")
     lines: dict[tuple[Any, ...], dict[str, Usage]] = {}
     with engine.connect() as connection:
         for row in connection.execute(_sums(groups, since, until)):
@@ -221,15 +223,26 @@ def export(
 def parse_time(text: str, now: float) -> float:
     """Unix time of `7d`, `24h`, `90m` ago, or of an ISO 8601 date or time (UTC unless it says otherwise).
 
-    Raises ValueError.
+    Raises ValueError, also for times outside the years 1 to 9999 (UTC), which no report can name.
     """
-    if match := _DURATION(text):
-        return now - timedelta(**{_UNITS[match[2]]: int(match[1])}).total_seconds()
+    length = parse_duration(text)
     try:
-        moment = datetime.fromisoformat(text)
+        if length is not None:
+            moment = datetime.fromtimestamp(now, UTC) - timedelta(seconds=length)
+        else:
+            moment = datetime.fromisoformat(text)
+            moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except OverflowError:
+        raise ValueError(f"{text!r} lies outside the calendar, the years 1 to 9999") from None
     except ValueError:
         raise ValueError(f"{text!r} is neither a duration such as 7d nor a date such as 2026-01-31") from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return moment.timestamp()
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of `7d`, `24h`, `90m`; None: the text is no duration."""
+    match = _DURATION(text)
+    return timedelta(**{_UNITS[match[2]]: int(match[1])}).total_seconds() if match else None
 
 
 def span_in_words(since: float | None, until: float | None) -> str:

@@ -29,7 +29,6 @@ import zlib
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
-from math import inf
 from typing import Any
 
 import sqlalchemy as sa
@@ -46,6 +45,9 @@ SECRET_LENGTH = 43
 
 NANO = 1_000_000_000
 """Nano-units in one unit of the ledger's currency."""
+
+YEAR_10000 = 253_402_300_800
+"""Unix time at which calendars end: beyond it no date can be shown."""
 
 MAX_TEXT = 256
 """Longest tenant, name, model or label, characters."""
@@ -415,6 +417,8 @@ def _budget(value: object) -> int | None:
 def _expires(value: object, now: float) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not now < value < inf:
-        raise KeyFieldError("expires", f"must be a Unix time in the future, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not now < value < YEAR_10000:
+        raise KeyFieldError(
+            "expires", f"must be a Unix time in the future, before the year 10000, not {value!r}"
+        )
     return float(value)

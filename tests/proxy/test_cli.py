@@ -11,6 +11,9 @@ from typer.testing import CliRunner, Result
 
 from proxy.cli import app
 from proxy.database import open_database
+from proxy.ledger import _Insert
+from proxy.records import to_values
+from tests.proxy.rows import a_row
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +57,9 @@ def test_for_scripts_nothing_stays_what_it_was() -> None:
         (("usage", "--since", "soon"), "--since: 'soon' is neither a duration"),
         (("export", "--until", "soon"), "--until: 'soon' is neither a duration"),
         (("usage", "--by", "colour"), "--by: cannot sum by 'colour'; there are tenant, "),
+        (("usage", "--by", "tenant,day,tenant"), "--by: 'tenant' is named twice"),
+        (("usage", "--since", "999999w"), "--since: '999999w' lies outside the calendar"),
+        (("usage", "--until", "9999-12-31T23:00:00-05:00"), "lies outside the calendar"),
         (("export", "-o", "nowhere/rows.jsonl"), "nowhere/rows.jsonl: no such file or directory"),
         (("usage", "--config", "nowhere.yaml"), "nowhere.yaml: no such file or directory"),
         (("usage", "--state", "nowhere"), "there is no ledger in nowhere: name its configuration"),
@@ -65,6 +71,17 @@ def test_what_cannot_be_meant_is_refused_in_words(arguments: tuple[str, ...], sa
     assert found.stderr.startswith("tidegate: ")
     assert said in found.stderr
     assert "Errno" not in found.stderr
+
+
+def test_an_export_onto_a_full_disk_names_the_file() -> None:
+    engine = open_database("tidegate-data")
+    _Insert(engine).rows([to_values(a_row())])
+    engine.dispose()
+    found = tidegate("export", "-o", "/dev/full")
+    assert (found.exit_code, found.stderr.splitlines()[-1]) == (
+        2,
+        "tidegate: /dev/full: no space left on device",
+    )
 
 
 # Serve

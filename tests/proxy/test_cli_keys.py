@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import time
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import proxy.database
 from proxy.access.limits import month_bounds
 from proxy.cli import app
-from proxy.database import open_database
+from proxy.database import DATABASE_FILE, open_database
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.prices import Prices
@@ -203,7 +206,49 @@ def test_a_key_is_valid_on_its_last_day() -> None:
     assert (row["status"], row["expires"]) == ("active", midnight.timestamp())
 
 
-@pytest.mark.parametrize("text", ["2020-01-31", "2020-01-31T10:00:00"])
+def test_a_length_of_time_counts_from_now() -> None:
+    create("--expires", "90d")
+    (row,) = listed()
+    assert abs(row["expires"] - time.time() - 90 * 86_400) < 60
+
+
+@pytest.mark.parametrize("text", ["999999w", "9999-12-31"])
+def test_an_expiry_that_no_calendar_has_is_refused(text: str) -> None:
+    found = tidegate("create", "--tenant", "acme", "--expires", text)
+    assert (found.exit_code, found.stderr.partition(", not ")[0]) == (
+        2,
+        "tidegate: expires: must be a Unix time in the future, before the year 10000",
+    )
+
+
+def test_a_broken_configuration_leaves_no_key_behind(folder: Path) -> None:
+    (folder / "broken.yaml").write_text("bakends: []")
+    found = tidegate("create", "--tenant", "acme", "--state", "data", "--config", "broken.yaml")
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert not (folder / "data").exists()
+
+
+def test_the_ledger_may_be_elsewhere_before_there_is_a_state_directory(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(f"{CONFIG}database: sqlite:///{folder}/elsewhere/ledger.db\n")
+    create()
+    assert (folder / "tidegate-data" / "pepper").is_file()
+    assert len(listed()) == 1
+
+
+def test_a_locked_database_is_told_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy.database, "BUSY_TIMEOUT_S", 0.01)
+    made = create()
+    with closing(sqlite3.connect(folder / "tidegate-data" / DATABASE_FILE, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for command in (("create", "--tenant", "acme"), ("revoke", made["id"])):
+            found = tidegate(*command)
+            assert (found.exit_code, found.stderr) == (2, "tidegate: database is locked\n")
+    assert [row["status"] for row in listed()] == ["active"]
+
+
+@pytest.mark.parametrize(
+    "text", ["2020-01-31", "2020-01-31T10:00:00", "2020-06-01T00:00:00Z", "2020-06-01T00:00:00+08:00"]
+)
 def test_an_expiry_in_the_past_is_refused_in_words(text: str) -> None:
     found = tidegate("create", "--tenant", "acme", "--expires", text)
     assert found.exit_code == 2
