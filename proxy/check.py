@@ -16,6 +16,7 @@ from policies.yamlfile import Document, FileProblems, Problem, parse_yaml
 from policies.yamlproblems import closest
 from proxy.build import DEFAULT_SLOTS, load_policy, make_backends
 from proxy.config import BackendConfig, Config, Price, backend_key, is_policy_file, load_config
+from proxy.masking import database_shown, without_secrets
 from proxy.readable import in_words
 
 
@@ -60,6 +61,7 @@ def check_file(file: Path, config_path: Path | None) -> Report:
             known = KnownNames(make_backends(config), frozenset(config.sites))
         return _good(str(file), kind, "", [], read_policy(text, str(file), known))
     except FileProblems as error:
+        error = without_secrets(error)
         problems = [(error.name, problem) for problem in error.problems]
         return Report(str(file), kind, False, str(error), problems)
     except (OSError, UnicodeDecodeError) as error:
@@ -130,7 +132,7 @@ def _in_words(file: Path, config: Config, backends: list[Backend]) -> str:
     policy = config.policy if is_policy_file(config.policy) else f"{config.policy} of the library"
     lines = [
         f"{file}: {count} backend{'' if count == 1 else 's'}. API on {config.listen}, admin on {config.admin}.",
-        f"Keys and ledger in {config.database or config.state}, money in {config.ledger_currency}. "
+        f"Keys and ledger in {database_shown(config.database or config.state)}, money in {config.ledger_currency}. "
         f"Policy: {policy}.",
         "",
     ]

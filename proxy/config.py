@@ -20,6 +20,7 @@ from policies.units import BadValueError, Duration, Size
 from policies.yamlfile import FileModel, FileProblems, Problem, read_yaml
 from proxy import prices
 from proxy.http1 import NEVER_FORWARDED
+from proxy.masking import without_secrets
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NOT_IN_URLS = re.compile(r"""[^!-~]|["<>\\^`{|}]""")
@@ -136,7 +137,17 @@ def _check_forwarded(value: str) -> str:
     return value
 
 
+def _check_variable(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) is None:  # a key pasted here must not be shown
+        raise BadValueError(
+            "this is no name of an environment variable (letters, digits and '_'); the key itself goes into that "
+            "variable, or into a file that api_key_file names"
+        )
+    return value
+
+
 Name = Annotated[str, AfterValidator(_check_name)]
+Variable = Annotated[str, AfterValidator(_check_variable)]
 FieldName = Annotated[str, AfterValidator(_check_forwarded)]
 Url = Annotated[str, AfterValidator(_check_url)]
 Address = Annotated[str, BeforeValidator(_check_type_of_address), AfterValidator(_check_address)]
@@ -202,7 +213,7 @@ class BackendConfig(FileModel):
         "vllm",
         description="What it understands: `vllm` (running usage, cache salt) or `openai` (the plain API).",
     )
-    api_key_env: str | None = Field(
+    api_key_env: Variable | None = Field(
         None, description="Environment variable with the key that this backend wants."
     )
     api_key_file: Path | None = Field(
@@ -408,7 +419,11 @@ def load_config(path: Path) -> Config:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise FileProblems(str(path), [Problem(line, 1, "", "the file is not UTF-8 text")]) from None
-    return _resolve(read_yaml(text, str(path), Config), path.resolve().parent)
+    try:
+        config = read_yaml(text, str(path), Config)
+    except FileProblems as error:
+        raise without_secrets(error) from None
+    return _resolve(config, path.resolve().parent)
 
 
 def _resolve(config: Config, base: Path) -> Config:
@@ -466,9 +481,10 @@ def backend_key(backend: BackendConfig) -> str | None:
     if backend.api_key_env is not None:
         value = os.environ.get(backend.api_key_env, "").strip()
         if not value:
-            raise BadValueError(
-                f"backend {backend.name}: {backend.api_key_env} is not set in the environment"
-            )
+            # A key that was pasted here is shown to nobody, and some look like names: `hf_...`.
+            name = backend.api_key_env
+            shown = name if name.isupper() else "the variable that api_key_env names"
+            raise BadValueError(f"backend {backend.name}: {shown} is not set in the environment")
     elif backend.api_key_file is not None:
         try:
             value = backend.api_key_file.read_text(encoding="utf-8").strip()

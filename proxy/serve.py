@@ -41,6 +41,7 @@ from proxy.database import open_database
 from proxy.exchange import OUR_SHORTAGE
 from proxy.journal import Journal
 from proxy.ledger import Ledger
+from proxy.masking import database_shown
 from proxy.observe import Observer
 from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
@@ -441,9 +442,8 @@ def _most_clients(wanted: int) -> int:
 def _print_banner(service: Service) -> None:
     runtime = service.runtime
     log.info("OpenAI API on http://%s, admin on http://%s", service.ports.listen, service.ports.admin)
-    log.info(
-        "policy %s, ledger in %s", runtime.built.policy.name, service.config.database or service.config.state
-    )
+    place = database_shown(service.config.database or service.config.state)
+    log.info("policy %s, ledger in %s", runtime.built.policy.name, place)
     if not (server.__file__ or "").endswith(".py"):
         log.info("the data path is compiled")
     if runtime.keys.empty:

@@ -85,6 +85,14 @@ def test_a_configuration_is_read_back(folder: Path) -> None:
         assert said in text
 
 
+def test_no_password_is_read_back(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG + "database: postgresql://tide:s3cret@db/ledger\n")
+    text = check().stdout
+    assert "Keys and ledger in postgresql://tide:***@db/ledger, money in CNY." in text
+    (folder / "tidegate.yaml").write_text(CONFIG + "database: {url: 'postgresql://tide:s3cret@db/ledger'}\n")
+    assert "s3cret" not in check().stderr + check("--json").stdout
+
+
 def test_what_is_written_for_nothing_is_warned_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NJ_KEY", raising=False)
     text = CONFIG.replace("site: nanjing", "site: nanjng\n    api_key_env: NJ_KEY")

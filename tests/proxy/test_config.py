@@ -226,6 +226,7 @@ def test_metadata_services_are_never_backends(write: Any, host: str) -> None:
         ("models: []", "backends[0].models", "at least 1"),
         ("models: m", "backends[0].models", "'auto' or a list"),
         ("engine: tgi", "backends[0].engine", "vllm"),
+        ("api_key_env: sk-live-1", "backends[0].api_key_env", "no name of an environment variable"),
         ("api_key_env: A, api_key_file: b", "backends[0].api_key_file", "not both"),
         ("tls: {certificate: a}", "backends[0].tls", "both certificate and key"),
         ("price: {input: x, output: 1}", "backends[0].price.input", "not a decimal number"),
@@ -401,6 +402,16 @@ def test_bad_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -
         monkeypatch.setenv("A_KEY", value)
         with pytest.raises(BadValueError, match="backend a"):
             backend_key(section(api_key_env="A_KEY"))
+
+
+def test_a_key_in_the_place_of_its_variable_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some keys could be names of variables."""
+    monkeypatch.delenv("hf_abcDEF", raising=False)
+    with pytest.raises(BadValueError) as caught:
+        backend_key(section(api_key_env="hf_abcDEF"))
+    assert (
+        caught.value.message == "backend a: the variable that api_key_env names is not set in the environment"
+    )
 
 
 def test_keys_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import proxy.build
 import proxy.serve
 from proxy.config import load_config
-from proxy.serve import Service
+from proxy.serve import Service, _print_banner
 
 TEXT = """
 listen: 127.0.0.1:0
@@ -58,6 +58,18 @@ async def test_a_reload_without_file_descriptors_is_tried_again(
     assert caplog.text.count("reload refused") == 1
     assert service.reload()
     assert seen(service)
+
+
+async def test_no_secret_gets_into_the_log(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    assert service.path is not None
+    service.path.write_text(service.path.read_text().replace("models: [m]", "api_key: sk-live-1"))
+    assert not service.reload()
+    assert "api_key: unknown key" in caplog.text
+    assert "sk-live" not in caplog.text
+    service.config = service.config.model_copy(update={"database": "postgresql://tide:s3cret@db/ledger"})
+    with caplog.at_level("INFO"):
+        _print_banner(service)
+    assert "ledger in postgresql://tide:***@db/ledger" in caplog.text
 
 
 async def test_a_wrong_file_is_not_read_again_until_it_changes(service: Service) -> None:
