@@ -14,7 +14,7 @@ from policies.state import Backend
 from policies.units import BadValueError
 from policies.yamlfile import Document, FileProblems, Problem, parse_yaml
 from policies.yamlproblems import closest
-from proxy.build import DEFAULT_SLOTS, load_policy, make_backends
+from proxy.build import DEFAULT_SLOTS, load_policy, make_backends, tls_context
 from proxy.config import BackendConfig, Config, Price, backend_key, is_policy_file, load_config
 from proxy.masking import database_shown, without_secrets
 from proxy.readable import in_words
@@ -95,6 +95,8 @@ def _warning(file: str, problem: Problem) -> str:
 def _check_configuration(file: Path, text: str) -> Report:
     config = load_config(file)
     document = parse_yaml(text, str(file))
+    if problems := list(_unusable(config, document)):
+        raise document.failed(problems)
     backends = make_backends(config)
     try:
         policy = load_policy(config, backends, 0)
@@ -109,9 +111,22 @@ def _check_configuration(file: Path, text: str) -> Report:
     return _good(str(file), "configuration", f"{_in_words(file, config, backends)}\n\n", warnings, policy)
 
 
+def _unusable(config: Config, document: Document) -> Iterator[Problem]:
+    """What the proxy would not start with, beyond what the file itself says."""
+    for number, section in enumerate(config.backends):
+        try:
+            tls_context(section)
+        except BadValueError as error:
+            yield document.problem(("backends", number, "tls", *error.at), error.message)
+
+
 def _unused(config: Config, document: Document) -> Iterator[Problem]:
     """What is written in a configuration and does nothing, or cannot work as things stand."""
+    yield from _unknown_models(config, document)
     for number, section in enumerate(config.backends):
+        if section.tls.model_fields_set and not section.url.startswith("https:"):
+            message = f"backend {section.name} is asked over plain http: `tls` says nothing"
+            yield document.problem(("backends", number, "tls"), message, at_key=True)
         try:
             backend_key(section)
         except BadValueError as error:
@@ -125,6 +140,29 @@ def _unused(config: Config, document: Document) -> Iterator[Problem]:
             if meant is not None:
                 message += f"; there is one at '{meant}', which is not among the sites"
             yield document.problem(("sites", site), message, at_key=True)
+
+
+def _unknown_models(config: Config, document: Document) -> Iterator[Problem]:
+    """Prices of models that their backend does not list, and aliases of models that nobody lists."""
+    listed: set[str] = set()
+    for number, section in enumerate(config.backends):
+        if section.models == "auto":
+            continue
+        listed.update(section.models)
+        for model in section.prices:
+            if model not in section.models:
+                message = f"backend {section.name} does not list model '{model}': nothing ever costs this"
+                meant = config.aliases.get(model)
+                suggestion = meant if meant in section.models else closest(model, section.models)
+                yield document.problem(
+                    ("backends", number, "prices", model), message, suggestion, at_key=True
+                )
+    if any(section.models == "auto" for section in config.backends):
+        return
+    for alias, model in config.aliases.items():
+        if model not in listed:
+            message = f"no backend lists model '{model}'"
+            yield document.problem(("aliases", alias), message, closest(model, listed))
 
 
 def _in_words(file: Path, config: Config, backends: list[Backend]) -> str:

@@ -16,11 +16,13 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from policies.match import REMOTE
 from policies.units import BadValueError, Duration, Size
 from policies.yamlfile import FileModel, FileProblems, Problem, read_yaml
 from proxy import prices
 from proxy.http1 import NEVER_FORWARDED
 from proxy.masking import without_secrets
+from proxy.records import DATA_CLASS
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NOT_IN_URLS = re.compile(r"""[^!-~]|["<>\\^`{|}]""")
@@ -37,6 +39,24 @@ METADATA_ADDRESSES = frozenset(
 def _check_name(value: str) -> str:
     if _NAME.fullmatch(value) is None:
         raise BadValueError(f"a name is made of letters, digits, '.', '_' and '-', got '{value[:40]}'")
+    return value
+
+
+def _check_site(value: str) -> str:
+    if value == REMOTE:
+        raise BadValueError(
+            "in policy files 'remote' means every site but `local`: call this one something else"
+        )
+    return _check_name(value)
+
+
+def _check_data_class(value: str) -> str:
+    if re.fullmatch(DATA_CLASS, value) is None:
+        meant = value.lower() if re.fullmatch(DATA_CLASS, value.lower()) else None
+        raise BadValueError(
+            f"no key can have data class '{value[:40]}': it is a word of small letters, digits, '_' and '-'",
+            meant,
+        )
     return value
 
 
@@ -147,6 +167,8 @@ def _check_variable(value: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_check_name)]
+SiteName = Annotated[str, AfterValidator(_check_site)]
+DataClass = Annotated[str, AfterValidator(_check_data_class)]
 Variable = Annotated[str, AfterValidator(_check_variable)]
 FieldName = Annotated[str, AfterValidator(_check_forwarded)]
 Url = Annotated[str, AfterValidator(_check_url)]
@@ -196,7 +218,7 @@ class BackendConfig(FileModel):
 
     name: Name = Field(description="How files, headers, logs and metrics call it.")
     url: Url = Field(description="Where it answers, without `/v1`: `http://127.0.0.1:8000`.")
-    site: Name = Field(
+    site: SiteName = Field(
         "local",
         description="Where it stands: `local`, or a name from `sites`. Public addresses must say it.",
     )
@@ -250,7 +272,7 @@ class SiteConfig(FileModel):
     carbon_gco2_kwh: float | None = Field(
         None, ge=0, description="Carbon intensity of its power, gCO2 per kWh."
     )
-    data_classes: list[str] | None = Field(
+    data_classes: list[DataClass] | None = Field(
         None,
         description="Data classes it may see. Default: `[public]`; the site `local` may see all.",
     )
@@ -342,7 +364,9 @@ class Config(FileModel):
     )
     policy: str = Field("local-first", description="A policy of the library, or a policy file.")
     backends: list[BackendConfig] = Field(min_length=1, description="The endpoints to serve from.")
-    sites: dict[Name, SiteConfig] = Field(default_factory=dict, description="The places backends stand at.")
+    sites: dict[SiteName, SiteConfig] = Field(
+        default_factory=dict, description="The places backends stand at."
+    )
     aliases: dict[str, str] = Field(
         default_factory=dict, description="Further names of models: `gpt-4: qwen3-32b`."
     )
@@ -377,6 +401,12 @@ class Config(FileModel):
                     f"two backends are called '{backend.name}'", at=("backends", number, "name")
                 )
             seen.add(backend.name)
+            if backend.models == "auto" and not self.probing.enabled:
+                raise BadValueError(
+                    f"without probes nobody asks backend '{backend.name}' for its models: list them here, "
+                    "or leave `probing.enabled` out",
+                    at=("backends", number, "models"),
+                )
             host = urlsplit(backend.url).hostname or ""
             if "site" not in backend.model_fields_set and not is_nearby(host):
                 # `local` may see every class of data: nobody becomes it by saying nothing.

@@ -42,6 +42,8 @@ _TYPES: tuple[tuple[Any, str], ...] = (
     (Duration, "duration"),
     (Size, "size"),
     (config.Name, "name"),
+    (config.SiteName, "name"),
+    (config.DataClass, "word"),
     (config.Url, "URL"),
     (config.Address, "`HOST:PORT`"),
     (config.DecimalText, "decimal"),

@@ -35,6 +35,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from proxy.access.pepper import PepperError
+from proxy.records import DATA_CLASS
 from proxy.tables import keys as keys_table
 from proxy.tables import settings as settings_table
 
@@ -56,7 +57,7 @@ _CREDENTIAL = re.compile(
     rb"(?:(?i:bearer) ++)?(tg_([0-9A-Za-z]{10})_[0-9A-Za-z]{43})_([0-9A-Za-z]{6})"
 ).fullmatch
 _ID = re.compile(r"[0-9A-Za-z]{10}").fullmatch
-_WORD = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}").fullmatch
+_WORD = re.compile(DATA_CLASS).fullmatch
 _PAIRS = [(a + b).encode() for a in ALPHABET for b in ALPHABET]
 
 

@@ -60,6 +60,19 @@ async def test_a_reload_without_file_descriptors_is_tried_again(
     assert seen(service)
 
 
+async def test_a_backend_and_the_policy_move_together(service: Service, tmp_path: Path) -> None:
+    """The policy is checked against the sites of the same file, not against those of before."""
+    assert service.path is not None
+    for site in ("nanjing", "suzhou"):
+        (tmp_path / "own.yaml").write_text(f"rules: [{{name: all, sites: [{site}]}}]")
+        backend = f'{{name: b, url: "http://10.0.0.1:9", site: {site}, models: [m]}}'
+        text = TEXT.replace("[{name: a", f"[{backend}, {{name: a") + "policy: ./own.yaml\n"
+        service.path.write_text(text % (tmp_path / "state"))
+        assert service.reload()
+    assert service.runtime.fleet["b"].site == "suzhou"
+    assert service.runtime.built.policy.warnings == []
+
+
 async def test_no_secret_gets_into_the_log(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     assert service.path is not None
     service.path.write_text(service.path.read_text().replace("models: [m]", "api_key: sk-live-1"))
