@@ -36,7 +36,8 @@ from proxy.access.limits import Limits
 from proxy.access.pepper import load_pepper
 from proxy.admin.http import admin_app
 from proxy.build import Built, ConfigError, build, timing
-from proxy.config import Config, is_loopback, is_policy_file, load_config, override, split_address
+from proxy.config import Config, is_policy_file, load_config, override
+from proxy.config_values import is_loopback, split_address
 from proxy.database import open_database
 from proxy.exchange import OUR_SHORTAGE
 from proxy.journal import Journal

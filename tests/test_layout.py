@@ -63,6 +63,7 @@ TESTED_BY = {
     "proxy/admin/http.py": "tests/test_docs.py",
     "proxy/answers.py": "tests/proxy/test_exchange.py",
     "proxy/build.py": "tests/proxy/test_exchange.py",
+    "proxy/config_values.py": "tests/proxy/test_config.py",
     "proxy/check.py": "tests/e2e/test_docs_run.py",
     "proxy/cli.py": "tests/e2e/test_docs_run.py",
     "proxy/cli_common.py": "tests/e2e/test_docs_run.py",

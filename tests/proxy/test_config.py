@@ -18,12 +18,11 @@ from proxy.config import (
     Config,
     backend_key,
     config_from_flags,
-    is_loopback,
     is_policy_file,
     load_config,
     override,
-    split_address,
 )
+from proxy.config_values import is_loopback, split_address
 from proxy.http1 import NEVER_FORWARDED, RequestGrammar
 
 ONE = "backends:\n  - {name: a, url: 'http://a:8000'}\n"
