@@ -228,6 +228,12 @@ def to_values(row: Row) -> Values:
     return _flatten(_repaired(row))
 
 
+def as_json(row: Row) -> bytes:
+    """A JSON object with every field, as an export has it."""
+    # Not given to orjson as it is: it looks into dataclasses, and a compiled one is none.
+    return orjson.dumps({name: getattr(row, name) for name in FIELDS})
+
+
 def plain(value: Any) -> Any:
     """The nearest value that JSON and SQL have: 64-bit integers, floats, valid Unicode, lists."""
     if value is None or isinstance(value, bool):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import orjson
 from sqlalchemy import BigInteger, ColumnElement, Engine, Select, cast, func, select, tuple_, union_all
 
-from proxy.records import COLUMNS, FIELDS, Row, from_values
+from proxy.records import COLUMNS, FIELDS, Row, as_json, from_values
 from proxy.tables import HOUR_US, HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
 
 if TYPE_CHECKING:
@@ -347,9 +347,8 @@ def _pages(engine: Engine, span: list[ColumnElement[bool]]) -> Iterator[list[Row
 
 
 def _write_jsonl(file: BinaryIO, rows: list[Row], *, with_header: bool) -> None:
-    for row in rows:  # not given to orjson as it is: it looks into dataclasses, and a compiled one is none
-        fields = {name: getattr(row, name) for name in FIELDS}
-        file.write(orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE))
+    for row in rows:
+        file.write(as_json(row) + b"\n")
 
 
 def _write_csv(file: BinaryIO, rows: list[Row], *, with_header: bool) -> None:
