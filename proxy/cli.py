@@ -192,10 +192,10 @@ def usage(
     if json_output and csv_output:
         fail("give --json or --csv, not both")
     begin, end = _span(since, until)
-    engine, _, currency = open_ledger(config, state)
+    engine, place = open_ledger(config, state)
     try:
         with readable_errors():
-            lines = reports.usage(engine, by, begin, end, currency)
+            lines = reports.usage(engine, by, begin, end, place.currency)
     except ValueError as error:
         fail(f"--by: {error}")
     if json_output:
@@ -247,7 +247,7 @@ def export(
     if form not in ("jsonl", "csv"):
         fail(f"--format is jsonl or csv, not '{form}'")
     begin, end = _span(since, until)
-    engine, _, _ = open_ledger(config, state)
+    engine, _ = open_ledger(config, state)
     if output is None:
         with readable_errors():
             reports.export(engine, sys.stdout.buffer, begin, end, form=form)  # type: ignore[arg-type]

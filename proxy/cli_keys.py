@@ -69,11 +69,11 @@ def keys_create(
     path = config_path(config) if config or not state else None
     loaded = load(path) if path is not None else None
     labels, expiry = _labels(label), _expiry(expires)
-    directory, _, _ = ledger_place(config, state)
+    directory = ledger_place(config, state).directory
     is_new = not directory.exists()
     with readable_errors():
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # the ledger may be elsewhere
-        engine, _, _ = open_ledger(config, state, create=True)
+        engine, _ = open_ledger(config, state, create=True)
         try:
             text, key = create_key(
                 engine,
@@ -171,16 +171,24 @@ def keys_list(
 
     Example: tidegate keys list
     """
+    from policies.yamlproblems import listed
     from proxy.access.keys import list_keys
     from proxy.access.limits import month_bounds
-    from proxy.reports import spent_by_key
+    from proxy.config_values import time_zone
+    from proxy.reports import latest_currency, spent_by_key
 
-    engine, _, currency = open_ledger(config, state)
+    engine, place = open_ledger(config, state)
     now = time.time()
     with readable_errors():
         stored = list_keys(engine)
-        has_budgets = any(one.key.budget_nano is not None for one in stored)
-        spent = spent_by_key(engine, month_bounds(now)[0]) if has_budgets else {}
+        currency = place.currency or latest_currency(engine)
+        begin, _ = month_bounds(now, time_zone(place.budget_zone))
+        spent, others = spent_by_key(engine, begin, currency)
+    if others and any(one.key.budget_nano is not None for one in stored):
+        text = (
+            f"note: budgets count {currency} only; this month there are costs in {listed(others, 'and')} too"
+        )
+        typer.echo(text, err=True)
     rows = [_row(one, now, spent) for one in stored]
     if json_output:
         typer.echo(json.dumps(rows, indent=2))
@@ -267,7 +275,7 @@ def keys_revoke(
     """
     from proxy.access.keys import KeyFieldError, UnknownKeyError, revoke_key
 
-    engine, _, _ = open_ledger(config, state)
+    engine, _ = open_ledger(config, state)
     if key_id.startswith("tg_"):
         key_id = key_id.split("_")[1]  # the whole key was pasted
     try:

@@ -26,6 +26,7 @@ from proxy.config_values import (
     SiteName,
     Url,
     Variable,
+    Zone,
     is_nearby,
 )
 from proxy.masking import without_secrets
@@ -224,6 +225,9 @@ class Config(FileModel):
         default_factory=dict, description="Further names of models: `gpt-4: qwen3-32b`."
     )
     currency: str | None = Field(None, description="Currency of the ledger. Default: that of the prices.")
+    budget_zone: Zone = Field(
+        "UTC", description="Time zone by whose calendar months budgets run: `Asia/Shanghai`."
+    )
     durability: Literal["normal", "strict"] = Field(
         "normal",
         description="`strict` sends nothing to a backend before the journal has reached the disk.",

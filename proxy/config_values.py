@@ -8,13 +8,16 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+from datetime import UTC, tzinfo
 from typing import Annotated
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import AfterValidator, BeforeValidator
 
 from policies.match import REMOTE
 from policies.units import BadValueError
+from policies.yamlproblems import closest
 from proxy.http1 import NEVER_FORWARDED
 from proxy.records import DATA_CLASS
 
@@ -151,6 +154,24 @@ def _check_forwarded(value: str) -> str:
     return value
 
 
+def time_zone(name: str) -> tzinfo:
+    """The time zone with an IANA name. Raises BadValueError: this machine knows none of that name."""
+    if name == "UTC":
+        return UTC  # also where no database of time zones is installed
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):  # the latter two: of what is no name, such as a folder's
+        meant = closest(name, available_timezones(), cutoff=0.8)
+        raise BadValueError(
+            f"no time zone is called '{name[:40]}' here, as Asia/Shanghai is", meant
+        ) from None
+
+
+def _check_zone(value: str) -> str:
+    time_zone(value)
+    return value
+
+
 def _check_variable(value: str) -> str:
     if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) is None:  # a key pasted here must not be shown
         raise BadValueError(
@@ -163,6 +184,7 @@ def _check_variable(value: str) -> str:
 Name = Annotated[str, AfterValidator(_check_name)]
 SiteName = Annotated[str, AfterValidator(_check_site)]
 DataClass = Annotated[str, AfterValidator(_check_data_class)]
+Zone = Annotated[str, AfterValidator(_check_zone)]
 Variable = Annotated[str, AfterValidator(_check_variable)]
 FieldName = Annotated[str, AfterValidator(_check_forwarded)]
 Url = Annotated[str, AfterValidator(_check_url)]

@@ -37,7 +37,6 @@ from proxy.journal import Journal
 from proxy.prices import Prices
 from proxy.records import CLIENT_GONE, COLUMNS, OK, Values, as_json, from_values
 from proxy.replay import Replayed, replay
-from proxy.reports import spent
 from proxy.tables import HOUR_US, HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
 
 log = logging.getLogger("tidegate")
@@ -62,7 +61,7 @@ SHORTAGES = (
 
 
 class Ledger:
-    """The journal's other end: replays and starts it, empties it into SQL, and says what was spent.
+    """The journal's other end: replays and starts it, and empties it into SQL.
 
     `ledger = Ledger(open_database(state), Journal(state / "journal"), prices)`, then `start`.
     """
@@ -156,10 +155,6 @@ class Ledger:
             for row in unsaved:
                 log.critical("%s", as_json(from_values(row)).decode())
         self.journal.release()
-
-    def spent(self, key_id: str, since: float) -> int:
-        """What a key has cost since a Unix time, nano-units; rows that still wait are not in it (blocking)."""
-        return spent(self.engine, key_id, since)
 
     def _run(self) -> None:
         try:

@@ -122,19 +122,27 @@ def usage(
     return [line for by_currency in lines.values() for line in _joined(by_currency, currency)]
 
 
-def spent(engine: Engine, key_id: str, since: float) -> int:
-    """What a key has cost since a Unix time, nano-units."""
-    with engine.connect() as connection:
-        rows = connection.execute(_sums(["key"], since, None, key_id=key_id)).all()
-    return sum(int(row.cost_nano) for row in rows)
+def spent_by_key(engine: Engine, since: float, currency: str) -> tuple[dict[str, int], list[str]]:
+    """What each key has cost in a currency since a Unix time, nano-units by key id.
 
-
-def spent_by_key(engine: Engine, since: float) -> dict[str, int]:
-    """What each key has cost since a Unix time, nano-units by key id."""
+    And the other currencies that there were costs in: no budget counts them.
+    """
     totals: dict[str, int] = {}
+    others: set[str] = set()
     for line in usage(engine, "key", since):
-        totals[line.group["key"]] = totals.get(line.group["key"], 0) + line.cost_nano
-    return totals
+        if line.currency == currency:
+            totals[line.group["key"]] = line.cost_nano
+        elif line.cost_nano:
+            others.add(line.currency)
+    return totals, sorted(others)
+
+
+def latest_currency(engine: Engine) -> str:
+    """What the ledger last counted in; empty: nothing in it had a price."""
+    column = usage_hourly.c.currency
+    statement = select(column).where(column != "").order_by(usage_hourly.c.hour.desc()).limit(1)
+    with engine.connect() as connection:
+        return connection.execute(statement).scalar() or ""
 
 
 def usage_table(lines: list[Usage]) -> Table:
@@ -267,45 +275,37 @@ def money(nano: int, decimals: int) -> str:
     return f"{sign}{digits[:-decimals]}.{digits[-decimals:]}" if decimals else sign + digits
 
 
-def _sums(
-    groups: list[str], since: float | None, until: float | None, key_id: str | None = None
-) -> Select[tuple[Any, ...]]:
+def _sums(groups: list[str], since: float | None, until: float | None) -> Select[tuple[Any, ...]]:
     """Sums by group and currency: whole hours from the hourly table, the ends of the span from the rows."""
     first = 0 if since is None else -(-_us(since) // HOUR_US)
     last = None if until is None else _us(until) // HOUR_US
     if last is not None and last <= first:
-        pieces = [_of_rows(groups, key_id, *_arrived(since, until))]
+        pieces = [_of_rows(groups, *_arrived(since, until))]
     else:
         hours = [usage_hourly.c.hour >= first * 3600]
         pieces = []
         if since is not None and _us(since) % HOUR_US:
-            pieces.append(
-                _of_rows(groups, key_id, *_arrived(since, None), ledger.c.arrived_us < first * HOUR_US)
-            )
+            pieces.append(_of_rows(groups, *_arrived(since, None), ledger.c.arrived_us < first * HOUR_US))
         if last is not None:
             hours.append(usage_hourly.c.hour < last * 3600)
-            pieces.append(
-                _of_rows(groups, key_id, ledger.c.arrived_us >= last * HOUR_US, *_arrived(None, until))
-            )
-        pieces.append(_of_hours(groups, key_id, *hours))
+            pieces.append(_of_rows(groups, ledger.c.arrived_us >= last * HOUR_US, *_arrived(None, until)))
+        pieces.append(_of_hours(groups, *hours))
     parts = union_all(*pieces).subquery()
     keys = [parts.c[name] for name in (*groups, "currency")]
     totals = [cast(func.sum(parts.c[name]), BigInteger).label(name) for name in SUMS]
     return select(*keys, *totals).group_by(*keys).order_by(*keys)
 
 
-def _of_hours(groups: list[str], key_id: str | None, *where: ColumnElement[bool]) -> Select[tuple[Any, ...]]:
+def _of_hours(groups: list[str], *where: ColumnElement[bool]) -> Select[tuple[Any, ...]]:
     columns = [GROUPS[name][0].label(name) for name in groups]
     sums = [usage_hourly.c[name] for name in SUMS]
-    statement = select(*columns, usage_hourly.c.currency, *sums).where(*where)
-    return statement if key_id is None else statement.where(usage_hourly.c.key_id == key_id)
+    return select(*columns, usage_hourly.c.currency, *sums).where(*where)
 
 
-def _of_rows(groups: list[str], key_id: str | None, *where: ColumnElement[bool]) -> Select[tuple[Any, ...]]:
+def _of_rows(groups: list[str], *where: ColumnElement[bool]) -> Select[tuple[Any, ...]]:
     columns = [GROUPS[name][1].label(name) for name in groups]
     sums = [total.label(name) for name, total in HOURLY_SUMS.items()]
-    statement = select(*columns, ledger.c.currency, *sums).where(*where).group_by(*groups, "currency")
-    return statement if key_id is None else statement.where(ledger.c.key_id == key_id)
+    return select(*columns, ledger.c.currency, *sums).where(*where).group_by(*groups, "currency")
 
 
 def _joined(by_currency: dict[str, Usage], currency: str) -> list[Usage]:

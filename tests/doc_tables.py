@@ -44,6 +44,7 @@ _TYPES: tuple[tuple[Any, str], ...] = (
     (config_values.Name, "name"),
     (config_values.SiteName, "name"),
     (config_values.DataClass, "word"),
+    (config_values.Zone, "time zone"),
     (config_values.Url, "URL"),
     (config_values.Address, "`HOST:PORT`"),
     (config_values.DecimalText, "decimal"),

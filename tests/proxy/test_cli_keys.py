@@ -117,6 +117,30 @@ async def test_a_budget_shows_what_is_spent_of_it_this_month(folder: Path) -> No
     assert "1.25 of 2.50 CNY spent this month" in text
 
 
+async def test_budgets_count_one_currency(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG)
+    made = create("--budget", "2.5")
+    spend(folder / "tidegate-data", made["id"])
+    spend(folder / "tidegate-data", made["id"], currency="USD")
+    found = tidegate("list")
+    assert "1.25 of 2.50 CNY spent" in " ".join(found.stdout.split())
+    assert found.stderr == "note: budgets count CNY only; this month there are costs in USD too\n"
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("currency: CNY", "currency: USD"))
+    (row,) = listed()
+    assert row["spent"] == 1.25
+
+
+async def test_budgets_run_by_the_months_of_their_zone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last second of UTC's October is one of November further east."""
+    middle = datetime(2026, 11, 15, tzinfo=UTC).timestamp()
+    monkeypatch.setattr(time, "time", lambda: middle)
+    (folder / "tidegate.yaml").write_text(CONFIG + "budget_zone: Asia/Shanghai\n")
+    made = create("--budget", "2.5")
+    spend(folder / "tidegate-data", made["id"])
+    (row,) = listed()
+    assert row["spent"] == 11.25
+
+
 def test_small_budgets_are_not_rounded_to_nothing() -> None:
     create("--budget", "0.0025")
     create("--budget", "1234.5")
@@ -125,16 +149,16 @@ def test_small_budgets_are_not_rounded_to_nothing() -> None:
     assert "0.00 of 1,234.50 spent this month" in text
 
 
-def spend(state: Path, *keys: str) -> None:
+def spend(state: Path, *keys: str, currency: str = "CNY") -> None:
     """1.25 with each key this month, and 10 the month before."""
     engine = open_database(state)
-    ledger = Ledger(engine, Journal(state / "journal"), Prices({}, "CNY"))
+    ledger = Ledger(engine, Journal(state / "journal"), Prices({}, currency))
     begin = month_bounds(time.time())[0]
     ledger.start(asyncio.get_running_loop(), print)
     for number, key in enumerate(keys):
         for arrived, cost in ((time.time(), 1_250_000_000), (begin - 1, 10_000_000_000)):
-            row = Row(f"{number}-{cost}", arrived=arrived, key_id=key, tenant="acme", status=200)
-            row.cost_nano, row.currency = cost, "CNY"
+            row = Row(f"{number}-{cost}-{currency}", arrived=arrived, key_id=key, tenant="acme", status=200)
+            row.cost_nano, row.currency = cost, currency
             ledger.journal.close(row)
     ledger.stop()
     engine.dispose()

@@ -110,6 +110,9 @@ def test_paths_are_relative_to_the_file(write: Any, tmp_path: Path) -> None:
         (ONE + "aliases: {x: y, y: m}\n", (3, 14, "aliases.x", "'y' is itself an alias")),
         (ONE + "aliases: {x: x}\n", (3, 14, "aliases.x", "'x' is itself an alias")),
         (ONE + "probing: {enabled: false}\n", (2, 5, "backends[0].models", "list them here")),
+        (ONE + "budget_zone: Asia/Shanghia\n", (3, 14, "budget_zone", "-> Asia/Shanghai")),
+        (ONE + "budget_zone: America\n", (3, 14, "budget_zone", "no time zone is called 'America'")),
+        (ONE + "budget_zone: ../passwd\n", (3, 14, "budget_zone", "no time zone is called")),
         (ONE + "sites: {remote: {}}\n", (3, 9, "sites.remote", "call this one something else")),
         (ONE + "sites: {'*': {}}\n", (3, 9, "sites.*", "letters, digits")),
         (

@@ -438,24 +438,6 @@ async def test_a_row_that_sql_refuses_keeps_none_of_the_others(
     assert rows[79].op in caplog.text, "it is in the log whole"
 
 
-async def test_spent_counts_a_key_from_a_moment_on(state: State) -> None:
-    month = 1_700_000_000.0  # in the middle of an hour
-    _Insert(state.engine).rows(
-        [
-            to_values(a_row(arrived=arrived, key_id=key, cost_nano=cost))
-            for arrived, key, cost in [
-                (month - 0.000001, "k1", 1),
-                (month, "k1", 10),
-                (month + 86_400, "k1", 100),
-                (month + 40 * 86_400, "k1", 1000),
-                (month, "k2", 10_000),
-            ]
-        ]
-    )
-    moved = state.start()
-    assert [moved.spent(key, month) for key in ("k1", "k2", "nobody")] == [1110, 10_000, 0]
-
-
 def test_statements_are_ones_that_postgresql_has() -> None:
     engine: Any = SimpleNamespace(dialect=psycopg.dialect())
     text = _insert_text(engine, 2)

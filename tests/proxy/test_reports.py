@@ -28,9 +28,10 @@ from proxy.reports import (
     GROUPS,
     Usage,
     export,
+    latest_currency,
     money,
     parse_time,
-    spent,
+    spent_by_key,
     usage,
     usage_csv,
     usage_json,
@@ -147,13 +148,38 @@ def test_usage_is_the_sum_of_the_rows_in_the_span(
     assert [list(line.group) for line in lines] == [by] * len(lines)
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, list[Row]]]:
+    """A ledger whose currency was changed, and changed back."""
+    engine = empty_database(tmp_path_factory.mktemp("mixed"))
+    rows = random_rows(200)
+    for row in rows[::3]:
+        row.currency = row.currency and "USD"
+    put(engine, *rows)
+    yield engine, rows
+    engine.dispose()
+
+
 @settings(max_examples=50, deadline=None)
-@given(st.sampled_from(["k1", "k2", ""]), moments.filter(lambda moment: moment is not None))
-def test_spent_is_the_sum_of_a_keys_costs(many: tuple[Engine, list[Row]], key: str, since: float) -> None:
-    engine, rows = many
-    assert spent(engine, key, since) == sum(
-        row.cost_nano for row in rows if row.key_id == key and row.arrived >= since
-    )
+@given(moments.filter(lambda moment: moment is not None), st.sampled_from(["CNY", "USD"]))
+def test_spent_is_the_sum_of_a_keys_costs_in_one_currency(
+    mixed: tuple[Engine, list[Row]], since: float, currency: str
+) -> None:
+    engine, rows = mixed
+    spent, others = spent_by_key(engine, since, currency)
+    later = [row for row in rows if row.arrived >= since and row.currency]
+    for key in ("k1", "k2", ""):
+        assert spent.get(key, 0) == sum(
+            row.cost_nano for row in later if row.key_id == key and row.currency == currency
+        )
+    assert others == sorted({row.currency for row in later if row.cost_nano} - {currency})
+
+
+def test_the_currency_of_a_ledger_is_that_of_its_last_cost(engine: Engine) -> None:
+    assert latest_currency(engine) == ""
+    rows = [a_row(arrived=3600.0 * hour, currency=one) for hour, one in enumerate(("CNY", "USD", ""))]
+    put(engine, *rows)
+    assert latest_currency(engine) == "USD"
 
 
 def test_days_are_utc(engine: Engine) -> None:
