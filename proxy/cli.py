@@ -294,7 +294,14 @@ def _root(
 
 
 def _logging() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr)
+    """Messages to standard error: `I 2026-11-26T22:50:01.123Z stopped`, in UTC as the ledger is."""
+    formatter = logging.Formatter("%(levelname).1s %(asctime)s %(message)s")
+    formatter.converter = time.gmtime
+    formatter.default_time_format = "%Y-%m-%dT%H:%M:%S"
+    formatter.default_msec_format = "%s.%03dZ"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 

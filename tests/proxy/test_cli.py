@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from proxy.cli import app
+from proxy.cli import _logging, app
 from proxy.database import open_database
 from proxy.ledger import _Insert
 from proxy.records import to_values
@@ -85,6 +87,17 @@ def test_an_export_onto_a_full_disk_names_the_file() -> None:
 
 
 # Serve
+
+
+def test_messages_have_a_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", logging.INFO)
+    monkeypatch.setattr(time, "time", lambda: 1_795_733_401.1239)
+    monkeypatch.setattr(time, "time_ns", lambda: 1_795_733_401_123_900_000)
+    _logging()
+    logging.getLogger("tidegate").warning("the tide is %s", "in")
+    assert capsys.readouterr().err == "W 2026-11-26T22:50:01.123Z the tide is in\n"
 
 
 @pytest.mark.parametrize(
