@@ -55,11 +55,13 @@ def check_file(file: Path, config_path: Path | None) -> Report:
         if _is_configuration(text, str(file)):
             kind = "configuration"
             return _check_configuration(file, text)
-        known = None
-        if config_path is not None and config_path.resolve() != file.resolve():
+        if config_path is None or config_path.resolve() == file.resolve():
+            return _check_policy(file, text, None)
+        try:
             config = load_config(config_path)
-            known = KnownNames(make_backends(config), frozenset(config.sites))
-        return _good(str(file), kind, "", [], read_policy(text, str(file), known))
+        except (FileProblems, OSError) as error:
+            return _without_configuration(_check_policy(file, text, None), config_path, error)
+        return _check_policy(file, text, KnownNames(make_backends(config), frozenset(config.sites)))
     except FileProblems as error:
         error = without_secrets(error)
         problems = [(error.name, problem) for problem in error.problems]
@@ -67,6 +69,24 @@ def check_file(file: Path, config_path: Path | None) -> Report:
     except (OSError, UnicodeDecodeError) as error:
         words = in_words(error)
         return Report(str(file), kind, False, words if words.startswith(str(file)) else f"{file}: {words}")
+
+
+def _check_policy(file: Path, text: str, known: KnownNames | None) -> Report:
+    try:
+        return _good(str(file), "policy", "", [], read_policy(text, str(file), known))
+    except FileProblems as error:
+        return Report(
+            str(file), "policy", False, str(error), [(error.name, problem) for problem in error.problems]
+        )
+
+
+def _without_configuration(report: Report, path: Path, error: FileProblems | OSError) -> Report:
+    """What a policy file says by itself, and why no more is known of it."""
+    reason = f"{path} cannot be used, so names of sites and backends were not checked"
+    broken = error.problems if isinstance(error, FileProblems) else []
+    problems = [*report.problems, *((str(path), problem) for problem in broken)]
+    text = f"{report.text}\n\n{reason}:\n{in_words(error)}"
+    return Report(report.file, report.kind, False, text, problems, report.warnings)
 
 
 def _is_configuration(text: str, name: str) -> bool:

@@ -192,6 +192,34 @@ def test_mistakes_in_its_policy_file_are_told_with_that_file(folder: Path) -> No
 # A policy file
 
 
+@pytest.mark.parametrize(
+    ("policy", "said"), [("sites: [mars]", "but site mars"), ("sties: [mars]", "unknown key")]
+)
+def test_a_policy_file_is_checked_also_beside_a_broken_configuration(
+    folder: Path, policy: str, said: str
+) -> None:
+    (folder / "tidegate.yaml").write_text("bakends: []\n")
+    (folder / "night.yaml").write_text(f"rules:\n  - {{name: all, {policy}}}\n")
+    found = check("night.yaml")
+    assert found.exit_code == 1
+    first, _, rest = found.stderr.partition(
+        "\n\ntidegate.yaml cannot be used, so names of sites and backends"
+    )
+    assert "night.yaml" in first
+    assert said in first
+    assert "tidegate.yaml:1:1: bakends: unknown key" in rest
+    report = reported("night.yaml")
+    assert (report["file"], report["kind"], report["ok"]) == ("night.yaml", "policy", False)
+    assert "tidegate.yaml" in [problem["file"] for problem in report["problems"]]
+
+
+def test_a_configuration_that_is_not_there_is_said_beside_the_policy(folder: Path) -> None:
+    (folder / "night.yaml").write_text("rules:\n  - {name: all}\n")
+    found = check("night.yaml", "--config", "nowhere.yaml")
+    assert found.exit_code == 1
+    assert found.stderr.endswith("nowhere.yaml: no such file or directory\n")
+
+
 def test_names_of_backends_in_parameters_are_checked(folder: Path) -> None:
     (folder / "tidegate.yaml").write_text(CONFIG)
     (folder / "night.yaml").write_text(
