@@ -35,7 +35,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from proxy.database import BUSY_TIMEOUT_S, writing
 from proxy.journal import Journal
 from proxy.prices import Prices
-from proxy.records import CLIENT_GONE, COLUMNS, OK, Values, as_json, from_values
+from proxy.records import CLIENT_GONE, COLUMNS, FAILED, OK, Values, as_json, from_values
 from proxy.replay import Replayed, replay
 from proxy.tables import HOUR_US, HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
 
@@ -295,6 +295,8 @@ def add_up(rows: list[Values], groups: Sums) -> None:
         sums[0] += 1
         if outcome != OK and outcome != CLIENT_GONE:
             sums[1] += 1
+            if outcome in FAILED:
+                sums[9] += 1
         if not currency and prompt + completion:
             sums[2] += 1
         sums[3] += prompt

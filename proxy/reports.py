@@ -57,7 +57,7 @@ class Usage:
     currency: str
     requests: int = 0
     errors: int = 0
-    """Those that ended neither `ok` nor with the client leaving."""
+    """Those that ended neither `ok` nor with the client leaving: refused and failed ones."""
     unpriced: int = 0
     """Requests with tokens whose price was not known: what they cost is missing in `cost_nano`."""
     prompt_tokens: int = 0
@@ -66,6 +66,13 @@ class Usage:
     overhead_prompt_tokens: int = 0
     overhead_completion_tokens: int = 0
     cost_nano: int = 0
+    failed: int = 0
+    """Lost by backends or by the proxy."""
+
+    @property
+    def refused(self) -> int:
+        """Refused by a limit or a policy, or for the client's own mistake."""
+        return self.errors - self.failed
 
     def add(self, other: Usage) -> None:
         """Add another line's sums to this one."""
@@ -87,7 +94,21 @@ class Usage:
             "cost_nano": self.cost_nano,
             "currency": self.currency,
             "unpriced": self.unpriced,
+            "refused": self.refused,
+            "failed": self.failed,
         }
+
+
+_COUNTS: tuple[tuple[str, Callable[[Usage], int], bool], ...] = (
+    ("requests", lambda line: line.requests, False),
+    ("refused", lambda line: line.refused, True),
+    ("failed", lambda line: line.failed, True),
+    ("prompt", lambda line: line.prompt_tokens, False),
+    ("cached", lambda line: line.cached_tokens, False),
+    ("completion", lambda line: line.completion_tokens, False),
+    ("overhead", lambda line: line.overhead_prompt_tokens + line.overhead_completion_tokens, True),
+)
+"""Columns of the table, and whether one is left out where there is nothing in it."""
 
 
 def usage(
@@ -148,11 +169,15 @@ def latest_currency(engine: Engine) -> str:
 def usage_table(lines: list[Usage]) -> Table:
     """For people: money with 4 decimals, and totals if there is more than one line.
 
-    Tokens of failed attempts have a column when there are any.
+    Refused and failed requests and tokens of failed attempts have a column when there are any.
     """
     currencies = sorted({line.currency for line in lines} - {""})
     one_currency = len(currencies) <= 1
-    has_overhead = any(line.overhead_prompt_tokens or line.overhead_completion_tokens for line in lines)
+    counts = [
+        (name, count)
+        for name, count, is_optional in _COUNTS
+        if not is_optional or any(count(line) for line in lines)
+    ]
     from rich import box  # not above: the ledger needs this module, and `serve` no tables
     from rich.table import Table
 
@@ -160,19 +185,23 @@ def usage_table(lines: list[Usage]) -> Table:
     groups = list(lines[0].group) if lines else []
     for name in groups:
         table.add_column(name, overflow="fold", min_width=10)
-    counts = ["requests", "errors", "prompt", "cached", "completion"] + ["overhead"] * has_overhead
-    for name in (*counts, " ".join(["cost", *currencies]) if one_currency else "cost"):
+    cost = " ".join(["cost", *currencies]) if one_currency else "cost"
+    for name in (*(name for name, _ in counts), cost):
         table.add_column(name, justify="right", no_wrap=True)
+
+    def cells(line: Usage) -> list[str]:
+        amount = money(line.cost_nano, 4)
+        figures = [f"{count(line):,}" for _, count in counts]
+        return [*figures, amount if one_currency else f"{amount} {line.currency}"]
+
     totals: dict[str, Usage] = {}
     for line in lines:
-        table.add_row(
-            *(line.group[name] or "-" for name in groups), *_cells(line, has_overhead, one_currency)
-        )
+        table.add_row(*(line.group[name] or "-" for name in groups), *cells(line))
         totals.setdefault(line.currency, Usage({}, line.currency)).add(line)
     if len(lines) > 1:
         table.add_section()
         for total in totals.values():
-            table.add_row("total", *[""] * (len(groups) - 1), *_cells(total, has_overhead, one_currency))
+            table.add_row("total", *[""] * (len(groups) - 1), *cells(total))
     unpriced = sum(line.unpriced for line in lines)
     if unpriced:
         requests = "1 request" if unpriced == 1 else f"{unpriced:,} requests"
@@ -319,14 +348,6 @@ def _joined(by_currency: dict[str, Usage], currency: str) -> list[Usage]:
             without.currency = currency
             lines.append(without)
     return lines
-
-
-def _cells(line: Usage, has_overhead: bool, one_currency: bool) -> list[str]:
-    counts = [line.requests, line.errors, line.prompt_tokens, line.cached_tokens, line.completion_tokens]
-    if has_overhead:
-        counts.append(line.overhead_prompt_tokens + line.overhead_completion_tokens)
-    cost = money(line.cost_nano, 4)
-    return [*(f"{count:,}" for count in counts), cost if one_currency else f"{cost} {line.currency}"]
 
 
 def _pages(engine: Engine, span: list[ColumnElement[bool]]) -> Iterator[list[Row]]:

@@ -78,6 +78,7 @@ TESTED_BY = {
     "proxy/metrics.py": "tests/test_docs.py",
     "proxy/migrations/env.py": "tests/proxy/test_database.py",
     "proxy/migrations/versions/revision_0001.py": "tests/proxy/test_database.py",
+    "proxy/migrations/versions/revision_0002.py": "tests/proxy/test_database.py",
     "proxy/observe.py": "tests/proxy/test_exchange.py",
     "proxy/openai.py": "tests/proxy/test_exchange.py",
     "proxy/readable.py": "tests/e2e/test_docs_run.py",

@@ -84,8 +84,9 @@ def added_up(rows: Sequence[Row]) -> list[Any]:
             row.overhead_prompt_tokens,
             row.overhead_completion_tokens,
             row.cost_nano,
+            row.outcome in ("backend_failed", "cut", "shutdown", "lost"),
         ]
-        sums[group] = [a + b for a, b in zip(sums.get(group, [0] * 9), amounts, strict=True)]
+        sums[group] = [a + b for a, b in zip(sums.get(group, [0] * 10), amounts, strict=True)]
     return sorted((*group, *amounts) for group, amounts in sums.items())
 
 

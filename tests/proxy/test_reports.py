@@ -221,6 +221,7 @@ LINES = [
 ]
 KEYS = ["tenant", "day", "requests", "errors", "prompt_tokens", "cached_tokens", "completion_tokens"]
 KEYS += ["overhead_prompt_tokens", "overhead_completion_tokens", "cost", "cost_nano", "currency", "unpriced"]
+KEYS += ["refused", "failed"]
 
 
 def test_usage_as_json() -> None:
@@ -263,6 +264,18 @@ def test_usage_as_a_table_has_totals_that_are_rounded_once() -> None:
     assert "overhead" in text
     assert "overhead" not in shown(LINES[1:])
     assert shown([]).strip() != ""
+
+
+def test_what_failed_is_told_apart_from_what_was_refused(engine: Engine) -> None:
+    for outcome in OUTCOMES:
+        put(engine, a_row(tenant="a" if outcome == "ok" else "b", outcome=outcome))
+    healthy, other = usage(engine, "tenant")
+    assert (healthy.errors, healthy.refused, healthy.failed) == (0, 0, 0)
+    assert (other.errors, other.refused, other.failed) == (6, 2, 4)
+    assert "refused failed" in " ".join(shown([healthy, other]).split())
+    assert "failed" not in shown([healthy])
+    begin = a_row().arrived
+    assert usage(engine, "tenant", begin - 1, begin + 1) == [healthy, other], "of the rows as of the hours"
 
 
 def test_two_currencies_in_a_table_are_told_apart() -> None:
