@@ -317,7 +317,15 @@ def main() -> None:
         if wanted in (None, name):
             module, function = where.split(":")
             app.command(name)(getattr(import_module(module), function))
-    app()
+    try:
+        app()
+    except Exception as error:
+        from proxy.readable import READABLE_ERRORS, in_words
+
+        if not isinstance(error, READABLE_ERRORS):
+            raise
+        print(f"tidegate: {in_words(error)}", file=sys.stderr)  # such as a full disk behind standard output
+        sys.exit(2)
 
 
 def _refuse_foreign_proxy_package() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import re
+import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from proxy.cli import _logging, app
+import proxy.reports
+from proxy.cli import _logging, app, main
 from proxy.database import open_database
 from proxy.ledger import _Insert
 from proxy.records import to_values
@@ -84,6 +89,19 @@ def test_an_export_onto_a_full_disk_names_the_file() -> None:
         2,
         "tidegate: /dev/full: no space left on device",
     )
+
+
+def test_what_no_command_catches_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(proxy.reports, "usage_json", full)
+    monkeypatch.setattr(sys, "argv", ["tidegate", "usage", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code, capsys.readouterr().err) == (2, "tidegate: no space left on device\n")
 
 
 # Serve
