@@ -42,7 +42,7 @@ def admin_address(admin: str | None, state: Path | None, config: Config | None) 
 
 
 def _given(admin: str, state: Path | None) -> str:
-    from proxy.config import split_address
+    from proxy.config_values import split_address
 
     if state is not None:
         raise AskError("give --admin or --state, not both: each says which proxy to ask")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from policies.files import CompiledPolicy, KnownNames, library_policy, read_policy
 from policies.state import Backend
@@ -20,6 +22,7 @@ from proxy.upstream import Endpoint
 
 DEFAULT_SLOTS = 32
 """Until the engine has said how much it can do."""
+T = TypeVar("T")
 
 
 class ConfigError(Exception):
@@ -44,12 +47,13 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
     With `before`, a backend at the same address keeps its counts, averages and connections.
     """
     try:
-        backends, endpoints, targets, changes = [], {}, [], []
+        backends, configured, endpoints, targets, changes = [], [], {}, [], []
         for section in config.backends:
             site = config.sites.get(section.site) or SiteConfig()
             key = backend_key(section)
-            tls = _tls(section.tls) if section.url.startswith("https:") else None
+            tls = tls_context(section)
             fresh = _backend(section, site)
+            configured.append(fresh)
             old = _same_place(section, before)
             if old is None:
                 backends.append(fresh)
@@ -59,7 +63,8 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
             endpoints[section.name] = _endpoint(section, key, tls, config, loop)
             targets.append(_target(section, key, tls))
         prices = _prices(config)
-        policy = load_policy(config, backends, seed)
+        # The present backends still stand where the old configuration had them.
+        policy = load_policy(config, configured, seed)
         if before is not None and before.policy.text_hash == policy.text_hash:
             policy = replace(policy, rules=before.policy.rules)  # spill flags, turns and bookings go on
     except (BadValueError, ValueError, OSError, FileProblems) as error:
@@ -176,10 +181,21 @@ def _target(section: BackendConfig, key: str | None, tls: ssl.SSLContext | None)
     return Target(section.name, section.url, models, section.slots, headers, tls, section.tls.server_name)
 
 
-def _tls(section: Tls) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=section.ca_file)
-    if section.certificate is not None and section.key is not None:
-        context.load_cert_chain(section.certificate, section.key)
+def tls_context(section: BackendConfig) -> ssl.SSLContext | None:
+    """How a backend's certificate is checked; None: its URL is plain http.
+
+    Raises BadValueError naming the backend and, within `tls`, the key of the file that cannot be used.
+    """
+    if not section.url.startswith("https:"):
+        return None
+    tls = section.tls
+    context = _with_file(
+        section, "ca_file", tls.ca_file, lambda: ssl.create_default_context(cafile=tls.ca_file)
+    )
+    if tls.certificate is not None and tls.key is not None:
+        certificate, key = tls.certificate, tls.key
+        _with_file(section, "key", key, key.read_bytes)  # OpenSSL does not say which of the two it misses
+        _with_file(section, "certificate", certificate, lambda: context.load_cert_chain(certificate, key))
     return context
 
 
@@ -203,6 +219,24 @@ def files_of(config: Config) -> list[Path]:
         if section.api_key_file is not None:
             files.append(str(section.api_key_file))
     return [Path(file) for file in files]
+
+
+def _with_file(section: BackendConfig, name: str, file: Path | None, use: Callable[[], T]) -> T:
+    """`use()`, with its errors as a BadValueError at the key `name`."""
+    try:
+        return use()
+    except ssl.SSLError as error:
+        if file is None:
+            raise
+        reason = (error.reason or "not usable").lower().replace("_", " ")
+        raise BadValueError(
+            f"backend {section.name}: {file}: cannot be used for TLS ({reason})", at=(name,)
+        ) from None
+    except OSError as error:
+        if file is None:
+            raise
+        reason = (error.strerror or "cannot be read").lower()
+        raise BadValueError(f"backend {section.name}: {file}: {reason}", at=(name,)) from error
 
 
 def _prices(config: Config) -> Prices:

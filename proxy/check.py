@@ -14,8 +14,9 @@ from policies.state import Backend
 from policies.units import BadValueError
 from policies.yamlfile import Document, FileProblems, Problem, parse_yaml
 from policies.yamlproblems import closest
-from proxy.build import DEFAULT_SLOTS, load_policy, make_backends
+from proxy.build import DEFAULT_SLOTS, load_policy, make_backends, tls_context
 from proxy.config import BackendConfig, Config, Price, backend_key, is_policy_file, load_config
+from proxy.masking import database_shown, without_secrets
 from proxy.readable import in_words
 
 
@@ -54,17 +55,38 @@ def check_file(file: Path, config_path: Path | None) -> Report:
         if _is_configuration(text, str(file)):
             kind = "configuration"
             return _check_configuration(file, text)
-        known = None
-        if config_path is not None and config_path.resolve() != file.resolve():
+        if config_path is None or config_path.resolve() == file.resolve():
+            return _check_policy(file, text, None)
+        try:
             config = load_config(config_path)
-            known = KnownNames(make_backends(config), frozenset(config.sites))
-        return _good(str(file), kind, "", [], read_policy(text, str(file), known))
+        except (FileProblems, OSError) as error:
+            return _without_configuration(_check_policy(file, text, None), config_path, error)
+        return _check_policy(file, text, KnownNames(make_backends(config), frozenset(config.sites)))
     except FileProblems as error:
+        error = without_secrets(error)
         problems = [(error.name, problem) for problem in error.problems]
         return Report(str(file), kind, False, str(error), problems)
     except (OSError, UnicodeDecodeError) as error:
         words = in_words(error)
         return Report(str(file), kind, False, words if words.startswith(str(file)) else f"{file}: {words}")
+
+
+def _check_policy(file: Path, text: str, known: KnownNames | None) -> Report:
+    try:
+        return _good(str(file), "policy", "", [], read_policy(text, str(file), known))
+    except FileProblems as error:
+        return Report(
+            str(file), "policy", False, str(error), [(error.name, problem) for problem in error.problems]
+        )
+
+
+def _without_configuration(report: Report, path: Path, error: FileProblems | OSError) -> Report:
+    """What a policy file says by itself, and why no more is known of it."""
+    reason = f"{path} cannot be used, so names of sites and backends were not checked"
+    broken = error.problems if isinstance(error, FileProblems) else []
+    problems = [*report.problems, *((str(path), problem) for problem in broken)]
+    text = f"{report.text}\n\n{reason}:\n{in_words(error)}"
+    return Report(report.file, report.kind, False, text, problems, report.warnings)
 
 
 def _is_configuration(text: str, name: str) -> bool:
@@ -93,6 +115,8 @@ def _warning(file: str, problem: Problem) -> str:
 def _check_configuration(file: Path, text: str) -> Report:
     config = load_config(file)
     document = parse_yaml(text, str(file))
+    if problems := list(_unusable(config, document)):
+        raise document.failed(problems)
     backends = make_backends(config)
     try:
         policy = load_policy(config, backends, 0)
@@ -107,9 +131,22 @@ def _check_configuration(file: Path, text: str) -> Report:
     return _good(str(file), "configuration", f"{_in_words(file, config, backends)}\n\n", warnings, policy)
 
 
+def _unusable(config: Config, document: Document) -> Iterator[Problem]:
+    """What the proxy would not start with, beyond what the file itself says."""
+    for number, section in enumerate(config.backends):
+        try:
+            tls_context(section)
+        except BadValueError as error:
+            yield document.problem(("backends", number, "tls", *error.at), error.message)
+
+
 def _unused(config: Config, document: Document) -> Iterator[Problem]:
     """What is written in a configuration and does nothing, or cannot work as things stand."""
+    yield from _unknown_models(config, document)
     for number, section in enumerate(config.backends):
+        if section.tls.model_fields_set and not section.url.startswith("https:"):
+            message = f"backend {section.name} is asked over plain http: `tls` says nothing"
+            yield document.problem(("backends", number, "tls"), message, at_key=True)
         try:
             backend_key(section)
         except BadValueError as error:
@@ -125,12 +162,35 @@ def _unused(config: Config, document: Document) -> Iterator[Problem]:
             yield document.problem(("sites", site), message, at_key=True)
 
 
+def _unknown_models(config: Config, document: Document) -> Iterator[Problem]:
+    """Prices of models that their backend does not list, and aliases of models that nobody lists."""
+    listed: set[str] = set()
+    for number, section in enumerate(config.backends):
+        if section.models == "auto":
+            continue
+        listed.update(section.models)
+        for model in section.prices:
+            if model not in section.models:
+                message = f"backend {section.name} does not list model '{model}': nothing ever costs this"
+                meant = config.aliases.get(model)
+                suggestion = meant if meant in section.models else closest(model, section.models)
+                yield document.problem(
+                    ("backends", number, "prices", model), message, suggestion, at_key=True
+                )
+    if any(section.models == "auto" for section in config.backends):
+        return
+    for alias, model in config.aliases.items():
+        if model not in listed:
+            message = f"no backend lists model '{model}'"
+            yield document.problem(("aliases", alias), message, closest(model, listed))
+
+
 def _in_words(file: Path, config: Config, backends: list[Backend]) -> str:
     count = len(backends)
     policy = config.policy if is_policy_file(config.policy) else f"{config.policy} of the library"
     lines = [
         f"{file}: {count} backend{'' if count == 1 else 's'}. API on {config.listen}, admin on {config.admin}.",
-        f"Keys and ledger in {config.database or config.state}, money in {config.ledger_currency}. "
+        f"Keys and ledger in {database_shown(config.database or config.state)}, money in {config.ledger_currency}. "
         f"Policy: {policy}.",
         "",
     ]

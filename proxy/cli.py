@@ -22,6 +22,7 @@ from proxy.cli_common import (
     fail,
     load,
     open_ledger,
+    readable_errors,
 )
 from proxy.cli_keys import keys_app
 
@@ -191,9 +192,10 @@ def usage(
     if json_output and csv_output:
         fail("give --json or --csv, not both")
     begin, end = _span(since, until)
-    engine, _, currency = open_ledger(config, state)
+    engine, place = open_ledger(config, state)
     try:
-        lines = reports.usage(engine, by, begin, end, currency)
+        with readable_errors():
+            lines = reports.usage(engine, by, begin, end, place.currency)
     except ValueError as error:
         fail(f"--by: {error}")
     if json_output:
@@ -245,29 +247,30 @@ def export(
     if form not in ("jsonl", "csv"):
         fail(f"--format is jsonl or csv, not '{form}'")
     begin, end = _span(since, until)
-    engine, _, _ = open_ledger(config, state)
+    engine, _ = open_ledger(config, state)
     if output is None:
-        reports.export(engine, sys.stdout.buffer, begin, end, form=form)  # type: ignore[arg-type]
+        with readable_errors():
+            reports.export(engine, sys.stdout.buffer, begin, end, form=form)  # type: ignore[arg-type]
+            sys.stdout.buffer.flush()
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    from proxy.readable import in_words
-
-    try:
-        target = output.open("wb")
-    except OSError as error:
-        fail(in_words(error))
-    with target as file, Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("exporting", total=None)
-        rows = reports.export(
-            engine,
-            file,
-            begin,
-            end,
-            form=form,  # type: ignore[arg-type]
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with readable_errors():
+        try:
+            with output.open("wb") as file, Progress(console=Console(stderr=True)) as bar:
+                task = bar.add_task("exporting", total=None)
+                rows = reports.export(
+                    engine,
+                    file,
+                    begin,
+                    end,
+                    form=form,  # type: ignore[arg-type]
+                    progress=lambda done, total: bar.update(task, completed=done, total=total),
+                )
+        except OSError as error:
+            error.filename = str(output)  # a full disk does not say which file
+            raise
     typer.echo(f"{rows} rows written to {output}", err=True)
 
 
@@ -291,7 +294,14 @@ def _root(
 
 
 def _logging() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(message)s", stream=sys.stderr)
+    """Messages to standard error: `I 2026-11-26T22:50:01.123Z stopped`, in UTC as the ledger is."""
+    formatter = logging.Formatter("%(levelname).1s %(asctime)s %(message)s")
+    formatter.converter = time.gmtime
+    formatter.default_time_format = "%Y-%m-%dT%H:%M:%S"
+    formatter.default_msec_format = "%s.%03dZ"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
@@ -307,7 +317,15 @@ def main() -> None:
         if wanted in (None, name):
             module, function = where.split(":")
             app.command(name)(getattr(import_module(module), function))
-    app()
+    try:
+        app()
+    except Exception as error:
+        from proxy.readable import READABLE_ERRORS, in_words
+
+        if not isinstance(error, READABLE_ERRORS):
+            raise
+        print(f"tidegate: {in_words(error)}", file=sys.stderr)  # such as a full disk behind standard output
+        sys.exit(2)
 
 
 def _refuse_foreign_proxy_package() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NamedTuple, NoReturn
 
 import typer
 
@@ -31,6 +33,19 @@ def fail(message: str, status: int = 2) -> NoReturn:
     raise typer.Exit(status)
 
 
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Report what a person can mend (a locked database, a full disk) in one line, with exit status 2."""
+    from proxy.readable import READABLE_ERRORS, in_words
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # whoever read our output has left, as `head` does: typer ends quietly
+    except READABLE_ERRORS as error:
+        fail(in_words(error))
+
+
 def config_path(config: Path | None) -> Path | None:
     if config is not None:
         return config
@@ -52,26 +67,36 @@ def load(path: Path, instead: str = "") -> Config:
         fail(in_words(error))
 
 
-def ledger_place(config: Path | None, state: Path | None) -> tuple[Path, str | None, str]:
-    """State directory, URL of the database if that is elsewhere, and currency."""
+class Place(NamedTuple):
+    """Where a ledger is, and how its money is counted."""
+
+    directory: Path
+    """Of the state."""
+    database: str | None = None
+    """Its URL, if it is elsewhere."""
+    currency: str = ""
+    """Empty: no configuration says it."""
+    budget_zone: str = "UTC"
+
+
+def ledger_place(config: Path | None, state: Path | None) -> Place:
+    """From the configuration, or from `--state` alone."""
     path = config_path(config)
     if path is None or state is not None:
-        return state or Path("tidegate-data"), None, ""
+        return Place(state or Path("tidegate-data"))
     loaded = load(path, "--state DIRECTORY")
-    return loaded.state, loaded.database, loaded.ledger_currency
+    return Place(loaded.state, loaded.database, loaded.ledger_currency, loaded.budget_zone)
 
 
-def open_ledger(config: Path | None, state: Path | None, *, create: bool = False) -> tuple[Engine, Path, str]:
-    """The ledger's database, its state directory and currency, for commands that read or write it."""
+def open_ledger(config: Path | None, state: Path | None, *, create: bool = False) -> tuple[Engine, Place]:
+    """The ledger's database and its place, for commands that read or write it."""
     from proxy.database import open_database
-    from proxy.readable import READABLE_ERRORS, in_words
 
-    directory, database, currency = ledger_place(config, state)
-    if not create and database is None and not (directory / "tidegate.db").exists():
+    place = ledger_place(config, state)
+    directory = place.directory
+    if not create and place.database is None and not (directory / "tidegate.db").exists():
         fail(
             f"there is no ledger in {directory}: name its configuration (--config) or its directory (--state)"
         )
-    try:
-        return open_database(database or directory, check=False), directory, currency
-    except READABLE_ERRORS as error:
-        fail(in_words(error))
+    with readable_errors():
+        return open_database(place.database or directory, check=False), place

@@ -21,6 +21,7 @@ from proxy.cli_common import (
     ledger_place,
     load,
     open_ledger,
+    readable_errors,
 )
 
 if TYPE_CHECKING:
@@ -64,30 +65,34 @@ def keys_create(
     from proxy.access.keys import KeyFieldError, create_key
     from proxy.access.pepper import PepperError, load_pepper
 
-    directory, database, _ = ledger_place(config, state)
-    is_new = database is None and not directory.exists()
-    engine, _, _ = open_ledger(config, state, create=True)
-    try:
-        text, key = create_key(
-            engine,
-            load_pepper(directory),
-            tenant=tenant,
-            name=name,
-            data_class=data_class,
-            models=model,
-            rpm=rpm,
-            tpm=tpm,
-            concurrency=concurrency,
-            budget=budget,
-            priority=priority,
-            labels=_labels(label),
-            expires=_expiry(expires),
-        )
-    except (KeyFieldError, PepperError) as error:
-        fail(str(error))
+    # Whatever can fail, fails before the key is made: it is shown once.
     path = config_path(config) if config or not state else None
-    if path is not None:
-        loaded = load(path)
+    loaded = load(path) if path is not None else None
+    labels, expiry = _labels(label), _expiry(expires)
+    directory = ledger_place(config, state).directory
+    is_new = not directory.exists()
+    with readable_errors():
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # the ledger may be elsewhere
+        engine, _ = open_ledger(config, state, create=True)
+        try:
+            text, key = create_key(
+                engine,
+                load_pepper(directory),
+                tenant=tenant,
+                name=name,
+                data_class=data_class,
+                models=model,
+                rpm=rpm,
+                tpm=tpm,
+                concurrency=concurrency,
+                budget=budget,
+                priority=priority,
+                labels=labels,
+                expires=expiry,
+            )
+        except (KeyFieldError, PepperError) as error:
+            fail(str(error))
+    if path is not None and loaded is not None:
         _warn_of_data_class(data_class, path, loaded)
         if budget is not None and not any(backend.price or backend.prices for backend in loaded.backends):
             typer.echo(
@@ -117,15 +122,16 @@ def _labels(pairs: list[str] | None) -> dict[str, str] | None:
 def _expiry(text: str | None) -> float | None:
     if text is None:
         return None
-    from proxy.reports import parse_time
+    from proxy.reports import parse_duration, parse_time
 
     now = time.time()
+    length = parse_duration(text)
+    if length is not None:
+        return now + length  # `90d` means in 90 days here, where for reports it means 90 days ago
     try:
         when = parse_time(text, now)
     except ValueError as error:
         fail(f"--expires: {error}")
-    if text[-1:].isalpha() and when < now:
-        return 2 * now - when  # `90d` means in 90 days here, where for reports it means 90 days ago
     if len(text) == len("2027-01-31"):
         when += DAY_S  # the last day is a day on which it is valid
     if when <= now:
@@ -165,15 +171,24 @@ def keys_list(
 
     Example: tidegate keys list
     """
+    from policies.yamlproblems import listed
     from proxy.access.keys import list_keys
     from proxy.access.limits import month_bounds
-    from proxy.reports import spent_by_key
+    from proxy.config_values import time_zone
+    from proxy.reports import latest_currency, spent_by_key
 
-    engine, _, currency = open_ledger(config, state)
+    engine, place = open_ledger(config, state)
     now = time.time()
-    stored = list_keys(engine)
-    has_budgets = any(one.key.budget_nano is not None for one in stored)
-    spent = spent_by_key(engine, month_bounds(now)[0]) if has_budgets else {}
+    with readable_errors():
+        stored = list_keys(engine)
+        currency = place.currency or latest_currency(engine)
+        begin, _ = month_bounds(now, time_zone(place.budget_zone))
+        spent, others = spent_by_key(engine, begin, currency)
+    if others and any(one.key.budget_nano is not None for one in stored):
+        text = (
+            f"note: budgets count {currency} only; this month there are costs in {listed(others, 'and')} too"
+        )
+        typer.echo(text, err=True)
     rows = [_row(one, now, spent) for one in stored]
     if json_output:
         typer.echo(json.dumps(rows, indent=2))
@@ -260,11 +275,12 @@ def keys_revoke(
     """
     from proxy.access.keys import KeyFieldError, UnknownKeyError, revoke_key
 
-    engine, _, _ = open_ledger(config, state)
+    engine, _ = open_ledger(config, state)
     if key_id.startswith("tg_"):
         key_id = key_id.split("_")[1]  # the whole key was pasted
     try:
-        fresh = revoke_key(engine, key_id)
+        with readable_errors():
+            fresh = revoke_key(engine, key_id)
     except (KeyFieldError, UnknownKeyError) as error:
         fail(str(error))
     typer.echo(f"key {key_id} is revoked" if fresh else f"key {key_id} was revoked before")

@@ -6,143 +6,30 @@ from them. Unknown keys are errors that name file, line and column.
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import re
-import socket
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from policies.units import BadValueError, Duration, Size
 from policies.yamlfile import FileModel, FileProblems, Problem, read_yaml
 from proxy import prices
-from proxy.http1 import NEVER_FORWARDED
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_NOT_IN_URLS = re.compile(r"""[^!-~]|["<>\\^`{|}]""")
-METADATA_NAMES = frozenset(
-    {"metadata.google.internal", "metadata", "metadata.tencentyun.com", "instance-data"}
+from proxy.config_values import (
+    NAME,
+    Address,
+    DataClass,
+    DecimalText,
+    FieldName,
+    Name,
+    SiteName,
+    Url,
+    Variable,
+    Zone,
+    is_nearby,
 )
-METADATA_ADDRESSES = frozenset(
-    ipaddress.ip_address(address)
-    for address in ("100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")
-)
-"""Cloud metadata services besides the link-local ones: never a backend, whoever asks."""
-
-
-def _check_name(value: str) -> str:
-    if _NAME.fullmatch(value) is None:
-        raise BadValueError(f"a name is made of letters, digits, '.', '_' and '-', got '{value[:40]}'")
-    return value
-
-
-def _check_url(value: str) -> str:
-    try:
-        parts = urlsplit(value)
-        port = parts.port
-    except ValueError as error:
-        raise BadValueError(f"not a URL ({str(error).lower()}): '{value[:80]}'") from None
-    if _NOT_IN_URLS.search(value):
-        raise BadValueError(f"a URL holds printable ASCII only, without blanks and quotes: '{value[:80]}'")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadValueError(f"a URL begins with http:// or https:// and names a host, got '{value[:80]}'")
-    if parts.username is not None or "?" in value or "#" in value:
-        raise BadValueError("a backend's URL has no user, query or fragment; keys go into api_key_env")
-    if port == 0:
-        raise BadValueError("port 0 cannot be connected to")
-    if _is_metadata(parts.hostname):
-        raise BadValueError(f"{parts.hostname} is a metadata or link-local address, never a backend")
-    value = parts.scheme + value[len(parts.scheme) :].rstrip("/")
-    if value.endswith("/v1"):
-        raise BadValueError(
-            "a backend's URL goes without /v1: requests bring it along", value.removesuffix("/v1")
-        )
-    return value
-
-
-def _is_metadata(host: str) -> bool:
-    """Whether a host is a metadata service, however its address is written."""
-    name = host.rstrip(".").lower()
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        try:
-            address = ipaddress.ip_address(socket.inet_aton(name))  # 0xa9fea9fe, 169.254.43518 and the like
-        except (OSError, UnicodeError):
-            return name in METADATA_NAMES
-    address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_link_local or address in METADATA_ADDRESSES
-
-
-def _check_address(value: str) -> str:
-    host, port = split_address(value)
-    if not 0 <= port <= 65535:
-        raise BadValueError(f"a port is between 0 and 65535, got {port}")
-    if not host:
-        raise BadValueError("an address needs a host; 0.0.0.0 means every IPv4 interface", _with_host(value))
-    return value
-
-
-def _with_host(port: str) -> str | None:
-    """A whole address, of a port that stands alone."""
-    number = port.removeprefix(":")
-    alone = number.isascii() and number.isdigit() and int(number[:6]) <= 65535
-    return f"127.0.0.1:{number}" if alone else None
-
-
-def _check_type_of_address(value: object) -> object:
-    """In YAML a port alone is a number."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        raise BadValueError(f"an address is HOST:PORT, got {value}", _with_host(str(value)))
-    return value
-
-
-def split_address(value: str) -> tuple[str, int]:
-    """`127.0.0.1:8080` or `[::1]:8080` -> host and port. BadValueError otherwise."""
-    host, colon, port = value.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit():
-        raise BadValueError(f"an address is HOST:PORT, got '{value[:60]}'", _with_host(value))
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def is_nearby(host: str) -> bool:
-    """Whether an address can be taken for one of the own network: private, or a name without a public domain."""
-    try:
-        return ipaddress.ip_address(host).is_private
-    except ValueError:
-        return "." not in host or host.endswith(
-            (".local", ".internal", ".lan", ".home.arpa", ".localhost", ".test")
-        )
-
-
-def _check_forwarded(value: str) -> str:
-    if re.fullmatch(r"[!#$%&'*+.^`|~0-9A-Za-z-]{1,64}", value) is None:
-        raise BadValueError(f"not the name of a header field: '{value[:40]}'")
-    if value.lower().encode() in NEVER_FORWARDED:
-        raise BadValueError(f"{value} is the proxy's own business and cannot be passed on")
-    return value
-
-
-Name = Annotated[str, AfterValidator(_check_name)]
-FieldName = Annotated[str, AfterValidator(_check_forwarded)]
-Url = Annotated[str, AfterValidator(_check_url)]
-Address = Annotated[str, BeforeValidator(_check_type_of_address), AfterValidator(_check_address)]
-DecimalText = Annotated[
-    str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)
-]
+from proxy.masking import without_secrets
 
 
 class Price(FileModel):
@@ -185,7 +72,7 @@ class BackendConfig(FileModel):
 
     name: Name = Field(description="How files, headers, logs and metrics call it.")
     url: Url = Field(description="Where it answers, without `/v1`: `http://127.0.0.1:8000`.")
-    site: Name = Field(
+    site: SiteName = Field(
         "local",
         description="Where it stands: `local`, or a name from `sites`. Public addresses must say it.",
     )
@@ -202,7 +89,7 @@ class BackendConfig(FileModel):
         "vllm",
         description="What it understands: `vllm` (running usage, cache salt) or `openai` (the plain API).",
     )
-    api_key_env: str | None = Field(
+    api_key_env: Variable | None = Field(
         None, description="Environment variable with the key that this backend wants."
     )
     api_key_file: Path | None = Field(
@@ -239,7 +126,7 @@ class SiteConfig(FileModel):
     carbon_gco2_kwh: float | None = Field(
         None, ge=0, description="Carbon intensity of its power, gCO2 per kWh."
     )
-    data_classes: list[str] | None = Field(
+    data_classes: list[DataClass] | None = Field(
         None,
         description="Data classes it may see. Default: `[public]`; the site `local` may see all.",
     )
@@ -333,11 +220,16 @@ class Config(FileModel):
     )
     policy: str = Field("local-first", description="A policy of the library, or a policy file.")
     backends: list[BackendConfig] = Field(min_length=1, description="The endpoints to serve from.")
-    sites: dict[Name, SiteConfig] = Field(default_factory=dict, description="The places backends stand at.")
+    sites: dict[SiteName, SiteConfig] = Field(
+        default_factory=dict, description="The places backends stand at."
+    )
     aliases: dict[str, str] = Field(
         default_factory=dict, description="Further names of models: `gpt-4: qwen3-32b`."
     )
     currency: str | None = Field(None, description="Currency of the ledger. Default: that of the prices.")
+    budget_zone: Zone = Field(
+        "UTC", description="Time zone by whose calendar months budgets run: `Asia/Shanghai`."
+    )
     durability: Literal["normal", "strict"] = Field(
         "normal",
         description="`strict` sends nothing to a backend before the journal has reached the disk.",
@@ -368,6 +260,12 @@ class Config(FileModel):
                     f"two backends are called '{backend.name}'", at=("backends", number, "name")
                 )
             seen.add(backend.name)
+            if backend.models == "auto" and not self.probing.enabled:
+                raise BadValueError(
+                    f"without probes nobody asks backend '{backend.name}' for its models: list them here, "
+                    "or leave `probing.enabled` out",
+                    at=("backends", number, "models"),
+                )
             host = urlsplit(backend.url).hostname or ""
             if "site" not in backend.model_fields_set and not is_nearby(host):
                 # `local` may see every class of data: nobody becomes it by saying nothing.
@@ -410,7 +308,11 @@ def load_config(path: Path) -> Config:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise FileProblems(str(path), [Problem(line, 1, "", "the file is not UTF-8 text")]) from None
-    return _resolve(read_yaml(text, str(path), Config), path.resolve().parent)
+    try:
+        config = read_yaml(text, str(path), Config)
+    except FileProblems as error:
+        raise without_secrets(error) from None
+    return _resolve(config, path.resolve().parent)
 
 
 def _resolve(config: Config, base: Path) -> Config:
@@ -440,7 +342,7 @@ def config_from_flags(local: list[str], remote: list[str], **settings: Any) -> C
     backends: list[dict[str, Any]] = []
     for number, url in enumerate(local, 1):
         name, given, rest = url.partition("=")
-        named = bool(given) and _NAME.fullmatch(name) is not None
+        named = bool(given) and NAME.fullmatch(name) is not None
         backends.append(
             {
                 "name": name if named else ("local" if len(local) == 1 else f"local-{number}"),
@@ -468,9 +370,10 @@ def backend_key(backend: BackendConfig) -> str | None:
     if backend.api_key_env is not None:
         value = os.environ.get(backend.api_key_env, "").strip()
         if not value:
-            raise BadValueError(
-                f"backend {backend.name}: {backend.api_key_env} is not set in the environment"
-            )
+            # A key that was pasted here is shown to nobody, and some look like names: `hf_...`.
+            name = backend.api_key_env
+            shown = name if name.isupper() else "the variable that api_key_env names"
+            raise BadValueError(f"backend {backend.name}: {shown} is not set in the environment")
     elif backend.api_key_file is not None:
         try:
             value = backend.api_key_file.read_text(encoding="utf-8").strip()

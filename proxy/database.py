@@ -24,6 +24,7 @@ from sqlalchemy import column as sql_column
 from sqlalchemy.exc import ArgumentError, DatabaseError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+from proxy.masking import database_shown
 from proxy.migrations import REVISIONS
 
 DATABASE_FILE = "tidegate.db"
@@ -53,7 +54,7 @@ def open_database(target: str | Path, *, check: bool = True) -> Engine:
     try:
         engine = create_engine(url)
     except (ArgumentError, ImportError) as error:
-        raise OpenError(f"database {url.render_as_string()}: {error}") from None
+        raise OpenError(f"database {database_shown(url)}: {error}") from None
     try:
         if url.get_backend_name() == "sqlite":
             path = Path(str(url.database))
@@ -67,7 +68,7 @@ def open_database(target: str | Path, *, check: bool = True) -> Engine:
             _migrate(engine)
     except (DatabaseError, sqlite3.Error, OSError) as error:
         engine.dispose()
-        raise OpenError(f"database {url.render_as_string()}: {_plain(error)}") from error
+        raise OpenError(f"database {database_shown(url)}: {_plain(error)}") from error
     except BaseException:
         engine.dispose()
         raise
@@ -85,8 +86,8 @@ def _url(target: str | Path) -> URL:
     if isinstance(target, str) and "://" in target:
         try:
             url = make_url(target)
-        except ArgumentError as error:
-            raise OpenError(f"database: not a SQLAlchemy URL: {error}") from None
+        except (ArgumentError, ValueError):  # what is wrong may be the password: it is not repeated
+            raise OpenError(f"database: {database_shown(target)} is not a SQLAlchemy URL") from None
         if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
             raise OpenError("database: SQLite needs a file, since what is in memory survives nothing")
         return url

@@ -15,14 +15,21 @@ one begins are written into that one again, so no segment is kept for the sake o
 A segment that cannot be begun, for want of file descriptors, memory or room, is no failure: the present one
 grows beyond its size until the next one can be made.
 
-A write or sync that fails is final. The kernel may have dropped the pages it could not write, and would call
-the next sync a success (https://lwn.net/Articles/752063/), so it is never tried again: `failed` says why, new
-requests are to be refused, rows still go to the ledger, and nothing is called durable any more.
+A sync that fails is final, and so is a write that fails for any other reason than a full disk. The kernel may
+have dropped the pages it could not write, and would call the next sync a success
+(https://lwn.net/Articles/752063/), so it is never tried again: `failed` says why, new requests are to be
+refused, rows still go to the ledger, and nothing is called durable any more.
+
+A write that fails because the disk (or a quota) is full has lost nothing: what it was to write is still in
+memory. The journal then goes over to its reserve, a segment whose room was taken at the start, for the sake of
+the requests that run: they are closed durably. New ones are refused all the same. From then on no segment is
+deleted: the next start reads them all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -38,17 +45,22 @@ import orjson
 
 from proxy.records import Head, Row, Values, plain, to_head, to_values
 from proxy.segments import (
+    RESERVE,
     Disk,
     JournalError,
     Segment,
     frame,
     list_segments,
     segment_number,
+    segment_path,
     sync_directory,
 )
 
 log = logging.getLogger("tidegate")
 
+RESERVE_BYTES = 8 * 1024 * 1024
+"""Enough for the ends of ten thousand requests, or nearly: a row takes half a kilobyte to one."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
 FRAME_RECORDS = 64
 """Records to a frame: encoding them holds the interpreter for about 0.1 ms, writing them lets the loop run."""
 QUIET_STEPS = 10
@@ -74,6 +86,7 @@ class Journal:
         *,
         sync_interval_s: float = 0.02,
         segment_bytes: int = 16 * 1024 * 1024,
+        reserve_bytes: int = RESERVE_BYTES,
         disk: Disk | None = None,
     ) -> None:
         """Lock `directory`, made if missing. Raises JournalLockedError, OSError."""
@@ -81,11 +94,16 @@ class Journal:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_handle, self.instance = _lock(directory)
         self.failed = ""
-        """Why nothing is durable any more; empty while all is well. Refuse new requests when set."""
+        """Why new requests are to be refused; empty while all is well."""
+        self.ended = False
+        """Whether nothing is written any more: what is appended from then on is durable nowhere."""
         self.syncs = 0
         self.written_bytes = 0
         self._sync_interval_s = sync_interval_s
         self._segment_bytes = segment_bytes
+        self._reserve_bytes = reserve_bytes
+        self._reserve: Segment | None = None
+        """Until it is needed."""
         self._disk = disk or Disk()
         self._segment: Segment | None = None
         self._live: dict[str, Row] = {}
@@ -100,6 +118,8 @@ class Journal:
         """Full segments that may be deleted once so many delivered rows are in the ledger."""
         self._retired_lock = threading.Lock()
         self._settled = 0
+        self._kept = False
+        """Whether the last attempt to delete a segment failed."""
 
         self._queue: deque[Item] = deque()
         self._append = self._queue.append
@@ -164,7 +184,8 @@ class Journal:
         not raise. `on_failed` runs on the loop, once, with the reason.
         """
         last = max(map(segment_number, list_segments(self.directory)), default=0)
-        self._segment = Segment(self.directory, last + 1, self._segment_bytes, self._disk)
+        self._segment = Segment(segment_path(self.directory, last + 1), self._segment_bytes, self._disk)
+        self._make_reserve()
         self._loop = loop
         self._deliver = deliver
         self._on_failed = on_failed
@@ -172,12 +193,16 @@ class Journal:
         self._worker.start()
 
     def settled(self, count: int) -> None:
-        """The first `count` rows delivered since start are in the ledger: what only held them is deleted."""
+        """The first `count` rows delivered since start are in the ledger: what only held them is deleted.
+
+        A file that cannot be deleted now is deleted later: the ledger skips the rows that it has.
+        """
         with self._retired_lock:
             self._settled = count
             while self._retired and self._retired[0][1] <= count:
-                path, _ = self._retired.popleft()
-                path.unlink(missing_ok=True)
+                if not self._delete(self._retired[0][0]):
+                    return
+                self._retired.popleft()
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Write, sync and deliver what was appended, end the thread. Blocks for a sync or two.
@@ -190,17 +215,34 @@ class Journal:
             self._worker.join(timeout_s)
             if self._worker.is_alive():
                 self._fail(f"the journal's disk did not answer for {timeout_s:g} s")
+                self._deliver_unwritten()
 
     def release(self) -> None:
         """After `stop`: delete what the ledger has, and let other processes in."""
         if self._segment is not None:
             self._segment.close()
             if self._settled == self._delivered and not self._live and not self.failed:
-                self._segment.path.unlink(missing_ok=True)
+                self._delete(self._segment.path)
             self._segment = None
+        if self._reserve is not None:
+            self._reserve.close()
+            self._delete(self._reserve.path)
+            self._reserve = None
         if self._lock_handle >= 0:
             os.close(self._lock_handle)
             self._lock_handle = -1
+
+    def _deliver_unwritten(self) -> None:
+        """Closed rows that the thread, which hangs, has not taken yet: the ledger may still take them."""
+        rows: list[Values] = []
+        while self._queue:
+            item = self._queue.popleft()
+            if type(item) is Row:
+                item.instance = self.instance
+                rows.append(to_values(item))
+        if rows:
+            self._delivered += len(rows)
+            self._deliver(rows)
 
     # In the thread
 
@@ -284,24 +326,55 @@ class Journal:
         return list(opened.values()), list(progress.values()), closed
 
     def _write(self, data: bytes) -> None:
-        if self.failed or self._segment is None:
+        if self.ended or self._segment is None:
             return
         try:
-            if self._segment.written + len(data) > self._segment.size:
+            if not self.failed and self._segment.written + len(data) > self._segment.size:
                 self._rotate(len(data))
-            self._segment.write(data)
+            if not self.ended:
+                self._segment.write(data)
         except OSError as error:
-            self._fail(f"writing the journal failed: {error}")
+            reason = f"writing the journal failed: {error}"
+            if error.errno in FULL and self._reserve is not None:
+                self._use_reserve(reason, self._reserve, data)
+            else:
+                self._fail(reason)
         self.written_bytes += len(data)
+
+    def _make_reserve(self) -> None:
+        """Take the room for it, if there is any. It is read with the other segments, whatever is in it."""
+        try:
+            self._reserve = Segment(self.directory / RESERVE, self._reserve_bytes, self._disk)
+        except OSError as error:
+            log.warning("journal: no room can be reserved for the day on which the disk is full: %s", error)
+
+    def _use_reserve(self, reason: str, reserve: Segment, data: bytes) -> None:
+        """Go on in the reserve, beginning with what could not be written."""
+        full, self._segment, self._reserve = self._segment, reserve, None
+        assert full is not None
+        try:
+            full.cut()  # half a frame: a replay would call it damage, though nothing of it is missing
+        except OSError:
+            pass
+        full.close()
+        self._refuse(f"{reason}; new requests are refused, what runs is still recorded", reason)
+        try:
+            reserve.write(data)
+        except OSError as error:
+            self._fail(f"writing the journal's reserve failed: {error}")
 
     def _rotate(self, wanted: int) -> None:
         """Begin the next segment with what is still open, or go on in this one if that cannot be done now.
 
-        Raises OSError, which is final.
+        Raises OSError when what is open cannot be written.
         """
         old = self._segment
         assert old is not None
-        old.sync()
+        try:
+            old.sync()
+        except OSError as error:
+            self._fail(f"syncing the journal failed: {error}")
+            return
         try:
             live, last = list(self._live.values()), list(self._last.values())
             frames = [
@@ -310,7 +383,8 @@ class Journal:
             ]
             # At least half of a segment is for what is new, however much is open.
             size = max(self._segment_bytes, 2 * sum(map(len, frames)), wanted)
-            segment = Segment(self.directory, old.number + 1, size, self._disk)
+            number = segment_number(old.path) + 1
+            segment = Segment(segment_path(self.directory, number), size, self._disk)
         except (OSError, MemoryError) as error:
             if not self._cramped:
                 self._cramped = True
@@ -322,9 +396,11 @@ class Journal:
         self._rotated.append(old.path)
         for data in frames:
             segment.write(data)
+        if self._reserve is None:
+            self._make_reserve()
 
     def _sync(self) -> None:
-        if self.failed or self._segment is None:
+        if self.ended or self._segment is None:
             return
         try:
             self._segment.sync()
@@ -332,16 +408,34 @@ class Journal:
             self._fail(f"syncing the journal failed: {error}")
             return
         self.syncs += 1
-        if self._rotated:
+        if self._rotated and not self.failed:  # what is open may not have been written again
             with self._retired_lock:
                 self._retired += [(path, self._delivered) for path in self._rotated]
             self._rotated.clear()
 
     def _fail(self, reason: str) -> None:
+        if not self.ended:
+            self.ended = True
+            self._refuse(f"{reason}; new requests are refused, what runs is not durable", reason)
+
+    def _refuse(self, words: str, reason: str) -> None:
+        """`words` go into the log, and the loop hears the first reason."""
+        log.critical("%s", words)
         if not self.failed:
             self.failed = reason
-            log.critical("%s; new requests are refused, what runs is not durable", reason)
             self._call(self._on_failed, reason)
+
+    def _delete(self, path: Path) -> bool:
+        """False: it cannot be deleted now, which is told once."""
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            if not self._kept:
+                self._kept = True
+                log.error("journal: %s cannot be deleted, it is tried again: %s", path, error)
+            return False
+        self._kept = False
+        return True
 
     def _answer(self, waiting: list[asyncio.Future[None]]) -> None:
         for future in waiting:

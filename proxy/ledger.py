@@ -35,9 +35,8 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from proxy.database import BUSY_TIMEOUT_S, writing
 from proxy.journal import Journal
 from proxy.prices import Prices
-from proxy.records import CLIENT_GONE, COLUMNS, OK, Values
+from proxy.records import CLIENT_GONE, COLUMNS, FAILED, OK, Values, as_json, from_values
 from proxy.replay import Replayed, replay
-from proxy.reports import spent
 from proxy.tables import HOUR_US, HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
 
 log = logging.getLogger("tidegate")
@@ -62,7 +61,7 @@ SHORTAGES = (
 
 
 class Ledger:
-    """The journal's other end: replays and starts it, empties it into SQL, and says what was spent.
+    """The journal's other end: replays and starts it, and empties it into SQL.
 
     `ledger = Ledger(open_database(state), Journal(state / "journal"), prices)`, then `start`.
     """
@@ -90,6 +89,8 @@ class Ledger:
         self._queue: SimpleQueue[list[Values]] = SimpleQueue()
         self._taken = 0
         self._moved = 0
+        self._unsaved: dict[str, Values] = {}
+        """Rows that the journal did not take either, by operation id: nobody else has them."""
         self._broken = False
         self._stopping = threading.Event()
         self._give_up_at = inf
@@ -128,13 +129,16 @@ class Ledger:
     def take(self, rows: list[Values]) -> None:
         """Rows to be moved, from the journal's thread."""
         self._taken += len(rows)
+        if self.journal.ended:
+            self._unsaved.update((row[0], row) for row in rows)
         if not self._broken:
             self._queue.put(rows)
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Flush, sync, drain into SQL, release the journal. Blocks: run it in a thread.
 
-        What does not reach SQL in time stays in the journal for the next start.
+        What does not reach SQL in time stays in the journal for the next start; what is not in that either is
+        written to the log whole, as the last place there is.
         """
         deadline = time.monotonic() + timeout_s
         self.journal.stop(timeout_s)
@@ -143,20 +147,24 @@ class Ledger:
         self._queue.put([])  # for a thread that waits for rows
         if self._worker is not None:
             self._worker.join(max(0.0, deadline - time.monotonic()) + BUSY_TIMEOUT_S)
-        if self.lag:
-            log.error(
-                "%d rows are not in the ledger yet: the next start takes them from the journal", self.lag
-            )
+        unsaved = list(self._unsaved.values())
+        if later := self.lag - len(unsaved):
+            log.error("%d rows are not in the ledger yet: the next start takes them from the journal", later)
+        if unsaved:
+            log.critical("%d rows are neither in the ledger nor in the journal, only here:", len(unsaved))
+            for row in unsaved:
+                log.critical("%s", as_json(from_values(row)).decode())
         self.journal.release()
 
-    def spent(self, key_id: str, since: float) -> int:
-        """What a key has cost since a Unix time, nano-units; rows that still wait are not in it (blocking)."""
-        return spent(self.engine, key_id, since)
-
     def _run(self) -> None:
-        while batch := self._gather():
-            if not self._move(batch):
-                return
+        try:
+            while batch := self._gather():
+                if not self._move(batch):
+                    return
+        except Exception as error:  # a thread that ends must not end unseen
+            log.exception("ledger: rows are not moved any more, new requests are refused")
+            self.trouble = repr(error)
+            self._broken = True
 
     def _gather(self) -> list[Values]:
         """Wait for rows, then for what else comes within the interval, unless a batch of them waits already.
@@ -209,6 +217,9 @@ class Ledger:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         self.trouble = ""
         self._moved += len(rows)
+        if self._unsaved:
+            for row in rows:
+                self._unsaved.pop(row[0], None)
         self.journal.settled(self._moved)
         return True
 
@@ -284,6 +295,8 @@ def add_up(rows: list[Values], groups: Sums) -> None:
         sums[0] += 1
         if outcome != OK and outcome != CLIENT_GONE:
             sums[1] += 1
+            if outcome in FAILED:
+                sums[9] += 1
         if not currency and prompt + completion:
             sums[2] += 1
         sums[3] += prompt

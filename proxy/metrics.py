@@ -127,7 +127,7 @@ def _requests(observer: Observer) -> Iterator[Metric]:
         refusals.add_metric([code], count)
     yield refusals
     spilled = CounterMetricFamily(
-        "tidegate_spilled_requests", "Requests that a fuller tier passed on.", labels=["backend"]
+        "tidegate_spilled_requests", "Requests it got because a tier before it was full.", labels=["backend"]
     )
     for backend, count in observer.spilled.items():
         spilled.add_metric([backend], count)

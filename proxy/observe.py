@@ -11,6 +11,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from policies.routing import Routing
@@ -129,7 +130,8 @@ class Observer:
                 if row.completion_tokens > 1:
                     series.tpot.observe((row.total_s - row.ttft_s) / (row.completion_tokens - 1))
             self.overhead.observe(row.overhead_s)
-            if exchange.routings[-1].passed:
+            # inf: none of that tier's backends was available, so it was down and not full.
+            if any(saturation != inf for saturation in exchange.routings[-1].passed):
                 self.spilled[backend] = self.spilled.get(backend, 0) + 1
         if row.code:
             self.refusals[row.code] = self.refusals.get(row.code, 0) + 1

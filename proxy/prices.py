@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
+from proxy.records import MOST_NANO
+
 UNITS_PER_NANO = 10**9
 _UNITS_PER_MILLION_TOKENS_PRICE = 10**12
 HIGHEST_PRICE = 10**6
@@ -98,11 +100,15 @@ class Prices:
     def cost(
         self, backend: str, model: str, prompt_tokens: int, cached_tokens: int, completion_tokens: int
     ) -> tuple[int, str]:
-        """(nano-units, currency) for `Row.cost_nano` and `Row.currency`; (0, "") when the price is unknown."""
+        """(nano-units, currency) for `Row.cost_nano` and `Row.currency`; (0, "") when the price is unknown.
+
+        At most `MOST_NANO`, which is what a row can hold: budgets and metrics count what the ledger keeps.
+        """
         price = self.price(backend, model)
         if price is None:
             return 0, ""
-        return price.cost(prompt_tokens, cached_tokens, completion_tokens), price.currency
+        nano = price.cost(prompt_tokens, cached_tokens, completion_tokens)
+        return max(0, min(nano, MOST_NANO)), price.currency
 
 
 def _units(name: str, text: str | float | Decimal) -> int:

@@ -38,6 +38,12 @@ INTEGER: Final[float] = 1.5 * 2**52
 """Added to a number below 2**51 and subtracted again it leaves the nearest integer, for a tenth of `round`: there
 are no bits for a fraction beside it."""
 
+FAILED = (BACKEND_FAILED, CUT, SHUTDOWN, LOST)
+"""Neither served nor refused: no client is to blame, and no limit."""
+
+DATA_CLASS: Final = r"[a-z0-9][a-z0-9_-]{0,63}"
+"""What a key may have as its data class, and a site may accept."""
+
 USAGE_SOURCES = ("reported", "counted", "estimated", "none")
 
 
@@ -223,6 +229,12 @@ def to_values(row: Row) -> Values:
     except TypeError:
         pass
     return _flatten(_repaired(row))
+
+
+def as_json(row: Row) -> bytes:
+    """A JSON object with every field, as an export has it."""
+    # Not given to orjson as it is: it looks into dataclasses, and a compiled one is none.
+    return orjson.dumps({name: getattr(row, name) for name in FIELDS})
 
 
 def plain(value: Any) -> Any:

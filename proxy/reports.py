@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import orjson
 from sqlalchemy import BigInteger, ColumnElement, Engine, Select, cast, func, select, tuple_, union_all
 
-from proxy.records import COLUMNS, FIELDS, Row, from_values
+from proxy.records import COLUMNS, FIELDS, Row, as_json, from_values
 from proxy.tables import HOUR_US, HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Usage:
     currency: str
     requests: int = 0
     errors: int = 0
-    """Those that ended neither `ok` nor with the client leaving."""
+    """Those that ended neither `ok` nor with the client leaving: refused and failed ones."""
     unpriced: int = 0
     """Requests with tokens whose price was not known: what they cost is missing in `cost_nano`."""
     prompt_tokens: int = 0
@@ -66,6 +66,13 @@ class Usage:
     overhead_prompt_tokens: int = 0
     overhead_completion_tokens: int = 0
     cost_nano: int = 0
+    failed: int = 0
+    """Lost by backends or by the proxy."""
+
+    @property
+    def refused(self) -> int:
+        """Refused by a limit or a policy, or for the client's own mistake."""
+        return self.errors - self.failed
 
     def add(self, other: Usage) -> None:
         """Add another line's sums to this one."""
@@ -87,7 +94,21 @@ class Usage:
             "cost_nano": self.cost_nano,
             "currency": self.currency,
             "unpriced": self.unpriced,
+            "refused": self.refused,
+            "failed": self.failed,
         }
+
+
+_COUNTS: tuple[tuple[str, Callable[[Usage], int], bool], ...] = (
+    ("requests", lambda line: line.requests, False),
+    ("refused", lambda line: line.refused, True),
+    ("failed", lambda line: line.failed, True),
+    ("prompt", lambda line: line.prompt_tokens, False),
+    ("cached", lambda line: line.cached_tokens, False),
+    ("completion", lambda line: line.completion_tokens, False),
+    ("overhead", lambda line: line.overhead_prompt_tokens + line.overhead_completion_tokens, True),
+)
+"""Columns of the table, and whether one is left out where there is nothing in it."""
 
 
 def usage(
@@ -101,12 +122,14 @@ def usage(
 
     `by`: one of `GROUPS`, or several joined by commas. `currency` is shown where no request had a price.
     A ledger has one currency; should an older one be in it, its sums are lines of their own. Raises
-    ValueError naming an unknown group.
+    ValueError naming an unknown group, or one given twice.
     """
     groups = by.split(",")
     for group in groups:
         if group not in GROUPS:
             raise ValueError(f"cannot sum by {group!r}; there are {', '.join(GROUPS)}")
+        if groups.count(group) > 1:
+            raise ValueError(f"{group!r} is named twice")
     lines: dict[tuple[Any, ...], dict[str, Usage]] = {}
     with engine.connect() as connection:
         for row in connection.execute(_sums(groups, since, until)):
@@ -120,29 +143,41 @@ def usage(
     return [line for by_currency in lines.values() for line in _joined(by_currency, currency)]
 
 
-def spent(engine: Engine, key_id: str, since: float) -> int:
-    """What a key has cost since a Unix time, nano-units."""
-    with engine.connect() as connection:
-        rows = connection.execute(_sums(["key"], since, None, key_id=key_id)).all()
-    return sum(int(row.cost_nano) for row in rows)
+def spent_by_key(engine: Engine, since: float, currency: str) -> tuple[dict[str, int], list[str]]:
+    """What each key has cost in a currency since a Unix time, nano-units by key id.
 
-
-def spent_by_key(engine: Engine, since: float) -> dict[str, int]:
-    """What each key has cost since a Unix time, nano-units by key id."""
+    And the other currencies that there were costs in: no budget counts them.
+    """
     totals: dict[str, int] = {}
+    others: set[str] = set()
     for line in usage(engine, "key", since):
-        totals[line.group["key"]] = totals.get(line.group["key"], 0) + line.cost_nano
-    return totals
+        if line.currency == currency:
+            totals[line.group["key"]] = line.cost_nano
+        elif line.cost_nano:
+            others.add(line.currency)
+    return totals, sorted(others)
+
+
+def latest_currency(engine: Engine) -> str:
+    """What the ledger last counted in; empty: nothing in it had a price."""
+    column = usage_hourly.c.currency
+    statement = select(column).where(column != "").order_by(usage_hourly.c.hour.desc()).limit(1)
+    with engine.connect() as connection:
+        return connection.execute(statement).scalar() or ""
 
 
 def usage_table(lines: list[Usage]) -> Table:
     """For people: money with 4 decimals, and totals if there is more than one line.
 
-    Tokens of failed attempts have a column when there are any.
+    Refused and failed requests and tokens of failed attempts have a column when there are any.
     """
     currencies = sorted({line.currency for line in lines} - {""})
     one_currency = len(currencies) <= 1
-    has_overhead = any(line.overhead_prompt_tokens or line.overhead_completion_tokens for line in lines)
+    counts = [
+        (name, count)
+        for name, count, is_optional in _COUNTS
+        if not is_optional or any(count(line) for line in lines)
+    ]
     from rich import box  # not above: the ledger needs this module, and `serve` no tables
     from rich.table import Table
 
@@ -150,19 +185,23 @@ def usage_table(lines: list[Usage]) -> Table:
     groups = list(lines[0].group) if lines else []
     for name in groups:
         table.add_column(name, overflow="fold", min_width=10)
-    counts = ["requests", "errors", "prompt", "cached", "completion"] + ["overhead"] * has_overhead
-    for name in (*counts, " ".join(["cost", *currencies]) if one_currency else "cost"):
+    cost = " ".join(["cost", *currencies]) if one_currency else "cost"
+    for name in (*(name for name, _ in counts), cost):
         table.add_column(name, justify="right", no_wrap=True)
+
+    def cells(line: Usage) -> list[str]:
+        amount = money(line.cost_nano, 4)
+        figures = [f"{count(line):,}" for _, count in counts]
+        return [*figures, amount if one_currency else f"{amount} {line.currency}"]
+
     totals: dict[str, Usage] = {}
     for line in lines:
-        table.add_row(
-            *(line.group[name] or "-" for name in groups), *_cells(line, has_overhead, one_currency)
-        )
+        table.add_row(*(line.group[name] or "-" for name in groups), *cells(line))
         totals.setdefault(line.currency, Usage({}, line.currency)).add(line)
     if len(lines) > 1:
         table.add_section()
         for total in totals.values():
-            table.add_row("total", *[""] * (len(groups) - 1), *_cells(total, has_overhead, one_currency))
+            table.add_row("total", *[""] * (len(groups) - 1), *cells(total))
     unpriced = sum(line.unpriced for line in lines)
     if unpriced:
         requests = "1 request" if unpriced == 1 else f"{unpriced:,} requests"
@@ -221,15 +260,26 @@ def export(
 def parse_time(text: str, now: float) -> float:
     """Unix time of `7d`, `24h`, `90m` ago, or of an ISO 8601 date or time (UTC unless it says otherwise).
 
-    Raises ValueError.
+    Raises ValueError, also for times outside the years 1 to 9999 (UTC), which no report can name.
     """
-    if match := _DURATION(text):
-        return now - timedelta(**{_UNITS[match[2]]: int(match[1])}).total_seconds()
+    length = parse_duration(text)
     try:
-        moment = datetime.fromisoformat(text)
+        if length is not None:
+            moment = datetime.fromtimestamp(now, UTC) - timedelta(seconds=length)
+        else:
+            moment = datetime.fromisoformat(text)
+            moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except OverflowError:
+        raise ValueError(f"{text!r} lies outside the calendar, the years 1 to 9999") from None
     except ValueError:
         raise ValueError(f"{text!r} is neither a duration such as 7d nor a date such as 2026-01-31") from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return moment.timestamp()
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of `7d`, `24h`, `90m`; None: the text is no duration."""
+    match = _DURATION(text)
+    return timedelta(**{_UNITS[match[2]]: int(match[1])}).total_seconds() if match else None
 
 
 def span_in_words(since: float | None, until: float | None) -> str:
@@ -254,45 +304,37 @@ def money(nano: int, decimals: int) -> str:
     return f"{sign}{digits[:-decimals]}.{digits[-decimals:]}" if decimals else sign + digits
 
 
-def _sums(
-    groups: list[str], since: float | None, until: float | None, key_id: str | None = None
-) -> Select[tuple[Any, ...]]:
+def _sums(groups: list[str], since: float | None, until: float | None) -> Select[tuple[Any, ...]]:
     """Sums by group and currency: whole hours from the hourly table, the ends of the span from the rows."""
     first = 0 if since is None else -(-_us(since) // HOUR_US)
     last = None if until is None else _us(until) // HOUR_US
     if last is not None and last <= first:
-        pieces = [_of_rows(groups, key_id, *_arrived(since, until))]
+        pieces = [_of_rows(groups, *_arrived(since, until))]
     else:
         hours = [usage_hourly.c.hour >= first * 3600]
         pieces = []
         if since is not None and _us(since) % HOUR_US:
-            pieces.append(
-                _of_rows(groups, key_id, *_arrived(since, None), ledger.c.arrived_us < first * HOUR_US)
-            )
+            pieces.append(_of_rows(groups, *_arrived(since, None), ledger.c.arrived_us < first * HOUR_US))
         if last is not None:
             hours.append(usage_hourly.c.hour < last * 3600)
-            pieces.append(
-                _of_rows(groups, key_id, ledger.c.arrived_us >= last * HOUR_US, *_arrived(None, until))
-            )
-        pieces.append(_of_hours(groups, key_id, *hours))
+            pieces.append(_of_rows(groups, ledger.c.arrived_us >= last * HOUR_US, *_arrived(None, until)))
+        pieces.append(_of_hours(groups, *hours))
     parts = union_all(*pieces).subquery()
     keys = [parts.c[name] for name in (*groups, "currency")]
     totals = [cast(func.sum(parts.c[name]), BigInteger).label(name) for name in SUMS]
     return select(*keys, *totals).group_by(*keys).order_by(*keys)
 
 
-def _of_hours(groups: list[str], key_id: str | None, *where: ColumnElement[bool]) -> Select[tuple[Any, ...]]:
+def _of_hours(groups: list[str], *where: ColumnElement[bool]) -> Select[tuple[Any, ...]]:
     columns = [GROUPS[name][0].label(name) for name in groups]
     sums = [usage_hourly.c[name] for name in SUMS]
-    statement = select(*columns, usage_hourly.c.currency, *sums).where(*where)
-    return statement if key_id is None else statement.where(usage_hourly.c.key_id == key_id)
+    return select(*columns, usage_hourly.c.currency, *sums).where(*where)
 
 
-def _of_rows(groups: list[str], key_id: str | None, *where: ColumnElement[bool]) -> Select[tuple[Any, ...]]:
+def _of_rows(groups: list[str], *where: ColumnElement[bool]) -> Select[tuple[Any, ...]]:
     columns = [GROUPS[name][1].label(name) for name in groups]
     sums = [total.label(name) for name, total in HOURLY_SUMS.items()]
-    statement = select(*columns, ledger.c.currency, *sums).where(*where).group_by(*groups, "currency")
-    return statement if key_id is None else statement.where(ledger.c.key_id == key_id)
+    return select(*columns, ledger.c.currency, *sums).where(*where).group_by(*groups, "currency")
 
 
 def _joined(by_currency: dict[str, Usage], currency: str) -> list[Usage]:
@@ -306,14 +348,6 @@ def _joined(by_currency: dict[str, Usage], currency: str) -> list[Usage]:
             without.currency = currency
             lines.append(without)
     return lines
-
-
-def _cells(line: Usage, has_overhead: bool, one_currency: bool) -> list[str]:
-    counts = [line.requests, line.errors, line.prompt_tokens, line.cached_tokens, line.completion_tokens]
-    if has_overhead:
-        counts.append(line.overhead_prompt_tokens + line.overhead_completion_tokens)
-    cost = money(line.cost_nano, 4)
-    return [*(f"{count:,}" for count in counts), cost if one_currency else f"{cost} {line.currency}"]
 
 
 def _pages(engine: Engine, span: list[ColumnElement[bool]]) -> Iterator[list[Row]]:
@@ -334,9 +368,8 @@ def _pages(engine: Engine, span: list[ColumnElement[bool]]) -> Iterator[list[Row
 
 
 def _write_jsonl(file: BinaryIO, rows: list[Row], *, with_header: bool) -> None:
-    for row in rows:  # not given to orjson as it is: it looks into dataclasses, and a compiled one is none
-        fields = {name: getattr(row, name) for name in FIELDS}
-        file.write(orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE))
+    for row in rows:
+        file.write(as_json(row) + b"\n")
 
 
 def _write_csv(file: BinaryIO, rows: list[Row], *, with_header: bool) -> None:

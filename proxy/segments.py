@@ -24,6 +24,8 @@ MAGIC = b"\xf1TJ1"
 """Its last byte is the version of the format."""
 _HEAD = struct.Struct("<4sII")
 SUFFIX = ".journal"
+RESERVE = "reserve"
+"""Name of the segment that stands ready for the day on which the disk is full."""
 
 
 class JournalError(Exception):
@@ -59,6 +61,10 @@ class Disk:
     def sync(self, handle: int) -> None:
         os.fdatasync(handle)
 
+    def cut(self, handle: int, size: int) -> None:
+        """Take off what stands behind `size` bytes."""
+        os.ftruncate(handle, size)
+
 
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
@@ -72,10 +78,9 @@ def sync_directory(path: Path) -> None:
 class Segment:
     """One file being written, by one thread."""
 
-    def __init__(self, directory: Path, number: int, size: int, disk: Disk) -> None:
+    def __init__(self, path: Path, size: int, disk: Disk) -> None:
         """Raises OSError."""
-        self.number = number
-        self.path = directory / f"{number:08d}{SUFFIX}"
+        self.path = path
         self.size = size
         """Bytes to hold before the next segment is begun."""
         self.written = 0
@@ -91,6 +96,10 @@ class Segment:
         """Raises OSError; the segment must not be used after that, and never synced again: the kernel may
         have dropped what it could not write, and would then call the next sync a success."""
         self._disk.sync(self._handle)
+
+    def cut(self) -> None:
+        """Take off what a failed write left. Raises OSError."""
+        self._disk.cut(self._handle, self.written)
 
     def close(self) -> None:
         os.close(self._handle)
@@ -137,12 +146,19 @@ def read_segment(path: Path) -> Iterator[bytes | Damage]:
 
 
 def list_segments(directory: Path) -> list[Path]:
-    """Segments in the order they were written."""
-    return sorted(directory.glob(f"[0-9]*{SUFFIX}"), key=segment_number)
+    """Segments in the order they were written; the reserve, if it is there, is the last."""
+    reserve = directory / RESERVE
+    numbered = sorted(directory.glob(f"[0-9]*{SUFFIX}"), key=segment_number)
+    return [*numbered, *([reserve] if reserve.exists() else [])]
+
+
+def segment_path(directory: Path, number: int) -> Path:
+    return directory / f"{number:08d}{SUFFIX}"
 
 
 def segment_number(path: Path) -> int:
-    return int(path.name.removesuffix(SUFFIX))
+    """0: it is the reserve."""
+    return 0 if path.name == RESERVE else int(path.name.removesuffix(SUFFIX))
 
 
 def _crc(length: int, payload: bytes) -> int:

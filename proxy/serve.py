@@ -21,6 +21,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,11 +37,13 @@ from proxy.access.limits import Limits
 from proxy.access.pepper import load_pepper
 from proxy.admin.http import admin_app
 from proxy.build import Built, ConfigError, build, files_of, timing
-from proxy.config import Config, is_loopback, is_policy_file, load_config, override, split_address
+from proxy.config import Config, is_policy_file, load_config, override
+from proxy.config_values import is_loopback, split_address, time_zone
 from proxy.database import open_database
 from proxy.exchange import OUR_SHORTAGE
 from proxy.journal import Journal
 from proxy.ledger import Ledger
+from proxy.masking import database_shown
 from proxy.observe import Observer
 from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
@@ -57,7 +60,10 @@ FLUSH_S = 1.0
 BACKLOG = 2048
 OWN_FILES = 100
 """Open files besides those of clients and backends: journal, ledger, log, probes, admin port."""
-NEXT_START = ("listen", "admin", "state", "database", "log", "recent", "seed", "probing", "retries")
+NEXT_START = (
+    *("listen", "admin", "state", "database", "log", "recent", "seed", "probing", "budget_zone"),
+    *("retries.ratio", "retries.per_second"),
+)
 """What a reload does not change."""
 
 
@@ -123,7 +129,7 @@ class Service:
         journal = Journal(config.state / "journal")
         self._ledger = ledger = Ledger(self._engine, journal, built.prices)
         await asyncio.to_thread(ledger.start, loop, self._ledger_failed)
-        limits = Limits(time.time(), lambda since: spent_by_key(self._engine, since))
+        limits = Limits(time.time(), self._spent, time_zone(config.budget_zone))
         observer = Observer(config.recent, RequestLog.to(config.log))
         self.runtime = runtime = Runtime(
             built,
@@ -144,6 +150,16 @@ class Service:
         runtime.tasks.spawn(self._sweep(), "sweep")
         runtime.tasks.spawn(self._watch(), "watch keys and files")
         self._write_ports()
+
+    def _spent(self, since: float) -> Mapping[str, int]:
+        """What each key has spent since a Unix time, nano-units of the ledger's currency."""
+        currency = self.config.ledger_currency
+        spent, others = spent_by_key(self._engine, since, currency)
+        if others:
+            log.warning(
+                "budgets count %s only; this month there are costs in %s too", currency, ", ".join(others)
+            )
+        return spent
 
     async def _start_probes(self, built: Built) -> None:
         runtime = self.runtime
@@ -286,7 +302,7 @@ class Service:
             log.error("reload refused, the old configuration goes on:\n%s", error)
             return False
         for name in NEXT_START:
-            if getattr(config, name) != getattr(self.config, name):
+            if attrgetter(name)(config) != attrgetter(name)(self.config):
                 log.warning("a change of `%s` takes effect at the next start", name)
         old = runtime.endpoints
         self._keep_connections(old, built)
@@ -294,6 +310,9 @@ class Service:
         for name, endpoint in old.items():
             if built.endpoints.get(name) is not endpoint:
                 endpoint.pool.close()
+        if built.prices.currency != runtime.prices.currency:
+            log.warning("budgets of this month begin anew: they count %s from now on", built.prices.currency)
+            runtime.limits.begin_anew()
         runtime.use(built)
         runtime.fleet.replace(built.backends)
         runtime.valve.swap(built.policy.rules, runtime.now())
@@ -443,9 +462,8 @@ def _most_clients(wanted: int) -> int:
 def _print_banner(service: Service) -> None:
     runtime = service.runtime
     log.info("OpenAI API on http://%s, admin on http://%s", service.ports.listen, service.ports.admin)
-    log.info(
-        "policy %s, ledger in %s", runtime.built.policy.name, service.config.database or service.config.state
-    )
+    place = database_shown(service.config.database or service.config.state)
+    log.info("policy %s, ledger in %s", runtime.built.policy.name, place)
     if not (server.__file__ or "").endswith(".py"):
         log.info("the data path is compiled")
     if runtime.keys.empty:

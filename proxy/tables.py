@@ -27,7 +27,7 @@ from sqlalchemy import (
     func,
 )
 
-from proxy.records import CLIENT_GONE, OK
+from proxy.records import CLIENT_GONE, FAILED, OK
 
 metadata = MetaData()
 
@@ -82,6 +82,7 @@ usage_hourly = Table(
     Column("overhead_prompt_tokens", BigInteger, nullable=False),
     Column("overhead_completion_tokens", BigInteger, nullable=False),
     Column("cost_nano", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False, server_default="0"),
     sqlite_with_rowid=False,
 )
 """Sums of `ledger` by hour of arrival (`hour`: Unix seconds at which it begins), added to in the transaction
@@ -121,6 +122,7 @@ HOURLY_SUMS: dict[str, ColumnElement[Any]] = {
     "overhead_prompt_tokens": _total(ledger.c.overhead_prompt_tokens),
     "overhead_completion_tokens": _total(ledger.c.overhead_completion_tokens),
     "cost_nano": _total(ledger.c.cost_nano),
+    "failed": _total(case((ledger.c.outcome.in_(FAILED), 1), else_=0)),
 }
 """The other columns of `usage_hourly`, as sums over a group of `ledger`."""
 

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 import policies
 from policies.units import Duration, Size
-from proxy import config, exchange
+from proxy import config, config_values, exchange
 from proxy.metrics import Metrics
 from tests.commands import Command, Option, commands
 from tests.proxy.fakes import World
@@ -41,10 +41,13 @@ SECTIONS: dict[str, type[BaseModel]] = {
 _TYPES: tuple[tuple[Any, str], ...] = (
     (Duration, "duration"),
     (Size, "size"),
-    (config.Name, "name"),
-    (config.Url, "URL"),
-    (config.Address, "`HOST:PORT`"),
-    (config.DecimalText, "decimal"),
+    (config_values.Name, "name"),
+    (config_values.SiteName, "name"),
+    (config_values.DataClass, "word"),
+    (config_values.Zone, "time zone"),
+    (config_values.Url, "URL"),
+    (config_values.Address, "`HOST:PORT`"),
+    (config_values.DecimalText, "decimal"),
     (bool, "`true`, `false`"),
     (int, "whole number"),
     (float, "number"),

@@ -164,7 +164,8 @@ def test_the_full_configuration_has_every_key_and_shows_the_defaults() -> None:
             assert re.search(rf"(?:^|[\s{{]){key}:", text), f"{model.__name__}.{key}"
     for name in ("timeouts", "limits", "retries", "probing"):
         assert getattr(loaded, name) == Config.model_fields[name].get_default(call_default_factory=True), name
-    for name in ("listen", "admin", "policy", "durability", "log", "recent", "media_urls", "forward_headers"):
+    rest = ("listen", "admin", "policy", "budget_zone", "durability", "log", "recent", "media_urls")
+    for name in (*rest, "forward_headers"):
         assert getattr(loaded, name) == Config.model_fields[name].get_default(call_default_factory=True), name
 
 

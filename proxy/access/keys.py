@@ -29,13 +29,13 @@ import zlib
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
-from math import inf
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from proxy.access.pepper import PepperError
+from proxy.records import DATA_CLASS
 from proxy.tables import keys as keys_table
 from proxy.tables import settings as settings_table
 
@@ -47,6 +47,9 @@ SECRET_LENGTH = 43
 NANO = 1_000_000_000
 """Nano-units in one unit of the ledger's currency."""
 
+YEAR_10000 = 253_402_300_800
+"""Unix time at which calendars end: beyond it no date can be shown."""
+
 MAX_TEXT = 256
 """Longest tenant, name, model or label, characters."""
 
@@ -54,7 +57,7 @@ _CREDENTIAL = re.compile(
     rb"(?:(?i:bearer) ++)?(tg_([0-9A-Za-z]{10})_[0-9A-Za-z]{43})_([0-9A-Za-z]{6})"
 ).fullmatch
 _ID = re.compile(r"[0-9A-Za-z]{10}").fullmatch
-_WORD = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}").fullmatch
+_WORD = re.compile(DATA_CLASS).fullmatch
 _PAIRS = [(a + b).encode() for a in ALPHABET for b in ALPHABET]
 
 
@@ -415,6 +418,8 @@ def _budget(value: object) -> int | None:
 def _expires(value: object, now: float) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not now < value < inf:
-        raise KeyFieldError("expires", f"must be a Unix time in the future, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not now < value < YEAR_10000:
+        raise KeyFieldError(
+            "expires", f"must be a Unix time in the future, before the year 10000, not {value!r}"
+        )
     return float(value)

@@ -270,6 +270,11 @@ class Limits:
             usage.month = Month(self._month_end)
         return usage
 
+    def begin_anew(self) -> None:
+        """Count money from nothing: it is in another currency from now on. What runs settles into the old."""
+        for usage in self._usage.values():
+            usage.month = Month(self._month_end)
+
     def keep(self, ids: Collection[str]) -> None:
         """Drop the state of keys not among `ids` (a set). Their running requests may still settle."""
         for gone in [key_id for key_id in self._usage if key_id not in ids]:

@@ -288,7 +288,7 @@ def section(name: str, backend: Backend | dict[str, Any], first: bool) -> dict[s
     """A backend's part of the configuration: the first one is local, the others are remote."""
     given = backend if isinstance(backend, dict) else {"url": backend.url}
     price = {"input": "1", "output": "2", "currency": "EUR"}
-    site = "local" if first else "remote"
+    site = "local" if first else "away"
     return {"name": name, "site": site, "slots": 8, "models": ["m"], "price": price, **given}
 
 

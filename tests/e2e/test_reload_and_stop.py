@@ -218,7 +218,7 @@ async def test_reloads_by_signal_under_load_fail_no_request(
             enough = load.served + 16
             await eventually(partial(lambda least: load.served > least, enough))
         log = proxy.service.log_tail(100_000)
-        assert (log.count("I reloaded:"), log.count("E reload refused")) == (9, 3)
+        assert (log.count("Z reloaded:"), log.count("Z reload refused")) == (9, 3)
 
     config = json.loads(proxy.config_file.read_text())
     await load.during(reload_often)

@@ -151,7 +151,7 @@ async def test_explain_says_why(seen: tuple[Proxy, list[Answer]]) -> None:
     admin = ("--admin", proxy.admin.removeprefix("http://"))
     code, text, _ = await command("explain", retried.id, *admin)
     assert code == 0
-    assert f"request {retried.id}: 200 ok, b (remote)" in text
+    assert f"request {retried.id}: 200 ok, b (away)" in text
     assert "decision 1: send to a, by weighted-qps under the rule 'local first'" in text
     assert "this attempt failed: the backend answered 500" in text
     assert "decision 2: send to b, by fallback" in text

@@ -33,8 +33,8 @@ def test_what_local_cannot_take_flows_over_and_every_token_is_in_the_ledger(
     engines = {"home": home.wait_ready(), "away": away.wait_ready()}
     proxy = tidegate(
         {"name": "home", "url": home.url, "slots": SLOTS, "price": {"input": "0", "output": "0"}},
-        {"name": "away", "url": away.url, "site": "remote", "price": {"input": "0.27", "output": "1.10"}},
-        sites={"remote": {}},
+        {"name": "away", "url": away.url, "site": "away", "price": {"input": "0.27", "output": "1.10"}},
+        sites={"away": {}},
         aliases={"gpt-4": "assistant"},
     )
     before = {name: engine.counters() for name, engine in engines.items()}

@@ -450,16 +450,16 @@ class World:
             {
                 "name": name,
                 "url": f"http://{name}.test:8000",
-                "site": "local" if number == 0 else "remote",
+                "site": "local" if number == 0 else "away",
                 "slots": slots,
                 "models": ["m"],
                 "price": {"input": "1", "output": "2", "currency": "EUR"},
             }
             for number, name in enumerate(names)
         ]
-        settings = {"backends": sections, "sites": {"remote": {}}, **config}
+        settings = {"backends": sections, "sites": {"away": {}}, **config}
         built = build(Config.model_validate(settings), loop, 0)
-        built.policy = read_policy(POLICY, "test", KnownNames(built.backends, frozenset({"remote"})), 0)
+        built.policy = read_policy(POLICY, "test", KnownNames(built.backends, frozenset({"away"})), 0)
         self.endpoints = {name: FakeEndpoint(name, self.loop) for name in names}
         built.endpoints = dict(self.endpoints)
         self.journal = FakeJournal()

@@ -85,6 +85,14 @@ def test_a_configuration_is_read_back(folder: Path) -> None:
         assert said in text
 
 
+def test_no_password_is_read_back(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG + "database: postgresql://tide:s3cret@db/ledger\n")
+    text = check().stdout
+    assert "Keys and ledger in postgresql://tide:***@db/ledger, money in CNY." in text
+    (folder / "tidegate.yaml").write_text(CONFIG + "database: {url: 'postgresql://tide:s3cret@db/ledger'}\n")
+    assert "s3cret" not in check().stderr + check("--json").stdout
+
+
 def test_what_is_written_for_nothing_is_warned_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NJ_KEY", raising=False)
     text = CONFIG.replace("site: nanjing", "site: nanjng\n    api_key_env: NJ_KEY")
@@ -102,6 +110,57 @@ def test_what_is_written_for_nothing_is_warned_of(folder: Path, monkeypatch: pyt
         ("tidegate.yaml", 12),
         ("tidegate.yaml", 13),
     ]
+
+
+@pytest.mark.parametrize(
+    ("tls", "column", "said"),
+    [
+        ("{ca_file: nowhere.pem}", 20, "ca_file: backend b: {folder}/nowhere.pem: no such file or directory"),
+        ("{ca_file: wrong.pem}", 20, "ca_file: backend b: {folder}/wrong.pem: cannot be used for TLS ("),
+        ("{certificate: wrong.pem, key: nowhere.pem}", 40, "key: backend b: {folder}/nowhere.pem: no such"),
+        ("{certificate: nowhere.pem, key: wrong.pem}", 24, "certificate: backend b: {folder}/nowhere.pem: "),
+    ],
+)
+def test_files_for_tls_that_cannot_be_used_are_pointed_at(
+    folder: Path, tls: str, column: int, said: str
+) -> None:
+    (folder / "wrong.pem").write_text("no certificate")
+    backend = f'  - {{name: b, url: "https://b", site: b,\n    tls: {tls}}}\n'
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("sites:\n", f"{backend}sites:\n"))
+    found = check()
+    assert found.exit_code == 1
+    place = f"tidegate.yaml:11:{column}: backends[2].tls."
+    assert found.stderr.startswith(place + said.format(folder=folder))
+
+
+def test_models_that_nobody_serves_are_warned_of(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(
+        """\
+backends:
+  - name: a
+    url: http://a
+    models: [qwen3-32b]
+    price: {input: 1, output: 1}
+    tls: {server_name: b}
+    prices:
+      qwen3-23b: {input: 1, output: 1}
+      gpt-4: {input: 1, output: 1}
+aliases: {gpt-4: qwen3-32b, gpt-5: qwen3-8b}
+"""
+    )
+    assert check().stdout.splitlines()[:4] == [
+        "warning: tidegate.yaml:8:7: backend a does not list model 'qwen3-23b': nothing ever costs this "
+        "(did you mean 'qwen3-32b'?)",
+        "warning: tidegate.yaml:9:7: backend a does not list model 'gpt-4': nothing ever costs this "
+        "(did you mean 'qwen3-32b'?)",
+        "warning: tidegate.yaml:10:36: no backend lists model 'qwen3-8b' (did you mean 'qwen3-32b'?)",
+        "warning: tidegate.yaml:6:5: backend a is asked over plain http: `tls` says nothing",
+    ]
+    text = (folder / "tidegate.yaml").read_text()
+    (folder / "tidegate.yaml").write_text(
+        text.replace("models: [qwen3-32b]", "models: auto").replace("tls:", "# ")
+    )
+    assert "warning: tidegate.yaml" not in check().stdout, "whoever is asked may serve them all"
 
 
 @pytest.mark.parametrize(
@@ -131,6 +190,34 @@ def test_mistakes_in_its_policy_file_are_told_with_that_file(folder: Path) -> No
 
 
 # A policy file
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"), [("sites: [mars]", "but site mars"), ("sties: [mars]", "unknown key")]
+)
+def test_a_policy_file_is_checked_also_beside_a_broken_configuration(
+    folder: Path, policy: str, said: str
+) -> None:
+    (folder / "tidegate.yaml").write_text("bakends: []\n")
+    (folder / "night.yaml").write_text(f"rules:\n  - {{name: all, {policy}}}\n")
+    found = check("night.yaml")
+    assert found.exit_code == 1
+    first, _, rest = found.stderr.partition(
+        "\n\ntidegate.yaml cannot be used, so names of sites and backends"
+    )
+    assert "night.yaml" in first
+    assert said in first
+    assert "tidegate.yaml:1:1: bakends: unknown key" in rest
+    report = reported("night.yaml")
+    assert (report["file"], report["kind"], report["ok"]) == ("night.yaml", "policy", False)
+    assert "tidegate.yaml" in [problem["file"] for problem in report["problems"]]
+
+
+def test_a_configuration_that_is_not_there_is_said_beside_the_policy(folder: Path) -> None:
+    (folder / "night.yaml").write_text("rules:\n  - {name: all}\n")
+    found = check("night.yaml", "--config", "nowhere.yaml")
+    assert found.exit_code == 1
+    assert found.stderr.endswith("nowhere.yaml: no such file or directory\n")
 
 
 def test_names_of_backends_in_parameters_are_checked(folder: Path) -> None:

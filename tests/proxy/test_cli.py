@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import re
+import sys
+import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from proxy.cli import app
+import proxy.reports
+from proxy.cli import _logging, app, main
 from proxy.database import open_database
+from proxy.ledger import _Insert
+from proxy.records import to_values
+from tests.proxy.rows import a_row
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +64,9 @@ def test_for_scripts_nothing_stays_what_it_was() -> None:
         (("usage", "--since", "soon"), "--since: 'soon' is neither a duration"),
         (("export", "--until", "soon"), "--until: 'soon' is neither a duration"),
         (("usage", "--by", "colour"), "--by: cannot sum by 'colour'; there are tenant, "),
+        (("usage", "--by", "tenant,day,tenant"), "--by: 'tenant' is named twice"),
+        (("usage", "--since", "999999w"), "--since: '999999w' lies outside the calendar"),
+        (("usage", "--until", "9999-12-31T23:00:00-05:00"), "lies outside the calendar"),
         (("export", "-o", "nowhere/rows.jsonl"), "nowhere/rows.jsonl: no such file or directory"),
         (("usage", "--config", "nowhere.yaml"), "nowhere.yaml: no such file or directory"),
         (("usage", "--state", "nowhere"), "there is no ledger in nowhere: name its configuration"),
@@ -67,7 +80,42 @@ def test_what_cannot_be_meant_is_refused_in_words(arguments: tuple[str, ...], sa
     assert "Errno" not in found.stderr
 
 
+def test_an_export_onto_a_full_disk_names_the_file() -> None:
+    engine = open_database("tidegate-data")
+    _Insert(engine).rows([to_values(a_row())])
+    engine.dispose()
+    found = tidegate("export", "-o", "/dev/full")
+    assert (found.exit_code, found.stderr.splitlines()[-1]) == (
+        2,
+        "tidegate: /dev/full: no space left on device",
+    )
+
+
+def test_what_no_command_catches_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(proxy.reports, "usage_json", full)
+    monkeypatch.setattr(sys, "argv", ["tidegate", "usage", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code, capsys.readouterr().err) == (2, "tidegate: no space left on device\n")
+
+
 # Serve
+
+
+def test_messages_have_a_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", logging.INFO)
+    monkeypatch.setattr(time, "time", lambda: 1_795_733_401.1239)
+    monkeypatch.setattr(time, "time_ns", lambda: 1_795_733_401_123_900_000)
+    _logging()
+    logging.getLogger("tidegate").warning("the tide is %s", "in")
+    assert capsys.readouterr().err == "W 2026-11-26T22:50:01.123Z the tide is in\n"
 
 
 @pytest.mark.parametrize(

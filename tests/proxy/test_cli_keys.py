@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import time
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import proxy.database
 from proxy.access.limits import month_bounds
 from proxy.cli import app
-from proxy.database import open_database
+from proxy.database import DATABASE_FILE, open_database
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.prices import Prices
@@ -114,6 +117,30 @@ async def test_a_budget_shows_what_is_spent_of_it_this_month(folder: Path) -> No
     assert "1.25 of 2.50 CNY spent this month" in text
 
 
+async def test_budgets_count_one_currency(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG)
+    made = create("--budget", "2.5")
+    spend(folder / "tidegate-data", made["id"])
+    spend(folder / "tidegate-data", made["id"], currency="USD")
+    found = tidegate("list")
+    assert "1.25 of 2.50 CNY spent" in " ".join(found.stdout.split())
+    assert found.stderr == "note: budgets count CNY only; this month there are costs in USD too\n"
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("currency: CNY", "currency: USD"))
+    (row,) = listed()
+    assert row["spent"] == 1.25
+
+
+async def test_budgets_run_by_the_months_of_their_zone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last second of UTC's October is one of November further east."""
+    middle = datetime(2026, 11, 15, tzinfo=UTC).timestamp()
+    monkeypatch.setattr(time, "time", lambda: middle)
+    (folder / "tidegate.yaml").write_text(CONFIG + "budget_zone: Asia/Shanghai\n")
+    made = create("--budget", "2.5")
+    spend(folder / "tidegate-data", made["id"])
+    (row,) = listed()
+    assert row["spent"] == 11.25
+
+
 def test_small_budgets_are_not_rounded_to_nothing() -> None:
     create("--budget", "0.0025")
     create("--budget", "1234.5")
@@ -122,16 +149,16 @@ def test_small_budgets_are_not_rounded_to_nothing() -> None:
     assert "0.00 of 1,234.50 spent this month" in text
 
 
-def spend(state: Path, *keys: str) -> None:
+def spend(state: Path, *keys: str, currency: str = "CNY") -> None:
     """1.25 with each key this month, and 10 the month before."""
     engine = open_database(state)
-    ledger = Ledger(engine, Journal(state / "journal"), Prices({}, "CNY"))
+    ledger = Ledger(engine, Journal(state / "journal"), Prices({}, currency))
     begin = month_bounds(time.time())[0]
     ledger.start(asyncio.get_running_loop(), print)
     for number, key in enumerate(keys):
         for arrived, cost in ((time.time(), 1_250_000_000), (begin - 1, 10_000_000_000)):
-            row = Row(f"{number}-{cost}", arrived=arrived, key_id=key, tenant="acme", status=200)
-            row.cost_nano, row.currency = cost, "CNY"
+            row = Row(f"{number}-{cost}-{currency}", arrived=arrived, key_id=key, tenant="acme", status=200)
+            row.cost_nano, row.currency = cost, currency
             ledger.journal.close(row)
     ledger.stop()
     engine.dispose()
@@ -203,7 +230,49 @@ def test_a_key_is_valid_on_its_last_day() -> None:
     assert (row["status"], row["expires"]) == ("active", midnight.timestamp())
 
 
-@pytest.mark.parametrize("text", ["2020-01-31", "2020-01-31T10:00:00"])
+def test_a_length_of_time_counts_from_now() -> None:
+    create("--expires", "90d")
+    (row,) = listed()
+    assert abs(row["expires"] - time.time() - 90 * 86_400) < 60
+
+
+@pytest.mark.parametrize("text", ["999999w", "9999-12-31"])
+def test_an_expiry_that_no_calendar_has_is_refused(text: str) -> None:
+    found = tidegate("create", "--tenant", "acme", "--expires", text)
+    assert (found.exit_code, found.stderr.partition(", not ")[0]) == (
+        2,
+        "tidegate: expires: must be a Unix time in the future, before the year 10000",
+    )
+
+
+def test_a_broken_configuration_leaves_no_key_behind(folder: Path) -> None:
+    (folder / "broken.yaml").write_text("bakends: []")
+    found = tidegate("create", "--tenant", "acme", "--state", "data", "--config", "broken.yaml")
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert not (folder / "data").exists()
+
+
+def test_the_ledger_may_be_elsewhere_before_there_is_a_state_directory(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(f"{CONFIG}database: sqlite:///{folder}/elsewhere/ledger.db\n")
+    create()
+    assert (folder / "tidegate-data" / "pepper").is_file()
+    assert len(listed()) == 1
+
+
+def test_a_locked_database_is_told_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy.database, "BUSY_TIMEOUT_S", 0.01)
+    made = create()
+    with closing(sqlite3.connect(folder / "tidegate-data" / DATABASE_FILE, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for command in (("create", "--tenant", "acme"), ("revoke", made["id"])):
+            found = tidegate(*command)
+            assert (found.exit_code, found.stderr) == (2, "tidegate: database is locked\n")
+    assert [row["status"] for row in listed()] == ["active"]
+
+
+@pytest.mark.parametrize(
+    "text", ["2020-01-31", "2020-01-31T10:00:00", "2020-06-01T00:00:00Z", "2020-06-01T00:00:00+08:00"]
+)
 def test_an_expiry_in_the_past_is_refused_in_words(text: str) -> None:
     found = tidegate("create", "--tenant", "acme", "--expires", text)
     assert found.exit_code == 2

@@ -18,12 +18,11 @@ from proxy.config import (
     Config,
     backend_key,
     config_from_flags,
-    is_loopback,
     is_policy_file,
     load_config,
     override,
-    split_address,
 )
+from proxy.config_values import is_loopback, split_address
 from proxy.http1 import NEVER_FORWARDED, RequestGrammar
 
 ONE = "backends:\n  - {name: a, url: 'http://a:8000'}\n"
@@ -110,6 +109,20 @@ def test_paths_are_relative_to_the_file(write: Any, tmp_path: Path) -> None:
         (ONE + "  - {name: b}\n", (3, 5, "backends[1].url", "")),
         (ONE + "aliases: {x: y, y: m}\n", (3, 14, "aliases.x", "'y' is itself an alias")),
         (ONE + "aliases: {x: x}\n", (3, 14, "aliases.x", "'x' is itself an alias")),
+        (ONE + "probing: {enabled: false}\n", (2, 5, "backends[0].models", "list them here")),
+        (ONE + "budget_zone: Asia/Shanghia\n", (3, 14, "budget_zone", "-> Asia/Shanghai")),
+        (ONE + "budget_zone: America\n", (3, 14, "budget_zone", "no time zone is called 'America'")),
+        (ONE + "budget_zone: ../passwd\n", (3, 14, "budget_zone", "no time zone is called")),
+        (ONE + "sites: {remote: {}}\n", (3, 9, "sites.remote", "call this one something else")),
+        (ONE + "sites: {'*': {}}\n", (3, 9, "sites.*", "letters, digits")),
+        (
+            ONE + "sites: {nj: {data_classes: [public, Internal]}}\n",
+            (3, 37, "sites.nj.data_classes[1]", "-> internal"),
+        ),
+        (
+            ONE + "sites: {nj: {data_classes: ['a b']}}\n",
+            (3, 29, "sites.nj.data_classes[0]", "no key can have"),
+        ),
         (ONE + "listen: '8080'\n", (3, 9, "listen", "HOST:PORT")),
         (ONE + "listen: 18480\n", (3, 9, "listen", "HOST:PORT, got 18480 -> 127.0.0.1:18480")),
         (ONE + "admin: ':18481'\n", (3, 8, "admin", "-> 127.0.0.1:18481")),
@@ -226,6 +239,8 @@ def test_metadata_services_are_never_backends(write: Any, host: str) -> None:
         ("models: []", "backends[0].models", "at least 1"),
         ("models: m", "backends[0].models", "'auto' or a list"),
         ("engine: tgi", "backends[0].engine", "vllm"),
+        ("site: remote", "backends[0].site", "every site but `local`"),
+        ("api_key_env: sk-live-1", "backends[0].api_key_env", "no name of an environment variable"),
         ("api_key_env: A, api_key_file: b", "backends[0].api_key_file", "not both"),
         ("tls: {certificate: a}", "backends[0].tls", "both certificate and key"),
         ("price: {input: x, output: 1}", "backends[0].price.input", "not a decimal number"),
@@ -401,6 +416,16 @@ def test_bad_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -
         monkeypatch.setenv("A_KEY", value)
         with pytest.raises(BadValueError, match="backend a"):
             backend_key(section(api_key_env="A_KEY"))
+
+
+def test_a_key_in_the_place_of_its_variable_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some keys could be names of variables."""
+    monkeypatch.delenv("hf_abcDEF", raising=False)
+    with pytest.raises(BadValueError) as caught:
+        backend_key(section(api_key_env="hf_abcDEF"))
+    assert (
+        caught.value.message == "backend a: the variable that api_key_env names is not set in the environment"
+    )
 
 
 def test_keys_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

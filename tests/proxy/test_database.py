@@ -19,8 +19,11 @@ from sqlalchemy.exc import IntegrityError
 import proxy.database
 import proxy.migrations
 from proxy.database import DATABASE_FILE, OpenError, open_database, writing
+from proxy.ledger import _Insert
 from proxy.migrations import REVISIONS
-from proxy.tables import keys, metadata, settings
+from proxy.records import OUTCOMES, to_values
+from proxy.tables import keys, metadata, settings, usage_hourly
+from tests.proxy.rows import a_row
 
 Open = Callable[..., Engine]
 
@@ -54,6 +57,25 @@ def test_the_listed_revisions_are_those_there_are() -> None:
     config.set_main_option("script_location", str(Path(proxy.migrations.__file__).parent))
     scripts = ScriptDirectory.from_config(config)
     assert tuple(script.revision for script in reversed(list(scripts.walk_revisions()))) == REVISIONS
+
+
+def test_what_failed_before_the_upgrade_is_counted_from_its_rows(tmp_path: Path, opened: Open) -> None:
+    engine = opened(tmp_path)
+    insert_rows = _Insert(engine).rows
+    insert_rows(
+        [to_values(a_row(outcome=outcome, arrived=3600.0 * hour)) for outcome in OUTCOMES for hour in (1, 2)]
+    )
+    insert_rows([to_values(a_row(outcome="cut", backend="", arrived=3600.0))])
+    sums = select(usage_hourly).order_by(*usage_hourly.primary_key)
+    with engine.connect() as connection:
+        before = connection.execute(sums).all()
+    with writing(engine) as connection:
+        connection.execute(text("ALTER TABLE usage_hourly DROP COLUMN failed"))
+        connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    engine.dispose()
+    with opened(tmp_path).connect() as connection:
+        assert connection.execute(sums).all() == before
+    assert [row.failed for row in before] == [1, 4, 4]
 
 
 def test_a_directory_becomes_a_safe_sqlite_file(tmp_path: Path, opened: Open) -> None:

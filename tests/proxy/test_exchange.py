@@ -1089,3 +1089,21 @@ def test_a_model_is_not_said_to_be_missing_while_a_backend_has_named_none_yet() 
     exchange = world.start()
     error = client_of(exchange).read().error
     assert (error["code"], error["param"], exchange.row.status) == ("model_not_found", "model", 404)
+
+
+def test_only_a_full_tier_spills() -> None:
+    """What goes elsewhere because a tier is down is no spill."""
+    world = World("a", "b", slots=1)
+    world.backend("a").probed(False, world.loop.now)
+    world.runtime.fleet.refresh(world.loop.now)
+    world.start(stream=False)
+    world.answers(world.all[-1], "b").data_received(whole(200, answer_body()))
+    assert world.runtime.observer.spilled == {}
+    world.backend("a").probed(True, world.loop.now)
+    world.runtime.fleet.refresh(world.loop.now)
+    world.start(stream=False)
+    second = world.start(stream=False)
+    world.connects("a")
+    assert second.connection is not None, "the one that b has kept"
+    second.connection.data_received(whole(200, answer_body()))
+    assert world.runtime.observer.spilled == {"b": 1}

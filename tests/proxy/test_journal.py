@@ -7,6 +7,7 @@ import resource
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import orjson
 import pytest
 
 import proxy.journal
-from proxy.journal import Journal, JournalError, JournalLockedError
+from proxy.journal import RESERVE_BYTES, Journal, JournalError, JournalLockedError
 from proxy.records import LOST, Row, Values, from_values
 from proxy.replay import Replayed, replay
 from proxy.segments import Disk, read_segment
@@ -297,7 +298,7 @@ async def test_more_open_requests_than_a_segment_holds(tmp_path: Path) -> None:
     ("call", "code", "after"),
     [
         ("sync", errno.EIO, 1),  # that of the full segment
-        ("write", errno.ENOSPC, 1),
+        ("sync", errno.ENOSPC, 1),  # a full disk is no excuse for a sync
         ("write", errno.EIO, 1),
         ("sync", errno.EIO, 2),  # that of the next one
     ],
@@ -326,6 +327,155 @@ async def test_a_failure_is_final(tmp_path: Path, call: str, code: int, after: i
     assert delivered.failures == [journal.failed], "the loop is told once"
     assert disk.later == [], "nothing is written or synced after a failure"
     assert acknowledged.op in [row.op for row in replayed_from(tmp_path)[0]]
+
+
+class FullDisk(Disk):
+    """Takes nothing any more once it is `full`, but what goes where its room was taken before."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.room: dict[int, int] = {}
+
+    def create(self, path: Path, size: int) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        handle = super().create(path, size)
+        self.room[handle] = size
+        return handle
+
+    def write(self, handle: int, data: bytes) -> None:
+        left = self.room[handle] - os.lseek(handle, 0, os.SEEK_CUR)
+        if self.full and len(data) > left:
+            os.write(handle, data[: max(left, 0)])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(handle, data)
+
+
+async def test_what_runs_when_the_disk_fills_is_closed_durably(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    delivered = Delivered()
+    disk = FullDisk()
+    journal = Journal(tmp_path, segment_bytes=2048, reserve_bytes=65_536, disk=disk)
+    with running(journal, delivered):
+        opened = [a_row(completion_tokens=900) for _ in range(8)]
+        for row in opened:
+            journal.open(row)
+            await journal.synced()
+        disk.full = True
+        while not journal.failed:
+            journal.close(a_row())
+            eventually(lambda: not journal._queue)
+        assert "No space left on device" in journal.failed
+        assert not journal.ended
+        with pytest.raises(JournalError):
+            await journal.synced()
+        for row in opened[:-1]:
+            journal.close(row)
+        journal.progress(opened[-1].op, "nanjing", 800, 512, 77)
+        eventually(lambda: opened[-2].op in delivered.ops)
+        journal.settled(len(delivered.rows))
+        await asyncio.sleep(0)
+    assert delivered.failures == [journal.failed]
+    assert "what runs is still recorded" in caplog.text
+    found, replayed = replayed_from(tmp_path)
+    assert replayed.damages == [], "the half frame was taken off"
+    by_op = {row.op: row for row in found}
+    assert set(delivered.ops) <= set(by_op)
+    assert [by_op[row.op] for row in opened[:-1]] == opened[:-1]
+    lost = by_op[opened[-1].op]
+    assert (lost.outcome, lost.completion_tokens, replayed.lost) == (LOST, 77, 1)
+    assert os.listdir(tmp_path) == ["lock"]
+
+
+def has(delivered: Delivered, count: int) -> bool:
+    return len(delivered.rows) == count
+
+
+async def test_a_reserve_that_is_used_up_is_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    delivered = Delivered()
+    disk = FullDisk()
+    journal = Journal(tmp_path, segment_bytes=2048, reserve_bytes=4096, disk=disk)
+    with running(journal, delivered):
+        disk.full = True
+        rows = [a_row() for _ in range(20)]
+        for number, row in enumerate(rows, 1):
+            journal.close(row)
+            eventually(partial(has, delivered, number))
+        assert journal.ended
+        await asyncio.sleep(0)
+    assert delivered.failures == [journal.failed], "the loop is told once"
+    assert caplog.text.count("what runs is still recorded") == caplog.text.count("is not durable") == 1
+    found, _ = replayed_from(tmp_path)
+    kept = [row.op for row in found]
+    assert 3 < len(kept) < 20
+    assert kept == [row.op for row in rows[: len(kept)]]
+
+
+async def test_a_reserve_there_was_no_room_for_is_made_when_there_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class CrampedDisk(Disk):
+        room = False
+
+        def create(self, path: Path, size: int) -> int:
+            if path.name == "reserve" and not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().create(path, size)
+
+    disk = CrampedDisk()
+    reserve = tmp_path / "reserve"
+    with running(Journal(tmp_path, segment_bytes=2048, disk=disk), Delivered()) as journal:
+        assert "no room can be reserved" in caplog.text
+        disk.room = True
+        while len(segments(tmp_path)) < 2:
+            assert not reserve.exists()
+            journal.close(a_row())
+            await journal.synced()
+        assert reserve.stat().st_size == RESERVE_BYTES
+    assert not reserve.exists()
+
+
+async def test_rows_that_a_hanging_disk_never_took_go_to_the_ledger(tmp_path: Path) -> None:
+    class HangingDisk(Disk):
+        def sync(self, handle: int) -> None:
+            entered.set()
+            proceed.wait(20)
+
+    entered, proceed = threading.Event(), threading.Event()
+    delivered = Delivered()
+    journal = Journal(tmp_path, sync_interval_s=0, disk=HangingDisk())
+    journal.start(asyncio.get_running_loop(), delivered, delivered.failures.append)
+    journal.close(a_row())
+    await asyncio.to_thread(entered.wait, 20)
+    journal.close(late := a_row())
+    journal.stop(timeout_s=0.01)
+    assert journal.ended
+    assert [row.op for row in delivered.rows] == [late.op]
+    proceed.set()
+    journal.stop()
+    journal.release()
+
+
+async def test_a_segment_that_cannot_be_deleted_is_deleted_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def denied(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    delivered = Delivered()
+    with running(Journal(tmp_path, segment_bytes=2048), delivered) as journal:
+        while len(segments(tmp_path)) < 4:
+            journal.close(a_row())
+            await journal.synced()
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", denied)
+            journal.settled(len(delivered.rows))
+            journal.settled(len(delivered.rows))
+        assert len(segments(tmp_path)) == 4
+        assert caplog.text.count("cannot be deleted") == 1, "it is told once"
+        journal.settled(len(delivered.rows))
+        assert len(segments(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

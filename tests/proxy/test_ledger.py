@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import json
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,6 +24,7 @@ from proxy.database import DATABASE_FILE, writing
 from proxy.journal import Journal, JournalLockedError
 from proxy.ledger import BLOCKS, KNOWN_ROWS, Ledger, _add_up_text, _Insert, _insert_text
 from proxy.records import COLUMNS, OUTCOMES, Row, Values, from_values, to_values
+from proxy.segments import Disk
 from proxy.tables import HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
 from tests.proxy.rows import PRICES, a_row, empty_database, eventually, segments
 
@@ -35,9 +39,8 @@ class State:
         self.failures: list[str] = []
 
     def start(self, **options: Any) -> Ledger:
-        self.running = Ledger(
-            self.engine, Journal(self.directory / "journal"), PRICES, **({"interval_s": 0.0} | options)
-        )
+        journal = Journal(self.directory / "journal", disk=options.pop("disk", None))
+        self.running = Ledger(self.engine, journal, PRICES, **({"interval_s": 0.0} | options))
         self.replayed = self.running.start(asyncio.get_running_loop(), self.failures.append)
         return self.running
 
@@ -81,8 +84,9 @@ def added_up(rows: Sequence[Row]) -> list[Any]:
             row.overhead_prompt_tokens,
             row.overhead_completion_tokens,
             row.cost_nano,
+            row.outcome in ("backend_failed", "cut", "shutdown", "lost"),
         ]
-        sums[group] = [a + b for a, b in zip(sums.get(group, [0] * 9), amounts, strict=True)]
+        sums[group] = [a + b for a, b in zip(sums.get(group, [0] * 10), amounts, strict=True)]
     return sorted((*group, *amounts) for group, amounts in sums.items())
 
 
@@ -328,6 +332,72 @@ async def test_a_broken_disk_is_not_tried_again(
     assert state.rows() == [row, late], "they were in the journal"
 
 
+class FullDisk(Disk):
+    """Has no room any more, not even where it was taken before."""
+
+    full = False
+
+    def write(self, handle: int, data: bytes) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(handle, data)
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["locked", "broken"])
+async def test_rows_that_nobody_took_are_in_the_log(
+    state: State, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: bool
+) -> None:
+    disk = FullDisk()
+    moved = state.start(disk=disk)
+    moved.journal.close(first := a_row())
+    eventually(lambda: moved.lag == 0)
+    code = sqlite3.SQLITE_IOERR_FSYNC if broken else sqlite3.SQLITE_FULL
+    monkeypatch.setattr(moved, "_insert", FailingInsert(_Insert(state.engine), sqlite_error(code, "no room")))
+    moved.journal.close(kept := a_row())
+    await moved.journal.synced()
+    disk.full = True
+    rows = [a_row(reason="ä, 100 %s") for _ in range(3)]
+    for row in rows:
+        moved.journal.close(row)
+        eventually(lambda: not moved.journal._queue)
+    state.stop(timeout_s=0.2)
+    assert "1 rows are not in the ledger yet: the next start takes them from the journal" in caplog.text
+    assert "3 rows are neither in the ledger nor in the journal" in caplog.text
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("{")]
+    assert [Row(**json.loads(line)) for line in lines] == rows
+    state.start()
+    assert state.rows() == [first, kept]
+
+
+async def test_rows_that_only_the_ledger_took_are_not_in_the_log(
+    state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = FullDisk()
+    moved = state.start(disk=disk)
+    disk.full = True
+    moved.journal.close(row := a_row())
+    eventually(lambda: moved.journal.ended and moved.lag == 0)
+    state.stop()
+    assert state.rows() == [row]
+    assert row.op not in caplog.text
+
+
+async def test_an_error_that_nobody_expected_is_seen(
+    state: State, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever ends the thread: requests are refused, and the rows are in the journal."""
+    moved = state.start()
+    with monkeypatch.context() as patched:
+        patched.setattr(moved.journal, "settled", lambda count: 1 / 0)
+        moved.journal.close(row := a_row())
+        eventually(lambda: "ZeroDivisionError" in moved.failed)
+        moved.journal.close(late := a_row())
+        await moved.journal.synced()
+    state.stop()
+    state.start()
+    assert {found.op for found in state.rows()} == {row.op, late.op}
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -367,24 +437,6 @@ async def test_a_row_that_sql_refuses_keeps_none_of_the_others(
     assert state.rows() == rows[:79]
     assert hourly(state.engine) == added_up(state.rows())
     assert rows[79].op in caplog.text, "it is in the log whole"
-
-
-async def test_spent_counts_a_key_from_a_moment_on(state: State) -> None:
-    month = 1_700_000_000.0  # in the middle of an hour
-    _Insert(state.engine).rows(
-        [
-            to_values(a_row(arrived=arrived, key_id=key, cost_nano=cost))
-            for arrived, key, cost in [
-                (month - 0.000001, "k1", 1),
-                (month, "k1", 10),
-                (month + 86_400, "k1", 100),
-                (month + 40 * 86_400, "k1", 1000),
-                (month, "k2", 10_000),
-            ]
-        ]
-    )
-    moved = state.start()
-    assert [moved.spent(key, month) for key in ("k1", "k2", "nobody")] == [1110, 10_000, 0]
 
 
 def test_statements_are_ones_that_postgresql_has() -> None:

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.prices import Price, Prices
+from proxy.records import MOST_NANO, from_values, to_values
+from tests.proxy.rows import a_row
 
 amounts = st.decimals(min_value=0, max_value=10**6, places=9, allow_nan=False, allow_infinity=False)
 tokens = st.integers(min_value=0, max_value=2**31 - 1)
@@ -40,6 +42,14 @@ def test_what_an_operator_writes() -> None:
     assert price.cost(1_000_000, 1_000_000, 0) == 270_000_000, "cached input without its own price"
     assert Price.parse(0.27, 1.1, "CNY") == price, "a float, as YAML makes of 0.27, is its shortest text"
     assert Price.parse(Decimal("0.27"), Decimal("1.1"), "CNY") == price
+
+
+def test_no_request_costs_more_than_the_ledger_can_keep() -> None:
+    """Budgets and metrics count what the row will say."""
+    prices = Prices({"a": Price.parse("1000000", "1000000", "CNY")})
+    for tokens in (0, 2**20, 2**60, -5):
+        row = a_row(cost_nano=prices.cost("a", "m", tokens, 0, 0)[0])
+        assert from_values(to_values(row)).cost_nano == row.cost_nano <= MOST_NANO
 
 
 def test_more_cached_tokens_than_prompt_tokens_never_cost_less_than_nothing() -> None:

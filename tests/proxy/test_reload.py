@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NoReturn
@@ -11,8 +12,9 @@ import pytest
 
 import proxy.build
 import proxy.serve
+from proxy.access.keys import Key
 from proxy.config import load_config
-from proxy.serve import Service
+from proxy.serve import Service, _print_banner
 
 TEXT = """
 listen: 127.0.0.1:0
@@ -58,6 +60,59 @@ async def test_a_reload_without_file_descriptors_is_tried_again(
     assert caplog.text.count("reload refused") == 1
     assert service.reload()
     assert seen(service)
+
+
+async def test_a_backend_and_the_policy_move_together(service: Service, tmp_path: Path) -> None:
+    """The policy is checked against the sites of the same file, not against those of before."""
+    assert service.path is not None
+    for site in ("nanjing", "suzhou"):
+        (tmp_path / "own.yaml").write_text(f"rules: [{{name: all, sites: [{site}]}}]")
+        backend = f'{{name: b, url: "http://10.0.0.1:9", site: {site}, models: [m]}}'
+        text = TEXT.replace("[{name: a", f"[{backend}, {{name: a") + "policy: ./own.yaml\n"
+        service.path.write_text(text % (tmp_path / "state"))
+        assert service.reload()
+    assert service.runtime.fleet["b"].site == "suzhou"
+    assert service.runtime.built.policy.warnings == []
+
+
+async def test_what_waits_for_the_next_start_is_told_and_nothing_else(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert service.path is not None
+    text = service.path.read_text()
+    service.path.write_text(text + "retries: {attempts: 5}\nbudget_zone: Asia/Shanghai\n")
+    assert service.reload()
+    told = [record.getMessage() for record in caplog.records if "next start" in record.getMessage()]
+    assert told == ["a change of `budget_zone` takes effect at the next start"]
+    service.path.write_text(text + "retries: {ratio: 0.5}\nbudget_zone: Asia/Shanghai\n")
+    assert service.reload()
+    assert "a change of `retries.ratio` takes effect at the next start" in caplog.text
+
+
+async def test_another_currency_begins_budgets_anew(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert service.path is not None
+    limits, budget = service.runtime.limits, Key("abcdefghij", "acme", budget_nano=100)
+    limits.usage(budget, time.time()).month.spent = 100
+    assert service.reload()
+    assert limits.check(budget, 0.0, time.time()) is not None
+    service.path.write_text(service.path.read_text() + "currency: CNY\n")
+    assert service.reload()
+    assert limits.check(budget, 0.0, time.time()) is None
+    assert "they count CNY from now on" in caplog.text
+
+
+async def test_no_secret_gets_into_the_log(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    assert service.path is not None
+    service.path.write_text(service.path.read_text().replace("models: [m]", "api_key: sk-live-1"))
+    assert not service.reload()
+    assert "api_key: unknown key" in caplog.text
+    assert "sk-live" not in caplog.text
+    service.config = service.config.model_copy(update={"database": "postgresql://tide:s3cret@db/ledger"})
+    with caplog.at_level("INFO"):
+        _print_banner(service)
+    assert "ledger in postgresql://tide:***@db/ledger" in caplog.text
 
 
 async def test_a_wrong_file_is_not_read_again_until_it_changes(service: Service) -> None:

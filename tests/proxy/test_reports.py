@@ -28,9 +28,10 @@ from proxy.reports import (
     GROUPS,
     Usage,
     export,
+    latest_currency,
     money,
     parse_time,
-    spent,
+    spent_by_key,
     usage,
     usage_csv,
     usage_json,
@@ -147,13 +148,38 @@ def test_usage_is_the_sum_of_the_rows_in_the_span(
     assert [list(line.group) for line in lines] == [by] * len(lines)
 
 
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, list[Row]]]:
+    """A ledger whose currency was changed, and changed back."""
+    engine = empty_database(tmp_path_factory.mktemp("mixed"))
+    rows = random_rows(200)
+    for row in rows[::3]:
+        row.currency = row.currency and "USD"
+    put(engine, *rows)
+    yield engine, rows
+    engine.dispose()
+
+
 @settings(max_examples=50, deadline=None)
-@given(st.sampled_from(["k1", "k2", ""]), moments.filter(lambda moment: moment is not None))
-def test_spent_is_the_sum_of_a_keys_costs(many: tuple[Engine, list[Row]], key: str, since: float) -> None:
-    engine, rows = many
-    assert spent(engine, key, since) == sum(
-        row.cost_nano for row in rows if row.key_id == key and row.arrived >= since
-    )
+@given(moments.filter(lambda moment: moment is not None), st.sampled_from(["CNY", "USD"]))
+def test_spent_is_the_sum_of_a_keys_costs_in_one_currency(
+    mixed: tuple[Engine, list[Row]], since: float, currency: str
+) -> None:
+    engine, rows = mixed
+    spent, others = spent_by_key(engine, since, currency)
+    later = [row for row in rows if row.arrived >= since and row.currency]
+    for key in ("k1", "k2", ""):
+        assert spent.get(key, 0) == sum(
+            row.cost_nano for row in later if row.key_id == key and row.currency == currency
+        )
+    assert others == sorted({row.currency for row in later if row.cost_nano} - {currency})
+
+
+def test_the_currency_of_a_ledger_is_that_of_its_last_cost(engine: Engine) -> None:
+    assert latest_currency(engine) == ""
+    rows = [a_row(arrived=3600.0 * hour, currency=one) for hour, one in enumerate(("CNY", "USD", ""))]
+    put(engine, *rows)
+    assert latest_currency(engine) == "USD"
 
 
 def test_days_are_utc(engine: Engine) -> None:
@@ -195,6 +221,7 @@ LINES = [
 ]
 KEYS = ["tenant", "day", "requests", "errors", "prompt_tokens", "cached_tokens", "completion_tokens"]
 KEYS += ["overhead_prompt_tokens", "overhead_completion_tokens", "cost", "cost_nano", "currency", "unpriced"]
+KEYS += ["refused", "failed"]
 
 
 def test_usage_as_json() -> None:
@@ -237,6 +264,18 @@ def test_usage_as_a_table_has_totals_that_are_rounded_once() -> None:
     assert "overhead" in text
     assert "overhead" not in shown(LINES[1:])
     assert shown([]).strip() != ""
+
+
+def test_what_failed_is_told_apart_from_what_was_refused(engine: Engine) -> None:
+    for outcome in OUTCOMES:
+        put(engine, a_row(tenant="a" if outcome == "ok" else "b", outcome=outcome))
+    healthy, other = usage(engine, "tenant")
+    assert (healthy.errors, healthy.refused, healthy.failed) == (0, 0, 0)
+    assert (other.errors, other.refused, other.failed) == (6, 2, 4)
+    assert "refused failed" in " ".join(shown([healthy, other]).split())
+    assert "failed" not in shown([healthy])
+    begin = a_row().arrived
+    assert usage(engine, "tenant", begin - 1, begin + 1) == [healthy, other], "of the rows as of the hours"
 
 
 def test_two_currencies_in_a_table_are_told_apart() -> None:

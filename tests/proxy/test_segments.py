@@ -27,7 +27,7 @@ def read(path: Path, data: bytes) -> tuple[list[bytes], list[Damage]]:
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
-    segment = Segment(tmp_path, 7, 4096, Disk())
+    segment = Segment(tmp_path / "00000007.journal", 4096, Disk())
     for data in FRAMES:
         segment.write(data)
     segment.sync()
@@ -83,11 +83,13 @@ def test_segments_are_listed_in_order(tmp_path: Path) -> None:
     for number in (10, 9, 100_000_000, 99_999_999):
         (tmp_path / f"{number:08d}.journal").touch()
     (tmp_path / "lock").touch()
+    (tmp_path / "reserve").touch()
     assert [path.name for path in list_segments(tmp_path)] == [
         "00000009.journal",
         "00000010.journal",
         "99999999.journal",
         "100000000.journal",
+        "reserve",
     ]
 
 

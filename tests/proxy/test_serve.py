@@ -20,7 +20,7 @@ async def test_a_port_in_use_names_the_option(key: str, address: str, tmp_path: 
         "state": str(tmp_path),
         "log": "off",
         "probing": {"enabled": False},
-        "backends": [{"name": "a", "url": "http://127.0.0.1:1"}],
+        "backends": [{"name": "a", "url": "http://127.0.0.1:1", "models": ["m"]}],
     }
     with socket.create_server((address, 0)) as taken:
         at = f"{address}:{taken.getsockname()[1]}"

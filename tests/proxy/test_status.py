@@ -41,7 +41,7 @@ def test_one_screen_says_it_all() -> None:
     assert rows["proxy"] == "proxy at 127.0.0.1:8081: ready, running for 2 h 5 min, policy test"
     for part in ("appliance (local)", "██░░░░░░░░ 0.25", "1/4", "up", " 1 ", "5"):
         assert part in rows["appliance"]
-    for part in ("nanjing (remote)", "0/4", "down"):
+    for part in ("nanjing (away)", "0/4", "down"):
         assert part in rows["nanjing"]
     assert "! appliance: does not serve model x" in text
     assert "! nanjing: down: GET /health: no answer within 1 s, for 35 s" in text

@@ -372,6 +372,16 @@ def test_what_was_spent_this_month_is_loaded_at_start() -> None:
     assert asked == [datetime(2025, 11, 1, tzinfo=UTC).timestamp()]
 
 
+def test_another_currency_begins_the_month_anew() -> None:
+    limits = Limits(NOVEMBER, lambda since: {"abcdefghij": 60})
+    limited = key(budget_nano=100)
+    running = admit(limits, limited, cost=40)
+    limits.begin_anew()
+    limits.settle(running, 0, 40, 0.0)
+    admit(limits, limited, cost=100)
+    refuse(limits, limited, cost=1)
+
+
 def test_months_follow_the_configured_zone() -> None:
     shanghai = ZoneInfo("Asia/Shanghai")
     begin, end = month_bounds(datetime(2025, 12, 31, 23, tzinfo=UTC).timestamp(), shanghai)
