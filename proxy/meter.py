@@ -194,6 +194,8 @@ class Meter:
         data = event.data
         if data is None:
             return event.raw
+        if not every_event and (out := self.recall(event.raw)):
+            return out
         if data.find(ABORTED) >= 0:
             self._parsed(event, data, include_usage=True, every_event=True)
             self.failed = True

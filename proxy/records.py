@@ -17,20 +17,20 @@ from typing import Any, Final, TypeAlias
 
 import orjson
 
-OK = "ok"
-CLIENT_ERROR = "client_error"
+OK: Final = "ok"
+CLIENT_ERROR: Final = "client_error"
 """The client's fault: bad request, no key, unknown model, or the backend's own 4xx."""
-REJECTED = "rejected"
+REJECTED: Final = "rejected"
 """Refused by us: limit, budget, full queue, no backend, policy."""
-BACKEND_FAILED = "backend_failed"
+BACKEND_FAILED: Final = "backend_failed"
 """No backend answered; nothing of an answer reached the client."""
-CLIENT_GONE = "client_gone"
+CLIENT_GONE: Final = "client_gone"
 """The client left before the end; what was delivered is billed."""
-CUT = "cut"
+CUT: Final = "cut"
 """The backend was lost after the first data event."""
-SHUTDOWN = "shutdown"
+SHUTDOWN: Final = "shutdown"
 """The proxy stopped before the answer had ended."""
-LOST = "lost"
+LOST: Final = "lost"
 """The proxy died while it served this; written by the replay of the journal."""
 OUTCOMES = (OK, CLIENT_ERROR, REJECTED, BACKEND_FAILED, CLIENT_GONE, CUT, SHUTDOWN, LOST)
 

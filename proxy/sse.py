@@ -8,14 +8,16 @@ without its blank line at the end of the stream was never finished and is not di
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
 _BOM: Final = b"\xef\xbb\xbf"
 MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
 """An event that grows beyond this is passed on unread, in pieces, so that memory stays bounded."""
 
 
-class Event(NamedTuple):
+@dataclass(slots=True)
+class Event:
     """One block of lines up to and including its blank line."""
 
     raw: bytes
