@@ -49,6 +49,9 @@ OUR_SHORTAGE: Final = frozenset(
 STALE_S: Final = 1.0
 """A backend that closed a connection while our request was on its way is heard of sooner than this."""
 
+PROGRESS_S: Final = 0.4
+"""Least time between two notes in the journal of how far a stream is; the sweep makes them half seconds."""
+
 PREFIX_BLOCK_BYTES: Final = 2048
 PREFIX_BLOCKS: Final = 512
 
@@ -106,6 +109,7 @@ class Exchange(Relay):
     quiet_since = 0.0
     journaled = 0
     """Completion tokens in the journal."""
+    journaled_at = 0.0
 
     def __init__(
         self, runtime: Runtime, client: Client, head: RequestHead, endpoint: str, key: Key | None, now: float
@@ -234,7 +238,7 @@ class Exchange(Relay):
             data_class=row.data_class,
             arrived=self.arrived,
             wall=row.arrived,
-            deadline=self.arrived + runtime.total_s,
+            deadline=self.arrived + runtime.timeouts.total,
             stream=body.stream,
             body_bytes=row.body_bytes,
             prompt_tokens=body.prompt_tokens,
@@ -566,7 +570,7 @@ class Exchange(Relay):
 
     def sweep(self, now: float) -> None:
         """Look at the deadlines; called a few times a second."""
-        timeouts = self.runtime.config.timeouts
+        timeouts = self.runtime.timeouts
         if self.alive:
             self.alive = False
             self.quiet_since = now
@@ -581,7 +585,9 @@ class Exchange(Relay):
             if now - self.arrived > timeouts.total:
                 self._cut(AttemptError.DEADLINE, f"the request took longer than {timeouts.total:g} s")
                 return
-            self._journal_progress()
+            if now - self.journaled_at >= PROGRESS_S:
+                self.journaled_at = now
+                self._journal_progress()
         elif now - self.arrived > timeouts.total:
             self._drop_connection()
             self._release(Outcome.IGNORED)

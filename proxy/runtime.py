@@ -72,6 +72,20 @@ class Admission:
         return self.answer is None and self.error is None and (self.key is None or self.key.expires is None)
 
 
+@dataclass(slots=True)
+class Deadlines:
+    """Those of the configured timeouts that are looked at all the time, seconds."""
+
+    head: float
+    body: float
+    idle: float
+    first_token: float
+    answer: float
+    between_tokens: float
+    total: float
+    client_write: float
+
+
 class Runtime:
     """Shared state. All of it belongs to the event loop."""
 
@@ -143,10 +157,19 @@ class Runtime:
         self.strict = config.durability == "strict"
         limits = config.limits
         # What every request asks for: an attribute of a pydantic model costs fifty times as much as one of ours.
+        timeouts = config.timeouts
+        self.timeouts = Deadlines(
+            timeouts.head,
+            timeouts.body,
+            timeouts.idle,
+            timeouts.first_token,
+            timeouts.answer,
+            timeouts.between_tokens,
+            timeouts.total,
+            timeouts.client_write,
+        )
         self.most_body_bytes = limits.body
         self.most_bodies_bytes = limits.bodies
-        self.idle_s = config.timeouts.idle
-        self.total_s = config.timeouts.total
         self.media_urls = config.media_urls
         self.grammar = RequestGrammar(
             HeadLimits(limits.head, limits.target, limits.fields), tuple(config.forward_headers)

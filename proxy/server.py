@@ -92,7 +92,7 @@ class ClientConnection(Client):
         self.peer = peer[0] if isinstance(peer, tuple) else ""
         runtime = self.runtime
         runtime.clients.add(self)
-        self.deadline = runtime.now() + runtime.idle_s
+        self.deadline = runtime.now() + runtime.timeouts.idle
         if len(runtime.clients) > runtime.most_clients:
             self._reject(RequestError("overloaded", "too many connections", retry_after_s=1.0))
 
@@ -192,7 +192,7 @@ class ClientConnection(Client):
         parsed = self._match_head(data, start)
         if isinstance(parsed, PartialHead):
             # The clock runs from the first byte of a head, however slowly it comes.
-            self.deadline = runtime.now() + runtime.config.timeouts.head
+            self.deadline = runtime.now() + runtime.timeouts.head
             self.partial = parsed
             return b""
         head, admission, position = parsed
@@ -217,7 +217,7 @@ class ClientConnection(Client):
             runtime.check_limits(admission.key)
         # Counted as it comes: what is only announced takes no room, and must not take that of others.
         self.body_bytes = 0
-        self.deadline = runtime.now() + runtime.config.timeouts.body
+        self.deadline = runtime.now() + runtime.timeouts.body
         if head.expects_continue and position == len(data):
             self.write(_CONTINUE)
         return data[position:]
@@ -345,7 +345,7 @@ class ClientConnection(Client):
         self._count_body(0)
         if transport is None or transport.is_closing():
             return
-        patience = self.runtime.config.timeouts.client_write if self.unsent else LINGER_S
+        patience = self.runtime.timeouts.client_write if self.unsent else LINGER_S
         self.deadline = self.runtime.now() + patience
         if transport.can_write_eof():
             transport.write_eof()
@@ -387,13 +387,13 @@ class ClientConnection(Client):
             self._close()
             return
         if self.blocked:
-            self.deadline = self.runtime.now() + self.runtime.config.timeouts.client_write
+            self.deadline = self.runtime.now() + self.runtime.timeouts.client_write
         else:
             self._next()
 
     def _next(self) -> None:
         """Wait for the next request, or read it if it has come already."""
-        self.deadline = self.runtime.now() + self.runtime.idle_s
+        self.deadline = self.runtime.now() + self.runtime.timeouts.idle
         if self.paused and self.transport is not None:
             self.paused = False
             self.transport.resume_reading()
