@@ -219,6 +219,19 @@ def test_tokens_that_are_known_by_the_last_one_are_tokens() -> None:
     assert (exchange.row.outcome, exchange.row.completion_tokens) == ("ok", 11)
 
 
+def test_an_event_that_takes_long_to_come_whole_is_no_silence() -> None:
+    world = World("a", timeouts={"between_tokens": "2s"})
+    exchange = world.start()
+    connection = world.relaying(exchange, "a")
+    connection.data_received(chunked(b'data: {"audio":"' + b"h" * (MAX_EVENT_BYTES + 1)))
+    for _ in range(10):
+        world.wait(1.0)
+        connection.data_received(chunked(b"h" * 100))
+    connection.data_received(chunked(b'"}\n\n', DONE) + LAST_CHUNK)
+    assert exchange.row.outcome == "ok"
+    world.check()
+
+
 def test_an_error_behind_half_an_event_stands_alone() -> None:
     world = World("a")
     exchange = world.start()
