@@ -146,7 +146,7 @@ def _as_written(policy_class: type[Policy]) -> type[Policy]:
     Compiled classes keep neither their docstrings nor the annotations of their constructors.
     """
     package, _, module = policy_class.__module__.rpartition(".")
-    if inspect.isfunction(policy_class.choose) or not package:
+    if inspect.isfunction(policy_class.choose) or package != __name__:
         return policy_class
     source = resources.files(package) / f"{module}.py"
     if not source.is_file():

@@ -51,6 +51,8 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
         for section in config.backends:
             site = config.sites.get(section.site) or SiteConfig()
             key = backend_key(section)
+            # First, so that what changes between the two is seen by the next reload.
+            tls_files = _tls_files(section.tls)
             tls = tls_context(section)
             fresh = _backend(section, site)
             configured.append(fresh)
@@ -60,7 +62,7 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
             else:
                 backends.append(old)
                 changes.append((old, fresh, section))
-            endpoints[section.name] = _endpoint(section, key, tls, config, loop)
+            endpoints[section.name] = _endpoint(section, key, tls, tls_files, config, loop)
             targets.append(_target(section, key, tls))
         prices = _prices(config)
         # The present backends still stand where the old configuration had them.
@@ -157,6 +159,7 @@ def _endpoint(
     section: BackendConfig,
     key: str | None,
     tls: ssl.SSLContext | None,
+    tls_files: bytes,
     config: Config,
     loop: asyncio.AbstractEventLoop,
 ) -> Endpoint:
@@ -168,7 +171,7 @@ def _endpoint(
         key=key,
         idle_s=config.timeouts.backend_idle,
         tls=tls,
-        tls_files=b"" if tls is None else _tls_files(section.tls),
+        tls_files=tls_files,
         server_name=section.tls.server_name,
         continuous_usage=is_vllm,
         cache_salt=is_vllm,
@@ -203,7 +206,10 @@ def _tls_files(section: Tls) -> bytes:
     """Changes with what stands in the files of a section."""
     digest = hashlib.sha256()
     for name in _tls_file_names(section):
-        digest.update(Path(name).read_bytes())
+        try:
+            digest.update(Path(name).read_bytes())
+        except OSError:
+            pass  # `tls_context` says so
     return digest.digest()
 
 

@@ -409,7 +409,9 @@ class Exchange(Relay):
     def lost(self, error: AttemptError, message: str) -> None:
         """The connection is gone before the answer was complete."""
         self.connection = None
-        if self.committed:
+        if self.state is State.ENDED:  # a bug in settling it: nothing can be said any more
+            self.client.abort()
+        elif self.committed:
             self._cut(error, message)
         elif error is not AttemptError.STALE_CONNECTION:
             self._attempt_failed(error, message)

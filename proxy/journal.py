@@ -22,8 +22,8 @@ refused, rows still go to the ledger, and nothing is called durable any more.
 
 A write that fails because the disk (or a quota) is full has lost nothing: what it was to write is still in
 memory. The journal then goes over to its reserve, a segment whose room was taken at the start, for the sake of
-the requests that run: they are closed durably. New ones are refused all the same. From then on no segment is
-deleted: the next start reads them all.
+the requests that run: they are closed durably. New ones are refused all the same. From then on no further
+segment is given up: the next start reads them all.
 """
 
 from __future__ import annotations

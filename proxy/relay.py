@@ -156,7 +156,7 @@ class Relay(Receiver):
     def _relay_events(self, payload: bytes, done: bool) -> None:
         reader, meter = self.reader, self.meter
         assert reader is not None
-        if self.committed and not (done or meter.done or self.every_event) and reader.between_events:
+        if self.committed and not (done or meter.done) and reader.between_events:
             out = meter.recall(payload)
             if out:
                 self.alive = True

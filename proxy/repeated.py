@@ -20,6 +20,8 @@ _TEXT: Final = re.compile(
 _COMPLETION: Final = b',"completion_tokens":'
 _MAX_BYTES: Final = 4096
 """A longer event is not kept: there is one for each open stream."""
+_MAX_TEXT: Final = 64
+"""Tokens are shorter. Longer text is faster to search for than to walk through byte by byte."""
 
 
 class RepeatedEvent:
@@ -79,7 +81,7 @@ class RepeatedEvent:
             self._end,
         )
         start, end = len(before), len(raw) - len(tail)
-        if end < start or not raw.endswith(tail):
+        if end < start or end > start + _MAX_TEXT or not raw.endswith(tail):
             return b""
         position = start
         while position < end:

@@ -383,7 +383,7 @@ class ClientConnection(Client):
         transport = self.transport
         if transport is None:
             return
-        if not keep_alive or self.overrun or self.runtime.draining:
+        if not keep_alive or self.runtime.draining:
             self._close()
             return
         if self.blocked:

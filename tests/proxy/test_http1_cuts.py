@@ -82,6 +82,36 @@ def test_any_cut_of_chunks_gives_the_same(seed: int) -> None:
         assert unchunked(random_pieces(rng, data)) == whole, data
 
 
+LIKE_CHUNKS = st.lists(
+    st.sampled_from([b"\r\n", b"0", b"a", b"10\r\n", b"1e\r\n", b"x" * 16, b"x" * 30]),
+    min_size=3,
+    max_size=14,
+).map(b"".join)
+
+
+@settings(max_examples=400)
+@given(st.lists(LIKE_CHUNKS, max_size=3), LIKE_CHUNKS, st.lists(st.integers(0, 200), max_size=3))
+@example([b"x" * 16], b"10\r\n" + b"x" * 18, [])
+@example([], b"10\r\n" + b"\r\n" * 9, [2])
+def test_a_read_that_looks_like_one_whole_chunk_need_not_be_one(
+    payloads: list[bytes], tail: bytes, cuts: list[int]
+) -> None:
+    data = b"".join(map(chunk, payloads)) + tail
+    ends = sorted(min(cut, len(data)) for cut in cuts)
+    pieces = [data[start:end] for start, end in zip([0, *ends], [*ends, len(data)], strict=True)]
+    assert unchunked(pieces) == unchunked(pieces_of(data, 1))
+
+
+@pytest.mark.parametrize("size", [0x10, 0x1E, 0xFF, 0x100, 0xFFF])
+def test_one_byte_too_many_or_too_few_is_no_chunk(size: int) -> None:
+    whole = chunk(b"x" * size)
+    decoder = ChunkedDecoder()
+    assert decoder.feed(whole) == (b"x" * size, len(whole))
+    assert decoder.feed(chunk(whole)) == (whole, len(chunk(whole)))  # a chunk inside of one
+    with pytest.raises(ValueError, match="chunk data"):
+        decoder.feed(whole[:-2] + b"xy")
+
+
 def unchunked(pieces: Sequence[bytes]) -> tuple[bytes, int] | str:
     """Payload and bytes read; or that it is refused, or waits for more."""
     decoder = ChunkedDecoder()

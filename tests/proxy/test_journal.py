@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import resource
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -386,6 +387,35 @@ async def test_what_runs_when_the_disk_fills_is_closed_durably(
     lost = by_op[opened[-1].op]
     assert (lost.outcome, lost.completion_tokens, replayed.lost) == (LOST, 77, 1)
     assert os.listdir(tmp_path) == ["lock"]
+
+
+async def test_a_segment_is_kept_if_what_runs_could_not_be_written_again(tmp_path: Path) -> None:
+    class NoRoomForTheNext(FullDisk):
+        def create(self, path: Path, size: int) -> int:
+            handle = super().create(path, size)
+            if path.name not in ("reserve", first.name):
+                self.full, self.room[handle] = True, 0
+            return handle
+
+    delivered = Delivered()
+    disk = NoRoomForTheNext()
+    with tempfile.TemporaryDirectory() as elsewhere, running(Journal(Path(elsewhere)), Delivered()):
+        first = segments(Path(elsewhere))[0]
+    journal = Journal(tmp_path, segment_bytes=2048, reserve_bytes=65_536, disk=disk)
+    with running(journal, delivered):
+        journal.open(runs := a_row(completion_tokens=0))
+        await journal.synced()
+        while not journal.failed:
+            journal.close(a_row())
+            eventually(lambda: not journal._queue)
+        journal.settled(len(delivered.rows))
+        kept = tmp_path / first.name
+        journal.close(a_row())
+        eventually(lambda: not journal._queue)
+        journal.settled(len(delivered.rows))
+        assert kept.exists()
+        await asyncio.sleep(0)
+    assert runs.op in [row.op for row in replayed_from(tmp_path)[0]]
 
 
 def has(delivered: Delivered, count: int) -> bool:

@@ -232,6 +232,39 @@ def test_an_event_that_takes_long_to_come_whole_is_no_silence() -> None:
     world.check()
 
 
+def test_nothing_follows_the_end_of_a_stream_even_if_it_was_expected() -> None:
+    world = World("a")
+    exchange = world.start()
+    connection = world.relaying(exchange, "a")
+    connection.data_received(chunked(event("two", completion=2)))
+    connection.data_received(chunked(DONE))
+    connection.data_received(chunked(event("three", completion=3)))
+    connection.data_received(LAST_CHUNK)
+    assert (read(exchange).text, exchange.row.completion_tokens) == ("onetwo", 2)
+    world.check()
+
+
+def test_an_expected_event_behind_the_beginning_of_another_is_not_by_itself() -> None:
+    world = World("a")
+    exchange = world.start()
+    connection = world.relaying(exchange, "a")
+    connection.data_received(chunked(event("two", completion=2)))
+    connection.data_received(chunked(b"event: other\n"))
+    connection.data_received(chunked(event("three", completion=3), DONE) + LAST_CHUNK)
+    assert b"event: other\ndata: " in read(exchange).body
+    world.check()
+
+
+def test_a_finish_reason_does_not_make_up_for_an_end_that_only_the_connection_says() -> None:
+    world = World("a")
+    exchange = world.start()
+    connection = world.answers(exchange, "a")
+    connection.data_received(UNTIL_CLOSE_HEAD + event("one", completion=1) + FINISHED)
+    close(connection)
+    assert read(exchange).errors == ["backend_reset"]
+    world.check()
+
+
 def test_an_error_behind_half_an_event_stands_alone() -> None:
     world = World("a")
     exchange = world.start()
@@ -250,6 +283,21 @@ def test_an_event_that_can_be_read_and_not_written_goes_on_as_it_is() -> None:
     connection.data_received(STREAM_HEAD + chunked(deep, DONE) + LAST_CHUNK)
     assert (exchange.row.outcome, deep in read(exchange).body) == ("ok", True)
     world.check()
+
+
+def test_a_bug_in_settling_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World("a")
+    exchange = world.start()
+    connection = world.relaying(exchange, "a")
+
+    def fails(exchange: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(world.runtime.observer, "ended", fails)
+    connection.data_received(chunked(DONE) + LAST_CHUNK)
+    assert client_of(exchange).ended == "abort"
+    assert client_of(exchange).out.count(b"\n\r\n" + LAST_CHUNK) == 1
+    assert client_of(exchange).out.endswith(b"[DONE]\n\n\r\n" + LAST_CHUNK)
 
 
 def test_a_bug_in_reading_an_end_strands_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ def token_event(
 class Reading:
     """The bytes that a client gets and what was counted, with and without going by the last event."""
 
-    def __init__(self) -> None:
-        self.quick, self.slow = Meter(), Meter()
+    def __init__(self, choices: int = 1) -> None:
+        self.quick, self.slow = Meter(choices), Meter(choices)
         self.recalled = 0
 
     def read(self, raw: bytes) -> None:
@@ -45,13 +45,13 @@ class Reading:
             self.slow._repeated = RepeatedEvent()  # nothing to go by
             expected.append(self.slow.event(event, include_usage=False, every_event=False))
         assert out == b"".join(expected)
-        for figure in ("usage", "reported", "failed", "done", "text_bytes"):
+        for figure in ("usage", "reported", "failed", "done", "finished", "text_bytes"):
             assert getattr(self.quick, figure) == getattr(self.slow, figure), figure
 
 
 def test_tokens_of_a_stream_are_known_from_the_second_on() -> None:
     reading = Reading()
-    for number, text in enumerate(["A", " tide", "", " is", '\n"quoted" \\', "潮汐", "x" * 300], 1):
+    for number, text in enumerate(["A", " tide", "", " is", '\n"quoted" \\', "潮汐", "x" * 60], 1):
         reading.read(token_event(text, number))
     assert reading.recalled == 6
 
@@ -98,6 +98,21 @@ def test_what_differs_elsewhere_is_read(other: bytes) -> None:
     assert reading.recalled == 1
     reading.read(other)
     assert reading.recalled == 1
+
+
+def test_with_several_choices_every_event_is_read() -> None:
+    reading = Reading(2)
+    for count in (1, 2, 3):
+        reading.read(token_event("x", count))
+        reading.read(token_event("y", count).replace(b'"index":0', b'"index":1'))
+    assert (reading.recalled, reading.quick.completion) == (0, 6)
+
+
+def test_long_text_is_searched_and_not_walked_through() -> None:
+    reading = Reading()
+    for number, length in enumerate((1, 64, 65, 1), 1):
+        reading.read(token_event("x" * length, number))
+    assert reading.recalled == 2
 
 
 def test_a_count_that_is_behind_what_was_read_otherwise_takes_nothing_back() -> None:
