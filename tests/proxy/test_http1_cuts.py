@@ -108,6 +108,10 @@ def test_one_byte_too_many_or_too_few_is_no_chunk(size: int) -> None:
     decoder = ChunkedDecoder()
     assert decoder.feed(whole) == (b"x" * size, len(whole))
     assert decoder.feed(chunk(whole)) == (whole, len(chunk(whole)))  # a chunk inside of one
+    outer = chunk(b"a" * 30 + whole + b"b" * 30)
+    at = outer.index(whole)
+    pieces = (outer[:at], whole, outer[at + len(whole) :])  # and a read of its own
+    assert b"".join(decoder.feed(piece)[0] for piece in pieces) == b"a" * 30 + whole + b"b" * 30
     with pytest.raises(ValueError, match="chunk data"):
         decoder.feed(whole[:-2] + b"xy")
 

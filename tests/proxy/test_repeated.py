@@ -104,8 +104,8 @@ def test_with_several_choices_every_event_is_read() -> None:
     reading = Reading(2)
     for count in (1, 2, 3):
         reading.read(token_event("x", count))
-        reading.read(token_event("y", count).replace(b'"index":0', b'"index":1'))
-    assert (reading.recalled, reading.quick.completion) == (0, 6)
+    reading.read(token_event("y", 1).replace(b'"index":0', b'"index":1'))
+    assert (reading.recalled, reading.quick.completion) == (0, 4)
 
 
 def test_long_text_is_searched_and_not_walked_through() -> None:
