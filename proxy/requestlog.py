@@ -59,6 +59,9 @@ class RequestLog:
         self._lines: deque[Line] = deque()
         self._words: dict[tuple[Any, ...], bytes] = {}
         self._stop = threading.Event()
+        self._bell = threading.Event()
+        """Wakes the thread when there is something to do for it."""
+        self._idle = False
         self._worker = threading.Thread(target=self._run, name="request log", daemon=True)
         self._worker.start()
 
@@ -77,14 +80,25 @@ class RequestLog:
             self.dropped += 1
         else:
             self._lines.append(line)
+            if self._idle:
+                self._idle = False
+                self._bell.set()
 
     def close(self) -> None:
         """Write what is left and end."""
         self._stop.set()
+        self._bell.set()
         self._worker.join(timeout=2.0)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._interval_s):
+        while not self._stop.is_set():
+            # The loop appends first and looks at `_idle` then; here it is the other way round.
+            self._idle = True
+            if not self._lines:
+                self._bell.wait()
+            self._idle = False
+            self._bell.clear()
+            self._stop.wait(self._interval_s)
             self._flush()
         self._flush()
 

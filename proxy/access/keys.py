@@ -319,9 +319,12 @@ def _key(row: sa.Row[Any]) -> Key:
     )
 
 
+_SETTING = sa.select(settings_table.c.value).where(settings_table.c.name == sa.bindparam("setting"))
+"""Built once: a running proxy asks it twice a second."""
+
+
 def _setting(connection: sa.Connection, name: str) -> str | None:
-    statement = sa.select(settings_table.c.value).where(settings_table.c.name == name)
-    value: str | None = connection.execute(statement).scalar()
+    value: str | None = connection.execute(_SETTING, {"setting": name}).scalar()
     return value
 
 
