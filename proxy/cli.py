@@ -74,6 +74,8 @@ def serve(
     if local or remote:
         if config is not None:
             fail("give a configuration file, or --local and --remote, not both")
+        if state is None:
+            _refuse_second_state()
         try:
             loaded, path = config_from_flags(local or [], remote or [], **settings), None
         except ValidationError as error:
@@ -88,6 +90,30 @@ def serve(
             )
         loaded = _overridden(load(path), settings)
     _run(lambda: run(loaded, path, settings))
+
+
+def _refuse_second_state() -> None:
+    """A tidegate.yaml says where the other commands, typed here, find keys and ledger: a proxy beside it that
+    keeps others would be open although there are keys."""
+    from policies.yamlfile import FileProblems
+    from proxy.ask import DEFAULT_STATE
+    from proxy.config import load_config
+
+    path = config_path(None)
+    if path is None:
+        return
+    try:
+        loaded = load_config(path)
+    except (FileProblems, OSError):
+        problem = "cannot be used as it is, but says"
+    else:
+        if loaded.database is None and loaded.state.resolve() == DEFAULT_STATE.resolve():
+            return
+        problem = "says"
+    fail(
+        f"{path} in this folder {problem} where keys and ledger are, and --local and --remote do not read it: "
+        f"give --config {path} instead, or say where they are with --state DIRECTORY"
+    )
 
 
 def _run(action: Any) -> None:

@@ -131,3 +131,31 @@ def test_messages_have_a_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_serve_says_what_stands_in_the_way(arguments: tuple[str, ...], said: str) -> None:
     found = tidegate("serve", "--local", "http://127.0.0.1:1", *arguments)
     assert (found.exit_code, found.stderr.splitlines()[-1]) == (2, f"tidegate: {said}")
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        ("state: elsewhere\n", "says"),
+        ("database: 'sqlite:///other.db'\n", "says"),
+        ("state: [\n", "cannot be used as it is, but says"),
+    ],
+)
+def test_flags_begin_no_second_state_beside_a_file(rest: str, says: str) -> None:
+    Path("tidegate.yaml").write_text(f"backends: [{{name: a, url: 'http://a.test'}}]\n{rest}")
+    found = tidegate("serve", "--local", "http://127.0.0.1:1")
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert found.stderr.startswith(f"tidegate: tidegate.yaml in this folder {says} where keys and ledger are")
+    assert "give --config tidegate.yaml instead, or say where they are with --state DIRECTORY" in found.stderr
+    _is_let_through("--state", "tidegate-data")
+
+
+def test_flags_beside_a_file_with_the_same_state_are_no_matter() -> None:
+    Path("tidegate.yaml").write_text("backends: [{name: a, url: 'http://a.test'}]\n")
+    _is_let_through()
+
+
+def _is_let_through(*arguments: str) -> None:
+    """It comes as far as the policy, which is not there."""
+    found = tidegate("serve", "--local", "http://127.0.0.1:1", "--policy", "nowhere.yaml", *arguments)
+    assert found.stderr.splitlines()[-1] == "tidegate: nowhere.yaml: no such file or directory"
