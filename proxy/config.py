@@ -31,6 +31,9 @@ from proxy.config_values import (
 )
 from proxy.masking import without_secrets
 
+DEFAULT_FILE = Path("tidegate.yaml")
+"""What the commands read when they are told nothing else."""
+
 
 class Price(FileModel):
     """Per million tokens, as decimals; money is counted exactly."""

@@ -36,10 +36,10 @@ from proxy.access.keys import KeyStore
 from proxy.access.limits import Limits
 from proxy.access.pepper import load_pepper
 from proxy.admin.http import admin_app
-from proxy.build import Built, ConfigError, build, files_of, timing
+from proxy.build import Built, ConfigError, build, files_of, first_key, refused_without_keys, timing
 from proxy.changes import changes
 from proxy.config import Config, is_policy_file, load_config, override
-from proxy.config_values import is_loopback, split_address, time_zone
+from proxy.config_values import split_address, time_zone
 from proxy.database import open_database
 from proxy.exchange import OUR_SHORTAGE
 from proxy.journal import Journal
@@ -124,12 +124,9 @@ class Service:
         self._engine = open_database(config.database or config.state)
         pepper = load_pepper(config.state)
         keys = KeyStore(self._engine, pepper)
-        host, _ = split_address(config.listen)
-        if keys.empty and not is_loopback(host):
-            raise ConfigError(
-                f"without keys the proxy listens on loopback only, not on {config.listen}: "
-                "make one first with `tidegate keys create --tenant NAME`"
-            )
+        refusal = refused_without_keys(config, self.path, self.overrides.get("state"))
+        if keys.empty and refusal:
+            raise ConfigError(refusal)
         journal = Journal(config.state / "journal")
         self._ledger = ledger = Ledger(self._engine, journal, built.prices)
         await asyncio.to_thread(ledger.start, loop, self._ledger_failed)
@@ -470,7 +467,8 @@ def _print_banner(service: Service) -> None:
     if not (server.__file__ or "").endswith(".py"):
         log.info("the data path is compiled")
     if runtime.keys.empty:
-        log.info("no keys: everybody on this machine may use it; `tidegate keys create` makes the first")
+        command = first_key(service.path, service.overrides.get("state"))
+        log.info("no keys: everybody on this machine may use it; `%s` makes the first", command)
     for backend in runtime.fleet:
         log.info(
             "backend %s (%s) %s: %s, %d slots, models %s",

@@ -159,3 +159,12 @@ def _is_let_through(*arguments: str) -> None:
     """It comes as far as the policy, which is not there."""
     found = tidegate("serve", "--local", "http://127.0.0.1:1", "--policy", "nowhere.yaml", *arguments)
     assert found.stderr.splitlines()[-1] == "tidegate: nowhere.yaml: no such file or directory"
+
+
+def test_an_open_proxy_says_which_keys_it_lacks() -> None:
+    found = tidegate("serve", "--local", "http://127.0.0.1:1", "--listen", "0.0.0.0:0", "--state", "my state")
+    assert (found.exit_code, found.stderr.splitlines()[-1]) == (
+        2,
+        "tidegate: without keys the proxy listens on loopback only, not on 0.0.0.0:0: make one first with "
+        "`tidegate keys create --tenant NAME --state 'my state'`",
+    )
