@@ -268,13 +268,13 @@ def _with_file(section: BackendConfig, name: str, file: Path | None, use: Callab
 def _prices(config: Config) -> Prices:
     prices: dict[str, dict[str, Price]] = {}
     for section in config.backends:
-        by_model = {model: _price(price) for model, price in section.prices.items()}
+        by_model = {model: _price(price, config) for model, price in section.prices.items()}
         if section.price is not None:
-            by_model["*"] = _price(section.price)
+            by_model["*"] = _price(section.price, config)
         if by_model:
             prices[section.name] = by_model
     return Prices(prices, config.ledger_currency)
 
 
-def _price(price: PriceConfig) -> Price:
-    return Price.parse(price.input, price.output, price.currency, price.cached_input)
+def _price(price: PriceConfig, config: Config) -> Price:
+    return Price.parse(price.input, price.output, config.ledger_currency, price.cached_input)

@@ -216,11 +216,11 @@ def _in_words(file: Path, config: Config, backends: list[Backend]) -> str:
         "",
     ]
     for section, backend in zip(config.backends, backends, strict=True):
-        lines += _backend(section, backend)
+        lines += _backend(section, backend, config.ledger_currency)
     return "\n".join(lines)
 
 
-def _backend(section: BackendConfig, backend: Backend) -> Iterator[str]:
+def _backend(section: BackendConfig, backend: Backend, currency: str) -> Iterator[str]:
     slots = (
         f"as many slots as its engine says (until then {DEFAULT_SLOTS})"
         if section.slots is None
@@ -233,13 +233,12 @@ def _backend(section: BackendConfig, backend: Backend) -> Iterator[str]:
         classes = f"data class {named}" if named else "no data at all"
     yield f"  {section.name} at site {section.site}, {section.url}"
     yield f"    {slots}; {models}; may see {classes}"
-    yield f"    {'no price: its usage counts as unpriced' if section.price is None else _price(section.price)}"
-    for model, price in section.prices.items():
-        yield f"    model {model}: {_price(price)}"
+    price = "no price: its usage counts as unpriced"
+    yield f"    {price if section.price is None else _price(section.price, currency)}"
+    for model, of_model in section.prices.items():
+        yield f"    model {model}: {_price(of_model, currency)}"
 
 
-def _price(price: Price) -> str:
+def _price(price: Price, currency: str) -> str:
     cached = "" if price.cached_input is None else f" ({price.cached_input} if cached)"
-    return (
-        f"per million tokens {price.input} {price.currency} in{cached}, {price.output} {price.currency} out"
-    )
+    return f"per million tokens {price.input} {currency} in{cached}, {price.output} {currency} out"
