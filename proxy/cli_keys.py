@@ -257,10 +257,12 @@ def _in_words(row: dict[str, Any], currency: str) -> str:
     return "; ".join(words)
 
 
-def _money(amount: float) -> str:
+def _money(units: float) -> str:
     """With two decimals, or up to four where small change counts."""
-    text = f"{amount:,.4f}"
-    return text[:-2] + text[-2:].rstrip("0")
+    from proxy.prices import amount
+
+    text = amount(round(units * 1e9))
+    return text if text.startswith("<") else text[:-2] + text[-2:].rstrip("0")
 
 
 @keys_app.command("revoke")

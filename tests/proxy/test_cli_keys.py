@@ -149,14 +149,20 @@ def test_small_budgets_are_not_rounded_to_nothing() -> None:
     assert "0.00 of 1,234.50 spent this month" in text
 
 
-def spend(state: Path, *keys: str, currency: str = "CNY") -> None:
-    """1.25 with each key this month, and 10 the month before."""
+async def test_small_change_is_not_rounded_to_nothing(folder: Path) -> None:
+    made = create("--budget", "2.5")
+    spend(folder / "tidegate-data", made["id"], nano=40)
+    assert "<0.0001 of 2.50 CNY spent this month" in " ".join(tidegate("list").stdout.split())
+
+
+def spend(state: Path, *keys: str, currency: str = "CNY", nano: int = 1_250_000_000) -> None:
+    """So much with each key this month, and 10 the month before."""
     engine = open_database(state)
     ledger = Ledger(engine, Journal(state / "journal"), Prices({}, currency))
     begin = month_bounds(time.time())[0]
     ledger.start(asyncio.get_running_loop(), print)
     for number, key in enumerate(keys):
-        for arrived, cost in ((time.time(), 1_250_000_000), (begin - 1, 10_000_000_000)):
+        for arrived, cost in ((time.time(), nano), (begin - 1, 10_000_000_000)):
             row = Row(f"{number}-{cost}-{currency}", arrived=arrived, key_id=key, tenant="acme", status=200)
             row.cost_nano, row.currency = cost, currency
             ledger.journal.close(row)
