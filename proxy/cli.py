@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,7 +80,7 @@ def serve(
         try:
             loaded, path = config_from_flags(local or [], remote or [], **settings), None
         except ValidationError as error:
-            fail(_first_problem(error))
+            fail(_first_problem(error, [*["--local"] * len(local or []), *["--remote"] * len(remote or [])]))
         except BadValueError as error:
             fail(error.message)
     else:
@@ -140,9 +141,12 @@ def _overridden(config: Config, settings: dict[str, Any]) -> Config:
         fail(_first_problem(error))
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, backends: Sequence[str] = ()) -> str:
+    """In words; `backends`: the flags that the backends were given with."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
+    if backends and first["loc"][0:1] == ("backends",) and isinstance(first["loc"][1], int):
+        where = backends[first["loc"][1]]
     message = first["msg"].removeprefix("Value error, ")
     suggestion = getattr(first.get("ctx", {}).get("error"), "suggestion", None)
     hint = f" (did you mean {suggestion}?)" if suggestion else ""

@@ -125,6 +125,15 @@ def test_messages_have_a_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
             ("--listen", "18480"),
             "listen: an address is HOST:PORT, got '18480' (did you mean 127.0.0.1:18480?)",
         ),
+        (
+            ("--local", "http://127.0.0.1:2/v1"),
+            "--local: a backend's URL goes without /v1: requests bring it along (did you mean "
+            "http://127.0.0.1:2?)",
+        ),
+        (
+            ("--remote", "nj=nj.example"),
+            "--remote: a URL begins with http:// or https:// and names a host, got 'nj.example'",
+        ),
         (("--policy", "nowhere.yaml"), "nowhere.yaml: no such file or directory"),
     ],
 )

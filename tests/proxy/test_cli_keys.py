@@ -98,6 +98,14 @@ def test_nothing_is_cut_at_eighty_columns() -> None:
     assert "".join("".join(lines).split()).count("v") >= 70
 
 
+def test_no_keys_are_told_in_words(folder: Path) -> None:
+    open_database(folder / "tidegate-data").dispose()
+    assert tidegate("list").stdout == (
+        "no keys in tidegate-data: requests need none, and the proxy serves this machine only\n"
+    )
+    assert listed() == []
+
+
 def test_a_revoked_key_says_when() -> None:
     made = create()
     assert tidegate("revoke", made["id"]).exit_code == 0
@@ -201,7 +209,10 @@ def test_a_budget_without_prices_is_warned_of(folder: Path) -> None:
 
 def test_a_state_directory_that_was_not_there_is_named(folder: Path) -> None:
     first, second = (tidegate("create", "--tenant", "acme", "--state", "mistyped") for _ in range(2))
-    assert first.stderr.startswith("note: mistyped is new, no proxy has kept its state there yet\nkey ")
+    assert first.stderr.startswith(
+        "note: mistyped is new, no proxy has kept its state there yet\n"
+        "note: this is the first key: from now on every request needs one\nkey "
+    )
     assert second.stderr.startswith("key ")
     assert all(", kept in mistyped; it is shown this once:" in found.stderr for found in (first, second))
 

@@ -28,3 +28,13 @@ def test_a_base_url_without_v1_gets_a_hint(path: bytes, hinted: bool) -> None:
     assert admission.error is not None
     assert admission.error.code == "not_found"
     assert (HINT in admission.error.message) == hinted
+
+
+def test_a_path_that_is_not_there_is_named_beside_those_that_are() -> None:
+    path = b"/v1/\xe4" + b"x" * 100 + b"?key=secret"
+    admission = World("a").runtime.admit(RequestHead(b"GET", path, 1, keep_alive=True), "127.0.0.1")
+    assert admission.error is not None
+    assert admission.error.message == (
+        rf"there is no path '/v1/\xe4{'x' * 59}' here, but /v1/chat/completions, /v1/completions, /tokenize, "
+        "/detokenize and /v1/models"
+    )
