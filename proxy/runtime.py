@@ -250,9 +250,13 @@ class Runtime:
         return Admission(answer=reply)
 
     def models(self, key: Key | None) -> dict[str, dict[str, object]]:
-        """The models of all backends and their aliases, as rows of `/v1/models`, by name."""
+        """The models of all backends that may see the key's data, and their aliases, as rows of `/v1/models`, by
+        name."""
         limits: dict[str, int | None] = {}
+        data_class = "public" if key is None else key.data_class
         for backend in self.fleet:
+            if backend.data_classes is not None and data_class not in backend.data_classes:
+                continue
             for model in backend.models:
                 length = backend.context_tokens.get(model)
                 known = limits.get(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from proxy.access.keys import Key
 from proxy.http1 import RequestHead
 from tests.proxy.fakes import World
 
@@ -38,3 +39,10 @@ def test_a_path_that_is_not_there_is_named_beside_those_that_are() -> None:
         rf"there is no path '/v1/\xe4{'x' * 59}' here, but /v1/chat/completions, /v1/completions, /tokenize, "
         "/detokenize and /v1/models"
     )
+
+
+def test_models_behind_the_wall_of_a_data_class_are_not_listed() -> None:
+    world = World("a", "b", aliases={"alias": "far"})
+    world.backend("b").models = frozenset({"far"})
+    assert list(world.runtime.models(None)) == ["alias", "far", "m"]
+    assert list(world.runtime.models(Key("abcdefghij", "acme", data_class="internal"))) == ["m"]
