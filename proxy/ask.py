@@ -29,13 +29,13 @@ def admin_address(admin: str | None, state: Path | None, config: Config | None) 
     if admin is not None:
         return _given(admin, state)
     if state is not None:
-        written = _written(state)
+        written = written_admin(state)
         if written is None:
             raise AskError(f"no proxy is running on {state}: it would have left ports.json there")
         return written
     if config is None:
-        return _written(DEFAULT_STATE) or DEFAULT_ADMIN
-    written = _written(config.state)
+        return written_admin(DEFAULT_STATE) or DEFAULT_ADMIN
+    written = written_admin(config.state)
     if written is None and config.admin.endswith(":0"):
         raise AskError(f"no proxy is running on {config.state}: it would have left ports.json there")
     return written or config.admin
@@ -55,7 +55,7 @@ def _given(admin: str, state: Path | None) -> str:
     return address
 
 
-def _written(state: Path) -> str | None:
+def written_admin(state: Path) -> str | None:
     """The admin port that a running proxy wrote into its state directory."""
     try:
         return str(json.loads((state / "ports.json").read_text(encoding="utf-8"))["admin"])

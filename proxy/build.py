@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import shlex
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ from policies.state import Backend
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
 from probes.base import Target, Timing
-from proxy.config import BackendConfig, Config, SiteConfig, Tls, backend_key, is_policy_file
+from proxy.config import DEFAULT_FILE, BackendConfig, Config, SiteConfig, Tls, backend_key, is_policy_file
 from proxy.config import Price as PriceConfig
+from proxy.config_values import is_loopback, split_address
 from proxy.prices import Price, Prices
 from proxy.upstream import Endpoint
 
@@ -27,6 +29,30 @@ T = TypeVar("T")
 
 class ConfigError(Exception):
     """The configuration cannot be used; the message says what is wrong, for the person who wrote it."""
+
+
+def refused_without_keys(config: Config, path: Path | None, state: Path | None) -> str:
+    """What to say of a proxy that others can reach and nobody needs a key for; empty: they cannot.
+
+    `path` and `state`: what it is started with.
+    """
+    host, _ = split_address(config.listen)
+    if is_loopback(host):
+        return ""
+    return (
+        f"without keys the proxy listens on loopback only, not on {config.listen}: "
+        f"make one first with `{first_key(path, state)}`"
+    )
+
+
+def first_key(path: Path | None, state: Path | None) -> str:
+    """The command that makes a key for a proxy that was started with this `--config` or `--state`."""
+    where = ""
+    if state is not None:
+        where = f" --state {shlex.quote(str(state))}"
+    elif path is not None and path != DEFAULT_FILE:
+        where = f" --config {shlex.quote(str(path))}"
+    return f"tidegate keys create --tenant NAME{where}"
 
 
 @dataclass(slots=True)
@@ -248,13 +274,13 @@ def _with_file(section: BackendConfig, name: str, file: Path | None, use: Callab
 def _prices(config: Config) -> Prices:
     prices: dict[str, dict[str, Price]] = {}
     for section in config.backends:
-        by_model = {model: _price(price) for model, price in section.prices.items()}
+        by_model = {model: _price(price, config) for model, price in section.prices.items()}
         if section.price is not None:
-            by_model["*"] = _price(section.price)
+            by_model["*"] = _price(section.price, config)
         if by_model:
             prices[section.name] = by_model
     return Prices(prices, config.ledger_currency)
 
 
-def _price(price: PriceConfig) -> Price:
-    return Price.parse(price.input, price.output, price.currency, price.cached_input)
+def _price(price: PriceConfig, config: Config) -> Price:
+    return Price.parse(price.input, price.output, config.ledger_currency, price.cached_input)

@@ -14,8 +14,9 @@ from policies.state import Backend
 from policies.units import BadValueError
 from policies.yamlfile import Document, FileProblems, Problem, parse_yaml
 from policies.yamlproblems import closest
-from proxy.build import DEFAULT_SLOTS, load_policy, make_backends, tls_context
+from proxy.build import DEFAULT_SLOTS, load_policy, make_backends, refused_without_keys, tls_context
 from proxy.config import BackendConfig, Config, Price, backend_key, is_policy_file, load_config
+from proxy.database import OpenError, has_keys
 from proxy.masking import database_shown, without_secrets
 from proxy.readable import in_words
 
@@ -138,12 +139,32 @@ def _unusable(config: Config, document: Document) -> Iterator[Problem]:
             tls_context(section)
         except BadValueError as error:
             yield document.problem(("backends", number, "tls", *error.at), error.message)
+    refusal = refused_without_keys(config, Path(document.name), None)
+    if refusal and _has_keys(config) is False:
+        yield document.problem(("listen",), refusal)
+
+
+def _has_keys(config: Config) -> bool | None:
+    """None: it cannot be seen."""
+    try:
+        return has_keys(config.database or config.state)
+    except OpenError:
+        return None
 
 
 def _unused(config: Config, document: Document) -> Iterator[Problem]:
     """What is written in a configuration and does nothing, or cannot work as things stand."""
     yield from _unknown_models(config, document)
+    refusal = refused_without_keys(config, Path(document.name), None)
+    if refusal and _has_keys(config) is None:
+        message = f"whether there are keys cannot be seen from here: {refusal}"
+        yield document.problem(("listen",), message)
+    at: dict[str, str] = {}
     for number, section in enumerate(config.backends):
+        first = at.setdefault(section.url, section.name)
+        if first != section.name:
+            message = f"backend {first} has this URL too: two names for one engine, whose slots count twice"
+            yield document.problem(("backends", number, "url"), message)
         if section.tls.model_fields_set and not section.url.startswith("https:"):
             message = f"backend {section.name} is asked over plain http: `tls` says nothing"
             yield document.problem(("backends", number, "tls"), message, at_key=True)
@@ -195,11 +216,11 @@ def _in_words(file: Path, config: Config, backends: list[Backend]) -> str:
         "",
     ]
     for section, backend in zip(config.backends, backends, strict=True):
-        lines += _backend(section, backend)
+        lines += _backend(section, backend, config.ledger_currency)
     return "\n".join(lines)
 
 
-def _backend(section: BackendConfig, backend: Backend) -> Iterator[str]:
+def _backend(section: BackendConfig, backend: Backend, currency: str) -> Iterator[str]:
     slots = (
         f"as many slots as its engine says (until then {DEFAULT_SLOTS})"
         if section.slots is None
@@ -212,13 +233,12 @@ def _backend(section: BackendConfig, backend: Backend) -> Iterator[str]:
         classes = f"data class {named}" if named else "no data at all"
     yield f"  {section.name} at site {section.site}, {section.url}"
     yield f"    {slots}; {models}; may see {classes}"
-    yield f"    {'no price: its usage counts as unpriced' if section.price is None else _price(section.price)}"
-    for model, price in section.prices.items():
-        yield f"    model {model}: {_price(price)}"
+    price = "no price: its usage counts as unpriced"
+    yield f"    {price if section.price is None else _price(section.price, currency)}"
+    for model, of_model in section.prices.items():
+        yield f"    model {model}: {_price(of_model, currency)}"
 
 
-def _price(price: Price) -> str:
+def _price(price: Price, currency: str) -> str:
     cached = "" if price.cached_input is None else f" ({price.cached_input} if cached)"
-    return (
-        f"per million tokens {price.input} {price.currency} in{cached}, {price.output} {price.currency} out"
-    )
+    return f"per million tokens {price.input} {currency} in{cached}, {price.output} {currency} out"

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,10 +75,12 @@ def serve(
     if local or remote:
         if config is not None:
             fail("give a configuration file, or --local and --remote, not both")
+        if state is None:
+            _refuse_second_state()
         try:
             loaded, path = config_from_flags(local or [], remote or [], **settings), None
         except ValidationError as error:
-            fail(_first_problem(error))
+            fail(_first_problem(error, [*["--local"] * len(local or []), *["--remote"] * len(remote or [])]))
         except BadValueError as error:
             fail(error.message)
     else:
@@ -88,6 +91,30 @@ def serve(
             )
         loaded = _overridden(load(path), settings)
     _run(lambda: run(loaded, path, settings))
+
+
+def _refuse_second_state() -> None:
+    """A tidegate.yaml says where the other commands, typed here, find keys and ledger: a proxy beside it that
+    keeps others would be open although there are keys."""
+    from policies.yamlfile import FileProblems
+    from proxy.ask import DEFAULT_STATE
+    from proxy.config import load_config
+
+    path = config_path(None)
+    if path is None:
+        return
+    try:
+        loaded = load_config(path)
+    except (FileProblems, OSError):
+        problem = "cannot be used as it is, but says"
+    else:
+        if loaded.database is None and loaded.state.resolve() == DEFAULT_STATE.resolve():
+            return
+        problem = "says"
+    fail(
+        f"{path} in this folder {problem} where keys and ledger are, and --local and --remote do not read it: "
+        f"give --config {path} instead, or say where they are with --state DIRECTORY"
+    )
 
 
 def _run(action: Any) -> None:
@@ -114,9 +141,12 @@ def _overridden(config: Config, settings: dict[str, Any]) -> Config:
         fail(_first_problem(error))
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, backends: Sequence[str] = ()) -> str:
+    """In words; `backends`: the flags that the backends were given with."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
+    if backends and first["loc"][0:1] == ("backends",) and isinstance(first["loc"][1], int):
+        where = backends[first["loc"][1]]
     message = first["msg"].removeprefix("Value error, ")
     suggestion = getattr(first.get("ctx", {}).get("error"), "suggestion", None)
     hint = f" (did you mean {suggestion}?)" if suggestion else ""

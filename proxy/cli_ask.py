@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,8 @@ import typer
 from proxy.cli_common import ConfigOption, JsonOption, config_path, fail, load
 
 AdminOption = Annotated[str | None, typer.Option("--admin", help="HOST:PORT of the admin port.")]
+_STATE_LINE = re.compile(r"""^state: *["']?([^"'#\n]*[^"'#\s])""", re.M)
+"""Where a file says `state`, also if it is not YAML as a whole."""
 WATCH_S = 1.0
 """Between two looks of `status --watch`."""
 RunningStateOption = Annotated[
@@ -109,5 +112,32 @@ def _address(admin: str | None, config: Path | None, state: Path | None) -> str:
     """Where the admin port is. Raises AskError."""
     from proxy.ask import admin_address
 
-    path = config_path(config) if admin is None and state is None else None
-    return admin_address(admin, state, load(path, "--admin HOST:PORT") if path is not None else None)
+    if admin is not None or state is not None:
+        return admin_address(admin, state, None)
+    path = config_path(config)
+    if path is None:
+        return admin_address(None, None, None)
+    return _beside_broken(path) or admin_address(None, None, load(path, "--admin HOST:PORT"))
+
+
+def _beside_broken(path: Path) -> str | None:
+    """The admin port of the proxy that runs on although its file was broken since; None: the file is right, or
+    where the state is cannot be told from it."""
+    from policies.yamlfile import FileProblems
+    from proxy.ask import DEFAULT_STATE, written_admin
+    from proxy.config import load_config
+
+    try:
+        load_config(path)
+    except OSError:
+        return None
+    except FileProblems:
+        found = _STATE_LINE.search(path.read_text(encoding="utf-8", errors="replace"))
+        state = path.parent / (found[1] if found else DEFAULT_STATE)
+        address = written_admin(state)
+        if address is not None:
+            typer.echo(
+                f"note: {path} cannot be used as it is: this is the proxy that runs on {state}", err=True
+            )
+        return address
+    return None

@@ -62,7 +62,7 @@ def keys_create(
 
     Example: tidegate keys create --tenant acme --rpm 60 --tpm 100000 --budget 50 --data-class internal
     """
-    from proxy.access.keys import KeyFieldError, create_key
+    from proxy.access.keys import KeyFieldError, create_key, list_keys
     from proxy.access.pepper import PepperError, load_pepper
 
     # Whatever can fail, fails before the key is made: it is shown once.
@@ -92,6 +92,7 @@ def keys_create(
             )
         except (KeyFieldError, PepperError) as error:
             fail(str(error))
+        is_first = len(list_keys(engine)) == 1
     if path is not None and loaded is not None:
         _warn_of_data_class(data_class, path, loaded)
         if budget is not None and not any(backend.price or backend.prices for backend in loaded.backends):
@@ -103,6 +104,8 @@ def keys_create(
     else:
         if is_new:
             typer.echo(f"note: {directory} is new, no proxy has kept its state there yet", err=True)
+        if is_first:
+            typer.echo("note: this is the first key: from now on every request needs one", err=True)
         typer.echo(
             f"key {key.id} of tenant {key.tenant}, kept in {directory}; it is shown this once:", err=True
         )
@@ -175,6 +178,7 @@ def keys_list(
     from proxy.access.keys import list_keys
     from proxy.access.limits import month_bounds
     from proxy.config_values import time_zone
+    from proxy.masking import database_shown
     from proxy.reports import latest_currency, spent_by_key
 
     engine, place = open_ledger(config, state)
@@ -192,6 +196,10 @@ def keys_list(
     rows = [_row(one, now, spent) for one in stored]
     if json_output:
         typer.echo(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        where = database_shown(place.database or place.directory)
+        typer.echo(f"no keys in {where}: requests need none, and the proxy serves this machine only")
         return
     from rich import box
     from rich.console import Console
@@ -257,10 +265,12 @@ def _in_words(row: dict[str, Any], currency: str) -> str:
     return "; ".join(words)
 
 
-def _money(amount: float) -> str:
+def _money(units: float) -> str:
     """With two decimals, or up to four where small change counts."""
-    text = f"{amount:,.4f}"
-    return text[:-2] + text[-2:].rstrip("0")
+    from proxy.prices import amount
+
+    text = amount(round(units * 1e9))
+    return text if text.startswith("<") else text[:-2] + text[-2:].rstrip("0")
 
 
 @keys_app.command("revoke")

@@ -7,6 +7,8 @@ from them. Unknown keys are errors that name file, line and column.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -31,6 +33,10 @@ from proxy.config_values import (
 )
 from proxy.masking import without_secrets
 
+DEFAULT_CURRENCY = "USD"
+DEFAULT_FILE = Path("tidegate.yaml")
+"""What the commands read when they are told nothing else."""
+
 
 class Price(FileModel):
     """Per million tokens, as decimals; money is counted exactly."""
@@ -40,15 +46,34 @@ class Price(FileModel):
     cached_input: DecimalText | None = Field(
         None, description="Price of a million prompt tokens served from a prefix cache. Default: as `input`."
     )
-    currency: str = Field("USD", description="ISO code. All prices of one configuration share one currency.")
+    currency: str | None = Field(
+        None,
+        description="ISO code. Default: the `currency` at the top, else `USD`. All prices of one configuration "
+        "share one currency.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_decimal_comma(cls, value: Any) -> Any:
+        """In `{input: 1,20, output: 2}` YAML takes the 20 for a key."""
+        before: tuple[str, Any] = ("", None)
+        for key, given in value.items() if isinstance(value, dict) else ():
+            if key.isascii() and key.isdigit() and given is None:
+                meant = f"{before[0]}: {before[1]}.{key}" if type(before[1]) is int else None
+                raise BadValueError("decimals stand behind a point, not a comma", meant, at=(key,))
+            before = key, given
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Price:
+        currency = DEFAULT_CURRENCY if self.currency is None else self.currency
         try:
-            prices.Price.parse(self.input, self.output, self.currency, self.cached_input)
+            prices.Price.parse(self.input, self.output, currency, self.cached_input)
         except ValueError as error:
             name, _, message = str(error).partition(": ")
-            raise BadValueError(message, at=(name,)) from None
+            written = getattr(self, name)
+            meant = written.replace(",", ".") if re.fullmatch("[0-9]+,[0-9]+", written) else None
+            raise BadValueError(message, meant, at=(name,)) from None
         return self
 
 
@@ -253,7 +278,6 @@ class Config(FileModel):
     @model_validator(mode="after")
     def _check(self) -> Config:
         seen: set[str] = set()
-        currencies: set[str] = {self.currency} if self.currency else set()
         for number, backend in enumerate(self.backends):
             if backend.name in seen:
                 raise BadValueError(
@@ -273,29 +297,39 @@ class Config(FileModel):
                     f"backend '{backend.name}' is at {host}: say where that is (`site: NAME`, or `site: local`)",
                     at=("backends", number),
                 )
-            for price in [*([backend.price] if backend.price else []), *backend.prices.values()]:
-                currencies.add(price.currency)
-            if len(currencies) > 1:
-                raise BadValueError(
-                    f"one ledger has one currency, but there are {' and '.join(sorted(currencies))}",
-                    at=("backends", number),
-                )
         if self.admin == self.listen and not self.listen.endswith(":0"):
             raise BadValueError("`listen` and `admin` are the same address", at=("admin",))
         for alias, model in self.aliases.items():
             if model in self.aliases:
                 raise BadValueError(f"'{model}' is itself an alias", at=("aliases", alias))
+        self._check_currencies()
         return self
+
+    def _check_currencies(self) -> None:
+        ours = self.ledger_currency
+        for at, price in self._prices():
+            if price.currency is not None:
+                at, other, why = (*at, "currency"), price.currency, ""
+            else:
+                other, why = self.currency or DEFAULT_CURRENCY, ", which a price without a currency is in"
+            if other != ours:
+                raise BadValueError(
+                    f"one ledger has one currency: it is {ours}, and here {other}{why}", at=at
+                )
+
+    def _prices(self) -> Iterator[tuple[tuple[str | int, ...], Price]]:
+        """Each with its path in the file."""
+        for number, backend in enumerate(self.backends):
+            if backend.price is not None:
+                yield ("backends", number, "price"), backend.price
+            for model, price in backend.prices.items():
+                yield ("backends", number, "prices", model), price
 
     @property
     def ledger_currency(self) -> str:
         """The one currency of this configuration."""
-        if self.currency:
-            return self.currency
-        for backend in self.backends:
-            for price in [*([backend.price] if backend.price else []), *backend.prices.values()]:
-                return price.currency
-        return "USD"
+        named = (price.currency for _, price in self._prices() if price.currency)
+        return self.currency or next(named, DEFAULT_CURRENCY)
 
 
 def load_config(path: Path) -> Config:

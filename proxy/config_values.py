@@ -23,6 +23,10 @@ from proxy.records import DATA_CLASS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NOT_IN_URLS = re.compile(r"""[^!-~]|["<>\\^`{|}]""")
+_API_PATH = re.compile(
+    r"(?:/v1/(?:completions|embeddings|models|responses)|(?:/v1)?/chat/completions|/v1|/(?:de)?tokenize)\Z"
+)
+"""Paths that documentation of engines shows behind the address."""
 METADATA_NAMES = frozenset(
     {"metadata.google.internal", "metadata", "metadata.tencentyun.com", "instance-data"}
 )
@@ -74,9 +78,9 @@ def _check_url(value: str) -> str:
     if _is_metadata(parts.hostname):
         raise BadValueError(f"{parts.hostname} is a metadata or link-local address, never a backend")
     value = parts.scheme + value[len(parts.scheme) :].rstrip("/")
-    if value.endswith("/v1"):
+    if found := _API_PATH.search(value):
         raise BadValueError(
-            "a backend's URL goes without /v1: requests bring it along", value.removesuffix("/v1")
+            f"a backend's URL goes without {found[0]}: requests bring it along", value[: found.start()]
         )
     return value
 

@@ -75,6 +75,22 @@ def open_database(target: str | Path, *, check: bool = True) -> Engine:
     return engine
 
 
+def has_keys(target: str | Path) -> bool | None:
+    """Whether a key was ever made there; None: it cannot be seen without changing anything.
+
+    Neither makes nor migrates a database. Raises OpenError: `target` is no URL.
+    """
+    url = _url(target)
+    if url.get_backend_name() != "sqlite":
+        return None
+    path = Path(str(url.database)).absolute()
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+            return bool(connection.execute("SELECT EXISTS (SELECT 1 FROM keys)").fetchone()[0])
+    except sqlite3.Error:
+        return None
+
+
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that will write: it holds SQLite's write lock from its beginning. Commits at the end."""

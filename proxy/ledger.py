@@ -120,7 +120,13 @@ class Ledger:
         for damage in replayed.damages:
             log.error("journal: %s; what it held is lost", damage)
         if replayed.rows or replayed.lost:
-            log.warning("journal replayed: %d finished rows, %d lost requests", replayed.rows, replayed.lost)
+            log.warning(
+                "journal replayed: %d finished row%s, %d lost request%s",
+                replayed.rows,
+                "" if replayed.rows == 1 else "s",
+                replayed.lost,
+                "" if replayed.lost == 1 else "s",
+            )
         self.journal.start(loop, self.take, on_failed)
         self._worker = threading.Thread(target=self._run, name="tidegate-ledger", daemon=True)
         self._worker.start()

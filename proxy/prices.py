@@ -111,6 +111,12 @@ class Prices:
         return max(0, min(nano, MOST_NANO)), price.currency
 
 
+def amount(nano: int) -> str:
+    """Nano-units for people, with 4 decimals; `<0.0001`: what these would show as nothing."""
+    text = f"{Decimal(nano).scaleb(-9):,.4f}"  # half to even
+    return "<0.0001" if nano > 0 and text == "0.0000" else text
+
+
 def _units(name: str, text: str | float | Decimal) -> int:
     try:
         value = Decimal(repr(text) if isinstance(text, float) else text)

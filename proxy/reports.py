@@ -5,7 +5,7 @@ its two ends, in one statement, so they are exact to the microsecond and cheap o
 the proxy writes.
 
 Money is summed in integer nano-units. It is rounded once, where it is printed: a table shows 4 decimals (half
-to even); JSON and CSV show all 9.
+to even), and less than these as `<0.0001`; JSON and CSV show all 9.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import orjson
 from sqlalchemy import BigInteger, ColumnElement, Engine, Select, cast, func, select, tuple_, union_all
 
+from proxy.prices import amount
 from proxy.records import COLUMNS, FIELDS, Row, as_json, from_values
 from proxy.tables import HOUR_US, HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
 
@@ -190,9 +191,11 @@ def usage_table(lines: list[Usage]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
 
     def cells(line: Usage) -> list[str]:
-        amount = money(line.cost_nano, 4)
         figures = [f"{count(line):,}" for _, count in counts]
-        return [*figures, amount if one_currency else f"{amount} {line.currency}"]
+        if line.unpriced and not line.cost_nano:
+            return [*figures, "unpriced"]
+        cost = amount(line.cost_nano)
+        return [*figures, cost if one_currency else f"{cost} {line.currency}"]
 
     totals: dict[str, Usage] = {}
     for line in lines:

@@ -55,6 +55,11 @@ _LOCAL_ORIGIN: Final = re.compile(rb"https?://(?:localhost|127\.[0-9.]++|\[::1\]
 _ID_BYTES: Final = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_.:")
 
 
+def _no_such_path(path: bytes) -> str:
+    paths = b", ".join(ROUTES).decode()
+    return f"there is no path {path[:64].decode('latin-1')!a} here, but {paths} and {_MODELS.decode()}"
+
+
 @dataclass(slots=True)
 class Admission:
     """What is decided of a request from its head alone."""
@@ -204,7 +209,7 @@ class Runtime:
             )
         if path.startswith(_MODELS):
             return self._models(head, path, key)
-        message = "there is no such path here"
+        message = _no_such_path(path)
         if b"/v1" + path in ROUTES or (b"/v1" + path).startswith(_MODELS):
             message += "; API paths begin with /v1, so the base_url of an OpenAI client ends in /v1"
         return Admission(error=RequestError("not_found", message))
@@ -220,7 +225,7 @@ class Runtime:
     def _models(self, head: RequestHead, path: bytes, key: Key | None) -> Admission:
         rest = path[len(_MODELS) :]
         if rest and not rest.startswith(b"/"):
-            return Admission(error=RequestError("not_found", "there is no such path here"))
+            return Admission(error=RequestError("not_found", _no_such_path(path)))
         if head.method not in (b"GET", b"HEAD"):
             return Admission(
                 error=RequestError("method_not_allowed", "models are read with GET", allow="GET, HEAD")
@@ -245,9 +250,13 @@ class Runtime:
         return Admission(answer=reply)
 
     def models(self, key: Key | None) -> dict[str, dict[str, object]]:
-        """The models of all backends and their aliases, as rows of `/v1/models`, by name."""
+        """The models of all backends that may see the key's data, and their aliases, as rows of `/v1/models`, by
+        name."""
         limits: dict[str, int | None] = {}
+        data_class = "public" if key is None else key.data_class
         for backend in self.fleet:
+            if backend.data_classes is not None and data_class not in backend.data_classes:
+                continue
             for model in backend.models:
                 length = backend.context_tokens.get(model)
                 known = limits.get(model)

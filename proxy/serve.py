@@ -36,19 +36,22 @@ from proxy.access.keys import KeyStore
 from proxy.access.limits import Limits
 from proxy.access.pepper import load_pepper
 from proxy.admin.http import admin_app
-from proxy.build import Built, ConfigError, build, files_of, timing
+from proxy.build import Built, ConfigError, build, files_of, first_key, refused_without_keys, timing
+from proxy.changes import changes
 from proxy.config import Config, is_policy_file, load_config, override
-from proxy.config_values import is_loopback, split_address, time_zone
+from proxy.config_values import split_address, time_zone
 from proxy.database import open_database
 from proxy.exchange import OUR_SHORTAGE
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.masking import database_shown
 from proxy.observe import Observer
+from proxy.readable import in_words
 from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
 from proxy.runtime import Runtime
 from proxy.server import ClientConnection
+from proxy.watched import WatchedFiles
 
 log = logging.getLogger("tidegate")
 
@@ -91,6 +94,7 @@ class Service:
         `overrides`: values given by flags, which hold over every reload.
         """
         self.config = config
+        self._started_with = config
         self.path = path
         self.overrides = dict(overrides or {})
         self.state = config.state
@@ -103,7 +107,8 @@ class Service:
         self._ledger: Ledger
         self._engine: sa.Engine
         self._seed = config.seed if config.seed is not None else secrets.randbits(32)
-        self._seen: tuple[Any, ...] = ()
+        self._watched = WatchedFiles()
+        """The configuration and what it names, also if that was refused."""
         self._keys_unread = False
         """Whether the last attempt to read the keys failed."""
         self._stopping = asyncio.Event()
@@ -114,18 +119,14 @@ class Service:
         config = self.config
         loop = asyncio.get_running_loop()
         built = build(config, loop, self._seed)
-        for warning in built.policy.warnings if is_policy_file(config.policy) else ():
-            log.warning("policy %s:%s: %s", built.policy.name, warning.line, warning.message)
+        _warn(built)
         config.state.mkdir(parents=True, exist_ok=True)
         self._engine = open_database(config.database or config.state)
         pepper = load_pepper(config.state)
         keys = KeyStore(self._engine, pepper)
-        host, _ = split_address(config.listen)
-        if keys.empty and not is_loopback(host):
-            raise ConfigError(
-                f"without keys the proxy listens on loopback only, not on {config.listen}: "
-                "make one first with `tidegate keys create --tenant NAME`"
-            )
+        refusal = refused_without_keys(config, self.path, self.overrides.get("state"))
+        if keys.empty and refusal:
+            raise ConfigError(refusal)
         journal = Journal(config.state / "journal")
         self._ledger = ledger = Ledger(self._engine, journal, built.prices)
         await asyncio.to_thread(ledger.start, loop, self._ledger_failed)
@@ -143,7 +144,7 @@ class Service:
             forward_model=self._forward_model,
         )
         runtime.most_clients = _most_clients(config.limits.connections)
-        self._seen = self._fingerprint()
+        self._watched.watch(self._files(config))
         if config.probing.enabled:
             await self._start_probes(built)
         await self._listen()
@@ -287,25 +288,28 @@ class Service:
     def reload(self) -> bool:
         """Read configuration and policy again and swap them in; False: they are wrong, and nothing changed."""
         runtime = self.runtime
-        self._seen = self._fingerprint()
+        self._watched.read()
         try:
             config = load_config(self.path) if self.path is not None else self.config
             config = override(config, self.overrides)
+            self._watched.watch(self._files(config))
             built = build(config, runtime.loop, self._seed, runtime.built)
         except (ConfigError, FileProblems, OSError, ValueError) as error:
             if _is_our_shortage(error):
-                self._seen = ()  # nothing is wrong with the files: the next look tries again
+                self._watched.forget()  # nothing is wrong with the files: the next look tries again
                 if not runtime.observer.reload_ok:
                     return False  # said already
             runtime.observer.reloads_failed += 1
             runtime.observer.reload_ok = False
-            log.error("reload refused, the old configuration goes on:\n%s", error)
+            log.error("reload refused, the old configuration goes on:\n%s", in_words(error))
             return False
+        _warn(built)
         for name in NEXT_START:
-            if attrgetter(name)(config) != attrgetter(name)(self.config):
+            if attrgetter(name)(config) != attrgetter(name)(self._started_with):
                 log.warning("a change of `%s` takes effect at the next start", name)
         old = runtime.endpoints
         self._keep_connections(old, built)
+        changed = changes(runtime.built, built, NEXT_START)
         self.config = config
         for name, endpoint in old.items():
             if built.endpoints.get(name) is not endpoint:
@@ -321,7 +325,7 @@ class Service:
         runtime.poll(runtime.now())
         runtime.observer.reloads_ok += 1
         runtime.observer.reload_ok = True
-        log.info("reloaded: policy %s, %d backends", built.policy.name, len(built.backends))
+        log.info("reloaded: %s", "; ".join(changed) or "nothing changed")
         return True
 
     def _keep_connections(self, old: Mapping[str, Any], built: Built) -> None:
@@ -335,18 +339,8 @@ class Service:
                     before.pool.idle_s = fresh.pool.idle_s
                     built.endpoints[section.name] = before
 
-    def _fingerprint(self) -> tuple[Any, ...]:
-        """Changes when a watched file does."""
-        files = [self.path] if self.path is not None else []
-        files += files_of(self.config)
-        marks: list[tuple[Any, ...]] = []
-        for file in files:
-            try:
-                status = file.stat()
-                marks.append((str(file), status.st_mtime_ns, status.st_size, status.st_ino))
-            except OSError:
-                marks.append((str(file), None))
-        return tuple(marks)
+    def _files(self, config: Config) -> list[Path]:
+        return [*([self.path] if self.path is not None else []), *files_of(config)]
 
     # What goes on all the time
 
@@ -366,7 +360,7 @@ class Service:
             turn += 1
             try:
                 await self._refresh_keys()
-                if turn % 2 == 0 and self._fingerprint() != self._seen:
+                if turn % 2 == 0 and self._watched.changed:
                     self.reload()
             except Exception:
                 # Whatever it was: revoked keys must go on being refused.
@@ -395,6 +389,12 @@ class Service:
 
     def _ledger_failed(self, reason: str) -> None:
         log.error("usage cannot be recorded any more, new requests are refused: %s", reason)
+
+
+def _warn(built: Built) -> None:
+    """Say what is odd in a policy file; what is in the library is as it should be."""
+    for warning in built.policy.warnings if is_policy_file(built.config.policy) else ():
+        log.warning("policy %s:%s: %s", built.policy.name, warning.line, warning.message)
 
 
 def _is_our_shortage(error: BaseException | None) -> bool:
@@ -467,7 +467,8 @@ def _print_banner(service: Service) -> None:
     if not (server.__file__ or "").endswith(".py"):
         log.info("the data path is compiled")
     if runtime.keys.empty:
-        log.info("no keys: everybody on this machine may use it; `tidegate keys create` makes the first")
+        command = first_key(service.path, service.overrides.get("state"))
+        log.info("no keys: everybody on this machine may use it; `%s` makes the first", command)
     for backend in runtime.fleet:
         log.info(
             "backend %s (%s) %s: %s, %d slots, models %s",

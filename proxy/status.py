@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from proxy.levels import bar, called, condition, levels
+from proxy.prices import amount
 
 _LEAST_BAR_CELLS, _MOST_BAR_CELLS = 10, 30
 
@@ -87,9 +88,8 @@ def _lines(state: State) -> Iterator[str]:
     if state["errors"]:
         most = sorted(state["errors"].items(), key=lambda item: -item[1])[:4]
         yield f"errors    {', '.join(f'{code} {count:,}' for code, count in most)}"
-    cost = sum(row["cost"] for row in state["backends"])
     yield f"tokens    {tokens['prompt']:,} in ({tokens['cached']:,} cached), {tokens['completion']:,} out"
-    yield f"cost      {cost:,.4f} {state['currency']}"
+    yield f"cost      {_cost(state)}"
     if state["ledger"]["failed"]:
         yield f"ledger    FAILED: {state['ledger']['failed']}"
     elif state["ledger"]["lag_rows"] > _MANY_ROWS:
@@ -107,6 +107,14 @@ def _complaints(row: State) -> Iterator[str]:
         )
     for complaint in probe.get("misconfigured", ()):
         yield f"! {row['name']}: {complaint}"
+
+
+def _cost(state: State) -> str:
+    cost = sum(row["cost"] for row in state["backends"])
+    if cost:
+        return f"{amount(round(cost * 1e9))} {state['currency']}"
+    # The figures do not tell a price of 0 from none.
+    return "unpriced, or free" if any(state["tokens"].values()) else "nothing yet"
 
 
 def _queue(queue: State) -> str:

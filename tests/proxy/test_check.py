@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from proxy.access.keys import create_key
+from proxy.access.pepper import load_pepper
 from proxy.cli import app
+from proxy.database import open_database
 
 CONFIG = """\
 listen: 127.0.0.1:18480
@@ -161,6 +164,39 @@ aliases: {gpt-4: qwen3-32b, gpt-5: qwen3-8b}
         text.replace("models: [qwen3-32b]", "models: auto").replace("tls:", "# ")
     )
     assert "warning: tidegate.yaml" not in check().stdout, "whoever is asked may serve them all"
+
+
+def test_two_backends_at_one_url_are_warned_of(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("https://nj.example:8443", "http://127.0.0.1:8000/"))
+    assert check().stdout.splitlines()[0] == (
+        "warning: tidegate.yaml:5:10: backend appliance has this URL too: two names for one engine, whose slots "
+        "count twice"
+    )
+
+
+def test_an_open_proxy_without_keys_is_told_as_serve_would(folder: Path) -> None:
+    text = CONFIG.replace("127.0.0.1:18480", "0.0.0.0:8080")
+    (folder / "tidegate.yaml").write_text(text)
+    refusal = (
+        "without keys the proxy listens on loopback only, not on 0.0.0.0:8080: make one first with "
+        "`tidegate keys create --tenant NAME"
+    )
+    found = check()
+    assert (found.exit_code, found.stdout.splitlines()[0]) == (
+        0,
+        f"warning: tidegate.yaml:1:9: whether there are keys cannot be seen from here: {refusal}`",
+    )
+    assert not (folder / "tidegate-data").exists(), "a check leaves nothing behind"
+    engine = open_database(folder / "tidegate-data")
+    found = check()
+    assert (found.exit_code, found.stderr.splitlines()[0]) == (1, f"tidegate.yaml:1:9: listen: {refusal}`")
+    (folder / "other file.yaml").write_text(text)
+    assert f"{refusal} --config 'other file.yaml'`" in check("other file.yaml").stderr
+    create_key(engine, load_pepper(folder / "tidegate-data"), tenant="acme")
+    engine.dispose()
+    found = check()
+    assert found.exit_code == 0
+    assert "keys" not in found.stdout.splitlines()[0]
 
 
 @pytest.mark.parametrize(

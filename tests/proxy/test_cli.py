@@ -125,9 +125,55 @@ def test_messages_have_a_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
             ("--listen", "18480"),
             "listen: an address is HOST:PORT, got '18480' (did you mean 127.0.0.1:18480?)",
         ),
+        (
+            ("--local", "http://127.0.0.1:2/v1"),
+            "--local: a backend's URL goes without /v1: requests bring it along (did you mean "
+            "http://127.0.0.1:2?)",
+        ),
+        (
+            ("--remote", "nj=nj.example"),
+            "--remote: a URL begins with http:// or https:// and names a host, got 'nj.example'",
+        ),
         (("--policy", "nowhere.yaml"), "nowhere.yaml: no such file or directory"),
     ],
 )
 def test_serve_says_what_stands_in_the_way(arguments: tuple[str, ...], said: str) -> None:
     found = tidegate("serve", "--local", "http://127.0.0.1:1", *arguments)
     assert (found.exit_code, found.stderr.splitlines()[-1]) == (2, f"tidegate: {said}")
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        ("state: elsewhere\n", "says"),
+        ("database: 'sqlite:///other.db'\n", "says"),
+        ("state: [\n", "cannot be used as it is, but says"),
+    ],
+)
+def test_flags_begin_no_second_state_beside_a_file(rest: str, says: str) -> None:
+    Path("tidegate.yaml").write_text(f"backends: [{{name: a, url: 'http://a.test'}}]\n{rest}")
+    found = tidegate("serve", "--local", "http://127.0.0.1:1")
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert found.stderr.startswith(f"tidegate: tidegate.yaml in this folder {says} where keys and ledger are")
+    assert "give --config tidegate.yaml instead, or say where they are with --state DIRECTORY" in found.stderr
+    _is_let_through("--state", "tidegate-data")
+
+
+def test_flags_beside_a_file_with_the_same_state_are_no_matter() -> None:
+    Path("tidegate.yaml").write_text("backends: [{name: a, url: 'http://a.test'}]\n")
+    _is_let_through()
+
+
+def _is_let_through(*arguments: str) -> None:
+    """It comes as far as the policy, which is not there."""
+    found = tidegate("serve", "--local", "http://127.0.0.1:1", "--policy", "nowhere.yaml", *arguments)
+    assert found.stderr.splitlines()[-1] == "tidegate: nowhere.yaml: no such file or directory"
+
+
+def test_an_open_proxy_says_which_keys_it_lacks() -> None:
+    found = tidegate("serve", "--local", "http://127.0.0.1:1", "--listen", "0.0.0.0:0", "--state", "my state")
+    assert (found.exit_code, found.stderr.splitlines()[-1]) == (
+        2,
+        "tidegate: without keys the proxy listens on loopback only, not on 0.0.0.0:0: make one first with "
+        "`tidegate keys create --tenant NAME --state 'my state'`",
+    )

@@ -34,6 +34,34 @@ def test_explain_names_what_cannot_be_asked(tmp_path: Path, monkeypatch: pytest.
     assert f"no proxy is running on {tmp_path / 'tidegate-data'}" in found.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("bakends: []\n", "tidegate-data"),
+        ("backends: [\n", "tidegate-data"),
+        ("backends: [\nstate: 'my state' # ours\n", "my state"),
+        ("state: elsewhere\nbackends: 7\n", "elsewhere"),
+    ],
+)
+def test_a_broken_file_does_not_hide_the_proxy_that_runs_on(
+    text: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tidegate.yaml").write_text(text)
+    found = tidegate("status")
+    assert found.exit_code == 2
+    assert "tidegate.yaml cannot be used (--admin HOST:PORT needs no file):\n" in found.stderr
+    (tmp_path / place).mkdir()
+    with answering(200, STATE) as address:
+        (tmp_path / place / "ports.json").write_text(orjson.dumps({"admin": address}).decode())
+        found = tidegate("status")
+    assert (found.exit_code, found.stderr) == (
+        0,
+        f"note: tidegate.yaml cannot be used as it is: this is the proxy that runs on {place}\n",
+    )
+    assert found.stdout.startswith(f"proxy at {address}: ready")
+
+
 # Status
 
 

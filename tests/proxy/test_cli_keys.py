@@ -98,6 +98,14 @@ def test_nothing_is_cut_at_eighty_columns() -> None:
     assert "".join("".join(lines).split()).count("v") >= 70
 
 
+def test_no_keys_are_told_in_words(folder: Path) -> None:
+    open_database(folder / "tidegate-data").dispose()
+    assert tidegate("list").stdout == (
+        "no keys in tidegate-data: requests need none, and the proxy serves this machine only\n"
+    )
+    assert listed() == []
+
+
 def test_a_revoked_key_says_when() -> None:
     made = create()
     assert tidegate("revoke", made["id"]).exit_code == 0
@@ -149,14 +157,20 @@ def test_small_budgets_are_not_rounded_to_nothing() -> None:
     assert "0.00 of 1,234.50 spent this month" in text
 
 
-def spend(state: Path, *keys: str, currency: str = "CNY") -> None:
-    """1.25 with each key this month, and 10 the month before."""
+async def test_small_change_is_not_rounded_to_nothing(folder: Path) -> None:
+    made = create("--budget", "2.5")
+    spend(folder / "tidegate-data", made["id"], nano=40)
+    assert "<0.0001 of 2.50 CNY spent this month" in " ".join(tidegate("list").stdout.split())
+
+
+def spend(state: Path, *keys: str, currency: str = "CNY", nano: int = 1_250_000_000) -> None:
+    """So much with each key this month, and 10 the month before."""
     engine = open_database(state)
     ledger = Ledger(engine, Journal(state / "journal"), Prices({}, currency))
     begin = month_bounds(time.time())[0]
     ledger.start(asyncio.get_running_loop(), print)
     for number, key in enumerate(keys):
-        for arrived, cost in ((time.time(), 1_250_000_000), (begin - 1, 10_000_000_000)):
+        for arrived, cost in ((time.time(), nano), (begin - 1, 10_000_000_000)):
             row = Row(f"{number}-{cost}-{currency}", arrived=arrived, key_id=key, tenant="acme", status=200)
             row.cost_nano, row.currency = cost, currency
             ledger.journal.close(row)
@@ -195,7 +209,10 @@ def test_a_budget_without_prices_is_warned_of(folder: Path) -> None:
 
 def test_a_state_directory_that_was_not_there_is_named(folder: Path) -> None:
     first, second = (tidegate("create", "--tenant", "acme", "--state", "mistyped") for _ in range(2))
-    assert first.stderr.startswith("note: mistyped is new, no proxy has kept its state there yet\nkey ")
+    assert first.stderr.startswith(
+        "note: mistyped is new, no proxy has kept its state there yet\n"
+        "note: this is the first key: from now on every request needs one\nkey "
+    )
     assert second.stderr.startswith("key ")
     assert all(", kept in mistyped; it is shown this once:" in found.stderr for found in (first, second))
 

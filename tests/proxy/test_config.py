@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
+from proxy.build import build
 from proxy.config import (
     BackendConfig,
     Config,
@@ -190,6 +192,11 @@ def test_urls(write: Any, url: str, kept: str) -> None:
         ("http://a/#x", "no user, query or fragment"),
         ("http://a/v1", "without /v1: requests bring it along -> http://a"),
         ("https://a:1/x/v1/", "-> https://a:1/x"),
+        ("http://a/v1/chat/completions", "without /v1/chat/completions: requests bring it along -> http://a"),
+        ("http://a/x/chat/completions/", "without /chat/completions: requests bring it along -> http://a/x"),
+        ("http://a/v1/completions", "-> http://a"),
+        ("http://a/v1/models", "-> http://a"),
+        ("http://a/tokenize", "-> http://a"),
         ("http://a b", "printable ASCII"),
         ("http://a/x y", "printable ASCII"),
         ("http://a/x\\ty", "printable ASCII"),
@@ -251,9 +258,21 @@ def test_metadata_services_are_never_backends(write: Any, host: str) -> None:
         ("price: {input: 1}", "backends[0].price.output", ""),
         (
             "price: {input: 1, output: 1}, prices: {m: {input: 1, output: 1, currency: CNY}}",
-            "backends[0]",
-            "one ledger has one currency, but there are CNY and USD",
+            "backends[0].price",
+            "one ledger has one currency: it is CNY, and here USD, which a price without a currency is in",
         ),
+        (
+            "price: {input: 1, output: 1, currency: CNY}, prices: {m: {input: 1, output: 1}}",
+            "backends[0].prices.m",
+            "it is CNY, and here USD, which a price without a currency is in",
+        ),
+        (
+            "price: {input: 1,20, output: 2}",
+            "backends[0].price.20",
+            "behind a point, not a comma -> input: 1.20",
+        ),
+        ("prices: {m: {20, input: 1, output: 2}}", "backends[0].prices.m.20", "not a comma"),
+        ("price: {input: '1,20', output: 2}", "backends[0].price.input", "not a decimal number -> 1.20"),
         ("bandwidth: 0", "backends[0].bandwidth", "more than 0"),
     ],
 )
@@ -277,6 +296,19 @@ def test_prices_are_kept_as_written(write: Any) -> None:
     price = config.backends[0].price
     assert price is not None
     assert (price.input, price.output, config.ledger_currency) == ("0.1", "1e-07", "CNY")
+
+
+async def test_a_price_without_a_currency_is_in_that_of_the_file(write: Any) -> None:
+    text = backend("url: 'http://a', price: {input: 1, output: 1}")
+    config = load_config(write(text + "currency: CNY\n"))
+    built = build(config, asyncio.get_running_loop(), 0)
+    assert (config.ledger_currency, built.prices.cost("a", "m", 1, 0, 0)) == ("CNY", (1000, "CNY"))
+    assert load_config(write(text)).ledger_currency == "USD"
+    other = text.replace("output: 1", "output: 1, currency: EUR")
+    line, column, place, message = problem(write(other + "currency: CNY\n"))
+    assert (line, place) == (3, "backends[0].price.currency")
+    assert other.splitlines()[2][column - 1 :].startswith("EUR")
+    assert message == "one ledger has one currency: it is CNY, and here EUR"
 
 
 @pytest.mark.parametrize("location", ["[91, 0]", "[0, 181]", "[-91, 0]", "[0]", "[1, 2, 3]"])

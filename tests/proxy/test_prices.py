@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.prices import Price, Prices
+from proxy.prices import Price, Prices, amount
 from proxy.records import MOST_NANO, from_values, to_values
 from tests.proxy.rows import a_row
 
@@ -92,3 +92,18 @@ def test_a_second_currency_is_an_error_that_says_where() -> None:
         Prices({"a": euro, "b": {"big": yuan}})
     with pytest.raises(ValueError, match="price of a: EUR, but the ledger counts in USD"):
         Prices({"a": euro}, currency="USD")
+
+
+@pytest.mark.parametrize(
+    ("nano", "text"),
+    [
+        (0, "0.0000"),
+        (1, "<0.0001"),
+        (50_000, "<0.0001"),
+        (50_001, "0.0001"),
+        (150_000, "0.0002"),
+        (1_234_567_890_000_000, "1,234,567.8900"),
+    ],
+)
+def test_amounts_for_people(nano: int, text: str) -> None:
+    assert amount(nano) == text

@@ -1,4 +1,4 @@
-"""When a reload that failed is tried again."""
+"""What a reload says, what it keeps, and when one that failed is tried again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -39,7 +39,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Service]:
 
 def seen(service: Service) -> bool:
     """Whether the watch is content with the files as they are."""
-    return service._fingerprint() == service._seen
+    return not service._watched.changed
 
 
 @pytest.mark.parametrize("where", ["configuration", "policy"])
@@ -87,6 +87,10 @@ async def test_what_waits_for_the_next_start_is_told_and_nothing_else(
     service.path.write_text(text + "retries: {ratio: 0.5}\nbudget_zone: Asia/Shanghai\n")
     assert service.reload()
     assert "a change of `retries.ratio` takes effect at the next start" in caplog.text
+    caplog.clear()
+    service.path.write_text(text)  # as it runs
+    assert service.reload()
+    assert "next start" not in caplog.text
 
 
 async def test_another_currency_begins_budgets_anew(
@@ -157,3 +161,87 @@ async def test_a_key_or_certificate_in_a_file_is_watched_too(service: Service, t
     assert service.reload()
     assert service.runtime.endpoints["a"] is again
     assert again.pool.idle_s == 2.0
+
+
+def said(service: Service, text: str, caplog: pytest.LogCaptureFixture) -> str:
+    """What the log calls the change to a text of the configuration."""
+    assert service.path is not None
+    service.path.write_text(text)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert service.reload()
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("reloaded")]
+    return line.removeprefix("reloaded: ")
+
+
+async def test_a_reload_says_what_changed(
+    service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert service.path is not None
+    text = service.path.read_text()
+    assert said(service, text, caplog) == "nothing changed"
+    more = text.replace("[m]}", '[m], slots: 4}, {name: b, url: "http://127.0.0.1:8", models: [m]}')
+    assert said(service, more, caplog) == "backend b added; backend a changed (slots)"
+    assert said(service, text, caplog) == "backend b removed; backend a changed (slots)"
+    rest = "aliases: {x: m}\ntimeouts: {drain: 1m}\nlimits: {body: 2MiB}\nmedia_urls: true\n"
+    assert said(service, text + rest, caplog) == (
+        "aliases changed; media_urls false -> true; timeouts.drain 30 -> 60; limits.body 33554432 -> 2097152"
+    )
+    assert said(service, text + rest + "recent: 5\n", caplog) == "nothing changed"
+    policy = tmp_path / "own.yaml"
+    policy.write_text("rules: [{name: all, pick: random}]")
+    text += f"policy: {policy}\n"
+    assert said(service, text + rest, caplog) == f"policy local-first -> {policy}"
+    policy.write_text("rules: [{name: all, prefer: [{labels: {card: a100}}, {site: '*'}]}]")
+    assert said(service, text + rest, caplog) == f"policy {policy} changed"
+    assert f"policy {policy}:1: " in caplog.text, "what `check` warns of"
+    (tmp_path / "key").write_text("one")
+    text = text.replace("[m]}", f"[m], api_key_file: {tmp_path / 'key'}}}")
+    assert said(service, text + rest, caplog) == "backend a changed (api_key_file)"
+    (tmp_path / "key").write_text("two")
+    assert said(service, text + rest, caplog) == "backend a changed (what its files hold)"
+
+
+async def test_a_file_that_is_gone_is_told_in_words(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert service.path is not None
+    service.path.unlink()
+    assert not service.reload()
+    assert f"goes on:\n{service.path}: no such file or directory" in caplog.text
+    assert "Errno" not in caplog.text
+
+
+async def test_a_policy_file_that_is_newly_named_is_watched_from_then_on(
+    service: Service, tmp_path: Path
+) -> None:
+    assert service.path is not None
+    policy = tmp_path / "own.yaml"
+    service.path.write_text(service.path.read_text() + f"policy: {policy}\n")
+    assert not service.reload()
+    assert seen(service)
+    policy.write_text("rules: [{name: all, pick: random}]")
+    assert not seen(service), "it was missing, and is there now"
+    assert service.reload()
+    assert seen(service), "nothing has changed since"
+    policy.write_text("rules: [{name: all, pick: round-robin}]")
+    assert not seen(service)
+
+
+async def test_what_changes_while_it_is_read_is_read_again(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert service.path is not None
+    policy = tmp_path / "own.yaml"
+    policy.write_text("rules: [{name: all, pick: random}]")
+    service.path.write_text(service.path.read_text() + f"policy: {policy}\n")
+    build = proxy.serve.build
+
+    def slow(*arguments: Any) -> proxy.build.Built:
+        built = build(*arguments)
+        policy.write_text("rules: [{name: another, pick: random}]")
+        return built
+
+    monkeypatch.setattr(proxy.serve, "build", slow)
+    assert service.reload()
+    assert not seen(service)

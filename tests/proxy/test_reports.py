@@ -255,15 +255,25 @@ def shown(lines: list[Usage]) -> str:
 def test_usage_as_a_table_has_totals_that_are_rounded_once() -> None:
     text = shown(LINES)
     assert "cost CNY" in text
-    assert " 1234.5679" in text
-    assert " 0.0000" in text, "half of the last decimal goes to the even one"
+    assert " 1,234.5679" in text
+    assert " <0.0001" in text, "half of the last decimal goes to the even one, which would be nothing"
     total = next(line for line in text.splitlines() if "total" in line)
-    assert " 1234.5679" in total
+    assert " 1,234.5679" in total
     assert "9,000" in total
     assert "2 requests had no price" in text
     assert "overhead" in text
     assert "overhead" not in shown(LINES[1:])
     assert shown([]).strip() != ""
+
+
+def test_what_had_no_price_is_not_shown_as_a_figure() -> None:
+    free, unpriced, nothing = (
+        Usage({"tenant": tenant}, "CNY", 1, unpriced=int(tenant == "unknown"))
+        for tenant in ["free", "unknown", "idle"]
+    )
+    cells = filter(None, map(str.split, shown([free, unpriced, nothing]).splitlines()))
+    rows = {row[0]: row[-1] for row in cells}
+    assert (rows["free"], rows["unknown"], rows["idle"]) == ("0.0000", "unpriced", "0.0000")
 
 
 def test_what_failed_is_told_apart_from_what_was_refused(engine: Engine) -> None:
@@ -282,7 +292,7 @@ def test_two_currencies_in_a_table_are_told_apart() -> None:
     other = Usage({"tenant": "acme", "day": "2026-03-02"}, "USD", 1, cost_nano=10**9)
     text = shown([LINES[0], other])
     totals = text[text.index("total") :]
-    assert "1234.5679 CNY" in totals
+    assert "1,234.5679 CNY" in totals
     assert "1.0000 USD" in totals
 
 
@@ -292,7 +302,7 @@ def test_two_groups_fit_a_terminal() -> None:
         usage_table([replace(line, overhead_prompt_tokens=0, overhead_completion_tokens=0) for line in LINES])
     )
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "1234.5679" in text
+    assert "1,234.5679" in text
     assert "2026-03-01" in text
 
 

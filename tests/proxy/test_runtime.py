@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from proxy.access.keys import Key
 from proxy.http1 import RequestHead
 from tests.proxy.fakes import World
 
@@ -28,3 +29,20 @@ def test_a_base_url_without_v1_gets_a_hint(path: bytes, hinted: bool) -> None:
     assert admission.error is not None
     assert admission.error.code == "not_found"
     assert (HINT in admission.error.message) == hinted
+
+
+def test_a_path_that_is_not_there_is_named_beside_those_that_are() -> None:
+    path = b"/v1/\xe4" + b"x" * 100 + b"?key=secret"
+    admission = World("a").runtime.admit(RequestHead(b"GET", path, 1, keep_alive=True), "127.0.0.1")
+    assert admission.error is not None
+    assert admission.error.message == (
+        rf"there is no path '/v1/\xe4{'x' * 59}' here, but /v1/chat/completions, /v1/completions, /tokenize, "
+        "/detokenize and /v1/models"
+    )
+
+
+def test_models_behind_the_wall_of_a_data_class_are_not_listed() -> None:
+    world = World("a", "b", aliases={"alias": "far"})
+    world.backend("b").models = frozenset({"far"})
+    assert list(world.runtime.models(None)) == ["alias", "far", "m"]
+    assert list(world.runtime.models(Key("abcdefghij", "acme", data_class="internal"))) == ["m"]

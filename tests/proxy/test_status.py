@@ -49,9 +49,20 @@ def test_one_screen_says_it_all() -> None:
     assert rows["requests"] == "requests  1: 1 ok, 0 turned away, 0 failed,"
     assert "          0 left by their client, 0 with errors of their client" in text
     assert rows["tokens"] == "tokens    7 in (0 cached), 5 out"
-    assert rows["cost"] == "cost      0.0000 EUR"
+    assert rows["cost"] == "cost      <0.0001 EUR"
     assert "ledger" not in rows
     assert "reload" not in text
+
+
+def test_no_cost_is_not_shown_as_a_figure() -> None:
+    _, now = busy()
+    for row in now["backends"]:
+        row["cost"] = 0.0
+    assert "cost      unpriced, or free" in shown(now)
+    now["tokens"] = {"prompt": 0, "cached": 0, "completion": 0}
+    assert "cost      nothing yet" in shown(now)
+    now["backends"][0]["cost"] = 1234.56789
+    assert "cost      1,234.5679 EUR" in shown(now)
 
 
 def test_a_reload_that_was_refused_is_told() -> None:
