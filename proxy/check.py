@@ -76,9 +76,9 @@ def _check_policy(file: Path, text: str, known: KnownNames | None) -> Report:
     try:
         return _good(str(file), "policy", "", [], read_policy(text, str(file), known))
     except FileProblems as error:
-        return Report(
-            str(file), "policy", False, str(error), [(error.name, problem) for problem in error.problems]
-        )
+        error = without_secrets(error)
+        problems = [(error.name, problem) for problem in error.problems]
+        return Report(str(file), "policy", False, str(error), problems)
 
 
 def _without_configuration(report: Report, path: Path, error: FileProblems | OSError) -> Report:

@@ -315,8 +315,10 @@ class Service:
             if built.endpoints.get(name) is not endpoint:
                 endpoint.pool.close()
         if built.prices.currency != runtime.prices.currency:
-            log.warning("budgets of this month begin anew: they count %s from now on", built.prices.currency)
-            runtime.limits.begin_anew()
+            log.warning(
+                "budgets count %s from now on, and what was counted in it before", built.prices.currency
+            )
+            runtime.limits.change_currency(runtime.prices.currency, built.prices.currency)
         runtime.use(built)
         runtime.fleet.replace(built.backends)
         runtime.valve.swap(built.policy.rules, runtime.now())

@@ -179,6 +179,8 @@ class Limits:
         self._zone = zone
         begin, self._month_end = month_bounds(wall, zone)
         self._usage: dict[str, Usage] = {}
+        self._months: dict[str, dict[str, Month]] = {}
+        """By currency, other than the present one: what was counted in it before."""
         if spent is not None:
             for key_id, nano in spent(begin).items():
                 self._usage[key_id] = Usage(Month(self._month_end, nano))
@@ -270,10 +272,16 @@ class Limits:
             usage.month = Month(self._month_end)
         return usage
 
-    def begin_anew(self) -> None:
-        """Count money from nothing: it is in another currency from now on. What runs settles into the old."""
-        for usage in self._usage.values():
-            usage.month = Month(self._month_end)
+    def change_currency(self, old: str, new: str) -> None:
+        """Count money in another currency from now on: from nothing, or on from where it was last counted in it (a
+        mistake that is mended grants no budget anew). What runs settles into the old."""
+        self._months[old] = {key_id: usage.month for key_id, usage in self._usage.items()}
+        known = self._months.pop(new, {})
+        for key_id, usage in self._usage.items():
+            month = known.get(key_id)
+            if month is None or month.end != self._month_end:
+                month = Month(self._month_end)
+            usage.month = month
 
     def keep(self, ids: Collection[str]) -> None:
         """Drop the state of keys not among `ids` (a set). Their running requests may still settle."""

@@ -269,3 +269,11 @@ def test_names_of_backends_in_parameters_are_checked(folder: Path) -> None:
     )
     (problem,) = reported("night.yaml")["problems"]
     assert (problem["line"], problem["column"], problem["suggestion"]) == (3, 44, "appliance")
+
+
+def test_a_secret_in_a_policy_file_is_not_shown(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text("rules: [{name: all, api_key: sk-verysecret}]\n")
+    for result in (check(str(file)), check(str(file), "--json")):
+        assert result.exit_code == 1
+        assert "sk-verysecret" not in result.output

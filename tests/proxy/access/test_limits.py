@@ -372,14 +372,19 @@ def test_what_was_spent_this_month_is_loaded_at_start() -> None:
     assert asked == [datetime(2025, 11, 1, tzinfo=UTC).timestamp()]
 
 
-def test_another_currency_begins_the_month_anew() -> None:
+def test_another_currency_is_counted_by_itself() -> None:
     limits = Limits(NOVEMBER, lambda since: {"abcdefghij": 60})
     limited = key(budget_nano=100)
     running = admit(limits, limited, cost=40)
-    limits.begin_anew()
+    limits.change_currency("USD", "CNY")
     limits.settle(running, 0, 40, 0.0)
     admit(limits, limited, cost=100)
     refuse(limits, limited, cost=1)
+    limits.change_currency("CNY", "USD")
+    refuse(limits, limited, cost=1)  # what was a mistake grants nothing anew
+    admit(limits, limited, cost=100, wall=DECEMBER)
+    limits.change_currency("USD", "CNY")
+    admit(limits, limited, cost=100, wall=DECEMBER)
 
 
 def test_months_follow_the_configured_zone() -> None:
