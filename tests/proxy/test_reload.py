@@ -93,7 +93,7 @@ async def test_what_waits_for_the_next_start_is_told_and_nothing_else(
     assert "next start" not in caplog.text
 
 
-async def test_another_currency_begins_budgets_anew(
+async def test_another_currency_is_counted_by_itself(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert service.path is not None
@@ -104,7 +104,22 @@ async def test_another_currency_begins_budgets_anew(
     service.path.write_text(service.path.read_text() + "currency: CNY\n")
     assert service.reload()
     assert limits.check(budget, 0.0, time.time()) is None
-    assert "they count CNY from now on" in caplog.text
+    assert "budgets count CNY from now on" in caplog.text
+    service.path.write_text(service.path.read_text().replace("currency: CNY\n", ""))
+    assert service.reload()
+    assert limits.check(budget, 0.0, time.time()) is not None
+
+
+async def test_a_file_that_a_refused_reload_missed_is_watched(service: Service, tmp_path: Path) -> None:
+    assert service.path is not None
+    key = tmp_path / "key"
+    service.path.write_text(service.path.read_text().replace("[m]}", f"[m], api_key_file: {key}}}"))
+    assert not service.reload()
+    assert seen(service)
+    key.write_text("sk-1\n")
+    assert not seen(service)
+    assert service.reload()
+    assert seen(service)
 
 
 async def test_no_secret_gets_into_the_log(service: Service, caplog: pytest.LogCaptureFixture) -> None:
