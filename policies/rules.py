@@ -22,6 +22,7 @@ from math import inf
 
 from policies.base import Hold, Reject, RequestFacts, Send
 from policies.candidates import Candidates, CandidateSets, SpillState
+from policies.constraints import RETRY_AFTER_S
 from policies.match import Hours, Match, Selector
 from policies.routing import AVAILABILITY, TIERS, Candidate, Routing, copy_figures
 from policies.rule import Queue, Rule, Spill, Tier
@@ -42,9 +43,6 @@ __all__ = [
 ]
 
 NOTHING_TRIED: frozenset[str] = frozenset()
-
-RETRY_AFTER_S = 5.0
-"""What a client is told to wait when no backend is up: probes and breakers move on this scale."""
 
 
 class RuleSet:

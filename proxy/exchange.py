@@ -294,10 +294,6 @@ class Exchange(Relay):
         assert self.facts is not None
         message, param = decision.reason, None
         if decision.code == "model_not_found":
-            if any(not backend.models for backend in self.runtime.fleet):
-                message = "not every backend has said yet which models it has, so yours may be there"
-                self.refuse(RequestError("no_backend", message, retry_after_s=5.0))
-                return
             message, param = f"the model {self.row.model[:128]!r} does not exist", "model"
         self.refuse(RequestError(decision.code, message or decision.code, param, decision.retry_after_s))
 

@@ -1080,13 +1080,16 @@ def test_the_request_of_a_backend_holds_our_fields_and_none_of_the_clients_crede
 
 def test_a_model_is_not_said_to_be_missing_while_a_backend_has_named_none_yet() -> None:
     world = World("a", "b")
-    world.backend("a").models = world.backend("b").models = frozenset()
+    for backend in world.runtime.fleet:
+        backend.models, backend.models_unknown, backend.models_awaited = frozenset(), "not asked yet", True
     world.runtime.fleet.replace(list(world.runtime.fleet))
     exchange = world.start()
-    error = client_of(exchange).read().error
-    assert (error["code"], exchange.row.status) == ("no_backend", 503)
+    found = client_of(exchange).read()
+    assert (found.error["code"], found.status) == ("no_backend", 503)
+    assert found.fields["retry-after"] == "5"
 
-    world.backend("a").models = world.backend("b").models = frozenset({"another"})
+    for backend in world.runtime.fleet:  # one that refuses to name them for good keeps nobody waiting
+        backend.models_unknown, backend.models_awaited = "GET /v1/models: 401", False
     world.runtime.fleet.replace(list(world.runtime.fleet))
     exchange = world.start()
     error = client_of(exchange).read().error
