@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 import ssl
+from typing import Any
 
 import orjson
 import pytest
 
+from policies.match import Selector
 from proxy.access.keys import Key
 from proxy.exchange import MOVES, Exchange, State
 from proxy.relay import WHOLE_ANSWER_BYTES
@@ -1094,6 +1096,25 @@ def test_a_model_is_not_said_to_be_missing_while_a_backend_has_named_none_yet() 
     exchange = world.start()
     error = client_of(exchange).read().error
     assert (error["code"], error["param"], exchange.row.status) == ("model_not_found", "model", 404)
+
+
+def test_a_model_that_nobody_may_serve_is_refused_with_the_reason() -> None:
+    world = World("a", aliases={"gpt": "demmo", "good": "m"})
+
+    def told(**fields: Any) -> str:
+        error = client_of(world.start(**fields)).read().error
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+        return str(error["message"])
+
+    assert told(model="x") == "the model 'x' does not exist"
+    assert told(model="gpt") == "the alias 'gpt' stands for 'demmo', which no backend serves"
+    rules = world.runtime.valve.rules.rules
+    rules[0].require = Selector(sites=frozenset({"nowhere"}))
+    world.runtime.fleet.version += 1
+    for model in ("m", "good"):
+        assert told(model=model) == (
+            f"the policy of this proxy lets no backend serve the model '{model}' to this request"
+        )
 
 
 def test_only_a_full_tier_spills() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from proxy.http1 import RequestHead
@@ -28,3 +30,31 @@ def test_a_base_url_without_v1_gets_a_hint(path: bytes, hinted: bool) -> None:
     assert admission.error is not None
     assert admission.error.code == "not_found"
     assert (HINT in admission.error.message) == hinted
+
+
+def test_an_alias_that_leads_nowhere_is_told_once_all_models_are_known(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World("a", "b", aliases={"good": "m", "bad": "demmo"})
+    runtime, late = world.runtime, world.backend("b")
+
+    def told() -> list[str]:
+        with caplog.at_level(logging.WARNING):
+            runtime.sweep(world.loop.now)
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return messages
+
+    late.models_unknown = "not asked yet"
+    assert told() == []
+    late.models_unknown = ""
+    runtime.fleet.version += 1
+    warning = "the alias 'bad' stands for 'demmo', which no backend serves"
+    assert told() == [warning]
+    runtime.fleet.version += 1
+    assert told() == []
+    runtime.use(runtime.built)
+    assert told() == [warning]
+    late.models = frozenset({"demmo"})
+    runtime.use(runtime.built)
+    assert told() == []
