@@ -89,7 +89,11 @@ def _refusal(request: RequestFacts, passed: int, longest: int, awaited: bool) ->
     if passed == 0:
         return Reject("model_not_found", f"no backend serves model {request.model!r}")
     if passed == 1:
-        return Reject("data_class", f"no site that serves it accepts data class {request.data_class!r}")
+        message = (
+            f"no site with the model {request.model!r} accepts data class {request.data_class!r}, "
+            "which this request has by its API key ('public' without one)"
+        )
+        return Reject("data_class", message)
     if passed == 2:
         message = f"prompt and answer do not fit the longest context of {request.model!r}, {longest} tokens"
         return Reject("context_length", message)

@@ -69,6 +69,12 @@ def test_the_refusal_is_named_after_the_check_that_the_best_of_them_failed() -> 
     assert code(request()) == "model_not_found"
     assert code(restricted, absent) == "model_not_found"
     assert code(restricted, shut, absent) == "data_class"
+    refusal = feasible(restricted, [shut, absent]).refusal
+    assert refusal is not None
+    assert refusal.reason == (
+        "no site with the model 'm' accepts data class 'restricted', "
+        "which this request has by its API key ('public' without one)"
+    )
     assert code(restricted, absent, short, shut) == "context_length"
     assert code(restricted, short, backend("good"), shut) == ""
 
