@@ -300,10 +300,13 @@ class Exchange(Relay):
     def _no_model(self, model: str) -> str:
         """What the client is told of a model that nothing may serve it."""
         asked = self.row.model[:128]
-        if any(model in backend.models for backend in self.runtime.fleet):
+        fleet = self.runtime.fleet
+        if any(model in backend.models for backend in fleet):
             return f"the policy of this proxy lets no backend serve the model {asked!r} to this request"
         if model != self.row.model:
             return f"the alias {asked!r} stands for {model[:128]!r}, which no backend serves"
+        if any(backend.models_unknown for backend in fleet):
+            return f"no backend is known to serve the model {asked!r}"
         return f"the model {asked!r} does not exist"
 
     # Sending

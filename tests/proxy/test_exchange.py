@@ -1096,6 +1096,7 @@ def test_a_model_is_not_said_to_be_missing_while_a_backend_has_named_none_yet() 
     exchange = world.start()
     error = client_of(exchange).read().error
     assert (error["code"], error["param"], exchange.row.status) == ("model_not_found", "model", 404)
+    assert error["message"] == "no backend is known to serve the model 'm'"
 
 
 def test_a_model_that_nobody_may_serve_is_refused_with_the_reason() -> None:
