@@ -41,19 +41,18 @@ class SpillState:
     saturation: float = 0.0
     """As last seen; inf: no backend of the tier was available."""
 
-    def move(self, saturation: float, now: float) -> bool:
-        """Take a new figure. True: it opened or closed."""
+    def move(self, saturation: float, now: float) -> None:
+        """Take a new figure, and open or close by it."""
         self.saturation = saturation
         if self.open:
             if saturation >= self.spill.leave:
-                return False
+                return
         elif saturation < self.spill.enter:
-            return False
+            return
         else:
             self.openings += 1
         self.open = not self.open
         self.moved_at = now
-        return True
 
 
 KNOWN_FALLBACKS = 256
@@ -134,7 +133,6 @@ class CandidateSets:
 
     def __init__(self) -> None:
         self.spills: dict[tuple[str, int, frozenset[str]], SpillState] = {}
-        self.open_spills: set[tuple[str, int, frozenset[str]]] = set()
         self._fleet: Fleet | None = None
         self._version = -1
         self._found: dict[tuple[str, str, str, int], Candidates] = {}
@@ -154,22 +152,12 @@ class CandidateSets:
             found = self._found[key] = self._build(rule, request, fleet)
         return found
 
-    def moved(self, state: SpillState) -> None:
-        """Note that a flag has opened or closed."""
-        key = (state.rule, state.tier, state.backends)
-        if state.open:
-            self.open_spills.add(key)
-        else:
-            self.open_spills.discard(key)
-
-    def close_spills(self, fleet: Fleet, now: float) -> None:
-        """Take a new figure for every open flag."""
-        for key in tuple(self.open_spills):
-            state = self.spills[key]
+    def move_spills(self, fleet: Fleet, now: float) -> None:
+        """Take a new figure for every flag."""
+        for state in self.spills.values():
             backends = [fleet[name] for name in state.backends if name in fleet.backends]
             available = [backend for backend in backends if backend.available]
-            if state.move(mean_saturation(available, now), now):
-                self.moved(state)
+            state.move(mean_saturation(available, now), now)
 
     def _forget(self, fleet: Fleet) -> None:
         self._fleet, self._version = fleet, fleet.version
@@ -184,7 +172,6 @@ class CandidateSets:
         names = fleet.backends.keys()
         for key in [key for key in self.spills if not key[2] <= names]:
             del self.spills[key]
-            self.open_spills.discard(key)
 
     def _build(self, rule: Rule, request: RequestFacts, fleet: Fleet) -> Candidates:
         found = feasible(request, fleet, rule.allows, rule.name)

@@ -3,15 +3,18 @@
 The same check stands before a first choice, a spill and a retry. It says nothing about whether a backend is
 up: a backend can be feasible and not available. The difference makes the answer: a request that nothing may
 serve is the client's to change (`model_not_found`, `data_class`, `context_length`); one whose backends are
-all down is not (`no_backend`).
+all down is not (`no_backend`), nor is one for a model that a backend may name at the next look.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from policies.base import BackendView, Reject, RequestFacts
+
+RETRY_AFTER_S: Final = 5.0
+"""What a client is told to wait when no backend is up: probes and breakers move on this scale."""
 
 AnyBackend = TypeVar("AnyBackend", bound=BackendView)
 
@@ -53,10 +56,16 @@ def feasible(
     need = least_context(request)
     longest = 0
     passed = 0  # checks that the best of the removed ones has passed
+    awaited = False
     for backend in backends:
         limit = backend.context_tokens.get(request.model)
         if request.model not in backend.models:
-            removed[backend.name] = f"does not serve {request.model}"
+            unknown = backend.models_unknown
+            if unknown:
+                removed[backend.name] = f"models unknown: {unknown}"
+            else:
+                removed[backend.name] = f"does not serve {request.model}"
+            awaited = awaited or backend.models_awaited
         elif backend.data_classes is not None and request.data_class not in backend.data_classes:
             removed[backend.name] = f"{backend.site} does not accept data class {request.data_class}"
             passed = max(passed, 1)
@@ -69,15 +78,22 @@ def feasible(
             passed = 3
         else:
             kept.append(backend)
-    return Feasible(kept, removed, None if kept else _refusal(request, passed, longest))
+    return Feasible(kept, removed, None if kept else _refusal(request, passed, longest, awaited))
 
 
-def _refusal(request: RequestFacts, passed: int, longest: int) -> Reject:
+def _refusal(request: RequestFacts, passed: int, longest: int, awaited: bool) -> Reject:
     """The answer; it holds for every request of the same kind and length bucket, so it names none's length."""
+    if passed == 0 and awaited:
+        message = "not every backend has said yet which models it has, so yours may be there"
+        return Reject("no_backend", message, RETRY_AFTER_S)
     if passed == 0:
         return Reject("model_not_found", f"no backend serves model {request.model!r}")
     if passed == 1:
-        return Reject("data_class", f"no site that serves it accepts data class {request.data_class!r}")
+        message = (
+            f"no site with the model {request.model!r} accepts data class {request.data_class!r}, "
+            "which this request has by its API key ('public' without one)"
+        )
+        return Reject("data_class", message)
     if passed == 2:
         message = f"prompt and answer do not fit the longest context of {request.model!r}, {longest} tokens"
         return Reject("context_length", message)

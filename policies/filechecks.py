@@ -124,7 +124,8 @@ def _tiers(rule: Rule, at: Path, known: KnownNames | None) -> Iterator[Finding]:
                 break
         for number, site in enumerate((rule.prefer or ())[place].site or ()):
             means_site = site not in (ANY_SITE, REMOTE) and (known is None or site in known.all_sites)
-            if means_site and require.sites and not sites_include(require.sites, site):
+            outside = means_site and require.sites and not sites_include(require.sites, site)
+            if outside or (tier.sites == {REMOTE} and require.sites == {LOCAL}):
                 message = f"site '{site}' is not among the rule's sites ({_sites(rule.sites or ())})"
                 yield Finding((*path, "site", number), message)
 

@@ -8,7 +8,8 @@ A tier with `spill` is open or closed, with hysteresis: it opens when the capaci
 its available backends reaches `enter`, and closes below `leave`. While closed, the tier takes every request,
 on its backends with a free slot if there are any (so `enter` above 1 lets the engine queue a little). While
 open, it still takes a request whenever one of its backends has a free slot. A tier without `spill` takes a
-request only with a free slot. The flag itself is what sessions, waking and alerts go by.
+request only with a free slot. The flag itself is what sessions, waking and alerts go by. Requests move it, and so
+do polls, both ways: a tier that is full spills, whether or not the next request has come.
 
 Saturation is taken over the backends that may serve the request at hand: one model being full says nothing
 about another. So the flag is kept per tier and set of feasible backends, which in a fleet with one model is
@@ -22,6 +23,7 @@ from math import inf
 
 from policies.base import Hold, Reject, RequestFacts, Send
 from policies.candidates import Candidates, CandidateSets, SpillState
+from policies.constraints import RETRY_AFTER_S
 from policies.match import Hours, Match, Selector
 from policies.routing import AVAILABILITY, TIERS, Candidate, Routing, copy_figures
 from policies.rule import Queue, Rule, Spill, Tier
@@ -42,9 +44,6 @@ __all__ = [
 ]
 
 NOTHING_TRIED: frozenset[str] = frozenset()
-
-RETRY_AFTER_S = 5.0
-"""What a client is told to wait when no backend is up: probes and breakers move on this scale."""
 
 
 class RuleSet:
@@ -74,9 +73,8 @@ class RuleSet:
         return self._sets.find(self.rule_for(request), request, fleet)
 
     def observe(self, fleet: Fleet, now: float) -> None:
-        """Let spill flags close that no request asks for any more."""
-        if self._sets.open_spills:
-            self._sets.close_spills(fleet, now)
+        """Let the spill flags follow the load while no request comes to move them."""
+        self._sets.move_spills(fleet, now)
 
     def route(
         self, request: RequestFacts, fleet: Fleet, now: float, tried: frozenset[str] = NOTHING_TRIED
@@ -114,8 +112,8 @@ class RuleSet:
             spill = tier.spill
             if spill is not None:
                 # What is left after failed attempts says nothing about the tier.
-                if not tried and spill.move(mean, now):
-                    self._sets.moved(spill)
+                if not tried:
+                    spill.move(mean, now)
                 spilling = spilling or spill.open
                 if not free and slots and not spill.open:
                     free = list(tier.backends)

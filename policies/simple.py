@@ -211,7 +211,9 @@ class WeightedQps(Policy):
         if len(ranking) == 1:
             send = only(candidates[0])
         else:
-            send = best_first(ranking, f"most behind its share of {len(ranking)}", scores)
+            send = best_first(
+                ranking, f"furthest below its share by weight, of {len(ranking)} backends", scores
+            )
         self._decided = (request.id, gifts)
         self._price = price
         return send

@@ -14,12 +14,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import exp, inf
+from typing import Final
 
 from policies.base import BackendView, Finished, Outcome, Policy, RequestFacts
 from policies.breaker import Breaker
 
 AVERAGE_TAU_S = 10.0
 """Time constant of the TTFT, TPOT and RTT averages, seconds."""
+
+
+NOT_ASKED: Final = "not asked yet"
+"""Why the models of a backend are unknown that no probe has come to."""
 
 
 @dataclass(slots=True)
@@ -126,6 +131,7 @@ class Fleet:
         for backend in self.backends.values():
             available = (
                 backend.probed_up
+                and bool(backend.models)  # one without answers its probes, and no request
                 and not backend.draining
                 and now >= backend.backoff_until
                 and backend.breaker.allows(now)

@@ -67,6 +67,10 @@ class BackendView:
     """Its share where a policy goes by weight, 0 or more; 0: nothing, not even after a failed attempt or a wait,
     while another backend with a weight that may serve the request is available."""
     models: frozenset[str] = frozenset()
+    models_unknown: str = ""
+    """Why nobody knows yet which models it serves, in words; empty: they are known."""
+    models_awaited: bool = False
+    """They are unknown, and the next look may tell them."""
     labels: Mapping[str, str] = field(default_factory=dict)
     operator: str = ""
     location: tuple[float, float] | None = None
@@ -92,7 +96,7 @@ class BackendView:
     rtt_s: float = 0.0
     """EWMA of the network round trip; 0: not measured yet."""
     available: bool = True
-    """The one question about a backend: probed up, breaker closed, not draining."""
+    """The one question about a backend: probed up, serves a model, breaker closed, not draining."""
     running: int = 0
     waiting: int = 0
     kv_use: float = 0.0

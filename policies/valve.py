@@ -24,9 +24,10 @@ from math import inf
 
 from policies.base import Decision, Hold, Reject, RequestFacts, Send
 from policies.candidates import Candidates
+from policies.constraints import RETRY_AFTER_S
 from policies.fairness import FairQueue, Held
 from policies.routing import AVAILABILITY, TIERS, Routing, copy_figures
-from policies.rules import RETRY_AFTER_S, RuleSet
+from policies.rules import RuleSet
 from policies.state import Fleet
 
 HEADS_PER_POLL = 8

@@ -128,10 +128,10 @@ class _Watched:
 class Prober:
     """Probes all targets until it is closed.
 
-    It owns `probed_up`, `models`, `context_tokens`, the engine figures and `rtt_s` of every backend of the
-    fleet that has a target of its name, and `slots` where the target has none. `changed` is called
-    (synchronously, in the loop) whenever a backend became available or unavailable, serves other models or
-    has other slots. Without `metrics` no engine is asked for its figures.
+    It owns `probed_up`, `models` and why they are unknown, `context_tokens`, the engine figures and `rtt_s` of
+    every backend of the fleet that has a target of its name, and `slots` where the target has none. `changed`
+    is called (synchronously, in the loop) whenever a backend became available or unavailable, serves other
+    models or has other slots. Without `metrics` no engine is asked for its figures.
     """
 
     def __init__(

@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
+from typing import Any, Final
 
-from policies.state import Backend
+from policies.state import NOT_ASKED, Backend
 from probes.base import Hysteresis, ModelsSeen, ProbeResult, Sample, Target, Timing
 from probes.network import MinFilter
+
+WRONG_KEY: Final = frozenset({401, 403})
+REFUSED: Final = WRONG_KEY | {404}
+"""Answers to `GET /v1/models` that the next one will not differ from, unless somebody mends something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,23 @@ class TargetStatus:
         return self.models.names if self.target.models is None else self.models.names & self.target.models
 
     @property
+    def models_unknown(self) -> str:
+        """Why it is not known what it serves, in words; empty: a list came, or the configuration has one."""
+        if self.models is not None or self.target.models is not None:
+            return ""
+        if self.checked is not None and not self.checked.ok:
+            return self.checked.reason
+        asked = self.models_result
+        return NOT_ASKED if asked is None else self._look_mended_by or asked.reason
+
+    @property
+    def models_awaited(self) -> bool:
+        """Whether the next look may tell what it serves: it is up, and has not refused to say it."""
+        asked = self.models_result
+        refused = asked is not None and asked.status in REFUSED
+        return bool(self.models_unknown) and self.up and not refused
+
+    @property
     def context_tokens(self) -> Mapping[str, int]:
         if self.models is None:
             return {}
@@ -101,19 +122,23 @@ class TargetStatus:
         }
 
     @property
+    def _look_mended_by(self) -> str:
+        """The answer to the last look at its models, and what would mend it; empty: nothing in our hands."""
+        asked = self.models_result
+        if asked is None or asked.status is None:
+            return ""
+        if asked.status in WRONG_KEY:
+            return f"{asked.reason}: is its key right?"
+        if self.models is None and self.target.models is None:
+            return f"{asked.reason}: list its models in the configuration"
+        return ""
+
+    @property
     def misconfigured(self) -> list[str]:
         """What an operator has to mend, in words; it may be up nevertheless."""
         found = []
-        asked = self.models_result
-        if asked is not None and asked.status in (401, 403):
-            found.append(f"{asked.reason}: is its key right?")
-        elif (
-            asked is not None
-            and asked.status is not None
-            and self.models is None
-            and self.target.models is None
-        ):
-            found.append(f"{asked.reason}: list its models in the configuration")
+        if self._look_mended_by:
+            found.append(self._look_mended_by)
         if self.models is not None and self.target.models is not None:
             serves = ", ".join(sorted(self.models.names)) or "none"
             missing = sorted(self.target.models - self.models.names)
@@ -123,7 +148,7 @@ class TargetStatus:
         return found
 
     def apply(self, backend: Backend, now: float) -> bool:
-        """Bring a backend in line. True: its models, their limits or its slots changed, so caches are stale.
+        """Bring a backend in line. True: its models, what is known of them, or its slots changed: caches are stale.
 
         Whether it is available is for `Fleet.refresh` to find out, afterwards.
         """
@@ -134,10 +159,13 @@ class TargetStatus:
             backend.running, backend.waiting = sample.running, sample.waiting
             backend.kv_use, backend.sampled_at = sample.kv_use, sample.at
         served, context_tokens = self.served, self.context_tokens
-        slots = self.slots or backend.slots
-        if (served, context_tokens, slots) == (backend.models, backend.context_tokens, backend.slots):
+        slots, unknown, awaited = self.slots or backend.slots, self.models_unknown, self.models_awaited
+        before = (backend.models, backend.context_tokens, backend.slots)
+        before_unknown = (backend.models_unknown, backend.models_awaited)
+        if (served, context_tokens, slots) == before and (unknown, awaited) == before_unknown:
             return False
         backend.models, backend.context_tokens, backend.slots = served, context_tokens, slots
+        backend.models_unknown, backend.models_awaited = unknown, awaited
         return True
 
     def snapshot(self, now: float) -> dict[str, Any]:

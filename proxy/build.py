@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from policies.files import CompiledPolicy, KnownNames, library_policy, read_policy
-from policies.state import Backend
+from policies.state import NOT_ASKED, Backend
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
 from probes.base import Target, Timing
@@ -134,12 +134,15 @@ def _backend(section: BackendConfig, site: SiteConfig) -> Backend:
     if data_classes is None and section.site != "local":
         data_classes = ["public"]
     price = section.price
+    asks = section.models == "auto"
     return Backend(
         section.name,
         section.site,
         section.slots or DEFAULT_SLOTS,
         section.weight,
-        frozenset() if section.models == "auto" else frozenset(section.models),
+        frozenset() if asks else frozenset(section.models),
+        NOT_ASKED if asks else "",
+        asks,
         {**site.labels, **section.labels},
         site.operator,
         site.location,
@@ -157,6 +160,7 @@ def _update(old: Backend, fresh: Backend, section: BackendConfig) -> None:
         old.slots = section.slots
     if section.models != "auto":
         old.models = frozenset(section.models)
+        old.models_unknown, old.models_awaited = "", False
     for name in (
         "site",
         "weight",

@@ -44,6 +44,7 @@ class EmulatedSite:
     tpot_s: float
     slowdown: float
     rtt_s: float
+    """Added before every reply; connecting, which is what the probes measure, is as fast as on one machine."""
     weight: float
     price_input: float
     """Per million tokens, as the output's."""
@@ -224,7 +225,7 @@ def greeting(url: str, admin: str, config: Path) -> str:
     tidegate = _shown(script) if script.exists() else f"{python} -m proxy.cli"
     backends = "\n".join(
         f"  {backend.name:<10} {backend.slots:>2} slots   "
-        + ("local" if backend.site == "local" else f"remote, {backend.rtt_s * 1000:.0f} ms away")
+        + ("local" if backend.site == "local" else f"remote, every reply {backend.rtt_s * 1000:.0f} ms late")
         for backend in FLEET
     )
     needs = "" if importlib.util.find_spec("openai") else f"\n{python} -m pip install openai"

@@ -294,12 +294,20 @@ class Exchange(Relay):
         assert self.facts is not None
         message, param = decision.reason, None
         if decision.code == "model_not_found":
-            if any(not backend.models for backend in self.runtime.fleet):
-                message = "not every backend has said yet which models it has, so yours may be there"
-                self.refuse(RequestError("no_backend", message, retry_after_s=5.0))
-                return
-            message, param = f"the model {self.row.model[:128]!r} does not exist", "model"
+            message, param = self._no_model(self.facts.model), "model"
         self.refuse(RequestError(decision.code, message or decision.code, param, decision.retry_after_s))
+
+    def _no_model(self, model: str) -> str:
+        """What the client is told of a model that nothing may serve it."""
+        asked = self.row.model[:128]
+        fleet = self.runtime.fleet
+        if any(model in backend.models for backend in fleet):
+            return f"the policy of this proxy lets no backend serve the model {asked!r} to this request"
+        if model != self.row.model:
+            return f"the alias {asked!r} stands for {model[:128]!r}, which no backend serves"
+        if any(backend.models_unknown for backend in fleet):
+            return f"no backend is known to serve the model {asked!r}"
+        return f"the model {asked!r} does not exist"
 
     # Sending
 

@@ -28,6 +28,8 @@ def condition(row: Mapping[str, Any]) -> Text:
         return Text("down", "red")
     if row["breaker"] != "closed":
         return Text(f"breaker {row['breaker']}", "red")
+    if not row["models"]:
+        return Text("no models", "red")
     return Text("up", "green") if row["available"] else Text("away", "red")
 
 

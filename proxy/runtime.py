@@ -156,9 +156,12 @@ class Runtime:
         config = built.config
         self.built = built
         self.config = config
+        self._fleet_looked_at = -1
         self.endpoints: dict[str, Endpoint] = built.endpoints
         self.prices = built.prices
         self.aliases = config.aliases
+        self._dangling: set[str] = set()
+        """Aliases of models that nobody serves, as far as the log has them."""
         self.strict = config.durability == "strict"
         limits = config.limits
         # What every request asks for: an attribute of a pydantic model costs fifty times as much as one of ours.
@@ -404,7 +407,21 @@ class Runtime:
             endpoint.pool.sweep(now)
         self.fleet.refresh(now)
         self._tell_breakers(now)
+        self._tell_aliases()
         self.poll(now)
+
+    def _tell_aliases(self) -> None:
+        """Say in the log, once per configuration, that an alias leads nowhere: only its clients would notice."""
+        if self._fleet_looked_at == self.fleet.version:
+            return
+        self._fleet_looked_at = self.fleet.version
+        if any(backend.models_unknown for backend in self.fleet):
+            return
+        served = {model for backend in self.fleet for model in backend.models}
+        for alias, model in self.aliases.items():
+            if model not in served and alias not in self._dangling:
+                self._dangling.add(alias)
+                log.warning("the alias '%s' stands for '%s', which no backend serves", alias, model)
 
     def _tell_breakers(self, now: float) -> None:
         """Say in the log when a circuit breaker moves: traffic changes its way without any probe failing."""

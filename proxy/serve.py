@@ -477,7 +477,7 @@ def _print_banner(service: Service) -> None:
             backend.name,
             backend.site,
             runtime.endpoints[backend.name].url,
-            "up" if backend.available else "down",
+            "up" if backend.probed_up else "down",
             backend.slots,
             ", ".join(sorted(backend.models)) or "none yet",
         )

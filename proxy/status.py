@@ -106,6 +106,8 @@ def _complaints(row: State) -> Iterator[str]:
             f", for {duration(since or 0.0)}" if is_down else ""
         )
     for complaint in probe.get("misconfigured", ()):
+        if complaint in row["unavailable"]:
+            continue  # said already
         yield f"! {row['name']}: {complaint}"
 
 

@@ -183,7 +183,7 @@ class KeyStore:
             version = _setting(connection, "keys_version")
             if version == self._version:
                 return False
-            rows = connection.execute(sa.select(keys_table)).all()
+            rows: Any = connection.execute(sa.select(keys_table)).all()
         self._keys = {row.id.encode(): (row.digest, _key(row)) for row in rows if row.revoked is None}
         self._empty = not rows
         self._version = version

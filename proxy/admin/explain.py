@@ -165,6 +165,10 @@ def unavailable(runtime: Runtime, backend: Backend) -> tuple[str, float]:
         age = probe.get("since_s")
         reason = f"down: {probe.get('reason') or 'the probes say so'}"
         return reason, inf if age is None else now - age
+    if backend.models_unknown:
+        return f"models unknown: {backend.models_unknown}", inf
+    if not backend.models:
+        return "it serves no model", inf
     if not backend.breaker.allows(now):
         breaker = backend.breaker
         if breaker.trial_running:

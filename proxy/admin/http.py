@@ -66,6 +66,8 @@ def unready(runtime: Runtime) -> str:
         return "shutting down"
     if failed := runtime.journal.failed or runtime.ledger.failed:
         return f"usage cannot be recorded: {failed}"
+    if not any(backend.models for backend in runtime.fleet):
+        return "no backend serves any model"
     if not any(backend.available for backend in runtime.fleet):
         return "no backend is available"
     return ""

@@ -177,6 +177,8 @@ class Backend:
     script: list[Behaviour] = field(default_factory=list)
     then: Behaviour | None = None
     models: tuple[str, ...] = ("m",)
+    refuses_models: int = 0
+    """Status that `/v1/models` is answered with instead."""
     received: list[Request] = field(default_factory=list)
     raw: bytearray = field(default_factory=bytearray)
     """Every byte that ever came in."""
@@ -270,6 +272,8 @@ class Backend:
     async def _probe(self, wire: Wire) -> None:
         if wire.request.target == "/health":
             await wire.whole(200, b"")
+        elif wire.request.target == "/v1/models" and self.refuses_models:
+            await wire.whole(self.refuses_models, b"")
         elif wire.request.target == "/v1/models":
             rows = [{"id": name, "object": "model", "max_model_len": 4096} for name in self.models]
             await wire.whole(200, json.dumps({"object": "list", "data": rows}).encode())

@@ -224,3 +224,36 @@ async def test_keys_are_made_listed_and_revoked_by_commands(
     assert (await command("keys", "revoke", made["id"], *state))[0] == 0
     code, _, complaint = await command("keys", "revoke", "0123456789", *state)
     assert (code, "no key" in complaint) == (2, True)
+
+
+async def test_a_wrong_key_is_seen_everywhere_and_keeps_nobody_waiting(
+    start_backend: StartBackend, start_proxy: StartProxy
+) -> None:
+    backend = await start_backend(refuses_models=401)
+    probing = {"interval": 0.2, "timeout": 0.1}
+    proxy = await start_proxy({"url": backend.url, "models": "auto"}, probing=probing)
+    reason = "models unknown: GET /v1/models: 401: is its key right?"
+    code, body = await proxy.get("/readyz")
+    assert (code, json.loads(body)["reason"]) == (503, "no backend serves any model")
+    metrics = (await proxy.get("/metrics"))[1].decode()
+    assert 'tidegate_backend_available{backend="a",site="local"} 0.0' in metrics
+    (shown,) = (await proxy.state())["backends"]
+    assert (shown["probed_up"], shown["available"], shown["unavailable"]) == (True, False, reason)
+    refused = await proxy.chat()
+    assert (refused.status, refused.code) == (404, "model_not_found")
+    _, text, _ = await command("explain", refused.id, "--admin", proxy.admin.removeprefix("http://"))
+    assert f"a was out: {reason}" in text
+
+    backend.refuses_models = 0
+    await eventually(lambda: proxy.backend("a").available)
+    assert (await proxy.get("/readyz"))[0] == 200
+    assert (await proxy.chat()).status == 200
+
+
+async def test_a_list_of_models_that_may_still_come_is_worth_another_try(
+    start_backend: StartBackend, start_proxy: StartProxy
+) -> None:
+    backend = await start_backend(refuses_models=500)
+    proxy = await start_proxy({"url": backend.url, "models": "auto"}, probing={})
+    answer = await proxy.chat()
+    assert (answer.status, answer.code) == (503, "no_backend")

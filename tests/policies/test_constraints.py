@@ -23,6 +23,19 @@ def test_a_model_is_served_under_its_exact_name_only() -> None:
     assert found.removed == {"b": "does not serve m", "c": "does not serve m"}
 
 
+def test_a_backend_whose_models_are_unknown_is_out_for_that_and_keeps_the_door_open_if_they_may_come() -> (
+    None
+):
+    facts = {"models": frozenset(), "models_unknown": "GET /v1/models: 401"}
+    refusing, asked, other = backend("x", **facts), backend("y", **facts, models_awaited=True), backend("z")
+    found = feasible(request(), [refusing, other])
+    assert found.removed == {"x": "models unknown: GET /v1/models: 401"}
+    assert code(request(model="n"), refusing, other) == "model_not_found"
+    assert code(request(model="n"), refusing, asked, other) == "no_backend"
+    shut = backend("shut", data_classes=PUBLIC)  # it has the model: no news can make that one fit
+    assert code(request(data_class="restricted"), asked, shut) == "data_class"
+
+
 def test_a_data_class_nobody_named_stays_out() -> None:
     sites = [
         backend("local"),
@@ -56,6 +69,12 @@ def test_the_refusal_is_named_after_the_check_that_the_best_of_them_failed() -> 
     assert code(request()) == "model_not_found"
     assert code(restricted, absent) == "model_not_found"
     assert code(restricted, shut, absent) == "data_class"
+    refusal = feasible(restricted, [shut, absent]).refusal
+    assert refusal is not None
+    assert refusal.reason == (
+        "no site with the model 'm' accepts data class 'restricted', "
+        "which this request has by its API key ('public' without one)"
+    )
     assert code(restricted, absent, short, shut) == "context_length"
     assert code(restricted, short, backend("good"), shut) == ""
 

@@ -235,6 +235,13 @@ p.yaml:4:36: rules[0].prefer[1].site: site 'suzhou' is not among the rule's site
   4 |     prefer: [{site: local}, {site: suzhou}]
     |                                    ^""",
     ),
+    "remote tier behind a wall around the local site": (
+        "rules:\n  - name: all\n    sites: local\n    prefer: [{site: remote}]\n",
+        """\
+p.yaml:4:21: rules[0].prefer[0].site: site 'remote' is not among the rule's sites ('local')
+  4 |     prefer: [{site: remote}]
+    |                     ^""",
+    ),
     "time and weekdays": (
         f"rules:\n  - name: night\n    when: {{time: 22-6, days: [Monday, tue-thr]}}{LAST}\n",
         """\

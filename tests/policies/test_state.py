@@ -35,7 +35,7 @@ class Hears(Policy):
 
 
 def fleet(*names: str) -> Fleet:
-    return Fleet([Backend(name) for name in names or ("a", "b")])
+    return Fleet([Backend(name, models=frozenset("m")) for name in names or ("a", "b")])
 
 
 def load(fleet: Fleet) -> dict[str, tuple[int, int]]:
@@ -220,6 +220,15 @@ def fail(backends: Fleet, name: str, now: float, times: int = 5) -> None:
 
 
 class TestAvailability:
+    def test_a_backend_without_models_is_not_available(self) -> None:
+        backends = fleet()
+        backends["a"].models = frozenset()
+        assert backends.refresh(0.0)
+        assert [backend.available for backend in backends] == [False, True]
+        backends["a"].models = frozenset("n")
+        assert backends.refresh(0.0)
+        assert backends["a"].available
+
     def test_five_failures_take_a_backend_out_and_a_trial_brings_it_back(self) -> None:
         backends = fleet()
         before = backends.version

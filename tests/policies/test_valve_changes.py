@@ -168,6 +168,22 @@ def test_a_spill_flag_closes_when_requests_end_not_when_the_next_begins() -> Non
     assert not valve.rules.spills[0].open
 
 
+def test_a_spill_flag_opens_when_its_tier_is_full_not_when_the_next_request_comes() -> None:
+    homes = fleet(backend("local", slots=1), backend("away"))
+    valve = Valve(local_first(), homes)
+    first = valve.submit(request("r0"), 0.0)
+    flag = valve.rules.spills[0]
+    assert not flag.open
+    valve.poll(1.0)
+    assert (flag.open, flag.openings, flag.moved_at, flag.saturation) == (True, 1, 1.0, 1.0)
+    valve.poll(2.0)
+    assert (flag.openings, flag.moved_at) == (1, 1.0)
+    assert decided(valve.submit(request("r1"), 3.0)) == "away"
+    release(homes, first, 4.0)
+    valve.poll(4.0)
+    assert not flag.open
+
+
 # --- retries -----------------------------------------------------------------------------------------------
 
 

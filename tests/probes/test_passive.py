@@ -119,7 +119,7 @@ def test_law_any_date_gives_a_short_time(then: int, wall: int) -> None:
 
 
 def test_a_full_backend_rests_and_its_breaker_stays_closed() -> None:
-    fleet = Fleet([Backend(name="a")])
+    fleet = Fleet([Backend(name="a", models=frozenset("m"))])
     for _ in range(20):
         lease = fleet.lease(RequestFacts(id="r", model="m"), "a", 100.0)
         fleet.release(lease, outcome_of(503, retry_after=True), 100.0)

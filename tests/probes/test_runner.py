@@ -16,7 +16,7 @@ from random import Random
 import pytest
 
 from policies.base import Outcome, RequestFacts
-from policies.state import Backend, Fleet
+from policies.state import NOT_ASKED, Backend, Fleet
 from probes.active import new_session
 from probes.base import Target, Timing
 from probes.runner import Prober, probe_once
@@ -44,7 +44,13 @@ class Bench:
     def watch(
         self, *targets: Target, timing: Timing = PATIENT, random: Random | None = None, metrics: bool = True
     ) -> None:
-        self.fleet.replace([Backend(name=target.name, slots=target.slots or 32) for target in targets])
+        self.fleet.replace(
+            [
+                Backend(target.name, slots=target.slots or 32, models_unknown=NOT_ASKED, models_awaited=True)
+                for target in targets
+            ]
+        )
+        self.fleet.refresh(self.clock.now)
         self.prober = Prober(
             targets,
             self.fleet,
@@ -365,6 +371,21 @@ async def test_the_key_goes_to_the_list_of_models_only(
     assert {path for path, _ in backend.requests} == {"/health", "/v1/models", "/metrics"}
     assert "is its key right?" in caplog.text
     assert "geheim" not in caplog.text + json.dumps(bench.prober.snapshot())
+
+
+async def test_a_backend_that_keeps_its_models_to_itself_is_not_available(
+    bench: Bench, backend: FakeBackend
+) -> None:
+    backend.models = 401
+    bench.watch(Target("a", backend.url))
+    await bench.pass_time()
+    known = bench.fleet["a"]
+    assert (known.probed_up, known.available) == (True, False)
+    assert known.models_unknown == "GET /v1/models: 401: is its key right?"
+    assert not known.models_awaited
+    backend.models = model_list("m")
+    await bench.pass_time(31.0)
+    assert (known.available, known.models_unknown, known.models) == (True, "", {"m"})
 
 
 async def test_a_hanging_backend_delays_nobody_else(bench: Bench, backend: FakeBackend) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from policies.state import Backend
+import pytest
+
+from policies.state import NOT_ASKED, Backend
 from probes.base import ModelsSeen, ProbeResult, Sample, Target, Timing
 from probes.status import Liveness, TargetStatus
 
@@ -40,7 +42,8 @@ def status_of(models: set[str] | None = None, slots: int | None = None) -> Targe
 
 
 def test_models_auto_are_those_it_serves() -> None:
-    status, backend = status_of(), Backend(name="a")
+    status = status_of()
+    backend = Backend(name="a", models_unknown=NOT_ASKED, models_awaited=True)
     assert not status.apply(backend, 0.0)
     status.learn_models(listed("m", "n"), 0.0)
     assert status.apply(backend, 0.0)
@@ -81,9 +84,45 @@ def test_what_an_operator_has_to_mend() -> None:
     assert status.misconfigured == ["serves no model"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason", "awaited"),
+    [
+        (None, NOT_ASKED, True),
+        (refused(500), "GET /v1/models: 500: list its models in the configuration", True),
+        (ProbeResult(False, "GET /v1/models: no answer", 1.0), "GET /v1/models: no answer", True),
+        (refused(401), "GET /v1/models: 401: is its key right?", False),
+        (refused(403), "GET /v1/models: 403: is its key right?", False),
+        (refused(404), "GET /v1/models: 404: list its models in the configuration", False),
+        (listed("m"), "", False),
+        (listed(), "", False),
+    ],
+)
+def test_why_models_are_unknown_and_whether_they_may_come(
+    answer: ProbeResult[Any] | None, reason: str, awaited: bool
+) -> None:
+    status, backend = status_of(), Backend(name="a")
+    if answer is not None:
+        status.learn_check(alive(), 0.0)
+        status.learn_models(answer, 0.0)
+    status.apply(backend, 0.0)
+    assert (backend.models_unknown, backend.models_awaited) == (reason, awaited)
+
+
+def test_nothing_is_awaited_of_a_backend_that_is_down() -> None:
+    status, backend = status_of(), Backend(name="a")
+    status.learn_check(dead(), 0.0)
+    status.apply(backend, 0.0)
+    assert (backend.models_unknown, backend.models_awaited) == ("TCP connect: Connection refused", False)
+    status, backend = status_of({"m"}), Backend(name="b")  # the configuration knows them
+    status.learn_check(dead(), 0.0)
+    status.apply(backend, 0.0)
+    assert (backend.models_unknown, backend.models_awaited) == ("", False)
+
+
 def test_slots_come_from_the_engine_unless_the_configuration_gives_them() -> None:
     for configured, reported, slots in [(None, 22.75, 22), (None, 0.4, 1), (None, None, 32), (24, 99.0, 24)]:
-        status, backend = status_of(slots=configured), Backend(name="a", slots=configured or 32)
+        status, backend = status_of({"m"}, configured), Backend("a", slots=configured or 32)
+        status.apply(backend, 0.0)
         status.learn_metrics(sampled(0.0, max_concurrency=reported))
         assert status.apply(backend, 0.0) == (slots != (configured or 32))
         assert backend.slots == slots

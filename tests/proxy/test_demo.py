@@ -216,6 +216,7 @@ def row(name: str, site: str, **values: Any) -> dict[str, Any]:
         "probed_up": True,
         "breaker": "closed",
         "draining": False,
+        "models": ["demo"],
         "in_flight": 0,
         "slots": 4,
         "saturation": 0.0,
@@ -307,6 +308,7 @@ def test_the_live_view_before_the_first_sample() -> None:
         ({"probed_up": False}, "down"),
         ({"breaker": "open", "available": False}, "breaker open"),
         ({"available": False}, "away"),
+        ({"models": [], "available": False}, "no models"),
     ],
 )
 def test_the_state_of_a_backend(values: dict[str, Any], word: str) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 import ssl
+from typing import Any
 
 import orjson
 import pytest
 
+from policies.match import Selector
 from proxy.access.keys import Key
 from proxy.exchange import MOVES, Exchange, State
 from proxy.relay import WHOLE_ANSWER_BYTES
@@ -1080,17 +1082,40 @@ def test_the_request_of_a_backend_holds_our_fields_and_none_of_the_clients_crede
 
 def test_a_model_is_not_said_to_be_missing_while_a_backend_has_named_none_yet() -> None:
     world = World("a", "b")
-    world.backend("a").models = world.backend("b").models = frozenset()
+    for backend in world.runtime.fleet:
+        backend.models, backend.models_unknown, backend.models_awaited = frozenset(), "not asked yet", True
     world.runtime.fleet.replace(list(world.runtime.fleet))
     exchange = world.start()
-    error = client_of(exchange).read().error
-    assert (error["code"], exchange.row.status) == ("no_backend", 503)
+    found = client_of(exchange).read()
+    assert (found.error["code"], found.status) == ("no_backend", 503)
+    assert found.fields["retry-after"] == "5"
 
-    world.backend("a").models = world.backend("b").models = frozenset({"another"})
+    for backend in world.runtime.fleet:  # one that refuses to name them for good keeps nobody waiting
+        backend.models_unknown, backend.models_awaited = "GET /v1/models: 401", False
     world.runtime.fleet.replace(list(world.runtime.fleet))
     exchange = world.start()
     error = client_of(exchange).read().error
     assert (error["code"], error["param"], exchange.row.status) == ("model_not_found", "model", 404)
+    assert error["message"] == "no backend is known to serve the model 'm'"
+
+
+def test_a_model_that_nobody_may_serve_is_refused_with_the_reason() -> None:
+    world = World("a", aliases={"gpt": "demmo", "good": "m"})
+
+    def told(**fields: Any) -> str:
+        error = client_of(world.start(**fields)).read().error
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+        return str(error["message"])
+
+    assert told(model="x") == "the model 'x' does not exist"
+    assert told(model="gpt") == "the alias 'gpt' stands for 'demmo', which no backend serves"
+    rules = world.runtime.valve.rules.rules
+    rules[0].require = Selector(sites=frozenset({"nowhere"}))
+    world.runtime.fleet.version += 1
+    for model in ("m", "good"):
+        assert told(model=model) == (
+            f"the policy of this proxy lets no backend serve the model '{model}' to this request"
+        )
 
 
 def test_only_a_full_tier_spills() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from proxy.access.keys import Key
@@ -46,3 +48,31 @@ def test_models_behind_the_wall_of_a_data_class_are_not_listed() -> None:
     world.backend("b").models = frozenset({"far"})
     assert list(world.runtime.models(None)) == ["alias", "far", "m"]
     assert list(world.runtime.models(Key("abcdefghij", "acme", data_class="internal"))) == ["m"]
+
+
+def test_an_alias_that_leads_nowhere_is_told_once_all_models_are_known(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World("a", "b", aliases={"good": "m", "bad": "demmo"})
+    runtime, late = world.runtime, world.backend("b")
+
+    def told() -> list[str]:
+        with caplog.at_level(logging.WARNING):
+            runtime.sweep(world.loop.now)
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return messages
+
+    late.models_unknown = "not asked yet"
+    assert told() == []
+    late.models_unknown = ""
+    runtime.fleet.version += 1
+    warning = "the alias 'bad' stands for 'demmo', which no backend serves"
+    assert told() == [warning]
+    runtime.fleet.version += 1
+    assert told() == []
+    runtime.use(runtime.built)
+    assert told() == [warning]
+    late.models = frozenset({"demmo"})
+    runtime.use(runtime.built)
+    assert told() == []

@@ -65,6 +65,27 @@ def test_no_cost_is_not_shown_as_a_figure() -> None:
     assert "cost      1,234.5679 EUR" in shown(now)
 
 
+def test_a_backend_whose_models_are_unknown_is_told_once() -> None:
+    world = World("appliance", "nanjing")
+    reason = "GET /v1/models: 401: is its key right?"
+    world.runtime.probes = lambda: {"nanjing": {"since_s": 9.0, "reason": "", "misconfigured": [reason]}}
+    for backend in world.runtime.fleet:
+        backend.models, backend.models_unknown = frozenset(), reason
+    world.backend("appliance").models, world.backend("appliance").models_unknown = frozenset({"m"}), ""
+    world.runtime.fleet.refresh(world.loop.now)
+    now = state(world.runtime, 0.0)
+    text = shown(now)
+    assert text.count(reason) == 1
+    assert f"! nanjing: models unknown: {reason}" in text
+    assert "no models" in text
+    assert now["ready"]
+    assert [row["available"] for row in now["backends"]] == [True, False]
+
+    world.backend("appliance").models = frozenset()
+    world.runtime.fleet.refresh(world.loop.now)
+    assert "not ready: no backend serves any model" in shown(state(world.runtime, 0.0))
+
+
 def test_a_reload_that_was_refused_is_told() -> None:
     world, _ = busy()
     world.runtime.observer.reload_ok = False
