@@ -183,7 +183,7 @@ class KeyStore:
             version = _setting(connection, "keys_version")
             if version == self._version:
                 return False
-            rows: Any = connection.execute(sa.select(keys_table)).all()
+            rows = _rows(connection, sa.select(keys_table))
         self._keys = {row.id.encode(): (row.digest, _key(row)) for row in rows if row.revoked is None}
         self._empty = not rows
         self._version = version
@@ -255,7 +255,7 @@ def create_key(
 def list_keys(engine: sa.Engine) -> list[StoredKey]:
     """All keys ever made, oldest first."""
     with engine.connect() as connection:
-        rows = connection.execute(sa.select(keys_table).order_by(keys_table.c.created, keys_table.c.id)).all()
+        rows = _rows(connection, sa.select(keys_table).order_by(keys_table.c.created, keys_table.c.id))
     return [StoredKey(_key(row), row.created, row.revoked) for row in rows]
 
 
@@ -302,7 +302,13 @@ def _random_text(length: int) -> str:
     return "".join(secrets.choice(ALPHABET) for _ in range(length))
 
 
-def _key(row: sa.Row[Any]) -> Key:
+def _rows(connection: sa.Connection, statement: sa.Select[Any]) -> list[Any]:
+    """Rows of any kind: `sa.Row` is declared to be a tuple and is none, so compiled code would refuse it."""
+    result: Any = connection.execute(statement)
+    return list(result)
+
+
+def _key(row: Any) -> Key:
     return Key(
         id=row.id,
         tenant=row.tenant,
