@@ -728,7 +728,8 @@ def _unfinished(data: bytes, position: int, limit: int) -> bytes:
     return line
 
 
-_SIZE_LINES: Final = [b"%x\r\n" % size for size in range(4096)]
+SIZE_LINES: Final = [b"%x\r\n" % size for size in range(4096)]
+"""The first line of a chunk, by its size."""
 
 
 def chunk(payload: bytes) -> bytes:
@@ -736,7 +737,7 @@ def chunk(payload: bytes) -> bytes:
     size = len(payload)
     if not size:
         return b""
-    line = _SIZE_LINES[size] if size < 4096 else b"%x\r\n" % size
+    line = SIZE_LINES[size] if size < len(SIZE_LINES) else b"%x\r\n" % size
     return b"%b%b\r\n" % (line, payload)
 
 

@@ -174,14 +174,14 @@ class Meter:
         self.text_bytes += len(payload)
         self._scanned = window[-_LONGEST_USAGE:]
 
-    def recall(self, raw: bytes) -> bytes:
+    def recall(self, raw: bytes, chunked: bool = False) -> bytes:
         """Read an event that is like the last one. -> the bytes for a client that did not ask for running usage;
         empty: it is another, and `event` has to read it.
 
-        `raw`: what would be `Event.raw`, if it is one event.
+        `raw`: what would be `Event.raw`, if it is one event. `chunked`: answer with one HTTP chunk.
         """
         repeated = self._repeated
-        out = repeated.recall(raw)
+        out = repeated.recall(raw, chunked)
         if out and repeated.completion > self.completion:
             self.completion = repeated.completion
         return out

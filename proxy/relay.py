@@ -157,10 +157,10 @@ class Relay(Receiver):
         reader, meter = self.reader, self.meter
         assert reader is not None
         if self.committed and not (done or meter.done) and reader.between_events:
-            out = meter.recall(payload)
+            out = meter.recall(payload, self.chunked)
             if out:
                 self.alive = True
-                self.client.write(chunk(out) if self.chunked else out)
+                self.client.write(out)
                 return
         events = reader.feed(payload)
         if not self.alive:

@@ -14,14 +14,18 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from proxy.http1 import SIZE_LINES
+
 _TEXT: Final = re.compile(
     rb'"(?:content|text|reasoning(?:_content)?+)":"((?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*+)"[,}]'
 )
 _COMPLETION: Final = b',"completion_tokens":'
-_MAX_BYTES: Final = 4096
-"""A longer event is not kept: there is one for each open stream."""
+_MAX_BYTES: Final = 4000
+"""A longer event is not kept: there is one for each open stream. With a text it has a line in `SIZE_LINES`."""
 _MAX_TEXT: Final = 64
 """Tokens are shorter. Longer text is faster to search for than to walk through byte by byte."""
+_DECIMALS: Final = [b"%d" % number for number in range(10_000)]
+"""A count is looked up in a third of the time that writing it takes."""
 
 
 class RepeatedEvent:
@@ -67,17 +71,18 @@ class RepeatedEvent:
         self.completion = completion
         self._step = step
 
-    def recall(self, raw: bytes) -> bytes:
-        """-> the event without its usage if it is the expected one, else nothing."""
+    def recall(self, raw: bytes, chunked: bool) -> bytes:
+        """-> the event without its usage if it is the expected one, else nothing; `chunked`: as one HTTP chunk."""
         before = self._before
         if not before or not raw.startswith(before):
             return b""
         completion = self.completion + self._step
+        total = self._prompt + completion
         tail = b"%b%b%b%b%b" % (
             self._to_total,
-            str(self._prompt + completion).encode(),
+            _DECIMALS[total] if total < len(_DECIMALS) else str(total).encode(),
             _COMPLETION,
-            str(completion).encode(),
+            _DECIMALS[completion] if completion < len(_DECIMALS) else str(completion).encode(),
             self._end,
         )
         start, end = len(before), len(raw) - len(tail)
@@ -95,4 +100,9 @@ class RepeatedEvent:
                 return b""
             position += 1
         self.completion = completion
-        return b"%b%b%b" % (before, raw[start:end], self._stripped_end)
+        rest = self._stripped_end
+        size = end + len(rest)
+        if not chunked:
+            return b"%b%b%b" % (before, raw[start:end], rest)
+        # In one piece: a copy of the event for each layer would cost as much as reading it.
+        return b"%b%b%b%b\r\n" % (SIZE_LINES[size], before, raw[start:end], rest)

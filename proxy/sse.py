@@ -87,14 +87,11 @@ class EventReader:
         ):
             # The usual read: whole events of one `data` line each.
             self._at_start = False
-            first = chunk.find(b"\n\n")
-            if first == len(chunk) - 2:
-                if chunk.find(b"\n", 0, first) < 0:
-                    return [Event(chunk, chunk[6:-2])]
-            else:
-                events = _plain_events(chunk)
-                if events is not None:
-                    return events
+            if chunk.find(b"\n") == len(chunk) - 2:
+                return [Event(chunk, chunk[6:-2])]
+            events = _plain_events(chunk)
+            if events is not None:
+                return events
         return self._feed_lines(chunk)
 
     def _feed_lines(self, chunk: bytes) -> list[Event]:
@@ -179,8 +176,14 @@ class EventReader:
 def _plain_events(chunk: bytes) -> list[Event] | None:
     """Events of exactly one `data: ` line each; None when the chunk holds anything else."""
     events = []
-    for block in chunk[:-2].split(b"\n\n"):
-        if not block.startswith(b"data: ") or block.find(b"\n") >= 0:
+    blank = False
+    for line in chunk[:-1].split(b"\n"):  # by one byte: C finds that far faster than two
+        if blank:
+            if line:
+                return None
+        elif line.startswith(b"data: "):
+            events.append(Event(line + b"\n\n", line[6:]))
+        else:
             return None
-        events.append(Event(block + b"\n\n", block[6:]))
+        blank = not blank
     return events

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy.http1 import ChunkedDecoder, chunk
 from proxy.meter import Meter
 from proxy.repeated import RepeatedEvent
 from proxy.sse import EventReader
@@ -29,15 +30,21 @@ class Reading:
 
     def __init__(self, choices: int = 1) -> None:
         self.quick, self.slow = Meter(choices), Meter(choices)
-        self.recalled = 0
+        self.events = self.recalled = 0
 
     def read(self, raw: bytes) -> None:
         """Read an event both ways and compare."""
         events = EventReader().feed(raw)
-        out = self.quick.recall(raw)
+        chunked = self.events % 2 == 1
+        self.events += 1
+        out = self.quick.recall(raw, chunked)
         if out:
             self.recalled += 1
             assert len(events) == 1
+            if chunked:
+                payload, _ = ChunkedDecoder().feed(out + b"0\r\n\r\n")
+                assert out == chunk(payload)
+                out = payload
         else:
             out = b"".join(self.quick.event(e, include_usage=False, every_event=False) for e in events)
         expected = []
@@ -106,6 +113,22 @@ def test_with_several_choices_every_event_is_read() -> None:
         reading.read(token_event("x", count))
     reading.read(token_event("y", 1).replace(b'"index":0', b'"index":1'))
     assert (reading.recalled, reading.quick.completion) == (0, 4)
+
+
+@pytest.mark.parametrize("prompt", [9_990, 1_000_000])
+def test_counts_beyond_the_table_are_written(prompt: int) -> None:
+    reading = Reading()
+    for number in range(9_990, 10_010):
+        reading.read(token_event("t", number, prompt=prompt))
+    assert reading.recalled == 18
+
+
+@pytest.mark.parametrize("length", range(3_700, 4_100, 25))
+def test_events_of_any_length_are_framed(length: int) -> None:
+    reading = Reading()
+    for number in range(1, 6):
+        reading.read(token_event("t" * number * 12, number, rest=f',"system_fingerprint":"{"f" * length}"'))
+    assert reading.recalled in (0, 4)
 
 
 def test_long_text_is_searched_and_not_walked_through() -> None:
