@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from benchmarks.install_peers import environment, find_program, installed_tidegate
@@ -71,11 +72,18 @@ def start_direct(services: Services, ports: Sequence[int], core: int | None) -> 
     return Endpoint(tuple(f"http://127.0.0.1:{port}" for port in ports), None)
 
 
+@cache
 def tidegate_command() -> tuple[str, ...]:
-    """Tidegate's command line: as installed for production, else from the environment that runs this benchmark."""
+    """Tidegate's command line: as installed for production, else from the environment that runs this benchmark.
+
+    Decided once, so that an edit of the sources meanwhile does not change what is measured.
+    """
     compiled = installed_tidegate()
     if compiled is not None:
         return (str(compiled),)
+    print(
+        "tidegate is measured in plain Python: python -m benchmarks.install_peers tidegate", file=sys.stderr
+    )
     installed = Path(sys.executable).with_name("tidegate")
     return (str(installed),) if installed.exists() else (sys.executable, "-m", "proxy.cli")
 

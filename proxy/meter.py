@@ -33,7 +33,8 @@ _USAGE_TAIL: Final = re.compile(
 )
 _USAGE_ANYWHERE: Final = re.compile(rb'"usage"\s*+:\s*+(\{(?:[^{}]|\{[^{}]*+\})*+\})')
 _LONGEST_USAGE: Final = 1024
-_FINISH_REASON: Final = re.compile(rb'"finish_reason"\s*+:\s*+"')
+_FINISH_KEY: Final = b'"finish_reason"'
+_FINISH_REASON: Final = re.compile(_FINISH_KEY + rb'\s*+:\s*+"')
 _CHOICE_INDEX: Final = re.compile(rb'"choices": ?+\[\{"index": ?+([0-9]{1,4}+)')
 _CACHED: Final = re.compile(
     rb'"prompt_tokens_details":\{(?:"(?!cached_tokens")[a-z_]++":(?:null|[0-9]++),)*+"cached_tokens":([0-9]{1,12}+)'
@@ -200,8 +201,12 @@ class Meter:
             self._parsed(event, data, include_usage=True, every_event=True)
             self.failed = True
             return error_event("backend_error", "the backend aborted the request")
-        if _FINISH_REASON.search(data) is not None:
-            self.finished += 1
+        at = data.find(_FINISH_KEY)  # many times faster than a search for the expression
+        while at >= 0:
+            if _FINISH_REASON.match(data, at) is not None:
+                self.finished += 1
+                break
+            at = data.find(_FINISH_KEY, at + 1)
         at = data.rfind(_USAGE_KEY)
         if at >= 0:
             match = _USAGE_TAIL.fullmatch(data, at)
