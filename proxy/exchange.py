@@ -32,7 +32,7 @@ from proxy.access.limits import Refusal, Reservation
 from proxy.answers import error_answer
 from proxy.errors import RequestError, error_event
 from proxy.http1 import LAST_CHUNK, RequestHead, chunk
-from proxy.openai import LARGE_BODY_BYTES, RequestBody, body_for_backend, read_body
+from proxy.openai import RequestBody, body_for_backend, is_slow_to_read, read_body
 from proxy.relay import EVENTS, RAW, WHOLE, Client, Relay
 from proxy.upstream import BackendConnection, Endpoint, connect_failure
 
@@ -141,11 +141,11 @@ class Exchange(Relay):
             self._read_head(len(raw))
             if self.endpoint == "forward":
                 facts = self._forwarded(raw)
-            elif len(raw) <= LARGE_BODY_BYTES:
-                facts = self._read(read_body(self.endpoint, raw, media_urls=media_urls))
-            else:
+            elif is_slow_to_read(raw):
                 self.runtime.tasks.spawn(self._start_large(raw, media_urls), "read body")
                 return
+            else:
+                facts = self._read(read_body(self.endpoint, raw, media_urls=media_urls))
             self._admit(facts)
         except Exception as error:
             self._not_started(error)

@@ -65,8 +65,9 @@ class RequestBody:
         return (self.max_tokens or DEFAULT_EXPECTED_TOKENS) * self.choices
 
 
-LARGE_BODY_BYTES: Final = 256 * 1024
-"""Reading a larger one may take longer than other requests should wait: in a thread, then."""
+_LARGE_BODY_BYTES: Final = 256 * 1024
+_HUGE_BODY_BYTES: Final = 4 * 1024 * 1024
+_MANY_CONTAINERS: Final = 5_000
 
 COUNTED_BODY_BYTES: Final = 16 * 1024
 """In a larger one its parts are counted before it is parsed. A parser does not let others run before it is done."""
@@ -76,6 +77,18 @@ MOST_VALUES: Final = 1_000_000
 """Values in one body, roughly: a prompt of token numbers has one for each. They cost 0.05 µs each."""
 MOST_CHOICES: Final = 16_384
 """Of `n` and `best_of`: vLLM's own default limit. Beyond, forecasts of load would be nonsense."""
+
+
+def is_slow_to_read(raw: bytes) -> bool:
+    """Whether reading a body may take longer than other requests should wait: in a thread, then.
+
+    A long text is no reason: it is read in a millisecond, and a thread that asks for the interpreter gets it from a
+    busy loop only several milliseconds later.
+    """
+    size = len(raw)
+    return size > _HUGE_BODY_BYTES or (
+        size > _LARGE_BODY_BYTES and raw.count(b"{") + raw.count(b"[") > _MANY_CONTAINERS
+    )
 
 
 def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> RequestBody:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from proxy.openai import LARGE_BODY_BYTES
+from proxy.openai import is_slow_to_read
 from proxy.tasks import Tasks
 from tests.e2e.backends import Request, answers, stalls, stalls_after_head, waits
 from tests.e2e.proxy_fixtures import (
@@ -338,8 +338,9 @@ async def test_a_large_body_is_read_beside_the_loop(
     backend = await start_backend()
     proxy = await start_proxy(backend)
     client = await proxy.connect()
-    large = "x" * 2 * LARGE_BODY_BYTES
+    large = [{"type": "text", "text": "x" * 60} for _ in range(6_000)]
     good = json.dumps({"model": "m", "messages": [{"role": "user", "content": large}]}).encode()
+    assert is_slow_to_read(good)
     twice = good[:-1] + b', "model": "m"}'
     # One after the other on one connection, and in order: a small one does not overtake.
     for large_one, status in ((good, 200), (twice, 400)):
