@@ -18,6 +18,7 @@ from proxy.openai import (
     MOST_VALUES,
     RequestBody,
     body_for_backend,
+    is_slow_to_read,
     read_body,
 )
 
@@ -217,6 +218,16 @@ def test_missing_fields_are_named() -> None:
             rest = {key: value for key, value in good.items() if key != name}
             assert refused(rest, endpoint) == ("missing_field", name)
     assert read({"model": "m", "prompt_embeds": "eA=="}, "completions").model == "m"
+
+
+def test_a_long_text_is_no_reason_for_a_thread() -> None:
+    def body(content: object) -> bytes:
+        return orjson.dumps({"model": "m", "messages": [{"role": "user", "content": content}]})
+
+    assert not is_slow_to_read(body("x" * 1_000_000))
+    assert not is_slow_to_read(body([{"type": "text", "text": ""}] * 1_000))
+    assert is_slow_to_read(body([{"type": "text", "text": "x" * 60}] * 6_000))
+    assert is_slow_to_read(body("x" * 5_000_000))
 
 
 def test_a_number_beyond_64_bits_is_a_number() -> None:
