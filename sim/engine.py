@@ -364,13 +364,15 @@ class Engine:
             self._drop_cancelled()
         decodes = self._decodes
         preempted = self._evicting_admits = False
-        if self._blocks >= 0:
-            new_blocks = self._crossing[self._step % self._block]
-            if new_blocks > self._available():
+        if decodes and self._blocks >= 0:
+            at = self._step % self._block
+            new_blocks = self._crossing[at]
+            if new_blocks <= self._free:
+                self._free -= new_blocks
+            elif self._make_room(new_blocks):
                 preempted = True
-                new_blocks = self._preempt(new_blocks)
                 decodes = self._decodes
-            self._take(new_blocks)
+                new_blocks = self._crossing[at]
             self._taken = new_blocks
         budget = self._budget - decodes
         prefill = 0
@@ -391,7 +393,7 @@ class Engine:
         if prefill:
             self._steps = 1
         elif not decodes:
-            self._steps = 0
+            self._steps = self._taken = 0
             self.next_at = inf
             if self._waiting:  # everything was preempted by itself; with an empty batch there is room
                 self._begin(now)
@@ -414,7 +416,7 @@ class Engine:
         """Let the present run have happened."""
         steps, decodes = self._steps, self._decodes
         if decodes:
-            if self._blocks >= 0:
+            if steps > 1 and self._blocks >= 0:
                 self._take(self._blocks_for(steps) - self._taken)
             self._context += decodes * steps
         self._step += steps
@@ -543,20 +545,28 @@ class Engine:
             self._partial = sequence
         return tokens
 
-    def _preempt(self, new_blocks: int) -> int:
-        """Put back who was admitted last, until the next step's `new_blocks` are there. -> how many are
-        left to find."""
+    def _make_room(self, new_blocks: int) -> bool:
+        """Let the decodes take new blocks: those of the prefix cache, then those of whoever was admitted last.
+        True: somebody was preempted."""
+        available = self._available()
+        if new_blocks <= available:
+            self._take(new_blocks)
+            return False
+        # Those admitted first have taken what there was before one finds nothing.
+        self._take(available)
+        left = new_blocks - available
         step, block = self._step, self._block
-        while new_blocks > self._available():
+        while left > self._available():
             victim = next(reversed(self._running))
             if victim is self._partial:
                 self._partial = None
             else:
                 if (victim._base + step) % block == 0:
-                    new_blocks -= 1
+                    left -= 1
                 self._stop_decoding(victim)
             self._put_back(victim)
-        return new_blocks
+        self._take(left)
+        return True
 
     def _put_back(self, sequence: Sequence) -> None:
         """To the head of the queue, with nothing computed."""
@@ -574,8 +584,9 @@ class Engine:
 
     def _take(self, blocks: int) -> None:
         free = self._free - blocks
-        cache = self._cache
-        if cache is not None:
+        if free < 0:
+            cache = self._cache
+            assert cache is not None
             while free < 0:
                 cache.evict()
                 free += cache.unit_blocks
