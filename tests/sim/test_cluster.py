@@ -1,0 +1,236 @@
+"""The laws of a simulated cluster (`sim/README.md`), and what its router does when things go wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policies.files import KnownNames, read_policy
+from policies.rules import RuleSet
+from policies.state import Backend
+from sim.cluster import SECOND, Change, Cluster, Incident, Member, Result
+from sim.engine import EngineSettings, StepCost
+from sim.router import End
+from sim.workload import Arrival, Workload
+
+ENGINE = EngineSettings(
+    StepCost(alpha=20_000.0, beta=100.0, gamma=0.05, delta=50.0), max_num_seqs=8, kv_tokens=40_000
+)
+LOCAL_FIRST = """
+rules:
+  - name: local first
+    prefer:
+      - site: local
+        spill: {enter: 100%, leave: 70%}
+      - site: "*"
+    pick: least-load
+    queue: {wait: 5s, depth: 20}
+"""
+
+
+def member(name: str, site: str = "local", slots: int = 4, **values: object) -> Member:
+    backend = Backend(name, site=site, slots=slots, models=frozenset({"m"}))
+    return replace(Member(backend, ENGINE), **values)  # type: ignore[arg-type]
+
+
+def rules(members: list[Member], policy: str = LOCAL_FIRST) -> RuleSet:
+    sites = frozenset(member.backend.site for member in members)
+    return read_policy(policy, "test", KnownNames([member.backend for member in members], sites), 1).rules
+
+
+def simulate(members: list[Member], arrivals: list[Arrival], **options: object) -> tuple[Cluster, Result]:
+    cluster = Cluster(members, rules(members), **options)  # type: ignore[arg-type]
+    return cluster, cluster.run(Workload("test", arrivals))
+
+
+def every(seconds: float, count: int, prompt: int = 200, output: int = 50) -> list[Arrival]:
+    return [Arrival(round(index * seconds * SECOND), prompt, output) for index in range(count)]
+
+
+def ends(result: Result) -> Counter[End | None]:
+    return Counter(trip.end for trip in result.trips)
+
+
+# Laws
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> dict[str, object]:
+    names = ["a", "b", "c"][: draw(st.integers(1, 3))]
+    members = [
+        {
+            "name": name,
+            "site": draw(st.sampled_from(["local", "away"])),
+            "slots": draw(st.integers(1, 5)),
+            "rtt": draw(st.sampled_from([0, 1, 30_000])),
+            "overhead": draw(st.sampled_from([0, 2_000])),
+            "starts": draw(st.sampled_from([0, 0, 4 * SECOND])),
+        }
+        for name in names
+    ]
+    at = 0
+    arrivals = []
+    for index in range(draw(st.integers(1, 40))):
+        at += draw(st.sampled_from([0, 10_000, 400_000, 2 * SECOND]))
+        session = draw(st.sampled_from(["", "s", "t"]))
+        arrivals.append(
+            Arrival(
+                at,
+                draw(st.integers(1, 3000)),
+                draw(st.integers(1, 100)),
+                model=draw(st.sampled_from(["", "", "m", "unknown"])),
+                tenant=draw(st.sampled_from(["x", "y"])),
+                session=session,
+                think=draw(st.sampled_from([-1, 0, SECOND])) if session else -1,
+                hashes=tuple(range(index % 3)),
+            )
+        )
+    incidents = [
+        Incident(
+            draw(st.integers(0, 30)) * SECOND, draw(st.sampled_from(names)), draw(st.sampled_from(Change))
+        )
+        for _ in range(draw(st.integers(0, 4)))
+    ]
+    patience = draw(st.sampled_from([float("inf"), 0.5, 3.0]))
+    return {"members": members, "arrivals": arrivals, "incidents": incidents, "patience_s": patience}
+
+
+def play(scene: dict[str, object]) -> tuple[Cluster, Result]:
+    options = dict(scene)
+    members = [member(**values) for values in options.pop("members")]  # type: ignore[attr-defined]
+    arrivals = options.pop("arrivals")
+    return simulate(members, arrivals, seed=7, **options)  # type: ignore[arg-type]
+
+
+@given(scenes())
+@settings(max_examples=150)
+def test_nothing_is_lost_and_nothing_is_left(scene: dict[str, object]) -> None:
+    """Laws 1 to 4."""
+    cluster, result = play(scene)
+    trips = result.trips
+    assert sorted(trip.index for trip in trips) == list(range(len(scene["arrivals"])))  # type: ignore[arg-type]
+    for trip in trips:
+        assert trip.end is not None
+        assert trip.lease is None
+        assert trip.ended >= trip.facts.arrived
+        if trip.first_token >= 0:
+            assert trip.facts.arrived <= trip.first_token <= trip.ended
+            rtt = cluster.nodes[trip.backend].member.rtt / SECOND
+            assert trip.first_token - trip.facts.arrived >= rtt * 0.99
+        if trip.end is End.OK:
+            assert trip.sequence is not None
+            assert trip.sequence.generated == trip.arrival.output_tokens
+        if trip.attempts == 0:
+            assert trip.end in (End.REJECTED, End.GONE)
+    for backend in cluster.fleet:
+        assert backend.in_flight == backend.in_flight_tokens == 0
+    assert cluster.valve.queued == len(cluster.held) == 0
+    for node in cluster.nodes.values():
+        if node.up:
+            node.engine.advance(float("1e18"))
+            assert node.engine.running == node.engine.waiting == 0
+            assert node.engine.kv_use(1e18) == 0.0
+
+
+@given(scenes())
+@settings(max_examples=30)
+def test_the_same_seed_gives_the_same_bytes(scene: dict[str, object]) -> None:
+    """Law 5."""
+
+    def record() -> str:
+        _, result = play(scene)
+        return repr(
+            [(t.backend, t.end, t.facts.arrived, t.first_token, t.ended, t.attempts) for t in result.trips]
+        )
+
+    assert record() == record()
+
+
+# What the router does
+
+
+def test_what_fits_stays_local_and_the_rest_flows_over() -> None:
+    members = [member("local"), member("away", site="away", rtt=20_000)]
+    _, result = simulate(members, every(5.0, 10))
+    assert {trip.backend for trip in result.trips} == {"local"}
+    members = [member("local"), member("away", site="away", rtt=20_000)]
+    _, result = simulate(members, every(0.1, 40))
+    assert ends(result) == {End.OK: 40}
+    assert {trip.backend for trip in result.trips} == {"local", "away"}
+
+
+def test_a_backend_that_dies_cuts_what_has_begun_and_its_requests_go_elsewhere() -> None:
+    members = [member("local"), member("away", site="away", rtt=20_000)]
+    down = [Incident(2 * SECOND, "local", Change.DOWN)]
+    _, result = simulate(members, every(0.5, 40), incidents=down)
+    assert ends(result)[End.CUT] >= 1
+    assert ends(result)[End.OK] + ends(result)[End.CUT] == 40
+    assert any(trip.attempts == 2 and trip.backend == "away" for trip in result.trips)
+    away = [at for at, name, available in result.moves if name == "local" and not available]
+    assert away
+    assert all(
+        trip.backend == "away" for trip in result.trips if trip.facts.arrived > away[0] / SECOND + 0.01
+    )
+
+
+def test_a_backend_that_comes_back_is_used_again() -> None:
+    members = [member("local"), member("away", site="away", rtt=20_000)]
+    incidents = [Incident(2 * SECOND, "local", Change.DOWN), Incident(12 * SECOND, "local", Change.UP)]
+    _, result = simulate(members, every(0.5, 80), incidents=incidents)
+    assert result.trips[-1].backend == "local"
+
+
+def test_a_cold_start_is_waited_for() -> None:
+    members = [member("local", starts=3 * SECOND)]
+    _, result = simulate(members, every(1.0, 20))
+    assert result.trips[-1].end is End.OK
+    assert result.trips[0].end is not End.OK
+
+
+def test_errors_open_the_breaker_and_full_backends_get_their_pause() -> None:
+    members = [member("local"), member("away", site="away")]
+    fails = [Incident(5 * SECOND, "local", Change.FAIL)]
+    cluster, result = simulate(members, every(2.0, 15), incidents=fails)
+    assert ends(result) == {End.OK: 15}
+    failed = sum(trip.attempts == 2 for trip in result.trips)
+    assert failed == cluster.fleet["local"].breaker.threshold + 1  # and one trial, ten seconds later
+    members = [member("local"), member("away", site="away")]
+    full = [Incident(SECOND, "local", Change.FULL, retry_after_s=4.0)]
+    _, result = simulate(members, every(0.5, 16), incidents=full)
+    assert ends(result) == {End.OK: 16}
+    assert sum(trip.attempts == 2 for trip in result.trips) == 2
+
+
+def test_who_finds_no_room_waits_and_is_refused_when_the_queue_is_full() -> None:
+    members = [member("local", slots=1)]
+    _, result = simulate(members, every(0.0, 30))
+    assert ends(result)[End.REJECTED] == 9  # one is sent, twenty wait
+    assert max(trip.held_s for trip in result.trips) > 1.0
+    assert {trip.reason for trip in result.trips if trip.end is End.REJECTED} == {"queue_full"}
+
+
+def test_clients_that_lose_patience_free_the_engine() -> None:
+    members = [member("local", slots=50)]
+    _, result = simulate(members, every(0.0, 20, prompt=4000), patience_s=2.0)
+    assert ends(result)[End.GONE] > 0
+    assert ends(result)[End.GONE] + ends(result)[End.OK] == 20
+    waited = [trip.ended - trip.facts.arrived for trip in result.trips if trip.end is End.GONE]
+    assert waited == pytest.approx([2.0] * len(waited))
+
+
+def test_a_closed_loop_asks_again_only_after_the_answer() -> None:
+    turns = [Arrival(0, 100, 20, session="s", think=SECOND) for _ in range(5)]
+    _, result = simulate([member("local")], turns)
+    assert ends(result) == {End.OK: 5}
+    for before, after in zip(result.trips, result.trips[1:], strict=False):
+        assert after.facts.arrived == pytest.approx(before.ended + 1.0)
+
+
+def test_the_network_is_in_every_first_token() -> None:
+    near, far = ({"rtt": rtt} for rtt in (0, 80_000))
+    first = [simulate([member("local", **values)], every(5.0, 3))[1].trips[0] for values in (near, far)]
+    assert first[1].first_token - first[0].first_token == pytest.approx(0.08, abs=1e-6)
