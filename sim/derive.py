@@ -1,0 +1,251 @@
+"""`python -m sim.derive`: writes `sim/profiles/`, the cards of the white paper with the two models it measured.
+
+The paper gives the most concurrent requests that still get 15 token/s each (table 3-2) and which
+configurations keep a mean TTFT below 2 s with 32 at once (table 3-3), and nothing of how long a step takes.
+So a profile here is derived: the shape of the step's cost is the roofline law that fits published vLLM
+measurements of these model sizes on H100 (weights and KV cache are read at memory bandwidth, prompts are
+computed at the card's FLOP/s), and one figure of each configuration, its effective memory bandwidth, is set
+so that the simulated maximum is the paper's. For the cards that the paper names A to E nothing else is
+known: their effective FLOP/s are set so that table 3-3 comes out, one figure for each card.
+
+Requests start all at once, in the paper's tables as in `sim/closed_loop.py`: only so do the FLOP/s on H20's
+data sheet explain that eight of its cards keep the TTFT and four do not. If requests came one after the
+other, four would.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from math import exp, log
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from sim.closed_loop import closed_loop, most_users
+from sim.engine import EngineSettings
+from sim.profile import Limits, Origin, Profile, Source, Step, dump_profile
+
+PROMPT: Final = 1024
+OUTPUT: Final = 1024
+TOKENS_PER_S: Final = 15.0
+"""What table 3-2 asks for."""
+MAX_MODEL_LEN: Final = 5000
+
+PAPER: Final = "white paper on a computing-network acceleration ecosystem for DeepSeek models (2025)"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model's shape, in bytes and counts."""
+
+    name: str
+    short: str
+    weights: float
+    parameters: float
+    layers: int
+    kv_bytes: int
+    """Of one token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A card. What the paper does not name is known by what it did only."""
+
+    name: str
+    flops: float
+    """Dense 16-bit FLOP/s of one card."""
+    bandwidth: float | None = None
+    """Bytes per second, data sheet."""
+    memory: float | None = None
+    """Bytes, data sheet."""
+    precision: str = "bf16"
+
+
+QWEN_32B: Final = Model("DeepSeek-R1-Distill-Qwen-32B", "32b", 65.5e9, 32.8e9, 64, 262_144)
+LLAMA_70B: Final = Model("DeepSeek-R1-Distill-Llama-70B", "70b", 141.1e9, 70.6e9, 80, 327_680)
+
+CARDS: Final = {
+    card.name: card
+    for card in (
+        Card("H20", 148e12, 4.0e12, 96e9),
+        Card("L40", 181e12, 0.864e12, 48e9),
+        Card("V100", 0.6 * 125e12, 0.9e12, 32e9, "float16"),
+        Card("A", 80e12),
+        Card("B", 80e12),
+        Card("C", 700e12),
+        Card("D", 165e12),
+        Card("E", 84e12),
+    )
+}
+"""V100: 60 % of the data sheet, its kernels being old. A to E: so that table 3-3 comes out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One configuration of table 3-2."""
+
+    card: str
+    cards: int
+    model: Model
+    most: int
+    """Concurrent requests; 0: not even one gets 15 token/s."""
+
+
+CELLS: Final = tuple(
+    Cell(card, cards, model, most)
+    for card, cards, of_32b, of_70b in (
+        ("H20", 1, 24, None),
+        ("H20", 2, 80, 30),
+        ("H20", 4, 149, 80),
+        ("H20", 8, 250, 140),
+        ("L40", 2, 16, None),
+        ("L40", 4, 15, 6),
+        ("V100", 4, 33, None),
+        ("A", 4, 0, None),
+        ("A", 8, 9, None),
+        ("B", 4, 0, 0),
+        ("B", 8, 0, 0),
+        ("C", 2, 15, None),
+        ("C", 4, 42, 13),
+        ("C", 8, 50, 40),
+        ("D", 2, 66, None),
+        ("D", 4, 160, 60),
+        ("D", 8, 256, 135),
+        ("E", 2, 48, None),
+        ("E", 4, 65, 20),
+        ("E", 8, 127, 22),
+    )
+    for model, most in ((QWEN_32B, of_32b), (LLAMA_70B, of_70b))
+    if most is not None
+)
+
+LAYER_US: Final = 78.0
+"""Of a step for each layer, whatever is in it: launching kernels, talking to the other cards."""
+SEQUENCE_US: Final = 45.0
+"""Of a step for each decoding sequence."""
+TALK_US: Final = 9.0
+"""For each prompt token, on several cards."""
+NOTHING_MET_ALPHA_US: Final = 85_000.0
+"""A step of a configuration that reaches nothing: above 66.7 ms, and above 100 ms with 32 at once."""
+
+
+def step_of(cell: Cell, bandwidth: float) -> Step:
+    """The roofline law; `bandwidth`: of all cards together, bytes per second that are really reached."""
+    card, model = CARDS[cell.card], cell.model
+    computing = 1.4 * 2.0 * model.parameters / (cell.cards * card.flops) * 1e6
+    return Step(
+        alpha_us=round(0.925 * model.weights / bandwidth * 1e6 + LAYER_US * model.layers, 1),
+        beta_us=SEQUENCE_US,
+        gamma_us=round(1.15 * model.kv_bytes / bandwidth * 1e6, 6),
+        delta_us=round(computing + (TALK_US if cell.cards > 1 else 0.0), 2),
+        source=Source(
+            origin=Origin.DERIVED,
+            text=(
+                f"roofline law with an effective memory bandwidth of {bandwidth / 1e12:.3f} TB/s over "
+                f"{cell.cards} cards, set by the {cell.most} concurrent requests of table 3-2, {PAPER}"
+            ),
+        ),
+    )
+
+
+def kv_tokens_of(cell: Cell) -> int | None:
+    """What is left of the cards' memory beside the weights, tokens; None: nobody knows the card's memory."""
+    memory = CARDS[cell.card].memory
+    if memory is None:
+        return None
+    return int((cell.cards * (0.9 * memory - 2.5e9) - cell.model.weights) / cell.model.kv_bytes)
+
+
+def profile_of(cell: Cell, bandwidth: float) -> Profile:
+    """The profile of a configuration with that bandwidth."""
+    known = kv_tokens_of(cell)
+    text = (
+        "90 % of the cards' memory less weights and 2.5 GB a card; vLLM's defaults"
+        if known is not None
+        else "vLLM's defaults; the card's memory is not known, so the KV cache is never full"
+    )
+    return Profile(
+        name=f"{cell.card.lower()}-{cell.cards}-{cell.model.short}",
+        card=cell.card,
+        cards=cell.cards,
+        model=cell.model.name,
+        precision=CARDS[cell.card].precision,
+        step=step_of(cell, bandwidth),
+        limits=Limits(
+            kv_tokens=known,
+            max_model_len=MAX_MODEL_LEN,
+            prefix_cache=False,
+            source=Source(origin=Origin.DERIVED, text=text),
+        ),
+    )
+
+
+def most_of(settings: EngineSettings) -> int:
+    """Table 3-2 of an engine."""
+    return most_users(settings, PROMPT, OUTPUT, tokens_per_s=TOKENS_PER_S, limit=1024)
+
+
+def bandwidth_for(cell: Cell) -> float:
+    """The bandwidth with which the simulated maximum is the cell's: in the middle of those that have it."""
+    if not cell.most:
+        base = LAYER_US * cell.model.layers
+        return 0.925 * cell.model.weights * 1e6 / (NOTHING_MET_ALPHA_US - base)
+    low, high = (_threshold(cell, users) for users in (cell.most, cell.most + 1))
+    return exp((log(low) + log(high)) / 2)
+
+
+def _threshold(cell: Cell, users: int) -> float:
+    """The least bandwidth with which so many users get what table 3-2 asks for."""
+    low, high = 1e9, 1e14
+    for _ in range(40):
+        middle = exp((log(low) + log(high)) / 2)
+        figures = closed_loop(profile_of(cell, middle).engine(), users, PROMPT, OUTPUT)
+        if figures.tokens_per_s_per_user >= TOKENS_PER_S:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def predicted(cell: Cell, others: list[Cell], bandwidths: dict[Cell, float]) -> int:
+    """A cell from the others of its card alone: the bandwidth of one card as a power of the number of cards.
+
+    The exponent is drawn towards none (twice the cards, twice the bandwidth), as if two more cells said so.
+    """
+    x = np.array([log(other.cards) for other in others])
+    y = np.array([log(bandwidths[other] / other.cards) for other in others])
+    centre = x.mean()
+    spread = float(((x - centre) ** 2).sum())
+    slope = float(((x - centre) * (y - y.mean())).sum()) / (spread + 2 * log(2) ** 2)
+    per_card = exp(float(y.mean()) + slope * (log(cell.cards) - centre))
+    return most_of(profile_of(cell, per_card * cell.cards).engine())
+
+
+def main() -> int:
+    """Write all profiles and print the check."""
+    folder = Path(__file__).parent / "profiles"
+    bandwidths = {cell: bandwidth_for(cell) for cell in CELLS}
+    for cell, bandwidth in bandwidths.items():
+        profile = profile_of(cell, bandwidth)
+        (folder / f"{profile.name}.yaml").write_text(dump_profile(profile), encoding="utf-8")
+    out = sys.stdout.write
+    out(
+        "| profile | paper | simulated | from the others of its card | error |\n| --- | --- | --- | --- | --- |\n"
+    )
+    for cell, bandwidth in bandwidths.items():
+        profile = profile_of(cell, bandwidth)
+        peers = [other for other in CELLS if other.card == cell.card and other.most]
+        row = f"| {profile.name} | {cell.most} | {most_of(profile.engine())} |"
+        if cell.most and len(peers) >= 3:
+            guess = predicted(cell, [other for other in peers if other != cell], bandwidths)
+            row += f" {guess} | {(guess - cell.most) / cell.most:+.0%} |"
+        else:
+            row += " | |"
+        out(row + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
