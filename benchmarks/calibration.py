@@ -9,8 +9,8 @@ holds a tenth of the load, so sequences are preempted all the time; on the RTX P
 
 The loss sees the first 150 requests by queue time, and no time of a later one. Later ones are simulated too, since
 the first met them in queue and batch: of these the fit knows arrival and lengths, not how long they took. Loss and
-search are those of `sim/calibrate.py`. The loss, not the search, was chosen knowing that another one (on the means) had
-missed the second half of the second run; so these are not figures of a method that never met the test halves.
+search are those of `sim/calibrate.py`. The loss was chosen knowing that another one (on the means) had missed the
+second half of the second run; so these are not figures of a method that never met the test halves.
 """
 
 from __future__ import annotations
