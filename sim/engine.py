@@ -6,10 +6,11 @@ budget, pieces of prompts. It takes
     alpha + beta * decodes + gamma * (tokens in the decodes' contexts) + delta * (prompt tokens computed)
 
 (`StepCost`; fits measured vLLM timings to a few per cent). Waiting sequences are admitted first come, first
-served while budget, sequences and KV blocks last. When the KV cache is full, the sequence admitted last
-loses its blocks and computes all again ("preemption by recompute"); a step that preempted admits nobody.
-Finished prompts stay in the prefix cache until their blocks are needed. That is the scheduler of vLLM V1;
-`sim/reference.py` says it step by step and is what this engine is tested against.
+served while budget, sequences and KV blocks last; there must be blocks for a whole prompt (vLLM's
+`scheduler_reserve_full_isl`). When the KV cache is full, the sequence admitted last loses its blocks and
+computes all again ("preemption by recompute"); a step that preempted admits nobody. Finished prompts stay in
+the prefix cache until their blocks are needed. That is the scheduler of vLLM V1; `sim/reference.py` says it
+step by step and is what this engine is tested against.
 
 Between two events all decoding sequences gain one token a step, so they are not advanced one by one: the
 engine counts steps, each sequence knows the step in which it ends, and k steps of n decodes take `k*c +
@@ -194,7 +195,6 @@ class Engine:
         "_crossing",
         "_decodes",
         "_delta",
-        "_evicting_admits",
         "_finishes",
         "_free",
         "_gamma",
@@ -253,9 +253,6 @@ class Engine:
         they come up."""
         self._cancelled: list[Sequence] = []
         """In the batch still."""
-        self._evicting_admits = False
-        """The head of the queue found a beginning in the prefix cache and no room for the rest of it. When
-        that beginning is evicted, it may fit without."""
         self._order = 0
         self._step = 0
         """Number of the next step, at the beginning of the present run."""
@@ -363,7 +360,7 @@ class Engine:
         if self._cancelled:
             self._drop_cancelled()
         decodes = self._decodes
-        preempted = self._evicting_admits = False
+        preempted = False
         if decodes and self._blocks >= 0:
             at = self._step % self._block
             new_blocks = self._crossing[at]
@@ -407,8 +404,6 @@ class Engine:
             steps = finishes[0][0] - self._step + 1
             if self._blocks >= 0:
                 steps = self._steps_with(steps, self._available() + self._taken)
-                if self._evicting_admits:
-                    steps = self._steps_with(steps, self._free + self._taken)
             self._steps = steps
         self.next_at = now + self._run_time(self._steps)
 
@@ -501,10 +496,9 @@ class Engine:
                 found = cache.use(sequence.hashes, most)
                 sequence.computed = found * cache.unit_tokens
                 sequence.shared = found
-            tokens = self._compute(sequence, budget)
+            tokens = self._compute(sequence, budget) if self._fits(sequence) else 0
             if not tokens:
                 if cache is not None:
-                    self._evicting_admits = sequence.shared > 0
                     cache.leave(sequence.hashes, sequence.shared)
                     sequence.computed = sequence.shared = 0
                 break
@@ -519,6 +513,14 @@ class Engine:
             prefill += tokens
             budget -= tokens
         return prefill
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether there are blocks for all of it that is known, and not for its first piece alone."""
+        if self._blocks < 0:
+            return True
+        block = self._block
+        known = sequence.prompt_tokens + sequence.generated
+        return -(-known // block) - -(-sequence.computed // block) <= self._available()
 
     def _compute(self, sequence: Sequence, budget: int) -> int:
         """Let the present step compute a piece of a prompt. -> its tokens; 0: no budget, or no blocks."""

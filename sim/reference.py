@@ -16,6 +16,7 @@ class ReferenceEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
+        self.unit_blocks = settings.prefix_unit_tokens // settings.block_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.units: dict[int, set[Sequence]] = {}
@@ -80,7 +81,7 @@ class ReferenceEngine:
             self.find_prefix(sequence)
             cached = sequence.computed
             tokens = min(self.missing(sequence), budget)
-            if not self.fits(sequence, tokens):
+            if not (self.has_room(sequence, self.missing(sequence)) and self.fits(sequence, tokens)):
                 self.leave_units(sequence)
                 sequence.computed = 0
                 break
@@ -150,29 +151,32 @@ class ReferenceEngine:
 
     def blocks_of(self, sequence: Sequence) -> int:
         """Blocks that are its own and not the prefix cache's."""
-        shared = sequence.shared * self.settings.prefix_unit_tokens // self.settings.block_tokens
-        return ceil(sequence.computed / self.settings.block_tokens) - shared
+        return ceil(sequence.computed / self.settings.block_tokens) - sequence.shared * self.unit_blocks
 
-    def fits(self, sequence: Sequence, tokens: int) -> bool:
-        """Whether there are blocks for so many more tokens; makes room in the prefix cache if that helps."""
+    def has_room(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether there are blocks for so many more tokens, those included that only the prefix cache keeps."""
         settings = self.settings
         if settings.kv_blocks is None:
             return True
-        unit_blocks = settings.prefix_unit_tokens // settings.block_tokens
-        new = ceil((sequence.computed + tokens) / settings.block_tokens) - ceil(
-            sequence.computed / settings.block_tokens
-        )
-        unused = [value for value, users in self.units.items() if not users]
-        while self.used() + new > settings.kv_blocks:
-            if self.used() - len(unused) * unit_blocks + new > settings.kv_blocks:
-                return False
-            del self.units[unused.pop(0)]
+        unused = sum(not users for users in self.units.values()) * self.unit_blocks
+        return self.used() - unused + self.new_blocks(sequence, tokens) <= settings.kv_blocks
+
+    def fits(self, sequence: Sequence, tokens: int) -> bool:
+        """The same, and the room is made."""
+        if not self.has_room(sequence, tokens):
+            return False
+        blocks = self.settings.kv_blocks
+        while blocks is not None and self.used() + self.new_blocks(sequence, tokens) > blocks:
+            del self.units[next(value for value, users in self.units.items() if not users)]
         return True
+
+    def new_blocks(self, sequence: Sequence, tokens: int) -> int:
+        block = self.settings.block_tokens
+        return ceil((sequence.computed + tokens) / block) - ceil(sequence.computed / block)
 
     def used(self) -> int:
         """Blocks that hold something."""
-        unit_blocks = self.settings.prefix_unit_tokens // self.settings.block_tokens
-        return sum(map(self.blocks_of, self.running)) + len(self.units) * unit_blocks
+        return sum(map(self.blocks_of, self.running)) + len(self.units) * self.unit_blocks
 
     # The prefix cache
 

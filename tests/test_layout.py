@@ -90,6 +90,7 @@ TESTED_BY = {
     "proxy/tasks.py": "tests/probes/test_runner.py",
     "proxy/upstream.py": "tests/proxy/test_exchange.py",
     "proxy/watched.py": "tests/proxy/test_reload.py",
+    "sim/calibrate_command.py": "tests/sim/test_calibrate.py",
     "sim/generation.py": "tests/sim/test_fixed_rate.py",
     "sim/openai_request.py": "tests/sim/test_openai_server.py",
     "sim/openai_shapes.py": "tests/sim/test_openai_server.py",

@@ -1,0 +1,191 @@
+"""Measured serving times: files of single requests, and of concurrency sweeps.
+
+CSV with a header, or one JSON object a line; `.gz` is read as it is. Which of the three a file is, its first
+row tells:
+
+| one row for | columns |
+|---|---|
+| a request | `arrival_s`, `prompt_tokens`, `output_tokens`, `ttft_s`, `e2e_s` |
+| a request, by vLLM's own clock | `queued_ts`, `input_toks`, `output_toks`, `first_token_ts`, `last_token_ts` |
+| a level of a sweep | `concurrency`, `prompt_tokens`, `output_tokens`, `ttft_s`, `tpot_s` (means) |
+
+All times are seconds; other columns are ignored.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from sim.workload import Problem
+
+
+class Timing(NamedTuple):
+    """One measured request. Times are microseconds."""
+
+    at: int
+    """Its arrival, since that of the first."""
+    prompt_tokens: int
+    output_tokens: int
+    ttft: float
+    """From its arrival to its first token."""
+    e2e: float
+    """From its arrival to its last token."""
+
+
+class Level(NamedTuple):
+    """One level of a closed loop: so many users, each of whom asks again when the answer is there."""
+
+    concurrency: int
+    prompt_tokens: int
+    output_tokens: int
+    ttft: float
+    """Mean, microseconds."""
+    tpot: float
+    """Mean time of an output token after the first, microseconds."""
+
+
+class TimingsError(ValueError):
+    """A file that cannot be used; the text says where: file, line, column."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+class _Row:
+    """One line of a file, whose values are asked for by name."""
+
+    __slots__ = ("_file", "_values", "line")
+
+    def __init__(self, file: str, line: int, values: Mapping[str, Any]) -> None:
+        self._file = file
+        self.line = line
+        self._values = values
+
+    def __contains__(self, column: str) -> bool:
+        return column in self._values
+
+    def error(self, column: str, message: str) -> TimingsError:
+        return TimingsError(Problem(self._file, self.line, column, message))
+
+    def seconds(self, column: str) -> float:
+        """Any finite number."""
+        value = self._values.get(column)
+        if value is None or value == "":
+            raise self.error(column, "is missing")
+        try:
+            number = float("nan") if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = float("nan")
+        if not isfinite(number):
+            raise self.error(column, f"must be a number, not {value!r}")
+        return number
+
+    def duration(self, column: str) -> float:
+        """Seconds above zero -> microseconds."""
+        return self.after(column, self.seconds(column), 0.0)
+
+    def after(self, column: str, end: float, begin: float) -> float:
+        """Microseconds from one moment to a later one, in seconds."""
+        if end <= begin:
+            raise self.error(column, f"must be above {begin:g}, not {end:g}")
+        return (end - begin) * 1e6
+
+    def count(self, column: str) -> int:
+        """A whole number, at least one."""
+        number = self.seconds(column)
+        if number < 1 or number != int(number):
+            raise self.error(column, f"must be a whole number of at least 1, not {number:g}")
+        return int(number)
+
+
+def read_measured(path: Path) -> list[Timing] | list[Level]:
+    """Requests in order of arrival, or the levels of a sweep.
+
+    Raises OSError, and TimingsError for what is not such a file.
+    """
+    rows = list(_rows(path))
+    if not rows:
+        raise TimingsError(Problem(str(path), 1, "", "the file has no rows"))
+    if "concurrency" in rows[0]:
+        return [_level(row) for row in rows]
+    read = _by_vllm if "queued_ts" in rows[0] else _by_client
+    timed = sorted((read(row) for row in rows), key=lambda one: one[0])
+    first = timed[0][0]
+    return [timing._replace(at=round((arrived - first) * 1e6)) for arrived, timing in timed]
+
+
+def _level(row: _Row) -> Level:
+    return Level(
+        row.count("concurrency"),
+        row.count("prompt_tokens"),
+        row.count("output_tokens"),
+        row.duration("ttft_s"),
+        row.duration("tpot_s"),
+    )
+
+
+def _by_client(row: _Row) -> tuple[float, Timing]:
+    arrived = row.seconds("arrival_s")
+    prompt, output = row.count("prompt_tokens"), row.count("output_tokens")
+    ttft, e2e = row.duration("ttft_s"), row.duration("e2e_s")
+    if e2e < ttft or (output > 1 and e2e == ttft):
+        raise row.error("e2e_s", "the last token comes after the first, not before or with it")
+    return arrived, Timing(0, prompt, output, ttft, e2e)
+
+
+def _by_vllm(row: _Row) -> tuple[float, Timing]:
+    queued = row.seconds("queued_ts")
+    prompt, output = row.count("input_toks"), row.count("output_toks")
+    first, last = row.seconds("first_token_ts"), row.seconds("last_token_ts")
+    ttft = row.after("first_token_ts", first, queued)
+    if output > 1:
+        row.after("last_token_ts", last, first)
+    return queued, Timing(0, prompt, output, ttft, row.after("last_token_ts", last, queued))
+
+
+def _rows(path: Path) -> Iterator[_Row]:
+    name = str(path)
+    try:
+        with _open(path) as file:
+            for line, values in _csv(name, file) if ".csv" in path.suffixes else _json_lines(name, file):
+                yield _Row(name, line, values)
+    except UnicodeDecodeError as error:
+        raise TimingsError(Problem(name, 1, "", "the file is not UTF-8 text")) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise TimingsError(Problem(name, 1, "", f"the file is not whole gzip: {error}")) from error
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _csv(name: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(file, strict=True)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise TimingsError(Problem(name, max(reader.line_num, 1), "", f"is not CSV: {error}")) from error
+
+
+def _json_lines(name: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, text in enumerate(file, 1):
+        if not text.strip():
+            continue
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise TimingsError(Problem(name, line, "", f"is not JSON: {error}")) from error
+        if not isinstance(values, dict):
+            raise TimingsError(Problem(name, line, "", "is not a JSON object"))
+        yield line, values
