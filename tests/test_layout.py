@@ -90,10 +90,18 @@ TESTED_BY = {
     "proxy/tasks.py": "tests/probes/test_runner.py",
     "proxy/upstream.py": "tests/proxy/test_exchange.py",
     "proxy/watched.py": "tests/proxy/test_reload.py",
+    "sim/arrival_process.py": "tests/sim/test_generator.py",
     "sim/generation.py": "tests/sim/test_fixed_rate.py",
+    "sim/generator_spec.py": "tests/sim/test_generator.py",
     "sim/openai_request.py": "tests/sim/test_openai_server.py",
     "sim/openai_shapes.py": "tests/sim/test_openai_server.py",
+    "sim/streams.py": "tests/sim/test_generator.py",
+    "sim/traces/forms.py": "tests/sim/test_traces.py",
+    "sim/traces/lines.py": "tests/sim/test_traces.py",
+    "sim/traces/servegen.py": "tests/sim/test_traces_servegen.py",
     "sim/vllm_metrics.py": "tests/sim/test_openai_server.py",
+    "sim/workload_plot.py": "tests/sim/test_workload_command.py",
+    "sim/workload_summary.py": "tests/sim/test_workload_command.py",
 }
 """Files without a test of their own name, and the test that is theirs."""
 
