@@ -340,18 +340,29 @@ _ELSEWHERE = {
     "demo": "proxy.demo:demo",
     "emulate": "sim.emulator:emulate",
     "plan": "sim.plan_command:plan",
+    "workload": "sim.workload_command:workload_app",
 }
-"""Commands that live beside what they start; imported when they are called or help is asked for."""
+"""Commands, and groups of them, that live beside what they start; imported when they are called or help is
+asked for."""
+
+
+def register(onto: typer.Typer, name: str) -> None:
+    """Import one of those and add it."""
+    module, attribute = _ELSEWHERE[name].split(":")
+    found = getattr(import_module(module), attribute)
+    if isinstance(found, typer.Typer):
+        onto.add_typer(found, name=name)
+    else:
+        onto.command(name)(found)
 
 
 def main() -> None:
     """Entry point of the command."""
     _refuse_foreign_proxy_package()
     wanted = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
-    for name, where in _ELSEWHERE.items():
+    for name in _ELSEWHERE:
         if wanted in (None, name):
-            module, function = where.split(":")
-            app.command(name)(getattr(import_module(module), function))
+            register(app, name)
     try:
         app()
     except Exception as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import typer
@@ -42,9 +41,8 @@ def commands() -> list[Command]:
     """All commands, those included that are only imported when they are called."""
     elsewhere = typer.Typer()
     elsewhere.callback()(lambda: None)
-    for name, where in cli._ELSEWHERE.items():
-        module, function = where.split(":")
-        elsewhere.command(name)(getattr(import_module(module), function))
+    for name in cli._ELSEWHERE:
+        cli.register(elsewhere, name)
     return [*_walk(typer.main.get_command(cli.app), ""), *_walk(typer.main.get_command(elsewhere), "")]
 
 
