@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from enum import Enum
 from heapq import heappop, heappush
 from math import ceil, inf
 from random import Random
@@ -19,10 +18,10 @@ from typing import Any, Final
 
 from policies.base import RequestFacts
 from policies.rules import RuleSet
-from policies.state import Backend
-from probes.base import Hysteresis, Timing
+from probes.base import Timing
 from probes.passive import AttemptError
-from sim.engine import FIRST_TOKEN, Engine, EngineSettings, Sequence
+from sim.engine import FIRST_TOKEN, Engine, Sequence
+from sim.members import Change, Incident, Member, Node
 from sim.router import ATTEMPTS, Request, Router
 from sim.workload import Arrival, Workload
 
@@ -33,48 +32,6 @@ SWEEP: Final = SECOND // 4
 EXPECTED_TOKENS: Final = 256
 """The proxy's forecast of an answer whose length the client did not limit."""
 BYTES_PER_TOKEN: Final = 4
-
-
-@dataclass(slots=True)
-class Member:
-    """One backend of a simulated cluster. Times are microseconds."""
-
-    backend: Backend
-    """As the router sees it; its models must be set."""
-    settings: EngineSettings
-    rtt: int = 0
-    """Network round trip from the router."""
-    overhead: int = 0
-    """Between the server's door and the engine's queue."""
-    starts: int = 0
-    """When it is up for the first time: a cold start."""
-
-
-class Change(Enum):
-    """What may happen to a backend while a simulation runs."""
-
-    DOWN = "down"
-    """It closes all connections and refuses new ones."""
-    UP = "up"
-    """It is back, with an empty engine and an empty cache."""
-    FAIL = "fail"
-    """It answers every new request with a 500."""
-    FULL = "full"
-    """It answers every new request with a 429 that asks for a pause."""
-    MENDED = "mended"
-    """`FAIL` and `FULL` are over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Incident:
-    """Something that is to happen."""
-
-    at: int
-    """Microseconds."""
-    backend: str
-    change: Change
-    retry_after_s: float = 1.0
-    """For `FULL`."""
 
 
 _ARRIVE: Final = 0
@@ -89,37 +46,6 @@ _SWEEP: Final = 8
 _CHECK: Final = 9
 _SCRAPE: Final = 10
 _CHANGE: Final = 11
-
-
-class Node:
-    """A member's engine, and what the probes have seen of it."""
-
-    __slots__ = (
-        "backend",
-        "change",
-        "delay",
-        "engine",
-        "half",
-        "health",
-        "member",
-        "retry_after_s",
-        "up",
-        "wake",
-    )
-
-    def __init__(self, member: Member, timing: Timing) -> None:
-        self.member = member
-        self.backend = member.backend
-        self.engine = Engine(member.settings)
-        self.half = member.rtt // 2
-        self.delay = self.half + member.overhead
-        """From the router to the engine's queue."""
-        self.up = member.starts <= 0
-        self.change = Change.MENDED
-        self.retry_after_s = 1.0
-        self.health = Hysteresis(timing.up, timing.down)
-        self.wake = -1
-        """When its engine is looked at next; below zero: never."""
 
 
 class Trip(Request):

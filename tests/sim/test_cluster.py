@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from policies.files import KnownNames, read_policy
 from policies.rules import RuleSet
 from policies.state import Backend
-from sim.cluster import SECOND, Change, Cluster, Incident, Member, Result
+from sim.cluster import SECOND, Cluster, Result
 from sim.engine import EngineSettings, StepCost
+from sim.members import Change, Incident, Member
 from sim.router import End
 from sim.workload import Arrival, Workload
 

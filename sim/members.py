@@ -1,0 +1,83 @@
+"""The backends of a simulated cluster, and what may happen to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from policies.state import Backend
+from probes.base import Hysteresis, Timing
+from sim.engine import Engine, EngineSettings
+
+
+@dataclass(slots=True)
+class Member:
+    """One backend of a simulated cluster. Times are microseconds."""
+
+    backend: Backend
+    """As the router sees it; its models must be set."""
+    settings: EngineSettings
+    rtt: int = 0
+    """Network round trip from the router."""
+    overhead: int = 0
+    """Between the server's door and the engine's queue."""
+    starts: int = 0
+    """When it is up for the first time: a cold start."""
+
+
+class Change(Enum):
+    """What may happen to a backend while a simulation runs."""
+
+    DOWN = "down"
+    """It closes all connections and refuses new ones."""
+    UP = "up"
+    """It is back, with an empty engine and an empty cache."""
+    FAIL = "fail"
+    """It answers every new request with a 500."""
+    FULL = "full"
+    """It answers every new request with a 429 that asks for a pause."""
+    MENDED = "mended"
+    """`FAIL` and `FULL` are over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """Something that is to happen."""
+
+    at: int
+    """Microseconds."""
+    backend: str
+    change: Change
+    retry_after_s: float = 1.0
+    """For `FULL`."""
+
+
+class Node:
+    """A member's engine, and what the probes have seen of it."""
+
+    __slots__ = (
+        "backend",
+        "change",
+        "delay",
+        "engine",
+        "half",
+        "health",
+        "member",
+        "retry_after_s",
+        "up",
+        "wake",
+    )
+
+    def __init__(self, member: Member, timing: Timing) -> None:
+        self.member = member
+        self.backend = member.backend
+        self.engine = Engine(member.settings)
+        self.half = member.rtt // 2
+        self.delay = self.half + member.overhead
+        """From the router to the engine's queue."""
+        self.up = member.starts <= 0
+        self.change = Change.MENDED
+        self.retry_after_s = 1.0
+        self.health = Hysteresis(timing.up, timing.down)
+        self.wake = -1
+        """When its engine is looked at next; below zero: never."""
