@@ -335,7 +335,11 @@ def _logging() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
-_ELSEWHERE = {"emulate": "sim.emulator:emulate", "demo": "proxy.demo:demo"}
+_ELSEWHERE = {
+    "emulate": "sim.emulator:emulate",
+    "demo": "proxy.demo:demo",
+    "bench": "sim.measure.command:bench",
+}
 """Commands that live beside what they start; imported when they are called or help is asked for."""
 
 
