@@ -336,6 +336,7 @@ def _logging() -> None:
 
 
 _ELSEWHERE = {
+    "bench": "sim.measure.command:bench",
     "calibrate": "sim.calibrate_command:calibrate",
     "demo": "proxy.demo:demo",
     "emulate": "sim.emulator:emulate",

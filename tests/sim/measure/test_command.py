@@ -1,0 +1,109 @@
+"""The command: what it prints and writes, and how it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from aiohttp import web
+from typer.testing import CliRunner, Result
+
+from sim.measure.command import bench
+from sim.profile import load_profile
+from tests.sim.emulated import client
+from tests.sim.measure.fake_server import DONE, serving, stream, token, usage
+
+APP = typer.Typer()
+APP.command()(bench)
+SMALL = ("--prompt-tokens", "32", "--output-tokens", "5", "--requests", "4")
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(APP, [*words])
+
+
+async def against(emulated: dict[str, object], *words: str) -> Result:
+    """The command in a thread of its own, against an emulated vLLM."""
+    async with client(**emulated) as http:
+        return await asyncio.to_thread(run, http.server.url, *words)
+
+
+async def test_a_sweep_is_shown_and_written(tmp_path: Path) -> None:
+    json_file, profile = tmp_path / "out.json", tmp_path / "out.yaml"
+    files = ("--json", str(json_file), "--profile", str(profile), "--card", "none")
+    result = await against(
+        {"speed": 5.0}, "--concurrency", "1,2,4", "--both", "--tokens-per-s", "1", *SMALL, *files
+    )
+    assert result.exit_code == 0, result.output
+    assert "cold prefix, 32 prompt tokens, 5 output tokens" in result.stdout
+    assert "warm prefix, 32 prompt tokens, 5 output tokens" in result.stdout
+    assert "SLA, at least 1 tokens/s for each user: 4 users or more" in result.stdout
+    written = json.loads(json_file.read_text())
+    assert [len(series["levels"]) for series in written["series"]] == [3, 3]
+    for level in written["series"][0]["levels"]:
+        assert len(level["requests"]) == level["completed"] == 4
+        assert {request["output_tokens"] for request in level["requests"]} == {5}
+    assert load_profile(profile).limits.kv_tokens == 8 * 8192
+    assert load_profile(profile).card == "none"
+
+
+async def test_a_key_is_not_written(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    words = ("--concurrency", "1", "--key", "very-secret", "--json", str(file), *SMALL)
+    result = await against({"api_keys": ("very-secret",)}, *words)
+    assert result.exit_code == 0, result.output
+    assert "very-secret" not in file.read_text() + result.output
+
+
+@pytest.mark.parametrize(("failing", "code"), [(2, 0), (1, 1)])
+async def test_failures_are_shown(failing: int, code: int) -> None:
+    """Every second request of the level fails, or every one."""
+    asked = 0
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        words = len((await request.json())["messages"][0]["content"].split())
+        if words == 32:
+            asked += 1
+            if asked % failing == 0:
+                return web.json_response({"error": {"message": "broken"}}, status=500)
+        return await stream(request, token("a"), token("b"), usage(words, 5), DONE)
+
+    async with serving(answer, v1__models={"data": [{"id": "m"}]}) as url:
+        result = await asyncio.to_thread(run, url, "--concurrency", "1", *SMALL)
+    assert result.exit_code == code, result.output
+    assert f"{4 // failing} failed: status 500: broken" in result.stdout
+    assert ("every request failed" in result.stderr) is (code == 1)
+
+
+def test_a_server_that_is_not_there_is_one_line() -> None:
+    result = run("http://127.0.0.1:9", *SMALL)
+    assert result.exit_code == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("tidegate: cannot connect to http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--concurrency", "1,x"), "--concurrency is a list of numbers"),
+        (("--concurrency", "0"), "concurrency is one user or more"),
+        (("--search",), "a search needs an SLA"),
+        (("--json", "/nowhere/out.json"), "there is no such folder"),
+        (("--profile", "out.yaml", "--warm-prefix"), "--profile needs a cold prefix"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_asked(words: tuple[str, ...], message: str) -> None:
+    result = run("http://127.0.0.1:9", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+async def test_a_profile_of_too_few_levels_is_refused(tmp_path: Path) -> None:
+    result = await against({}, "--concurrency", "1", *SMALL, "--profile", str(tmp_path / "out.yaml"))
+    assert result.exit_code == 1
+    assert "a profile needs three levels" in result.stderr
+    assert "cold prefix" in result.stdout
