@@ -23,7 +23,6 @@ finds in it what nobody needed meanwhile, as vLLM's does.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.closed_loop import SECOND, closed_loop, own_hashes
 from sim.engine import FINISHED, Engine, EngineSettings, StepCost
 from sim.engine import Sequence as EngineSequence
 from sim.profile import Limits, Step
@@ -177,7 +177,7 @@ def calibrate_sweep(
 
     def simulate(cost: StepCost, overhead_us: float) -> Floats:
         settings = _engine(limits, cost)
-        return np.array([closed_loop(settings, level, overhead_us) for level in levels]).T
+        return np.array([loop_times(settings, level, overhead_us) for level in levels]).T
 
     cost, overhead_us, loss = _fit(simulate, measured, search, progress)
     fit = Errors.between(simulate(cost, overhead_us), measured)
@@ -204,7 +204,8 @@ def replay(settings: EngineSettings, timings: Sequence[Timing], count: int) -> F
         left -= _finished(engine, timing.at, count)
         if not left:
             break
-        sequence = _sequence(settings, timing.prompt_tokens, timing.output_tokens, index)
+        prompt, output = timing.prompt_tokens, timing.output_tokens
+        sequence = EngineSequence(prompt, output, own_hashes(settings, prompt, output, index), index)
         sequences.append(sequence)
         engine.submit(sequence, timing.at)
     while left:
@@ -212,31 +213,21 @@ def replay(settings: EngineSettings, timings: Sequence[Timing], count: int) -> F
     return np.array([_times(sequence) for sequence in sequences[:count]]).T
 
 
-def closed_loop(
+def loop_times(
     settings: EngineSettings, level: Level, overhead_us: float = 0.0
 ) -> tuple[float, float, float]:
-    """Mean times at one level, microseconds: `concurrency` users begin at once, and each asks again when the
-    answer is there. The first round is not counted."""
-    engine = Engine(settings)
-    users = level.concurrency
-    count = (WARM_ROUNDS + MEASURED_ROUNDS) * users
-    sequences: list[EngineSequence] = []
-    asking = deque([0] * users)
-    """When users ask next, in order."""
-    left = count
-    while left:
-        now = min(engine.next_at, asking[0]) if asking else engine.next_at
-        for event in engine.advance(now):
-            if event.kind == FINISHED:
-                asking.append(event.at + round(overhead_us))
-                left -= event.sequence.tag < count  # type: ignore[operator]
-        while asking and asking[0] <= now:
-            sequence = _sequence(settings, level.prompt_tokens, level.output_tokens, len(sequences))
-            sequences.append(sequence)
-            engine.submit(sequence, asking.popleft())
-    times = np.array([_times(sequence) for sequence in sequences[WARM_ROUNDS * users : count]])
-    ttft, tpot, e2e = (times.mean(axis=0) + _everywhere(overhead_us)[:, 0]).tolist()
-    return ttft, tpot, e2e
+    """Mean times of one level once it is under way, microseconds."""
+    figures = closed_loop(
+        settings,
+        level.concurrency,
+        level.prompt_tokens,
+        level.output_tokens,
+        overhead_us=overhead_us,
+        rounds=WARM_ROUNDS + MEASURED_ROUNDS,
+        warm_rounds=WARM_ROUNDS,
+    )
+    tpot = figures.tpot_mean * SECOND if level.output_tokens > 1 else nan
+    return figures.ttft_mean * SECOND, tpot, figures.total_mean * SECOND
 
 
 def _engine(limits: Limits, cost: StepCost) -> EngineSettings:
@@ -247,16 +238,6 @@ def _engine(limits: Limits, cost: StepCost) -> EngineSettings:
         kv_tokens=limits.kv_tokens,
         prefix_unit_tokens=UNIT_TOKENS if limits.prefix_cache and limits.kv_tokens is not None else 0,
     )
-
-
-def _sequence(
-    settings: EngineSettings, prompt_tokens: int, output_tokens: int, number: int
-) -> EngineSequence:
-    """One whose hashes no other has: only itself finds them again, once it was preempted."""
-    unit = settings.prefix_unit_tokens
-    units = (prompt_tokens + output_tokens - 1) // unit if unit else 0
-    begin = number << 32
-    return EngineSequence(prompt_tokens, output_tokens, tuple(range(begin, begin + units)), tag=number)
 
 
 def _finished(engine: Engine, now: float, count: int) -> int:

@@ -6,6 +6,7 @@ one length, the first ones of all users at the same moment.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from math import ceil, inf
 
@@ -45,30 +46,37 @@ def closed_loop(
     *,
     overhead_us: float = 0.0,
     rounds: int = 1,
+    warm_rounds: int = 0,
 ) -> LoopFigures:
-    """`rounds`: requests of each user. Raises ValueError for a request that does not fit into the KV cache."""
+    """`rounds`: requests of each user, of which the first `warm_rounds` are not in the means.
+
+    Raises ValueError for a request that does not fit into the KV cache.
+    """
     engine = Engine(settings)
-    sequences: list[Sequence] = []
-    coming = [(0, rounds - 1)] * users
-    """(when, requests of that user that follow), in order."""
+    measured: list[Sequence] = []
+    asking = deque([(0, 0)] * users)
+    """(when, which of that user's requests), in order."""
     overhead = round(overhead_us)
-    now = 0
-    while coming or engine.next_at < inf:
-        now = ceil(engine.next_at) if engine.next_at < inf else coming[0][0]
-        if coming:
-            now = min(now, coming[0][0])
+    number = now = 0
+    while asking or engine.next_at < inf:
+        now = ceil(engine.next_at) if engine.next_at < inf else asking[0][0]
+        if asking:
+            now = min(now, asking[0][0])
         for event in engine.advance(now):
-            left = event.sequence.tag
-            assert isinstance(left, int)
-            if event.kind == FINISHED and left:
-                coming.append((now + overhead, left - 1))
-        while coming and coming[0][0] <= now:
-            _, left = coming.pop(0)
-            sequence = Sequence(prompt_tokens, output_tokens, tag=left)
+            made = event.sequence.tag
+            assert isinstance(made, int)
+            if event.kind == FINISHED and made + 1 < rounds:
+                asking.append((now + overhead, made + 1))
+        while asking and asking[0][0] <= now:
+            _, made = asking.popleft()
+            hashes = own_hashes(settings, prompt_tokens, output_tokens, number)
+            sequence = Sequence(prompt_tokens, output_tokens, hashes, made)
+            number += 1
             engine.submit(sequence, now)
-            sequences.append(sequence)
-    first = np.array([sequence.first_token - sequence.arrived for sequence in sequences]) + overhead
-    total = np.array([sequence.finished - sequence.arrived for sequence in sequences]) + overhead
+            if made >= warm_rounds:
+                measured.append(sequence)
+    first = np.array([sequence.first_token - sequence.arrived for sequence in measured]) + overhead
+    total = np.array([sequence.finished - sequence.arrived for sequence in measured]) + overhead
     per_token = (total - first) / max(output_tokens - 1, 1)
     return LoopFigures(
         users=users,
@@ -78,8 +86,18 @@ def closed_loop(
         tpot_mean=float(per_token.mean()) / SECOND,
         tpot_p99=float(np.quantile(per_token, 0.99)) / SECOND,
         total_mean=float(total.mean()) / SECOND,
-        tokens_per_s=len(sequences) * output_tokens / (now + overhead) * SECOND,
+        tokens_per_s=number * output_tokens / (now + overhead) * SECOND,
     )
+
+
+def own_hashes(
+    settings: EngineSettings, prompt_tokens: int, output_tokens: int, number: int
+) -> tuple[int, ...]:
+    """Hashes that no other sequence has: only itself finds them in the prefix cache, once it was preempted."""
+    unit = settings.prefix_unit_tokens
+    units = (prompt_tokens + output_tokens - 1) // unit if unit else 0
+    begin = number << 32
+    return tuple(range(begin, begin + units))
 
 
 def most_users(

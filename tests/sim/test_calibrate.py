@@ -15,7 +15,7 @@ from sim.calibrate import (
     Search,
     calibrate_sweep,
     calibrate_timings,
-    closed_loop,
+    loop_times,
     loss_of,
     measured_times,
     replay,
@@ -91,7 +91,7 @@ def test_requests_that_the_fit_did_not_see_are_foretold(found: Calibration) -> N
 
 def test_other_loads_are_foretold(found: Calibration) -> None:
     for level in (Level(1, 500, 200, 1, 1), Level(16, 2000, 100, 1, 1), Level(60, 1000, 300, 1, 1)):
-        assert closed_loop(engine(found.cost), level) == pytest.approx(closed_loop(engine(), level), rel=0.02)
+        assert loop_times(engine(found.cost), level) == pytest.approx(loop_times(engine(), level), rel=0.02)
 
 
 def test_coefficients_are_found_from_a_sweep() -> None:
@@ -104,7 +104,7 @@ def test_coefficients_are_found_from_a_sweep() -> None:
         (32, 2000, 150),
     ):
         level = Level(users, prompt, output, 1, 1)
-        ttft, tpot, _ = closed_loop(engine(), level)
+        ttft, tpot, _ = loop_times(engine(), level)
         levels.append(level._replace(ttft=ttft, tpot=tpot))
     found = calibrate_sweep(levels, LIMITS, QUICK)
     assert found.cost.alpha == pytest.approx(TRUTH.alpha, rel=0.02)
@@ -158,14 +158,14 @@ def test_times_of_a_request_alone() -> None:
     cost = StepCost(alpha=1000.0, beta=100.0, gamma=0.0, delta=10.0)
     times = replay(engine(cost), [Timing(0, 50, 3, 1, 2)], 1)
     assert times[:, 0].tolist() == [1500.0, 1100.0, 3700.0]
-    assert closed_loop(engine(cost), Level(1, 50, 3, 1, 1)) == (1500.0, 1100.0, 3700.0)
-    assert closed_loop(engine(cost), Level(1, 50, 3, 1, 1), 70.0) == (1570.0, 1100.0, 3770.0)
+    assert loop_times(engine(cost), Level(1, 50, 3, 1, 1)) == (1500.0, 1100.0, 3700.0)
+    assert loop_times(engine(cost), Level(1, 50, 3, 1, 1), 70.0) == (1570.0, 1100.0, 3770.0)
 
 
 def test_a_closed_loop_keeps_as_many_as_it_has_users() -> None:
     """Little's law: users = requests a second times the time of each."""
     cost = StepCost(alpha=1000.0, beta=100.0, gamma=0.0, delta=0.0)
-    _, tpot, _ = closed_loop(engine(cost), Level(10, 10, 101, 1, 1))
+    _, tpot, _ = loop_times(engine(cost), Level(10, 10, 101, 1, 1))
     assert tpot == pytest.approx(1000 + 100 * 10, rel=0.02)
 
 
