@@ -335,7 +335,7 @@ def _logging() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
-_ELSEWHERE = {"emulate": "sim.emulator:emulate", "demo": "proxy.demo:demo"}
+_ELSEWHERE = {"emulate": "sim.emulate:emulate", "demo": "proxy.demo:demo"}
 """Commands that live beside what they start; imported when they are called or help is asked for."""
 
 
