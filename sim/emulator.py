@@ -193,7 +193,7 @@ class Emulator:
         """Stop listening, let open streams end, and cut those that do not within `shutdown_timeout_s`."""
         if self._obeying is not None:
             self._obeying.cancel()
-            await asyncio.wait([self._obeying])
+            await asyncio.gather(self._obeying, return_exceptions=True)
         await self._runner.cleanup()
         self._address.close()
 
@@ -215,7 +215,7 @@ class Emulator:
                     connection.transport.abort()
             self.engine.restart()
         elif not self.faults.dead and self._site is None:
-            self._site = web.SockSite(self._runner, _bind(self.host, self.port))
+            self._site = web.SockSite(self._runner, _bind(self.host, self.port), backlog=1024)
             await self._site.start()
 
 

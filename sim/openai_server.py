@@ -12,9 +12,8 @@ import asyncio
 import hmac
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from http import HTTPStatus
 from itertools import chain
 from uuid import uuid4
 
@@ -23,8 +22,9 @@ from aiohttp import web
 
 from sim import tokens
 from sim.answers import Answer, Channel, Wish, compose, json_text
-from sim.faults import GARBAGE, Fault, FaultKind, Faults
-from sim.generation import Engine, Generation, SequencePlan
+from sim.completion import Completion
+from sim.faults import Fault, Faults
+from sim.generation import Engine, SequencePlan
 from sim.json_instance import Schema, UnsupportedSchemaError, minimal_instance
 from sim.openai_request import (
     ChatRequest,
@@ -35,7 +35,7 @@ from sim.openai_request import (
     bad_value,
     parse,
 )
-from sim.openai_shapes import DONE, CacheUse, ChatShapes, CompletionShapes, Head, Shapes
+from sim.openai_shapes import ChatShapes, CompletionShapes, Head, Shapes
 from sim.prefix_hashes import prefix_hashes
 from sim.vllm_metrics import CONTENT_TYPE, VllmMetrics
 
@@ -46,7 +46,6 @@ REASONING_SUFFIX = "-reasoning"
 MOST_CHOICES = 128
 LARGEST_BODY = 64 * 1024 * 1024
 
-_STATUSES = frozenset(HTTPStatus)
 _GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -71,30 +70,6 @@ class FaceSettings:
     """vLLM's `--enable-prompt-tokens-details`: usage says how much of a prompt was in the prefix cache."""
     control: bool = False
     """Whether `/emulator/fault` is there, which no vLLM has."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A completion, ready to be served."""
-
-    shapes: Shapes
-    answers: Sequence[Answer]
-    plans: list[SequencePlan]
-    stream: bool
-    usage: bool
-    """Whether the stream ends with a usage event."""
-    cacheable: int
-    """Tokens of the last prompt that fill blocks of the prefix cache."""
-
-    @property
-    def tokens(self) -> int:
-        """Of all answers."""
-        return sum(plan.output_tokens for plan in self.plans)
-
-    def cache_use(self, generation: Generation) -> CacheUse:
-        """What the prefix cache has done for it, once it is served."""
-        cached = generation.cached_tokens
-        return CacheUse(cached, max(self.cacheable - cached, 0))
 
 
 class Face:
@@ -265,7 +240,7 @@ class Face:
             forced_any_tool=body.tool_choice == "required",
         )
         plans = [self._plan(body, pieces, answer, wish.room) for answer in answers]
-        return await self._serve(request, self._job(body, shapes, answers, plans))
+        return await self._serve(request, self._completion(body, shapes, plans))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = parse(CompletionRequest, await request.read())
@@ -290,7 +265,7 @@ class Face:
             self._plan(body, pieces[position], answer, wishes[position].room)
             for position, answer in zip(by_choice, answers, strict=True)
         ]
-        return await self._serve(request, self._job(body, shapes, answers, plans))
+        return await self._serve(request, self._completion(body, shapes, plans))
 
     def _wish(self, body: ChatRequest | CompletionRequest, prompt_tokens: int) -> Wish:
         longest = self._settings.max_model_len
@@ -340,17 +315,17 @@ class Face:
             hashes = prefix_hashes([*pieces, *said], self._settings.prefix_unit_tokens, body.cache_salt or "")
         return SequencePlan(len(pieces), len(answer.tokens), room, answer.finish_reason, hashes)
 
-    def _job(
-        self,
-        body: ChatRequest | CompletionRequest,
-        shapes: Shapes,
-        answers: Sequence[Answer],
-        plans: list[SequencePlan],
-    ) -> _Job:
-        usage = bool(body.stream_options and body.stream_options.include_usage)
+    def _completion(
+        self, body: ChatRequest | CompletionRequest, shapes: Shapes, plans: list[SequencePlan]
+    ) -> Completion:
         unit = self._settings.prefix_unit_tokens
-        cacheable = plans[-1].prompt_tokens // unit * unit if unit else 0
-        return _Job(shapes, answers, plans, bool(body.stream), usage, cacheable)
+        return Completion(
+            shapes,
+            plans,
+            stream=bool(body.stream),
+            usage=bool(body.stream_options and body.stream_options.include_usage),
+            cacheable=plans[-1].prompt_tokens // unit * unit if unit else 0,
+        )
 
     def _head(
         self, request: web.Request, body: ChatRequest | CompletionRequest, kind: str, prompt_tokens: int
@@ -368,69 +343,12 @@ class Face:
             prompt_tokens_details=self._settings.prompt_tokens_details,
         )
 
-    async def _serve(self, request: web.Request, job: _Job) -> web.StreamResponse:
-        fault = self._faults.draw()
-        if fault is not None and fault.kind is FaultKind.ERROR:
-            return _error(fault)
-        if fault is not None and fault.kind is FaultKind.GARBAGE:
-            await self._break(request, fault)
+    async def _serve(self, request: web.Request, completion: Completion) -> web.StreamResponse:
         self._in_flight += 1
         try:
-            if job.stream:
-                return await self._stream(request, job, fault)
-            return await self._whole(request, job, fault)
+            return await completion.serve(request, self._engine, self._faults.draw())
         finally:
             self._in_flight -= 1
-
-    async def _whole(self, request: web.Request, job: _Job, fault: Fault | None) -> web.StreamResponse:
-        generation = self._engine.submit(job.plans)
-        left, half = job.tokens, job.tokens // 2
-        try:
-            async for step in generation:
-                left -= sum(new for _, new in step)
-                if fault is not None and left <= half:
-                    await self._break(request, fault)
-        finally:
-            self._engine.cancel(generation)
-        return web.Response(body=job.shapes.body(job.cache_use(generation)), content_type="application/json")
-
-    async def _stream(self, request: web.Request, job: _Job, fault: Fault | None) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        generation = self._engine.submit(job.plans)
-        total = left = job.tokens
-        done = [0] * len(job.plans)
-        try:
-            await response.prepare(request)
-            async for step in generation:
-                if left == total:
-                    for event in job.shapes.first():
-                        await response.write(event)
-                for index, new in step:
-                    left -= new
-                    for event in job.shapes.step(index, done[index], new, last=left == 0):
-                        await response.write(event)
-                    done[index] += new
-                if fault is not None and left <= total // 2:
-                    await self._break(request, fault)
-            if job.usage:
-                await response.write(job.shapes.usage_event(total, job.cache_use(generation)))
-            await response.write(DONE)
-            await response.write_eof()
-        except ConnectionError:
-            pass  # the client left while we wrote
-        finally:
-            self._engine.cancel(generation)
-        return response
-
-    async def _break(self, request: web.Request, fault: Fault) -> None:
-        """Do what the fault asks for; ends when the connection does."""
-        transport = request.transport
-        if transport is not None and fault.kind is FaultKind.CUT:
-            transport.abort()
-        elif transport is not None and fault.kind is FaultKind.GARBAGE:
-            transport.write(GARBAGE)
-            transport.close()
-        await asyncio.Event().wait()
 
 
 def _instance(schema: Schema, param: str) -> object:
@@ -439,15 +357,6 @@ def _instance(schema: Schema, param: str) -> object:
     except UnsupportedSchemaError as error:
         message = f"The JSON schema cannot be honoured: {error}."
         raise RequestError(400, "BadRequestError", message, param) from error
-
-
-def _error(fault: Fault) -> web.Response:
-    kind = HTTPStatus(fault.status).phrase.replace(" ", "") if fault.status in _STATUSES else "Error"
-    error = RequestError(fault.status, kind, "The emulator was told to fail.", None)
-    response = web.Response(status=fault.status, body=error.body(), content_type="application/json")
-    if fault.retry_after is not None:
-        response.headers["Retry-After"] = str(fault.retry_after)
-    return response
 
 
 def _json(value: object, status: int = 200) -> web.Response:

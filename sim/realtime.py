@@ -171,6 +171,7 @@ class RealtimeEngine:
             self._advance(at)
             for sequence in generation.sequences:
                 self._engine.submit(sequence, at)
+            self._step_at = min(self._step_at, self._engine.next_step_at(at))
 
     def _advance(self, until: int) -> None:
         for event in self._engine.advance(until):

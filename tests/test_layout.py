@@ -90,6 +90,7 @@ TESTED_BY = {
     "proxy/tasks.py": "tests/probes/test_runner.py",
     "proxy/upstream.py": "tests/proxy/test_exchange.py",
     "proxy/watched.py": "tests/proxy/test_reload.py",
+    "sim/completion.py": "tests/sim/test_openai_server.py",
     "sim/fleet.py": "tests/sim/test_emulate.py",
     "sim/generation.py": "tests/sim/test_realtime.py",
     "sim/openai_request.py": "tests/sim/test_openai_server.py",

@@ -90,7 +90,11 @@ _PLAIN = frozenset(inspect.signature(plain_profile).parameters)
 async def client(**settings: Any) -> AsyncIterator[Client]:
     """`settings`: of `EmulatorSettings`, and of `plain_profile`."""
     plain = {name: settings.pop(name) for name in _PLAIN & settings.keys()}
-    chosen = {"speed": 100.0, "shutdown_timeout_s": 1.0, "profile": plain_profile(**plain)} | settings
+    chosen: dict[str, Any] = {
+        "speed": 100.0,
+        "shutdown_timeout_s": 1.0,
+        "profile": plain_profile(**plain),
+    } | settings
     async with emulator(EmulatorSettings(**chosen)) as server, aiohttp.ClientSession() as session:
         yield Client(server, session)
 

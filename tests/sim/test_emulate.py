@@ -20,7 +20,9 @@ from sim import emulate as module
 from sim.emulate import emulate
 from sim.emulator import EmulatorSettings, plain_profile
 from sim.faults import Fault, FaultKind
+from sim.fleet import read_fleet
 from sim.profile import dump_profile
+from tests.pages import page
 
 
 @pytest.fixture
@@ -58,6 +60,14 @@ def test_so_many_backends(served: list[EmulatorSettings], port: str, ports: list
     assert invoke("--port", port, "--backends", "3", "--fault", "cut,share=0.1").exit_code == 0
     assert [settings.port for settings in served] == ports
     assert {settings.faults for settings in served} == {(Fault(kind=FaultKind.CUT, share=0.1),)}
+
+
+def test_the_fleet_of_the_page_is_right(tmp_path: Path) -> None:
+    [example] = [block for block in page("emulator").blocks if "fleet" in block.marks]
+    (tmp_path / "fleet.yaml").write_text(example.text)
+    (tmp_path / "appliance.yaml").write_text(dump_profile(plain_profile()))
+    many = read_fleet(tmp_path / "fleet.yaml", EmulatorSettings())
+    assert [settings.port for settings in many] == [8001, 8002]
 
 
 def test_a_fleet_by_file(served: list[EmulatorSettings], tmp_path: Path) -> None:

@@ -139,6 +139,18 @@ def test_the_overhead_comes_before_the_queue() -> None:
     assert world.log.of(generation) == [(1, 31), (1, 51)]
 
 
+def test_a_late_loop_does_not_make_the_overhead_longer() -> None:
+    world = World(overhead_us=5000.0)
+    generation = world.engine.submit(plans(3))
+    world.loop.now += 0.045
+    world.loop.run_for(1.0)
+    assert world.log.of(generation) == [
+        (1, 46),
+        (1, 55),
+        (1, 75),
+    ]  # 46: the first look may find the step to come
+
+
 def test_who_leaves_during_the_overhead_is_never_queued() -> None:
     world = World(overhead_us=5000.0)
     world.engine.cancel(world.engine.submit(plans(2)))
