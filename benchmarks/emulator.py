@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import cast
 from urllib.request import ProxyHandler, build_opener
@@ -58,28 +58,33 @@ class Round:
         return self.tokens / self.cpu_s
 
 
+@dataclass
+class Seen:
+    """What all clients together have read."""
+
+    events: int = 0
+
+
 class Client(asyncio.Protocol):
     """One connection that asks for a stream, reads it to its end, and asks again."""
 
-    events = 0
-    """Of all connections."""
-
-    def __init__(self, request: bytes) -> None:
-        self._request = request
+    def __init__(self, asking: bytes, seen: Seen) -> None:
+        self._asking = asking
+        self._seen = seen
         self._tail = b""
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.write(self._request)
+        self._transport.write(self._asking)
 
     def data_received(self, data: bytes) -> None:
-        Client.events += data.count(_EVENT)
+        self._seen.events += data.count(_EVENT)
         self._tail = (self._tail + data)[-64:]
-        if self._tail.endswith(b"0\r\n\r\n") and _DONE in self._tail:
+        if self._tail.endswith(_DONE + b"\r\n0\r\n\r\n"):
             self._tail = b""
             assert self._transport is not None
-            self._transport.write(self._request)
+            self._transport.write(self._asking)
 
 
 def request(tokens: int) -> bytes:
@@ -120,22 +125,23 @@ def start(services: Services, streams: int, tokens_per_s: float, core: int) -> t
 async def measure(service: Service, port: int, streams: int, tokens: int, seconds: float) -> Round:
     """Run streams for so long and read what the emulator used meanwhile."""
     loop = asyncio.get_running_loop()
-    asking = request(tokens)
-    connections = []
+    asking, seen = request(tokens), Seen()
+    transports = []
     for _ in range(streams):
-        transport, _ = await loop.create_connection(lambda: Client(asking), "127.0.0.1", port)
-        connections.append(transport)
+        transport, _ = await loop.create_connection(lambda: Client(asking, seen), "127.0.0.1", port)
+        transports.append(transport)
         await asyncio.sleep(WARM_UP_S / streams)
-    used, events, begun = service.cpu_seconds(), Client.events, loop.time()
-    before = await asyncio.to_thread(generated, port)
+
+    async def reading() -> Round:
+        count = await asyncio.to_thread(generated, port)
+        return Round(count, seen.events, service.cpu_seconds(), loop.time())
+
+    begin = await reading()
     await asyncio.sleep(seconds)
-    used = service.cpu_seconds() - used
-    events, took = Client.events - events, loop.time() - begun
-    count = await asyncio.to_thread(generated, port) - before
-    for transport in connections:
+    end = await reading()
+    for transport in transports:
         transport.abort()
-    await asyncio.sleep(1.0)
-    return Round(count, events, used, took)
+    return Round(*(late - early for early, late in zip(astuple(begin), astuple(end), strict=True)))
 
 
 def main() -> int:
