@@ -9,8 +9,8 @@
 * `prefixes`: Mooncake's conversation trace (12,031 requests of 12,035 prompt tokens on average) with prefix caches,
   through `session-affinity`.
 
-CPU time of the process, best of the rounds: whatever else runs only takes away. `--pure` measures plain Python, else
-what is compiled is used (`python -m benchmarks.install_peers tidegate`).
+CPU time of the process, best of the rounds: whatever else runs only takes away. `--pure` measures plain Python,
+else what is compiled is used (`python -m benchmarks.install_peers tidegate`).
 """
 
 from __future__ import annotations

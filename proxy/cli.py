@@ -339,7 +339,7 @@ _ELSEWHERE = {
     "bench": "sim.measure.command:bench",
     "calibrate": "sim.calibrate_command:calibrate",
     "demo": "proxy.demo:demo",
-    "emulate": "sim.emulator:emulate",
+    "emulate": "sim.emulate:emulate",
     "plan": "sim.plan_command:plan",
     "workload": "sim.workload_command:workload_app",
 }

@@ -41,6 +41,7 @@ class EmulatedSite:
     site: str
     slots: int
     ttft_s: float
+    """Of a prompt of 1000 tokens; the demo's are much shorter."""
     tpot_s: float
     slowdown: float
     rtt_s: float
@@ -52,9 +53,9 @@ class EmulatedSite:
     labels: dict[str, str]
 
     def capacity(self, answer_tokens: float) -> float:
-        """Requests a second when all slots are busy with answers of so many tokens."""
+        """Requests a second when all slots are busy with answers of so many tokens to short prompts."""
         tpot_s = self.tpot_s * (1.0 + self.slowdown * (self.slots - 1))
-        return self.slots / (self.ttft_s + tpot_s * (answer_tokens - 1))
+        return self.slots / (tpot_s * answer_tokens)
 
 
 FLEET = (

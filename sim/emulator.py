@@ -1,7 +1,7 @@
-"""`tidegate emulate`: an OpenAI-compatible server that behaves like a vLLM, without a model or a card.
+"""Emulated vLLMs as a library: OpenAI-compatible servers without a model or a card, any number in one event loop.
 
-The engine behind it keeps fixed rates (`sim/fixed_rate.py`); the endpoints, shapes, errors and metrics are those
-of vLLM 0.32 (`sim/openai_server.py`). The same from Python:
+Behind each is an engine (`sim/engine.py`, in real time by `sim/realtime.py`) that is set up by a profile; the
+endpoints, shapes, errors and metrics are those of vLLM 0.32 (`sim/openai_server.py`).
 
     async with emulator(EmulatorSettings(port=0)) as server:
         print(server.url)
@@ -10,93 +10,169 @@ of vLLM 0.32 (`sim/openai_server.py`). The same from Python:
 from __future__ import annotations
 
 import asyncio
-import signal
-from collections.abc import AsyncIterator, Callable
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import TYPE_CHECKING, Annotated
 
-import typer
+from aiohttp import web
 
-if TYPE_CHECKING:
-    from sim.generation import Engine
+from sim.engine import EngineSettings
+from sim.faults import Fault, Faults
+from sim.openai_server import Face, FaceSettings
+from sim.profile import Limits, Origin, Profile, Source, Step
+from sim.realtime import Driver, RealtimeEngine
+from sim.vllm_metrics import VllmMetrics
+
+BLOCK_TOKENS = 16
+"""vLLM's default block on a card; prefixes are shared in whole blocks."""
 
 KEEP_ALIVE_S = 5.0
 """How long an idle connection stays open: uvicorn's default, which clients of a vLLM meet."""
 
+PROMPT_TOKENS = 1000
+"""Length of the prompt whose time to the first token `plain_profile` is told."""
 
-class Fault(StrEnum):
-    """What happens to a request that goes wrong."""
 
-    ERROR = "error"
-    """A 500 before the first byte."""
-    RESET = "reset"
-    """The connection is cut half way through."""
-    STALL = "stall"
-    """Nothing more comes half way through."""
+def plain_profile(
+    slots: int = 8,
+    ttft_s: float = 0.2,
+    tpot_s: float = 0.02,
+    slowdown: float = 0.0,
+    max_model_len: int = 8192,
+) -> Profile:
+    """An engine by four figures. Raises ValueError.
+
+    `slots` sequences are served at once. A sequence alone has a token each `tpot_s`, and each further one
+    stretches that by the share `slowdown`: a step takes `tpot_s * (1 + slowdown * (decodes - 1))`, which is alpha
+    and beta. An empty engine gives the first token of a prompt of 1000 tokens after `ttft_s`: what that is above
+    alpha is a thousand deltas. The KV cache holds as many longest sequences as there are slots.
+    """
+    for name, number in (("slots", slots), ("max_model_len", max_model_len)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1")
+    for name, value in (("ttft", ttft_s), ("tpot", tpot_s)):
+        if not (isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be above zero: no step is free")
+    if not 0 <= slowdown < 1:
+        raise ValueError("slowdown must be between 0 and 1")
+    alpha_us = tpot_s * (1 - slowdown) * 1e6
+    source = Source(origin=Origin.DERIVED, text="from slots, ttft, tpot and slowdown, as they were given")
+    return Profile(
+        name="plain",
+        card="emulated",
+        model="demo",
+        step=Step(
+            alpha_us=alpha_us,
+            beta_us=tpot_s * slowdown * 1e6,
+            gamma_us=0.0,
+            delta_us=max(ttft_s * 1e6 - alpha_us, 0.0) / PROMPT_TOKENS,
+            source=source,
+        ),
+        limits=Limits(
+            max_num_batched_tokens=max(2048, slots),
+            max_num_seqs=slots,
+            max_model_len=max_model_len,
+            source=source,
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class EmulatorSettings:
-    """All there is to set. Times are seconds of emulated time, see `speed`. Raises ValueError."""
+    """One emulated backend. Times are seconds of emulated time, see `speed`. Raises ValueError."""
 
     host: str = "127.0.0.1"
     port: int = 0
     """0: any free port."""
     models: tuple[str, ...] = ("demo",)
     """Served names, the first one being the model's own. Names ending in `-reasoning` reason first."""
-    slots: int = 8
-    """Sequences served at once; the rest wait in order of arrival."""
-    ttft_s: float = 0.2
-    """From leaving the queue to the first token."""
-    tpot_s: float = 0.02
-    """From each token to the next, for a sequence alone."""
-    slowdown: float = 0.0
-    """Each further running sequence makes tokens slower by this share of `tpot_s`."""
+    profile: Profile = field(default_factory=plain_profile)
+    """What the engine can do, and how it is set up."""
     rtt_s: float = 0.0
     """Network round trip, added before every reply."""
     speed: float = 1.0
     """How many emulated seconds pass in a second: 10 divides every time above by ten."""
-    max_model_len: int = 8192
-    """Longest prompt plus answer, tokens."""
     api_keys: tuple[str, ...] = ()
     """Keys to accept; none: everybody is let in."""
     seed: int = 0
-    fail_rate: float = 0.0
-    """Share of completions that go wrong, 0 to 1."""
-    fault: Fault = Fault.ERROR
+    prompt_tokens_details: bool = False
+    """vLLM's `--enable-prompt-tokens-details`."""
+    faults: tuple[Fault, ...] = ()
+    """In force from the start."""
+    control: bool = False
+    """Whether `/emulator/fault` takes faults while it runs."""
     shutdown_timeout_s: float = 5.0
     """How long open streams may go on after the request to stop; not scaled by `speed`."""
 
     def __post_init__(self) -> None:
         if not self.models or not all(self.models):
             raise ValueError("at least one model name is needed, and none may be empty")
-        for name in ("slots", "max_model_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        for name in ("ttft_s", "tpot_s", "slowdown", "rtt_s", "shutdown_timeout_s"):
+        for name in ("rtt_s", "shutdown_timeout_s"):
             if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be zero or more")
         if not (isfinite(self.speed) and self.speed > 0):
             raise ValueError("speed must be above zero")
-        if not 0 <= self.fail_rate <= 1:
-            raise ValueError("fail_rate must be between 0 and 1")
+        longest, engine = self.profile.limits.max_model_len, self.engine()
+        if engine.kv_tokens is None or longest > engine.kv_tokens:  # a vLLM does not start then
+            raise ValueError(
+                f"max_model_len: a sequence of {longest} tokens does not fit into a KV cache of {engine.kv_tokens}"
+            )
 
-    @property
-    def kv_tokens(self) -> int:
-        """Size of the KV cache: as many longest sequences as there are slots."""
-        return self.slots * self.max_model_len
+    def engine(self) -> EngineSettings:
+        """That of the profile; a KV cache of unknown size holds as many longest sequences as may run."""
+        engine, limits = self.profile.engine(BLOCK_TOKENS), self.profile.limits
+        tokens = (
+            limits.kv_tokens or limits.max_num_seqs * -(-limits.max_model_len // BLOCK_TOKENS) * BLOCK_TOKENS
+        )
+        return replace(engine, kv_tokens=tokens // BLOCK_TOKENS * BLOCK_TOKENS)
 
 
-@dataclass(frozen=True, slots=True)
 class Emulator:
-    """A server that is running."""
+    """A server: its engine, its face, and the address where it listens, unless it is told to be dead."""
 
-    host: str
-    port: int
-    engine: Engine
+    def __init__(self, settings: EmulatorSettings, driver: Driver) -> None:
+        """Raises OSError: the port is taken."""
+        loop = asyncio.get_running_loop()
+        self._settings = settings
+        engine, speed = settings.engine(), settings.speed
+        longest = settings.profile.limits.max_model_len
+        metrics = VllmMetrics(settings.models[0], engine, longest)
+        self.engine = RealtimeEngine(
+            driver, engine, overhead_us=settings.profile.overhead_us, speed=speed, observer=metrics
+        )
+        metrics.watch(self.engine.figures)
+        self.faults = Faults(loop.call_later, seed=settings.seed, speed=speed)
+        face = Face(
+            FaceSettings(
+                models=settings.models,
+                max_model_len=longest,
+                api_keys=settings.api_keys,
+                seed=settings.seed,
+                rtt_s=settings.rtt_s / speed,
+                prefix_unit_tokens=engine.prefix_unit_tokens,
+                prompt_tokens_details=settings.prompt_tokens_details,
+                control=settings.control,
+            ),
+            self.engine,
+            metrics,
+            self.faults,
+        )
+        self._runner = web.AppRunner(
+            face.application(),
+            access_log=None,
+            handler_cancellation=True,
+            keepalive_timeout=KEEP_ALIVE_S,
+            shutdown_timeout=settings.shutdown_timeout_s,
+        )
+        self._address = _bind(settings.host, settings.port)
+        """Never listens: it keeps the port ours while nobody does."""
+        self.host, self.port = self._address.getsockname()[:2]
+        self._site: web.SockSite | None = None
+        self._changed = asyncio.Event()
+        self._obeying: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
@@ -104,150 +180,83 @@ class Emulator:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
+    async def start(self) -> None:
+        """Serve from now on. Raises OSError."""
+        await self._runner.setup()
+        for fault in self._settings.faults:
+            self.faults.order(fault)
+        await self._obey()
+        self.faults.changed = self._changed.set
+        self._obeying = asyncio.get_running_loop().create_task(self._keep_obeying())
+
+    async def stop(self) -> None:
+        """Stop listening, let open streams end, and cut those that do not within `shutdown_timeout_s`."""
+        if self._obeying is not None:
+            self._obeying.cancel()
+            await asyncio.gather(self._obeying, return_exceptions=True)
+        await self._runner.cleanup()
+        self._address.close()
+
+    async def _keep_obeying(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await self._obey()
+
+    async def _obey(self) -> None:
+        """Be as slow and as dead as the faults in force say."""
+        self.engine.slow_down(self.faults.factor)
+        if self.faults.dead and self._site is not None:
+            site, self._site = self._site, None
+            await site.stop()
+            assert self._runner.server is not None
+            for connection in self._runner.server.connections:
+                if connection.transport is not None:
+                    connection.transport.abort()
+            self.engine.restart()
+        elif not self.faults.dead and self._site is None:
+            self._site = web.SockSite(self._runner, _bind(self.host, self.port), backlog=1024)
+            await self._site.start()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+@asynccontextmanager
+async def emulators(many: Iterable[EmulatorSettings]) -> AsyncIterator[list[Emulator]]:
+    """Serve until the block is left; open streams then have `shutdown_timeout_s`. Raises OSError (port taken)."""
+    driver = Driver(time.monotonic, asyncio.get_running_loop().call_later)
+    servers: list[Emulator] = []
+    try:
+        for settings in many:
+            servers.append(Emulator(settings, driver))
+            await servers[-1].start()
+        yield servers
+    finally:
+        await asyncio.gather(*(server.stop() for server in servers))
+
 
 @asynccontextmanager
 async def emulator(settings: EmulatorSettings) -> AsyncIterator[Emulator]:
-    """Serve until the block is left; open streams then have `shutdown_timeout_s`. Raises OSError (port taken)."""
-    # Imported here: a command line that only reads this module's options stays fast.
-    from aiohttp import web
-
-    from sim.fixed_rate import FixedRateEngine
-    from sim.openai_server import Face, FaceSettings
-    from sim.vllm_metrics import VllmMetrics
-
-    metrics = VllmMetrics(settings.models[0], settings.kv_tokens, settings.max_model_len)
-    engine = FixedRateEngine(
-        asyncio.get_running_loop(),
-        slots=settings.slots,
-        ttft_s=settings.ttft_s / settings.speed,
-        tpot_s=settings.tpot_s / settings.speed,
-        slowdown=settings.slowdown,
-        kv_tokens=settings.kv_tokens,
-        observer=metrics,
-    )
-    metrics.watch(engine.figures)
-    face = Face(
-        FaceSettings(
-            models=settings.models,
-            max_model_len=settings.max_model_len,
-            api_keys=settings.api_keys,
-            seed=settings.seed,
-            rtt_s=settings.rtt_s / settings.speed,
-            fail_rate=settings.fail_rate,
-            fault=settings.fault.value,
-        ),
-        engine,
-        metrics,
-    )
-    runner = web.AppRunner(
-        face.application(),
-        access_log=None,
-        handler_cancellation=True,
-        keepalive_timeout=KEEP_ALIVE_S,
-        shutdown_timeout=settings.shutdown_timeout_s,
-    )
-    try:
-        await runner.setup()
-        await web.TCPSite(runner, settings.host, settings.port).start()
-        host, port = runner.addresses[0][:2]
-        yield Emulator(host, port, engine)
-    finally:
-        await runner.cleanup()
+    """`emulators` for one."""
+    async with emulators([settings]) as servers:
+        yield servers[0]
 
 
-async def serve_emulator(settings: EmulatorSettings, ready: Callable[[str, int], None] | None = None) -> None:
-    """Serve until cancelled. `ready` is told host and port once connections are accepted. Raises OSError."""
-    async with emulator(settings) as server:
-        if ready is not None:
-            ready(server.host, server.port)
-        await asyncio.Event().wait()
-
-
-def run(settings: EmulatorSettings) -> None:
-    """Serve until SIGINT or SIGTERM, saying where on standard output. Raises OSError (port taken)."""
-    import uvloop
-
-    def ready(host: str, port: int) -> None:
-        shown = f"[{host}]" if ":" in host else host
-        typer.echo(f"listening on http://{shown}:{port} as {', '.join(settings.models)}")
-
-    async def main() -> None:
-        loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
-        assert task is not None
-        # The second signal cancels the wait for open streams.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
-        try:
-            await serve_emulator(settings, ready)
-        except asyncio.CancelledError:
-            pass
-
-    uvloop.run(main())
-
-
-def emulate(
-    port: Annotated[
-        int, typer.Option(help="Port to listen on; 0 takes a free one and prints it.", min=0, max=65535)
-    ] = 8000,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Served model name; repeat for aliases. NAME-reasoning reasons first."),
-    ] = None,
-    slots: Annotated[
-        int, typer.Option(help="Requests served at once; the rest wait in order of arrival.")
-    ] = 8,
-    ttft: Annotated[float, typer.Option(help="Seconds to the first token.")] = 0.2,
-    tpot: Annotated[float, typer.Option(help="Seconds per further token, for a request alone.")] = 0.02,
-    slowdown: Annotated[
-        float, typer.Option(help="Share by which each further running request slows tokens down.")
-    ] = 0.0,
-    rtt: Annotated[
-        float, typer.Option(help="Seconds of network round trip, added before every reply.")
-    ] = 0.0,
-    speed: Annotated[float, typer.Option(help="Run this many times faster than real time.")] = 1.0,
-    max_model_len: Annotated[int, typer.Option(help="Longest prompt plus answer, tokens.")] = 8192,
-    api_key: Annotated[list[str] | None, typer.Option(help="Key to accept; repeat for several.")] = None,
-    seed: Annotated[int, typer.Option(help="Changes the answers and which requests fail.")] = 0,
-    fail_rate: Annotated[float, typer.Option(help="Share of completions that go wrong, 0 to 1.")] = 0.0,
-    fault: Annotated[Fault, typer.Option(help="How they go wrong.")] = Fault.ERROR,
-    shutdown_timeout: Annotated[
-        float, typer.Option(help="Seconds that open streams have when stopped.")
-    ] = 5.0,
+async def serve_emulators(
+    many: Iterable[EmulatorSettings], ready: Callable[[list[Emulator]], None] | None = None
 ) -> None:
-    """Serve an emulated vLLM: its API, errors and metrics at fixed rates, without a model or a card.
-
-    Example: tidegate emulate --port 8000 --model demo --slots 4 --ttft 0.3 --tpot 0.02
-    """
-    try:
-        settings = EmulatorSettings(
-            host=host,
-            port=port,
-            models=tuple(model or ("demo",)),
-            slots=slots,
-            ttft_s=ttft,
-            tpot_s=tpot,
-            slowdown=slowdown,
-            rtt_s=rtt,
-            speed=speed,
-            max_model_len=max_model_len,
-            api_keys=tuple(api_key or ()),
-            seed=seed,
-            fail_rate=fail_rate,
-            fault=fault,
-            shutdown_timeout_s=shutdown_timeout,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    try:
-        run(settings)
-    except OSError as error:
-        typer.echo(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port", err=True
-        )
-        raise typer.Exit(1) from error
-
-
-if __name__ == "__main__":
-    typer.run(emulate)
+    """Serve until cancelled. `ready` is called once connections are accepted. Raises OSError."""
+    async with emulators(many) as servers:
+        if ready is not None:
+            ready(servers)
+        await asyncio.Event().wait()

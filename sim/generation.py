@@ -1,11 +1,11 @@
 """What stands between the HTTP face of the emulator and the engine that sets its pace.
 
 The face knows the text: it plans every sequence of a request (an answer, or one of `n` answers) down to its
-last token before it submits it. The engine knows time: when a sequence starts, and when each of its tokens is
-there. So an engine is told counts and gives back counts, and any engine fits behind `Engine`.
+last token before it submits it. The engine knows time: when each of its tokens is there. So an engine is told
+counts and gives back counts, and any engine fits behind `Engine`.
 
-An engine calls `TokenSequence.start` and `advance`; the face iterates over the `Generation`. A face that falls
-behind (a slow client) finds the tokens it missed merged into one step, as vLLM does it.
+An engine calls `TokenSequence.advance`; the face iterates over the `Generation`. A face that falls behind (a
+slow client) finds the tokens it missed merged into one step, as vLLM does it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+from sim.engine import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class SequencePlan:
     """The request's limit, for the record."""
     finished_reason: str
     """`stop` or `length`, for the record."""
+    hashes: tuple[int, ...] = ()
+    """Of prompt and answer, for the prefix cache (`sim.prefix_hashes`)."""
 
 
 class EngineFigures(NamedTuple):
@@ -38,17 +42,18 @@ class EngineFigures(NamedTuple):
     """Sequences in the queue."""
     kv_use: float
     """Share of the KV cache in use, 0 to 1."""
+    preemptions: int = 0
+    """So far."""
 
 
 class Observer(Protocol):
-    """Hears of every sequence; the metrics page is one. Times are the engine's clock, seconds."""
-
-    def started(self, sequence: TokenSequence, now: float) -> None: ...
+    """Hears of every sequence; the metrics page is one. Times are those of the clock on the wall, seconds."""
 
     def advanced(self, sequence: TokenSequence, tokens: int, now: float) -> None:
         """`tokens` more are there; called before the sequence's own times and counts move on."""
 
-    def finished(self, sequence: TokenSequence) -> None: ...
+    def finished(self, sequence: TokenSequence) -> None:
+        """All of its tokens are there."""
 
 
 class Engine(Protocol):
@@ -58,45 +63,38 @@ class Engine(Protocol):
         """Queue the sequences of one request, in order."""
 
     def cancel(self, generation: Generation) -> None:
-        """Drop what has not finished, at once; what it held is free when this returns."""
+        """Drop what has not finished; what it held is free with the end of the step that is running."""
 
     def figures(self) -> EngineFigures: ...
 
 
-class TokenSequence:
-    """The life of one sequence inside an engine."""
+class TokenSequence(Sequence):
+    """A sequence of the engine's with what the face and the metrics need: its plan, and times on the wall."""
 
-    __slots__ = (
-        "done",
-        "first_token_at",
-        "generation",
-        "index",
-        "last_token_at",
-        "plan",
-        "started_at",
-        "submitted_at",
-    )
+    __slots__ = ("done", "first_token_at", "generation", "index", "last_token_at", "plan", "submitted_at")
 
     def __init__(self, generation: Generation, index: int, plan: SequencePlan, now: float) -> None:
+        super().__init__(plan.prompt_tokens, plan.output_tokens, plan.hashes)
         self.generation = generation
         self.index = index
         self.plan = plan
         self.submitted_at = now
-        self.started_at = now
         self.first_token_at = now
         self.last_token_at = now
         self.done = 0
+        """Tokens delivered."""
 
     @property
-    def finished(self) -> bool:
-        """Whether all its tokens are there."""
-        return self.done == self.plan.output_tokens
+    def complete(self) -> bool:
+        """Whether all its tokens are delivered."""
+        return self.done == self.output_tokens
 
-    def start(self, now: float) -> None:
-        """It left the queue: its prefill begins."""
-        self.started_at = now
-        if self.generation.observer is not None:
-            self.generation.observer.started(self, now)
+    @property
+    def queued_s(self) -> float:
+        """From its submission to its admission, as a share of the time to the first token; seconds."""
+        whole = self.first_token - self.arrived
+        share = (self.admitted - self.arrived) / whole if whole > 0 else 0.0
+        return share * (self.first_token_at - self.submitted_at)
 
     def advance(self, tokens: int, now: float) -> None:
         """`tokens` more are there."""
@@ -108,7 +106,7 @@ class TokenSequence:
         self.last_token_at = now
         self.done += tokens
         self.generation.deliver(self.index, tokens)
-        if observer is not None and self.finished:
+        if observer is not None and self.complete:
             observer.finished(self)
 
 
@@ -119,8 +117,13 @@ class Generation:
         self.observer = observer
         self.sequences = [TokenSequence(self, index, plan, now) for index, plan in enumerate(plans)]
         self._ready: dict[int, int] = {}
-        self._undelivered = sum(sequence.plan.output_tokens for sequence in self.sequences)
+        self._undelivered = sum(sequence.output_tokens for sequence in self.sequences)
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens of its last sequence that the prefix cache had: vLLM reports those."""
+        return self.sequences[-1].cached_tokens
 
     def deliver(self, index: int, tokens: int) -> None:
         """Hand tokens of one sequence to whoever iterates."""

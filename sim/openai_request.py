@@ -124,6 +124,7 @@ class _Generate(_Body):
     ignore_eos: bool = False
     min_tokens: int = 0
     response_format: ResponseFormat | None = None
+    cache_salt: str | None = None
     request_id: str | None = None
 
     @model_validator(mode="after")
@@ -241,7 +242,7 @@ class DetokenizeRequest(_Body):
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
-AnyBody = TypeVar("AnyBody", bound=_Body)
+AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 
 def parse(kind: type[AnyBody], data: bytes) -> AnyBody:

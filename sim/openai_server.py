@@ -12,17 +12,18 @@ import asyncio
 import hmac
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from itertools import chain
-from random import Random
 from uuid import uuid4
 
 import orjson
 from aiohttp import web
 
 from sim import tokens
-from sim.answers import Answer, Wish, compose, json_text
+from sim.answers import Answer, Channel, Wish, compose, json_text
+from sim.completion import Completion
+from sim.faults import Fault, Faults
 from sim.generation import Engine, SequencePlan
 from sim.json_instance import Schema, UnsupportedSchemaError, minimal_instance
 from sim.openai_request import (
@@ -34,7 +35,8 @@ from sim.openai_request import (
     bad_value,
     parse,
 )
-from sim.openai_shapes import DONE, ChatShapes, CompletionShapes, Head, Shapes
+from sim.openai_shapes import ChatShapes, CompletionShapes, Head, Shapes
+from sim.prefix_hashes import prefix_hashes
 from sim.vllm_metrics import CONTENT_TYPE, VllmMetrics
 
 VLLM_VERSION = "0.32.0"
@@ -62,45 +64,34 @@ class FaceSettings:
     seed: int = 0
     rtt_s: float = 0.0
     """Added before every reply, as a network round trip would."""
-    fail_rate: float = 0.0
-    """Share of completions that go wrong."""
-    fault: str = "error"
-    """How they do: `error` (a 500 before the first byte), `reset` (the connection is cut half way through) or
-    `stall` (nothing more comes half way through)."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A completion, ready to be served."""
-
-    shapes: Shapes
-    answers: Sequence[Answer]
-    plans: list[SequencePlan]
-    stream: bool
-    usage: bool
-    """Whether the stream ends with a usage event."""
+    prefix_unit_tokens: int = 0
+    """Tokens of one block of the prefix cache; 0: there is none."""
+    prompt_tokens_details: bool = False
+    """vLLM's `--enable-prompt-tokens-details`: usage says how much of a prompt was in the prefix cache."""
+    control: bool = False
+    """Whether `/emulator/fault` is there, which no vLLM has."""
 
 
 class Face:
     """Serves requests from one engine."""
 
-    def __init__(self, settings: FaceSettings, engine: Engine, metrics: VllmMetrics) -> None:
+    def __init__(self, settings: FaceSettings, engine: Engine, metrics: VllmMetrics, faults: Faults) -> None:
         self._settings = settings
         self._engine = engine
         self._metrics = metrics
+        self._faults = faults
         self._in_flight = 0
         self._started = int(time.time())
         self._fingerprint = f"vllm-{VLLM_VERSION}-{zlib.crc32(f'fingerprint {settings.seed}'.encode()):08x}"
         self._keys = [key.encode() for key in settings.api_keys]
-        self._faults = Random(settings.seed)  # noqa: S311 - which requests go wrong is no secret
 
     def application(self) -> web.Application:
         """The routes."""
         app = web.Application(client_max_size=LARGEST_BODY, middlewares=[self._around])
         app.on_response_prepare.append(_set_headers)
         for path, get in (
-            ("/health", self._empty),
-            ("/ping", self._empty),
+            ("/health", self._health),
+            ("/ping", self._health),
             ("/version", self._version),
             ("/load", self._load),
             ("/metrics", self._metrics_page),
@@ -108,13 +99,17 @@ class Face:
         ):
             app.router.add_get(path, get, allow_head=False)
         for path, post in (
-            ("/ping", self._empty),
+            ("/ping", self._health),
             ("/tokenize", self._tokenize),
             ("/detokenize", self._detokenize),
             ("/v1/chat/completions", self._chat),
             ("/v1/completions", self._completions),
         ):
             app.router.add_post(path, post)
+        if self._settings.control:
+            app.router.add_get("/emulator/fault", self._show_faults, allow_head=False)
+            app.router.add_post("/emulator/fault", self._order_fault)
+            app.router.add_delete("/emulator/fault", self._take_back_faults)
         return app
 
     # Every request
@@ -150,8 +145,8 @@ class Face:
 
     # Small endpoints
 
-    async def _empty(self, request: web.Request) -> web.StreamResponse:
-        return web.Response()
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(status=200 if self._faults.healthy else 503)
 
     async def _version(self, request: web.Request) -> web.StreamResponse:
         return _json({"version": VLLM_VERSION})
@@ -211,6 +206,19 @@ class Face:
         self._check_model(body.model)
         return _json({"prompt": tokens.decode(body.tokens)})
 
+    # Faults to order
+
+    async def _show_faults(self, request: web.Request) -> web.StreamResponse:
+        return _json([fault.model_dump(mode="json", exclude_unset=True) for fault in self._faults.active])
+
+    async def _order_fault(self, request: web.Request) -> web.StreamResponse:
+        self._faults.order(parse(Fault, await request.read()))
+        return await self._show_faults(request)
+
+    async def _take_back_faults(self, request: web.Request) -> web.StreamResponse:
+        self._faults.take_back()
+        return await self._show_faults(request)
+
     # Completions
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -231,14 +239,15 @@ class Face:
             [f"chatcmpl-tool-{uuid4().hex[:16]}" for _ in answers],
             forced_any_tool=body.tool_choice == "required",
         )
-        plans = [_plan(len(pieces), answer, wish.room) for answer in answers]
-        return await self._serve(request, _job(body, shapes, answers, plans))
+        plans = [self._plan(body, pieces, answer, wish.room) for answer in answers]
+        return await self._serve(request, self._completion(body, shapes, plans))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = parse(CompletionRequest, await request.read())
         self._check_model(body.model)
         prompts = body.prompts()
-        counts = [len(tokens.split(prompt)) for prompt in prompts]
+        pieces = [tokens.split(prompt) for prompt in prompts]
+        counts = [len(prompt) for prompt in pieces]
         wishes = [self._wish(body, count) for count in counts]
         answers = list(
             chain.from_iterable(
@@ -253,10 +262,10 @@ class Face:
             [prompts[position] if body.echo else "" for position in by_choice],
         )
         plans = [
-            _plan(counts[position], answer, wishes[position].room)
+            self._plan(body, pieces[position], answer, wishes[position].room)
             for position, answer in zip(by_choice, answers, strict=True)
         ]
-        return await self._serve(request, _job(body, shapes, answers, plans))
+        return await self._serve(request, self._completion(body, shapes, plans))
 
     def _wish(self, body: ChatRequest | CompletionRequest, prompt_tokens: int) -> Wish:
         longest = self._settings.max_model_len
@@ -296,6 +305,28 @@ class Face:
         seed = f"{self._settings.seed}/{body.seed}/{zlib.crc32(prompt.encode())}"
         return [compose(wish, f"{seed}/{index}") for index in range(body.n)]
 
+    def _plan(
+        self, body: ChatRequest | CompletionRequest, pieces: list[str], answer: Answer, room: int
+    ) -> SequencePlan:
+        hashes: tuple[int, ...] = ()
+        if self._settings.prefix_unit_tokens:
+            # The next turn of a conversation begins with this one's answer, as the chat template puts it.
+            said = [tokens.MESSAGE_END if where is Channel.END else text for where, text in answer.tokens]
+            hashes = prefix_hashes([*pieces, *said], self._settings.prefix_unit_tokens, body.cache_salt or "")
+        return SequencePlan(len(pieces), len(answer.tokens), room, answer.finish_reason, hashes)
+
+    def _completion(
+        self, body: ChatRequest | CompletionRequest, shapes: Shapes, plans: list[SequencePlan]
+    ) -> Completion:
+        unit = self._settings.prefix_unit_tokens
+        return Completion(
+            shapes,
+            plans,
+            stream=bool(body.stream),
+            usage=bool(body.stream_options and body.stream_options.include_usage),
+            cacheable=plans[-1].prompt_tokens // unit * unit if unit else 0,
+        )
+
     def _head(
         self, request: web.Request, body: ChatRequest | CompletionRequest, kind: str, prompt_tokens: int
     ) -> Head:
@@ -309,84 +340,15 @@ class Face:
             prompt_tokens=prompt_tokens,
             include_usage=bool(options and options.include_usage),
             continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
+            prompt_tokens_details=self._settings.prompt_tokens_details,
         )
 
-    async def _serve(self, request: web.Request, job: _Job) -> web.StreamResponse:
-        fault = self._draw_fault()
-        if fault == "error":
-            raise RequestError(500, "InternalServerError", "The emulator was told to fail.", None)
-        breaks_after = sum(plan.output_tokens for plan in job.plans) // 2 if fault else None
+    async def _serve(self, request: web.Request, completion: Completion) -> web.StreamResponse:
         self._in_flight += 1
         try:
-            if job.stream:
-                return await self._stream(request, job, breaks_after)
-            return await self._whole(request, job, breaks_after)
+            return await completion.serve(request, self._engine, self._faults.draw())
         finally:
             self._in_flight -= 1
-
-    async def _whole(self, request: web.Request, job: _Job, breaks_after: int | None) -> web.StreamResponse:
-        generation = self._engine.submit(job.plans)
-        done = 0
-        try:
-            async for step in generation:
-                done += sum(new for _, new in step)
-                if breaks_after is not None and done >= breaks_after:
-                    await self._break(request)
-        finally:
-            self._engine.cancel(generation)
-        return web.Response(body=job.shapes.body(), content_type="application/json")
-
-    async def _stream(self, request: web.Request, job: _Job, breaks_after: int | None) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        generation = self._engine.submit(job.plans)
-        try:
-            await response.prepare(request)
-            total = sum(plan.output_tokens for plan in job.plans)
-            done = [0] * len(job.plans)
-            left = total
-            async for step in generation:
-                if left == total:
-                    for event in job.shapes.first():
-                        await response.write(event)
-                for index, new in step:
-                    left -= new
-                    for event in job.shapes.step(index, done[index], new, last=left == 0):
-                        await response.write(event)
-                    done[index] += new
-                if breaks_after is not None and total - left >= breaks_after:
-                    await self._break(request)
-            if job.usage:
-                await response.write(job.shapes.usage_event(total))
-            await response.write(DONE)
-            await response.write_eof()
-        except ConnectionError:
-            pass  # the client left while we wrote
-        finally:
-            self._engine.cancel(generation)
-        return response
-
-    def _draw_fault(self) -> str | None:
-        return self._settings.fault if self._faults.random() < self._settings.fail_rate else None
-
-    async def _break(self, request: web.Request) -> None:
-        """Do what the fault asks for; ends when the connection does."""
-        if self._settings.fault == "reset" and request.transport is not None:
-            request.transport.abort()
-        await asyncio.Event().wait()
-
-
-def _plan(prompt_tokens: int, answer: Answer, room: int) -> SequencePlan:
-    return SequencePlan(prompt_tokens, len(answer.tokens), room, answer.finish_reason)
-
-
-def _job(
-    body: ChatRequest | CompletionRequest,
-    shapes: Shapes,
-    answers: Sequence[Answer],
-    plans: list[SequencePlan],
-) -> _Job:
-    usage = bool(body.stream_options and body.stream_options.include_usage)
-    return _Job(shapes, answers, plans, bool(body.stream), usage)
 
 
 def _instance(schema: Schema, param: str) -> object:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
@@ -31,6 +31,8 @@ class Head:
     """Over all prompts of the request."""
     continuous_usage: bool = False
     include_usage: bool = False
+    prompt_tokens_details: bool = False
+    """Whether usage says how much of the prompt was in the prefix cache (`--enable-prompt-tokens-details`)."""
 
     def stream_prefix(self, kind: str) -> bytes:
         """The beginning of every event, up to the first choice."""
@@ -46,6 +48,15 @@ class Head:
         }
 
 
+class CacheUse(NamedTuple):
+    """What the prefix cache did for a request, tokens of its prompt."""
+
+    cached: int = 0
+    """That were in it."""
+    created: int = 0
+    """That are in it now."""
+
+
 class Shapes(Protocol):
     """The shapes of one endpoint for one request."""
 
@@ -55,10 +66,10 @@ class Shapes(Protocol):
     def step(self, index: int, done: int, new: int, last: bool) -> list[bytes]:
         """Events for the tokens `done` to `done + new` of a choice; `last`: they complete the whole request."""
 
-    def usage_event(self, completion_tokens: int) -> bytes:
+    def usage_event(self, completion_tokens: int, cache: CacheUse) -> bytes:
         """The event after the last choice, if usage was asked for."""
 
-    def body(self) -> bytes:
+    def body(self, cache: CacheUse) -> bytes:
         """The whole answer at once."""
 
 
@@ -79,9 +90,18 @@ def _fingerprint_suffix(head: Head, last: bool) -> bytes:
 
 
 def _usage_event(prefix: bytes, head: Head, completion_tokens: int, details: dict[str, int]) -> bytes:
-    usage = head.usage(completion_tokens) | {"prompt_tokens_details": details}
+    usage = head.usage(completion_tokens)
+    if head.prompt_tokens_details:
+        usage["prompt_tokens_details"] = details
     fingerprint = orjson.dumps(head.fingerprint)
     return prefix + b'],"usage":' + orjson.dumps(usage) + b',"system_fingerprint":' + fingerprint + b"}\n\n"
+
+
+def _whole_usage(head: Head, completion_tokens: int, details: dict[str, int | None]) -> dict[str, Any]:
+    return head.usage(completion_tokens) | {
+        "prompt_tokens_details": details if head.prompt_tokens_details else None,
+        "completion_tokens_details": None,
+    }
 
 
 def _finish_fields(answer: Answer, reason: str) -> bytes:
@@ -136,14 +156,18 @@ class ChatShapes:
             )
         return events
 
-    def usage_event(self, completion_tokens: int) -> bytes:
+    def usage_event(self, completion_tokens: int, cache: CacheUse) -> bytes:
         """Usage over all choices."""
-        details = {"cached_tokens": 0, "created_cache_tokens": 0}
+        details = {"cached_tokens": cache.cached, "created_cache_tokens": cache.created}
         return _usage_event(self._prefix, self._head, completion_tokens, details)
 
-    def body(self) -> bytes:
+    def body(self, cache: CacheUse) -> bytes:
         """The whole answer at once."""
-        details = {"cached_tokens": 0, "created_cache_tokens": 0, "multimodal_tokens": None}
+        details = {
+            "cached_tokens": cache.cached,
+            "created_cache_tokens": cache.created,
+            "multimodal_tokens": None,
+        }
         completion_tokens = sum(len(answer.tokens) for answer in self._answers)
         return orjson.dumps(
             {
@@ -154,8 +178,7 @@ class ChatShapes:
                 "choices": [self._choice(index, answer) for index, answer in enumerate(self._answers)],
                 "service_tier": None,
                 "system_fingerprint": self._head.fingerprint,
-                "usage": self._head.usage(completion_tokens)
-                | {"prompt_tokens_details": details, "completion_tokens_details": None},
+                "usage": _whole_usage(self._head, completion_tokens, details),
                 "prompt_logprobs": None,
                 "prompt_token_ids": None,
                 "prompt_text": None,
@@ -248,13 +271,17 @@ class CompletionShapes:
             + b"}\n\n"
         ]
 
-    def usage_event(self, completion_tokens: int) -> bytes:
+    def usage_event(self, completion_tokens: int, cache: CacheUse) -> bytes:
         """Usage over all choices."""
-        return _usage_event(self._prefix, self._head, completion_tokens, {"cached_tokens": 0})
+        return _usage_event(self._prefix, self._head, completion_tokens, {"cached_tokens": cache.cached})
 
-    def body(self) -> bytes:
+    def body(self, cache: CacheUse) -> bytes:
         """The whole answer at once."""
-        details = {"cached_tokens": 0, "created_cache_tokens": None, "multimodal_tokens": None}
+        details = {
+            "cached_tokens": cache.cached,
+            "created_cache_tokens": None,
+            "multimodal_tokens": None,
+        }
         completion_tokens = sum(len(answer.tokens) for answer in self._answers)
         return orjson.dumps(
             {
@@ -265,8 +292,7 @@ class CompletionShapes:
                 "choices": [self._choice(index, answer) for index, answer in enumerate(self._answers)],
                 "service_tier": None,
                 "system_fingerprint": self._head.fingerprint,
-                "usage": self._head.usage(completion_tokens)
-                | {"prompt_tokens_details": details, "completion_tokens_details": None},
+                "usage": _whole_usage(self._head, completion_tokens, details),
                 "kv_transfer_params": None,
                 "ec_transfer_params": None,
                 "metrics": None,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
 
-from sim.fixed_rate import BLOCK_TOKENS
+from sim.engine import EngineSettings
 from sim.generation import EngineFigures, TokenSequence
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_1_0_0
@@ -41,16 +41,19 @@ def _length_buckets(longest: int) -> list[int]:
 class VllmMetrics:
     """Implements `sim.generation.Observer`; `page` renders what it has seen."""
 
-    def __init__(self, model: str, kv_tokens: int, max_model_len: int) -> None:
-        """`model`: the first served name; `kv_tokens`: size of the KV cache."""
+    def __init__(self, model: str, engine: EngineSettings, max_model_len: int) -> None:
+        """`model`: the first served name; `engine`: its KV cache has a size."""
         self._registry = CollectorRegistry()
         self._labels = {"model_name": model, "engine": "0"}
         self._prompt_tokens = self._counter("prompt_tokens", "Number of prefill tokens processed.")
         self._generation_tokens = self._counter("generation_tokens", "Number of generation tokens processed.")
-        self._counter("prompt_tokens_cached", "Number of prompt tokens found in the cache.")
-        self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
-        self._counter("prefix_cache_hits", "Tokens found in the prefix cache.")
-        self._counter("num_preemptions", "Number of preemptions.")
+        self._cached_tokens = self._counter("prompt_tokens_cached", "Prompt tokens found in the cache.")
+        self._prefix_queries = self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Tokens found in the prefix cache.")
+        self._preemptions = self._counter("num_preemptions", "Number of preemptions.")
+        self._preempted = 0
+        self._prefix_cache = engine.prefix_unit_tokens > 0
+        self._figures: Callable[[], EngineFigures] = lambda: EngineFigures(0, 0, 0.0)
         success = Counter(
             "vllm:request_success",
             "Count of successfully processed requests.",
@@ -73,10 +76,11 @@ class VllmMetrics:
         self._prompt_length = self._histogram("request_prompt_tokens", lengths)
         self._generation_length = self._histogram("request_generation_tokens", lengths)
         self._max_tokens = self._histogram("request_params_max_tokens", lengths)
-        self._cache_info(kv_tokens, max_model_len)
+        self._cache_info(engine, max_model_len)
 
     def watch(self, figures: Callable[[], EngineFigures]) -> None:
         """Read the gauges from an engine at every scrape."""
+        self._figures = figures
         self._gauge("num_requests_running", lambda: figures().running)
         self._gauge("num_requests_waiting", lambda: figures().waiting)
         self._gauge("kv_cache_usage_perc", lambda: figures().kv_use)
@@ -91,29 +95,38 @@ class VllmMetrics:
 
     def page(self) -> bytes:
         """Prometheus text exposition."""
+        preemptions = self._figures().preemptions
+        self._preemptions.inc(max(preemptions - self._preempted, 0))  # an engine that restarted counts anew
+        self._preempted = preemptions
         return generate_latest(self._registry)
-
-    def started(self, sequence: TokenSequence, now: float) -> None:
-        """It left the queue."""
-        self._queue_time.observe(now - sequence.submitted_at)
 
     def advanced(self, sequence: TokenSequence, tokens: int, now: float) -> None:
         """More of its tokens are there; the first ones say that the prompt is processed."""
         self._generation_tokens.inc(tokens)
         if sequence.done:
-            self._inter_token.observe(now - sequence.last_token_at)
+            interval = (now - sequence.last_token_at) / tokens
+            for _ in range(tokens):
+                self._inter_token.observe(interval)
             return
-        self._prompt_tokens.inc(sequence.plan.prompt_tokens)
+        self._prompt_tokens.inc(sequence.prompt_tokens)
+        self._cached_tokens.inc(sequence.cached_tokens)
+        if self._prefix_cache:
+            self._prefix_queries.inc(sequence.prompt_tokens)
+            self._prefix_hits.inc(sequence.cached_tokens)
         self._ttft.observe(now - sequence.submitted_at)
-        self._prefill_time.observe(now - sequence.started_at)
+        for _ in range(tokens - 1):
+            self._inter_token.observe(0.0)
 
     def finished(self, sequence: TokenSequence) -> None:
         """All of its tokens are there."""
         plan = sequence.plan
         self._success[plan.finished_reason].inc()
         end, decode = sequence.last_token_at, sequence.last_token_at - sequence.first_token_at
+        admitted_at = sequence.submitted_at + sequence.queued_s
+        self._queue_time.observe(sequence.queued_s)
+        self._prefill_time.observe(sequence.first_token_at - admitted_at)
         self._latency.observe(end - sequence.submitted_at)
-        self._inference_time.observe(end - sequence.started_at)
+        self._inference_time.observe(end - admitted_at)
         self._decode_time.observe(decode)
         if plan.output_tokens > 1:
             self._per_token.observe(decode / (plan.output_tokens - 1))
@@ -136,16 +149,17 @@ class VllmMetrics:
         gauge = Gauge(f"vllm:{name}", text, list(self._labels), registry=self._registry)
         gauge.labels(**self._labels).set_function(value)
 
-    def _cache_info(self, kv_tokens: int, max_model_len: int) -> None:
+    def _cache_info(self, engine: EngineSettings, max_model_len: int) -> None:
+        assert engine.kv_tokens is not None
         info = {
             "engine": "0",
-            "block_size": str(BLOCK_TOKENS),
+            "block_size": str(engine.block_tokens),
             "cache_dtype": "auto",
-            "enable_prefix_caching": "False",
+            "enable_prefix_caching": str(self._prefix_cache),
             "gpu_memory_utilization": "0.92",
-            "kv_cache_max_concurrency": str(kv_tokens / max_model_len),
-            "kv_cache_size_tokens": str(kv_tokens),
-            "num_gpu_blocks": str(kv_tokens // BLOCK_TOKENS),
+            "kv_cache_max_concurrency": str(engine.kv_tokens / max_model_len),
+            "kv_cache_size_tokens": str(engine.kv_tokens),
+            "num_gpu_blocks": str(engine.kv_blocks),
         }
         gauge = Gauge(
             "vllm:cache_config_info",

@@ -16,7 +16,7 @@ def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-EMULATE = (sys.executable, "-m", "sim.emulator", "--speed", "20")
+EMULATE = (sys.executable, "-m", "sim.emulate", "--speed", "20")
 LISTENING = python(
     "import time; print('listening on http://127.0.0.1:9 as demo', flush=True); time.sleep(99)"
 )

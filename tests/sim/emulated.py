@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from sim.emulator import Emulator, EmulatorSettings, emulator
+from sim.emulator import Emulator, EmulatorSettings, emulator, plain_profile
 from sim.generation import EngineFigures, Generation, SequencePlan
 
 HELLO = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}]}
@@ -82,9 +83,18 @@ class ManualEngine:
         return EngineFigures(0, 0, 0.0)
 
 
+_PLAIN = frozenset(inspect.signature(plain_profile).parameters)
+
+
 @asynccontextmanager
 async def client(**settings: Any) -> AsyncIterator[Client]:
-    chosen: dict[str, Any] = {"speed": 100.0, "shutdown_timeout_s": 1.0} | settings
+    """`settings`: of `EmulatorSettings`, and of `plain_profile`."""
+    plain = {name: settings.pop(name) for name in _PLAIN & settings.keys()}
+    chosen: dict[str, Any] = {
+        "speed": 100.0,
+        "shutdown_timeout_s": 1.0,
+        "profile": plain_profile(**plain),
+    } | settings
     async with emulator(EmulatorSettings(**chosen)) as server, aiohttp.ClientSession() as session:
         yield Client(server, session)
 

@@ -60,7 +60,8 @@ def events(body: bytes) -> list[Any]:
 async def ask(name: str) -> tuple[int, str, bytes]:
     """What the emulator says to a captured request: status, content type, body."""
     method, path, body = request_of(name)
-    async with client(models=("smollm2",), max_model_len=2048, speed=20) as http:
+    settings = {"models": ("smollm2",), "max_model_len": 2048, "speed": 20, "prompt_tokens_details": True}
+    async with client(**settings) as http:
         response = await http.session.request(method, http.server.url + path, data=body or None)
         return response.status, response.headers.get("Content-Type", ""), await response.read()
 

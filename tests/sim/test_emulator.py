@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-import signal
-import sys
-from collections.abc import Callable
-from pathlib import Path
+import time
 from typing import Any
 
 import aiohttp
 import pytest
 
-from proxy.demo import demo
 from proxy.tasks import Tasks
-from sim.emulator import EmulatorSettings, Fault, emulate, serve_emulator
-from tests.sim.emulated import HELLO, Client, client, events, until
+from sim.emulator import Emulator, EmulatorSettings, emulators, plain_profile, serve_emulators
+from sim.faults import Fault, FaultKind
+from tests.sim.emulated import HELLO, Client, client, content, events, until
+
+ENDLESS = HELLO | {"max_tokens": 700, "ignore_eos": True}
+"""At ten emulated seconds a token."""
 
 
 async def test_headers_go_out_before_the_first_token() -> None:
@@ -25,16 +24,15 @@ async def test_headers_go_out_before_the_first_token() -> None:
         assert response.status == 200
         assert http.server.engine.figures().running == 1
         response.close()
-        await until(lambda: http.server.engine.figures().running == 0)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
-    async with client(slots=1, ttft_s=10_000, speed=1) as http:
+    async with client(slots=1, tpot_s=10) as http:
         figures = http.server.engine.figures
         async with asyncio.TaskGroup() as group:
             asking = [
-                group.create_task(http.post("/v1/chat/completions", HELLO | {"stream": stream}))
+                group.create_task(http.post("/v1/chat/completions", ENDLESS | {"stream": stream}))
                 for _ in range(3)
             ]
             await until(lambda: figures()[:2] == (1, 2))
@@ -75,32 +73,30 @@ async def test_metrics_are_what_was_served() -> None:
 
 
 async def test_metrics_show_the_queue_and_the_cache() -> None:
-    async with client(slots=2, ttft_s=10_000, speed=1, max_model_len=1600) as http:
-        waiting = [
-            await http.post("/v1/chat/completions", HELLO | {"stream": True, "max_tokens": 1})
-            for _ in range(5)
-        ]
+    async with client(slots=2, tpot_s=10_000, speed=1, max_model_len=1600) as http:
+        waiting = [await http.post("/v1/chat/completions", ENDLESS | {"stream": True}) for _ in range(5)]
         page = await http.get("/metrics")
         text = await page.text()
         seen = await http.metrics()
         for response in waiting:
             response.close()
     assert page.headers["Content-Type"] == "text/plain; version=1.0.0; charset=utf-8"
-    assert seen["vllm:num_requests_running"] == 2
-    assert seen["vllm:num_requests_waiting"] == 3
-    assert seen["vllm:kv_cache_usage_perc"] == 2 / 200
+    # The first one's prompt is being computed; no other is admitted before the step ends.
+    assert seen["vllm:num_requests_running"] == 1
+    assert seen["vllm:num_requests_waiting"] == 4
+    assert seen["vllm:kv_cache_usage_perc"] == pytest.approx(1 / 200)
     assert 'kv_cache_max_concurrency="2.0"' in text
-    assert 'vllm:num_requests_waiting_by_reason{engine="0",model_name="demo",reason="capacity"} 3.0' in text
+    assert 'vllm:num_requests_waiting_by_reason{engine="0",model_name="demo",reason="capacity"} 4.0' in text
 
 
 async def test_stopping_lets_open_streams_finish() -> None:
-    ready: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
+    ready: asyncio.Future[list[Emulator]] = asyncio.get_running_loop().create_future()
     tasks = Tasks()
     settings = EmulatorSettings(speed=20, shutdown_timeout_s=10)
-    serving = tasks.spawn(serve_emulator(settings, lambda *where: ready.set_result(where)), "emulator")
-    host, port = await ready
+    serving = tasks.spawn(serve_emulators([settings], ready.set_result), "emulator")
+    [server] = await ready
     async with aiohttp.ClientSession() as session:
-        url = f"http://{host}:{port}/v1/chat/completions"
+        url = f"{server.url}/v1/chat/completions"
         body = HELLO | {
             "stream": True,
             "max_tokens": 100,
@@ -116,31 +112,105 @@ async def test_stopping_lets_open_streams_finish() -> None:
             await session.post(url, json=body)
 
 
+async def test_many_backends_share_a_loop() -> None:
+    many = [
+        EmulatorSettings(speed=20, shutdown_timeout_s=1, models=(f"m{number}",), seed=number)
+        for number in range(5)
+    ]
+    async with emulators(many) as servers, aiohttp.ClientSession() as session:
+        clients = [Client(server, session) for server in servers]
+        bodies = await asyncio.gather(
+            *(http.chat(model=f"m{number}", max_tokens=20) for number, http in enumerate(clients))
+        )
+        counts = [(await http.metrics())["vllm:generation_tokens_total"] for http in clients]
+    assert len({server.port for server in servers}) == 5
+    assert [body["model"] for body in bodies] == [f"m{number}" for number in range(5)]
+    assert counts == [body["usage"]["completion_tokens"] for body in bodies]
+
+
+# Prefix cache
+
+
+async def test_a_prompt_that_begins_like_another_is_cached() -> None:
+    said = [{"role": "user", "content": "word " * 100}]
+    async with client(prompt_tokens_details=True) as http:
+        first = await http.chat(messages=said, max_tokens=40, ignore_eos=True)
+        again = await http.chat(messages=said, max_tokens=1)
+        answer = first["choices"][0]["message"]
+        going_on = [*said, {"role": "assistant", "content": answer["content"]}, *said]
+        [*_, streamed] = await http.events(
+            messages=going_on, max_tokens=1, stream_options={"include_usage": True}
+        )
+        salted = await http.chat(messages=said, max_tokens=1, cache_salt="mine")
+        seen = await http.metrics()
+    prompt = first["usage"]["prompt_tokens"]
+    usages = [body["usage"] for body in (first, again, streamed, salted)]
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    created = [usage["prompt_tokens_details"]["created_cache_tokens"] for usage in usages]
+    # Whole blocks of 16, of the prompt; of the answer too, where the conversation goes on. The last token's
+    # keys and values were never needed.
+    blocks = prompt // 16 * 16
+    assert cached == [0, (prompt - 1) // 16 * 16, (prompt + 39) // 16 * 16, 0]
+    assert created == [blocks, blocks - cached[1], usages[2]["prompt_tokens"] // 16 * 16 - cached[2], blocks]
+    assert seen["vllm:prefix_cache_queries_total"] == sum(usage["prompt_tokens"] for usage in usages)
+    assert seen["vllm:prefix_cache_hits_total"] == seen["vllm:prompt_tokens_cached_total"] == sum(cached)
+
+
+async def test_details_of_the_prompt_are_left_out_unless_asked_for() -> None:
+    async with client() as http:
+        whole = await http.chat(max_tokens=1)
+        [*_, last] = await http.events(max_tokens=1, stream_options={"include_usage": True})
+    assert whole["usage"]["prompt_tokens_details"] is None
+    assert "prompt_tokens_details" not in last["usage"]
+
+
+async def test_preemptions_are_counted() -> None:
+    """Two answers that don't fit into the KV cache together."""
+    profile = plain_profile(slots=2, max_model_len=1600)
+    limits = profile.limits.model_copy(update={"kv_tokens": 1600})
+    async with client(profile=profile.model_copy(update={"limits": limits})) as http:
+        await asyncio.gather(*(http.chat(max_tokens=1000, ignore_eos=True, seed=seed) for seed in (1, 2)))
+        seen = await http.metrics()
+    assert seen["vllm:num_preemptions_total"] >= 1
+    assert seen["vllm:generation_tokens_total"] == 2000
+
+
 # Faults
 
 
 async def test_a_share_of_requests_fails() -> None:
-    async with client(fail_rate=0.5, seed=3) as http:
+    fault = Fault(kind=FaultKind.ERROR, share=0.5, status=429, retry_after=7)
+    async with client(faults=(fault,), seed=3) as http:
         statuses = []
         for _ in range(20):
             response = await http.post("/v1/chat/completions", HELLO | {"max_tokens": 1})
             statuses.append(response.status)
             if response.status != 200:
-                assert (await response.json())["error"]["type"] == "InternalServerError"
-    assert 4 <= statuses.count(500) <= 16
-    assert set(statuses) == {200, 500}
+                assert response.headers["Retry-After"] == "7"
+                assert (await response.json())["error"]["type"] == "TooManyRequests"
+    assert 4 <= statuses.count(429) <= 16
+    assert set(statuses) == {200, 429}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_reset_cuts_the_connection(stream: bool) -> None:
-    async with client(fail_rate=1, fault=Fault.RESET) as http:
+async def test_cut_ends_the_connection(stream: bool) -> None:
+    async with client(faults=(Fault(kind=FaultKind.CUT),)) as http:
         with pytest.raises(aiohttp.ClientError):
             await (await http.post("/v1/chat/completions", HELLO | {"stream": stream})).read()
         await until(lambda: http.server.engine.figures().running == 0)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_garbage_is_no_http(stream: bool) -> None:
+    async with client(faults=(Fault(kind=FaultKind.GARBAGE),)) as http:
+        with pytest.raises(aiohttp.ClientError):
+            await http.post("/v1/chat/completions", HELLO | {"stream": stream})
+        assert http.server.engine.figures()[:2] == (0, 0)
+        assert (await http.get("/health")).status == 200
+
+
 async def test_stall_leaves_the_stream_open_without_an_end() -> None:
-    async with client(fail_rate=1, fault=Fault.STALL) as http:
+    async with client(faults=(Fault(kind=FaultKind.STALL),)) as http:
         response = await http.post(
             "/v1/chat/completions", HELLO | {"stream": True, "max_tokens": 40, "ignore_eos": True}
         )
@@ -155,60 +225,105 @@ async def test_stall_leaves_the_stream_open_without_an_end() -> None:
         await until_load(http, 0)
 
 
-# The process
+async def test_faults_are_ordered_while_it_runs() -> None:
+    async with client(control=True) as http:
+        assert await (await http.get("/emulator/fault")).json() == []
+        wrong = await http.post("/emulator/fault", {"kind": "slow", "share": 0.5})
+        assert (wrong.status, "no share" in (await wrong.json())["error"]["message"]) == (400, True)
+        ordered = await http.post("/emulator/fault", {"kind": "error", "status": 503})
+        assert await ordered.json() == [{"kind": "error", "status": 503}]
+        assert (await http.post("/v1/chat/completions", HELLO)).status == 503
+        await http.post("/emulator/fault", {"kind": "unhealthy"})
+        assert (await http.get("/health")).status == 503
+        assert await (await http.session.delete(http.server.url + "/emulator/fault")).json() == []
+        assert (await http.get("/health")).status == 200
+        await http.chat(max_tokens=1)
+
+
+async def test_control_is_off_unless_it_is_wanted() -> None:
+    async with client() as http:
+        assert (await http.post("/emulator/fault", {"kind": "die"})).status == 404
+
+
+async def refuses(http: Client) -> bool:
+    """Whether nobody listens; raises what else goes wrong."""
+    try:
+        await http.get("/health")
+    except aiohttp.ClientConnectorError:
+        return True
+    return False
+
+
+async def test_a_cold_start_refuses_until_it_is_over() -> None:
+    async with client(faults=(Fault(kind=FaultKind.DIE),)) as http:
+        assert await refuses(http)
+        http.server.faults.take_back()
+        while await refuses(http):
+            pass
+        await http.chat(max_tokens=1)
+
+
+async def test_what_dies_cuts_its_streams_and_forgets_them() -> None:
+    async with client(tpot_s=10) as http:
+        response = await http.post("/v1/chat/completions", ENDLESS | {"stream": True})
+        http.server.faults.order(Fault(kind=FaultKind.DIE))
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+        assert await refuses(http)
+        assert http.server.engine.figures()[:2] == (0, 0)
+        http.server.faults.take_back()
+        while await refuses(http):
+            pass
+        assert await (await http.get("/load")).json() == {"server_load": 0}
+
+
+async def test_slow_is_slow() -> None:
+    """Frozen, in fact: its next step ends in ages."""
+    async with client() as http:
+        http.server.faults.order(Fault(kind=FaultKind.SLOW, factor=1e9))
+        response = await http.post("/v1/chat/completions", HELLO | {"stream": True})
+        assert http.server.engine.figures().running == 1
+        assert http.server.engine.wake_at > time.monotonic() + 1000
+        http.server.faults.take_back()
+        assert content(events(await response.read()))
+
+
+# Settings
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        {"slots": 0},
-        {"models": ()},
-        {"models": ("",)},
-        {"speed": 0},
-        {"ttft_s": -1},
-        {"tpot_s": float("nan")},
-        {"fail_rate": 1.5},
-        {"max_model_len": 0},
-    ],
+    [{"models": ()}, {"models": ("",)}, {"speed": 0}, {"rtt_s": -1}, {"shutdown_timeout_s": float("nan")}],
 )
 def test_wrong_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).rstrip("s")):
         EmulatorSettings(**wrong)
 
 
-async def start(*arguments: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sim.emulator"),
-        *arguments,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+@pytest.mark.parametrize(
+    "wrong",
+    [{"slots": 0}, {"max_model_len": 0}, {"ttft_s": 0}, {"tpot_s": float("nan")}, {"slowdown": 1}],
+)
+def test_wrong_figures(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong)).removesuffix("_s")):
+        plain_profile(**wrong)
+
+
+def test_a_sequence_has_to_fit_into_the_cache() -> None:
+    profile = plain_profile(slots=2, max_model_len=1600)
+    limits = profile.limits.model_copy(update={"kv_tokens": 1599})
+    with pytest.raises(ValueError, match="does not fit into a KV cache of 1584"):
+        EmulatorSettings(profile=profile.model_copy(update={"limits": limits}))
+
+
+@pytest.mark.parametrize(("slots", "slowdown"), [(1, 0.0), (4, 0.02), (32, 0.5)])
+def test_four_figures_give_an_engine(slots: int, slowdown: float) -> None:
+    engine = EmulatorSettings(
+        profile=plain_profile(slots=slots, ttft_s=0.3, tpot_s=0.02, slowdown=slowdown)
+    ).engine()
+    assert engine.cost.of(decodes=0, context=0, prefill=1000) == pytest.approx(300_000)
+    assert engine.cost.of(decodes=1, context=5000, prefill=0) == pytest.approx(20_000)
+    assert engine.cost.of(decodes=slots, context=0, prefill=0) == pytest.approx(
+        20_000 * (1 + slowdown * (slots - 1))
     )
-
-
-@pytest.mark.e2e
-async def test_the_process_says_where_it_listens_and_stops_on_request() -> None:
-    process = await start("--port", "0", "--model", "one", "--model", "two", "--speed", "100")
-    assert process.stdout is not None
-    line = (await process.stdout.readline()).decode()
-    url = line.removeprefix("listening on ").removesuffix(" as one, two\n")
-    assert line != url
-    async with aiohttp.ClientSession() as session:
-        response = await session.get(f"{url}/v1/models")
-        assert [row["id"] for row in (await response.json())["data"]] == ["one", "two"]
-        taken = await start("--port", url.rpartition(":")[2])
-        _, complaint = await taken.communicate()
-        assert taken.returncode == 1
-        assert b"choose another with --port" in complaint
-    process.send_signal(signal.SIGTERM)
-    _, complaint = await process.communicate()
-    assert (process.returncode, complaint) == (0, b"")
-
-
-# The page about it
-
-
-@pytest.mark.parametrize("command", [emulate, demo])
-def test_every_option_is_documented(command: Callable[..., None]) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "emulator.md").read_text()
-    for name in inspect.signature(command).parameters:
-        assert f"`--{name.replace('_', '-')}`" in page
+    assert (engine.max_num_seqs, engine.kv_tokens) == (slots, slots * 8192)

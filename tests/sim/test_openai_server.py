@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,8 @@ import pytest
 from aiohttp import web
 
 from sim import tokens
+from sim.engine import EngineSettings, StepCost
+from sim.faults import Faults
 from sim.openai_server import Face, FaceSettings
 from sim.vllm_metrics import VllmMetrics
 from tests.sim.emulated import HELLO, ManualEngine, client, content, events
@@ -60,9 +63,12 @@ async def test_a_whole_answer() -> None:
 async def driven() -> AsyncIterator[tuple[str, ManualEngine]]:
     """A server whose engine the test drives by hand: its address and the engine."""
     engine = ManualEngine()
-    metrics = VllmMetrics("demo", kv_tokens=1600, max_model_len=100)
+    settings = EngineSettings(StepCost(1.0, 0.0, 0.0, 0.0), kv_tokens=1600)
+    metrics = VllmMetrics("demo", settings, max_model_len=100)
     metrics.watch(engine.figures)
-    runner = web.AppRunner(Face(FaceSettings(("demo",), max_model_len=100), engine, metrics).application())
+    faults = Faults(asyncio.get_running_loop().call_later)
+    face = Face(FaceSettings(("demo",), max_model_len=100), engine, metrics, faults)
+    runner = web.AppRunner(face.application())
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0]
@@ -153,7 +159,8 @@ async def test_several_choices_are_summed_at_the_end() -> None:
         content(found, 1),
     ]
     # Running usage is the choice's own, the last one is the sum: as vLLM does it.
-    assert [event["usage"]["completion_tokens"] for event in found[-3:]] == [10, 10, 20]
+    ends = [event for event in found if event["choices"] and event["choices"][0]["finish_reason"]]
+    assert [event["usage"]["completion_tokens"] for event in [*ends, found[-1]]] == [10, 10, 20]
     assert found[-1]["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"]
     assert whole["usage"]["completion_tokens"] == 20
 
