@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from aiohttp import web
 
-from sim.emulator import Fault
+from sim.faults import Fault, FaultKind
 from sim.measure.endpoint import Endpoint, Facts, MeasureError
 from sim.measure.level import RequestRecord
 from sim.measure.wire import Api
@@ -29,7 +29,7 @@ async def test_a_vllm_gives_exactly_what_is_asked_for(api: Api, path: str) -> No
         Endpoint(http.server.url + path, api=api) as endpoint,
     ):
         facts = await endpoint.prepare()
-        assert facts == Facts("0.32.0", 8192, kv_tokens=8 * 8192, prefix_cache=False)
+        assert facts == Facts("0.32.0", 8192, kv_tokens=8 * 8192, prefix_cache=True)
         assert (endpoint.model, endpoint.exact_length) == ("first", True)
         found = await endpoint.ask(endpoint.body("Hello", 300))
         assert (found.error, found.output_tokens) == ("", 300)
@@ -72,7 +72,7 @@ async def test_refusals_say_why() -> None:
 
 
 async def test_a_server_that_stalls_is_given_up() -> None:
-    stalling = client(fail_rate=1.0, fault=Fault.STALL)
+    stalling = client(faults=(Fault(kind=FaultKind.STALL),))
     async with stalling as http, Endpoint(http.server.url, model="demo", timeout_s=0.05) as endpoint:
         assert (await endpoint.ask(endpoint.body("Hello", 8))).error == "timeout"
 
