@@ -9,6 +9,7 @@ result, byte for byte.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -142,7 +143,15 @@ class Cluster(Router):
 
     def run(self, workload: Workload, progress: Callable[[int], None] | None = None) -> Result:
         """Play a workload and let everything end. `progress` hears of every thousandth arrival."""
-        arrivals = self._sort(workload)
+        collects = gc.isenabled()
+        gc.disable()  # it would walk over all that was kept, again and again, and find nothing
+        try:
+            return self._run(self._sort(workload), progress)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _run(self, arrivals: list[tuple[int, Arrival]], progress: Callable[[int], None] | None) -> Result:
         heap = self._heap
         position = events = 0
         next_at = arrivals[0][1].at if arrivals else -1
@@ -329,6 +338,7 @@ class Cluster(Router):
     def _finish(self, trip: Trip) -> None:
         sequence = trip.sequence
         assert sequence is not None
+        sequence.tag = None
         trip.cached_tokens = sequence.cached_tokens
         trip.preemptions = sequence.preemptions
         usage = (sequence.prompt_tokens, sequence.cached_tokens, sequence.output_tokens)

@@ -62,7 +62,7 @@ class Request:
     def __init__(self, facts: RequestFacts) -> None:
         self.facts = facts
         self.routing: Routing | None = None
-        """The last decision."""
+        """The last decision; None once the request has ended."""
         self.lease: Lease | None = None
         """Of the present attempt."""
         self.tried: frozenset[str] = frozenset()
@@ -232,6 +232,7 @@ class Router(ABC):
         request.end = end
         request.reason = reason
         request.ended = now
+        request.routing = None
         self.over(request, now)
         if self.valve.queued:
             self.poll(now)
