@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,6 +16,7 @@ from benchmarks.case_4_1.client import RunError
 from benchmarks.case_4_1.figures import Figures
 from benchmarks.case_4_1.measured import measure, speed_for
 from benchmarks.case_4_1.simulated import appliance, local_only, never_full, with_tidegate
+from benchmarks.compare import MOST_FAVOURED
 from benchmarks.processes import StartError
 from benchmarks.summary import RESULTS, facts_line, print_table, write_result
 
@@ -29,6 +32,9 @@ def main(
     seeds: Annotated[int, typer.Option(help="Runs with Tidegate of each level.", min=1)] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="Few users, one report each: does it run?")] = False,
     check: Annotated[bool, typer.Option("--check", help="Fail if a promise is not kept.")] = False,
+    undisturbed: Annotated[
+        bool, typer.Option("--undisturbed", help="Go before other processes, on a machine that is not quiet.")
+    ] = False,
     result: Annotated[bool, typer.Option(help="Write a file and a picture into benchmarks/results.")] = True,
 ) -> None:
     """Reports written on an appliance, alone and with two remote sites behind Tidegate: simulated and measured.
@@ -38,7 +44,11 @@ def main(
     from rich.console import Console
     from rich.progress import Progress
 
-    low, levels, count = (2, (4, 8), 1) if quick else (LOW, LEVELS, REPORTS)
+    low, levels, count = (2, (8,), 1) if quick else (LOW, LEVELS, REPORTS)
+    niceness = MOST_FAVOURED if undisturbed else 0
+    if undisturbed:
+        with contextlib.suppress(PermissionError):
+            os.nice(niceness)
     plan = [("local only", users, 1) for users in (low, *levels)]
     plan += [("Tidegate", users, seed) for seed in range(1, seeds + 1) for users in levels]
     engine = appliance()
@@ -57,7 +67,9 @@ def main(
             try:
                 with tempfile.TemporaryDirectory(prefix="tidegate-case-") as folder:
                     progress: Callable[[], None] = lambda task=task: bar.advance(task)  # type: ignore[misc]  # noqa: E731
-                    measured.append(measure(Path(folder), users, count, seed, speeds[-1], tidegate, progress))
+                    measured.append(
+                        measure(Path(folder), users, count, seed, speeds[-1], tidegate, progress, niceness)
+                    )
             except (StartError, RunError, OSError) as error:
                 typer.echo(f"{name}, {users} users: {error}", err=True)
                 raise typer.Exit(1) from None

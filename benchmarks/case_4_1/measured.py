@@ -1,9 +1,14 @@
 """Case 4.1 with real processes: `tidegate serve` before `tidegate emulate`, one of each backend, and real clients.
 
-Emulated time runs faster than real time, as fast as so many tokens a second (`TOKENS_PER_S`) allow: an emulator
-is rated for 10,000 a core, and here three of them share the machine with proxy and clients. All deadlines of
-the proxy that bound what an engine does are divided by the speed. Its own work, the clients', and the pauses
-between its probes are not, and so count `speed` times: it is the harder case.
+Emulated time runs faster than real time, as fast as so many tokens a second (`TOKENS_PER_S`) allow: an emulator is
+rated for 10,000 a core, and here three of them share the machine with proxy and clients. All deadlines of the proxy
+that bound what an engine does are divided by the speed. Its own work, the clients', and the pauses between its
+health checks are not, and so count `speed` times: it is the harder case.
+
+The proxy does not read the engines' own figures here (`probing.metrics`): it counts what it sent, which is exact, as
+nobody else uses them. With them it holds a backend full as soon as one prompt waits for its turn in a step, 40 of 150
+slots taken or not, sends all to the other until it looks again, and so to and fro; conversations of the appliance
+are driven from their cache the same way.
 """
 
 from __future__ import annotations
@@ -45,14 +50,16 @@ def measure(
     speed: float,
     tidegate: bool,
     progress: Callable[[], None] = lambda: None,
+    niceness: int = 0,
 ) -> Figures:
-    """One run. `folder`: for logs and state, must exist. Without `tidegate`, everybody asks the appliance.
+    """One run. `folder`: for logs and state, must exist. Without `tidegate`, everybody asks the appliance. `niceness`:
+    of the processes.
 
     Raises StartError and RunError.
     """
     import uvloop
 
-    with Services(folder) as services:
+    with Services(folder, niceness) as services:
         urls = _start_backends(services, (LOCAL, *REMOTE) if tidegate else (LOCAL,), speed, seed)
         url = _start_tidegate(services, urls, speed, seed) if tidegate else urls[LOCAL.name]
         seen = uvloop.run(run(url, users, count, seed, speed, progress))
@@ -99,6 +106,7 @@ def configuration(urls: dict[str, str], ports: tuple[int, int], speed: float, se
             "total": scaled(3600),
             "drain": "0s",
         },
+        "probing": {"metrics": False},
         "backends": [
             {"name": site.name, "url": urls[site.name], "site": site.site, "slots": site.slots}
             for site in (LOCAL, *REMOTE)

@@ -11,10 +11,13 @@ from benchmarks.case_4_1.report import BLOCK_TOKENS, SECTIONS, workload
 from benchmarks.case_4_1.sites import LOCAL, MODEL, REMOTE, Site, policy
 from policies.files import KnownNames, read_policy
 from policies.state import Backend
+from probes.base import Timing
 from sim.cluster import Cluster, Trip
 from sim.engine import EngineSettings
 from sim.members import Member
 
+WITHOUT_FIGURES: Final = Timing(metrics_s=1e9, metrics_idle_s=1e9, metrics_max_s=1e9)
+"""The proxy does not read the engines' figures, as `measured.py` says why."""
 UNLIMITED: Final = 100_000
 """Slots of the appliance where nothing stands before it."""
 
@@ -48,7 +51,8 @@ def _member(site: Site, engine: EngineSettings, slots: int) -> Member:
 def _run(members: list[Member], users: int, count: int, seed: int) -> Figures:
     backends = [member.backend for member in members]
     known = KnownNames(backends, frozenset(backend.site for backend in backends))
-    cluster = Cluster(members, read_policy(policy(), "policy", known).rules, seed=seed)
+    rules = read_policy(policy(), "policy", known).rules
+    cluster = Cluster(members, rules, seed=seed, timing=WITHOUT_FIGURES)
     trips = cluster.run(workload(users, count, seed)).trips
     at_appliance = cluster.nodes[LOCAL.name].engine
     return figures_of(
