@@ -5,10 +5,10 @@ rated for 10,000 a core, and here three of them share the machine with proxy and
 that bound what an engine does are divided by the speed. Its own work, the clients', and the pauses between its
 health checks are not, and so count `speed` times: it is the harder case.
 
-The proxy does not read the engines' own figures here (`probing.metrics`): it counts what it sent, which is exact, as
-nobody else uses them. With them it holds a backend full as soon as one prompt waits for its turn in a step, 40 of 150
-slots taken or not, sends all to the other until it looks again, and so to and fro; conversations of the appliance
-are driven from their cache the same way.
+The proxy does not read the engines' own figures here (`probing.metrics`): it counts what it sent, which is exact,
+as nobody else uses them. With them it holds a backend full as soon as one prompt waits for its turn in a step, were
+40 of 150 slots taken, and sends all to the other until it looks again, and so to and fro; conversations are driven
+from the appliance, whose cache has them, in the same way.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def measure(
     progress: Callable[[], None] = lambda: None,
     niceness: int = 0,
 ) -> Figures:
-    """One run. `folder`: for logs and state, must exist. Without `tidegate`, everybody asks the appliance. `niceness`:
-    of the processes.
+    """One run. `folder`: for logs and state, must exist. Without `tidegate`, everybody asks the appliance.
+    `niceness`: of the processes.
 
     Raises StartError and RunError.
     """
