@@ -30,7 +30,7 @@ SECOND: Final = 1_000_000
 SWEEP: Final = SECOND // 4
 """How often the proxy looks at what only time changes."""
 EXPECTED_TOKENS: Final = 256
-"""The proxy's forecast of an answer whose length the client did not limit."""
+"""The proxy's forecast of an answer whose length the client did not limit further."""
 BYTES_PER_TOKEN: Final = 4
 
 
@@ -100,11 +100,13 @@ class Cluster(Router):
         timing: Timing | None = None,
         incidents: Iterable[Incident] = (),
         patience_s: float = inf,
+        limited: bool = False,
         retry_ratio: float = 0.2,
         retries_per_s: float = 10.0,
         attempts: int = ATTEMPTS,
     ) -> None:
-        """`patience_s`: after which a client leaves that has not had its first token."""
+        """`patience_s`: after which a client leaves that has not had its first token. `limited`: clients set
+        `max_tokens`, to what their answers have; else they set none."""
         self.members = list(members)
         super().__init__(
             [member.backend for member in self.members],
@@ -119,6 +121,7 @@ class Cluster(Router):
         self.nodes = {member.backend.name: Node(member, self.timing) for member in self.members}
         self.result = Result()
         self._patience = patience_s
+        self._limited = limited
         self._jitter = Random(f"{seed}/probes")  # noqa: S311 - a simulation is to be repeated
         self._heap: list[tuple[int, int, int, Any]] = []
         """(time, order, kind of event, what it is about)."""
@@ -233,6 +236,7 @@ class Cluster(Router):
 
     def _arrive(self, index: int, arrival: Arrival) -> None:
         now = self.now / SECOND
+        most = arrival.output_tokens if self._limited else 0
         facts = RequestFacts(
             str(index),
             arrival.model or self._model,
@@ -244,7 +248,8 @@ class Cluster(Router):
             stream=True,
             body_bytes=arrival.prompt_tokens * BYTES_PER_TOKEN,
             prompt_tokens=arrival.prompt_tokens,
-            expected_tokens=EXPECTED_TOKENS,
+            max_tokens=most,
+            expected_tokens=min(most or EXPECTED_TOKENS, EXPECTED_TOKENS),
             priority=arrival.priority,
             prefix=arrival.hashes,
         )

@@ -1,0 +1,346 @@
+"""Whether the simulator says what the emulator does, through the real proxy.
+
+    python -m benchmarks.agreement
+    python -m benchmarks.agreement --only spill --rounds 1 --speed 2
+    python -m benchmarks.agreement --trace my-workload.jsonl --loads my-loads.yaml --check
+
+Each load of `agreement.yaml` (or `--loads`) is played twice: in `sim.cluster.Cluster`, and for real, by
+`tidegate serve` before one `tidegate emulate` for each backend, with a client that sends every request at its time.
+Compared are the means of time to first token and of end to end, as the client sees them, in emulated time.
+
+`--speed` divides all emulated times. What proxy, HTTP and the loop's timers take (some 2 ms of a first token) is not
+divided: at speed 4 it counts as 8 ms of an emulated time to first token of half a second or more. A load is refused
+that would have more than 8,000 tokens a second.
+
+A round counts as disturbed when other processes used more than a quarter of a core; it is repeated, twice at most.
+Figures are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from rich.progress import Progress
+
+from benchmarks.agreement_loads import SEED, Load, Outcome, arrivals, policy_text, read_loads, simulate
+from benchmarks.open_loop import MODEL, Answer, play
+from benchmarks.processes import Service, Services, StartError, machine_cpu_seconds, raise_open_files
+from benchmarks.summary import Spread, facts_line, print_table, quantile, write_result
+from sim.workload import Workload
+
+LOADS = Path(__file__).with_name("agreement.yaml")
+TRACE = Path(__file__).parents[2] / "shared" / "data" / "azure" / "AzureLLMInferenceTrace_2023_conv.csv.gz"
+SPEED = 4.0
+MOST_EVENTS = 8000.0
+"""Tokens a second at most, through one proxy."""
+BOUND = 0.05
+"""How far the means may be apart."""
+DISTURBED = 0.25
+"""Of a core, used by others."""
+REPEATS = 2
+START_S = 60.0
+
+
+@dataclass
+class Round:
+    """One load, played for real."""
+
+    outcome: Outcome
+    tokens: int
+    late_ms: float
+    """How late the client sent, 99th percentile."""
+    cores: dict[str, float] = field(default_factory=dict)
+    """CPU seconds a second by process; `others`: all that is not ours."""
+    load_average: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.outcome.seconds
+
+    @property
+    def disturbed(self) -> bool:
+        return self.cores["others"] > DISTURBED
+
+
+@dataclass
+class Compared:
+    """One load, on both sides."""
+
+    load: Load
+    simulated: Outcome
+    rounds: list[Round]
+    disturbed: int = 0
+    """Rounds that were repeated."""
+
+    def ratio(self, figure: Callable[[Outcome], float]) -> Spread:
+        """The emulator's over the simulator's."""
+        expected = figure(self.simulated)
+        return Spread.of([figure(one.outcome) / expected for one in self.rounds])
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all was answered on both sides, and the means are as near as promised."""
+        means = [FIGURES["TTFT mean"], FIGURES["end to end mean"]]
+        return not any(one.failures for one in self.rounds) and all(
+            abs(self.ratio(mean).median - 1.0) <= BOUND for mean in means
+        )
+
+
+def mean(values: Sequence[float]) -> float:
+    """Raises ValueError without values."""
+    if not values:
+        raise ValueError("no request was answered")
+    return sum(values) / len(values)
+
+
+FIGURES: dict[str, Callable[[Outcome], float]] = {
+    "TTFT mean": lambda one: mean(one.ttft_s),
+    "TTFT p50": lambda one: quantile(one.ttft_s, 0.5),
+    "TTFT p95": lambda one: quantile(one.ttft_s, 0.95),
+    "end to end mean": lambda one: mean(one.total_s),
+    "end to end p50": lambda one: quantile(one.total_s, 0.5),
+    "end to end p95": lambda one: quantile(one.total_s, 0.95),
+}
+"""In emulated seconds."""
+
+
+def read_trace(path: Path | None) -> Workload:
+    """The trace that is given, else the Azure one, else one that is made up like it. Raises OSError, TraceError."""
+    from sim.traces import read_workload
+
+    if path is not None or TRACE.is_file():
+        return read_workload(path or TRACE)
+    from sim.generator import generate
+    from sim.generator_spec import WorkloadSpec
+
+    office = {
+        "name": "office",
+        "rate": 5,
+        "prompt": {"mean": 1155, "p95": 4083},
+        "output": {"mean": 211, "p95": 451},
+    }
+    return generate(WorkloadSpec.model_validate({"duration": 600, "unit_tokens": 0, "clients": [office]}), SEED)
+
+
+def emulate(load: Load, workload: Workload, speed: float, heard: Callable[[], object]) -> Round:
+    """Play requests (`arrivals`) through the proxy. Raises StartError and OSError."""
+    with tempfile.TemporaryDirectory(prefix="tidegate-bench-") as name, Services(Path(name)) as services:
+        emulators = [_start_emulator(services, load, number, speed) for number in range(len(load.backends))]
+        proxy, port = _start_proxy(services, load, emulators)
+        parts = {"proxy": [proxy], "emulators": emulators}
+
+        def used() -> dict[str, float]:
+            ours = {part: sum(one.cpu_seconds() for one in those) for part, those in parts.items()}
+            ours["client"] = time.process_time()
+            return ours | {"others": machine_cpu_seconds() - sum(ours.values())}
+
+        before, began = used(), time.monotonic()
+        answers = uvloop.run(play(port, workload.arrivals, heard))
+        seconds, after = time.monotonic() - began, used()
+    cores = {part: max(after[part] - before[part], 0.0) / seconds for part in before}
+    return seen(answers, workload, speed, cores)
+
+
+def seen(answers: Sequence[Answer], workload: Workload, speed: float, cores: dict[str, float]) -> Round:
+    """What the client's answers amount to."""
+    outcome, tokens = Outcome(), 0
+    for answer, request in zip(answers, workload, strict=True):
+        outcome.decisions[answer.failure or answer.backend] += 1
+        if not answer.failure:
+            tokens += request.output_tokens
+            outcome.ttft_s.append((answer.first_at - answer.sent_at) * speed)
+            outcome.total_s.append((answer.ended_at - answer.sent_at) * speed)
+    outcome.seconds = max(answer.ended_at for answer in answers) - answers[0].sent_at
+    late = [(answer.sent_at - answer.due_at) * 1e3 for answer in answers]
+    failures = [answer.failure for answer in answers if answer.failure]
+    return Round(outcome, tokens, quantile(late, 0.99), cores, os.getloadavg()[0], failures)
+
+
+def _start_emulator(services: Services, load: Load, number: int, speed: float) -> Service:
+    member = load.backends[number]
+    command = [sys.executable, "-m", "proxy.cli", "emulate", "--port", "0", "--model", MODEL]
+    command += ["--profile", member.profile, "--rtt", str(member.rtt), "--speed", str(speed)]
+    service = services.start(f"emulator-{member.name}", command, stdout=subprocess.PIPE)
+    assert service.process.stdout is not None
+    line = service.process.stdout.readline().decode()
+    if not line:
+        raise StartError(f"the emulator of {member.name} did not start:\n{service.log_tail()}")
+    service.ports = (int(line.split()[2].rpartition(":")[2]),)
+    return service
+
+
+def _start_proxy(services: Services, load: Load, emulators: Sequence[Service]) -> tuple[Service, int]:
+    """-> it and the port of its API."""
+    folder = services.folder
+    (folder / "policy.yaml").write_text(policy_text(load))
+    config = {
+        "listen": "127.0.0.1:0",
+        "admin": "127.0.0.1:0",
+        "state": str(folder / "state"),
+        "policy": str(folder / "policy.yaml"),
+        "seed": SEED,
+        "backends": [
+            {
+                "name": member.name,
+                "site": member.site,
+                "slots": member.slots,
+                "url": f"http://127.0.0.1:{emulator.ports[0]}",
+            }
+            for member, emulator in zip(load.backends, emulators, strict=True)
+        ],
+        "sites": {member.site: {} for member in load.backends if member.site != "local"},
+    }
+    path = folder / "tidegate.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    service = services.start("tidegate", [sys.executable, "-m", "proxy.cli", "serve", "--config", str(path)])
+    ports, deadline = folder / "state" / "ports.json", time.monotonic() + START_S
+    while not ports.is_file():
+        if service.process.poll() is not None or time.monotonic() > deadline:
+            raise StartError(f"tidegate did not start:\n{service.log_tail()}")
+        time.sleep(0.05)
+    return service, int(json.loads(ports.read_text())["listen"].rpartition(":")[2])
+
+
+def compare(load: Load, trace: Workload, speed: float, rounds: int, heard: Callable[[], object]) -> Compared:
+    """Play a load on both sides. Raises StartError, OSError, FileProblems, and ValueError for one that is too much.
+
+    `heard` is called with each answer of the real side.
+    """
+    workload = arrivals(load, trace, speed)
+    compared = Compared(load, simulate(load, workload, speed), [])
+    rate = sum(one.output_tokens for one in workload) / compared.simulated.seconds
+    if rate > MOST_EVENTS:
+        raise ValueError(
+            f"load {load.name}: {rate:,.0f} tokens a second at speed {speed:g}, more than {MOST_EVENTS:,.0f}: "
+            "choose a lower --speed"
+        )
+    while len(compared.rounds) < rounds:
+        one = emulate(load, workload, speed, heard)
+        if one.disturbed and compared.disturbed < REPEATS:
+            compared.disturbed += 1
+        else:
+            compared.rounds.append(one)
+    return compared
+
+
+def report(results: Sequence[Compared], speed: float) -> None:
+    """Print both sides of every load."""
+    rows = []
+    for result in results:
+        for name, figure in FIGURES.items():
+            emulated = Spread.of([figure(one.outcome) for one in result.rounds])
+            expected = f"{figure(result.simulated):.3f}"
+            rows.append([result.load.name, name, expected, emulated.text(3), result.ratio(figure).text(3)])
+    columns = ("load", "figure", "simulator", "emulator", "emulator / simulator")
+    print_table(f"Emulated seconds at speed {speed:g}", columns, rows)
+    rows = []
+    for result in results:
+        total: Counter[str] = sum((one.outcome.decisions for one in result.rounds), Counter())
+        for name in sorted(total | result.simulated.decisions):
+            emulated = total[name] / len(result.rounds)
+            rows.append([result.load.name, name, str(result.simulated.decisions[name]), f"{emulated:.1f}"])
+    print_table("Requests by backend, or by why they have none", ("load", "where", "simulator", "emulator"), rows)
+    rows = [
+        [
+            result.load.name,
+            f"{one.tokens_per_s:,.0f}",
+            f"{one.outcome.seconds:.0f}",
+            *(f"{share:.2f}" for share in one.cores.values()),
+            f"{one.late_ms:.1f}",
+            f"{one.load_average:.1f}",
+        ]
+        for result in results
+        for one in result.rounds
+    ]
+    columns = ("load", "tokens/s", "seconds", "proxy", "emulators", "client", "others", "late ms", "load average")
+    print_table("Rounds: cores used; how late requests were sent, p99", columns, rows)
+    if any(one.disturbed for result in results for one in result.rounds):
+        print(f"disturbed: other processes used more than {DISTURBED:g} of a core; run again when it is quiet")
+
+
+def main() -> int:
+    """The command line; returns 1 with `--check` if simulator and emulator are too far apart, 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trace", type=Path, help="of any form that tidegate reads (default: Azure's of 2023)")
+    parser.add_argument("--loads", type=Path, default=LOADS, help="YAML file (default: agreement.yaml)")
+    parser.add_argument("--only", help="names of loads, with commas between (default: all)")
+    parser.add_argument("--speed", type=float, default=SPEED, help=f"(default {SPEED:g})")
+    parser.add_argument("--rounds", type=int, default=3, help="of the real side (default 3)")
+    parser.add_argument("--check", action="store_true", help=f"fail if means are more than {BOUND:.0%} apart")
+    parser.add_argument("--no-result", action="store_true", help="write no file into benchmarks/results")
+    options = parser.parse_args()
+    if options.speed <= 0 or options.rounds < 1:
+        parser.error("--speed and --rounds are above zero")
+    raise_open_files(20_000)
+    results: list[Compared] = []
+    try:
+        loads = read_loads(options.loads)
+        if options.only is not None:
+            names = options.only.split(",")
+            unknown = set(names) - {load.name for load in loads}
+            if unknown:
+                parser.error(f"no such load: {', '.join(sorted(unknown))}")
+            loads = [load for load in loads if load.name in names]
+        trace = read_trace(options.trace)
+        with Progress(refresh_per_second=1) as progress:
+            for load in loads:
+                task = progress.add_task(load.name, total=load.requests * options.rounds)
+                results.append(
+                    compare(load, trace, options.speed, options.rounds, lambda task=task: progress.advance(task))
+                )
+    except (StartError, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    report(results, options.speed)
+    print(f"{trace.name}\n{facts_line()}")
+    if not options.no_result:
+        print(f"written to {write_result('agreement', _document(results, trace, options)).name}")
+    apart = [result.load.name for result in results if not result.agrees]
+    if apart:
+        print(f"further apart than {BOUND:.0%}, or with failures: {', '.join(apart)}", file=sys.stderr)
+    return 1 if options.check and apart else 0
+
+
+def _document(results: Sequence[Compared], trace: Workload, options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "benchmark": "agreement",
+        "speed": options.speed,
+        "trace": trace.name,
+        "loads": [
+            {
+                "load": result.load.model_dump(mode="json"),
+                "simulator": _figures(result.simulated),
+                "rounds": [
+                    asdict(one) | {"outcome": _figures(one.outcome), "tokens_per_s": one.tokens_per_s}
+                    for one in result.rounds
+                ],
+                "ratios": {name: asdict(result.ratio(figure)) for name, figure in FIGURES.items()},
+                "disturbed_rounds": result.disturbed,
+            }
+            for result in results
+        ],
+    }
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    figures = {name: figure(outcome) for name, figure in FIGURES.items()}
+    return figures | {"decisions": dict(outcome.decisions), "seconds": outcome.seconds}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
