@@ -150,7 +150,9 @@ def simulate(load: Load, workload: Workload, speed: float) -> Outcome:
         )
         for member in load.backends
     ]
-    result = Cluster(members, _rules(load, [member.backend for member in members]), limited=True).run(workload)
+    result = Cluster(members, _rules(load, [member.backend for member in members]), limited=True).run(
+        workload
+    )
     outcome = Outcome()
     for trip in result.trips:
         if trip.end is End.OK:

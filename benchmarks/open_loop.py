@@ -1,8 +1,8 @@
 """A client that sends each request at its time, whether or not others are answered, and notes what came when.
 
 Requests are chats with exactly the wanted counts of tokens by the emulator's tokenizer (`sim/tokens.py`). Their
-bodies have four bytes for each token of the prompt, as far as words of one to five letters allow: the proxy forecasts
-a prompt's tokens from its bytes, and so forecasts right. No two prompts share their first block.
+bodies have four bytes for each token of the prompt, as far as words of one to five letters allow: the proxy
+forecasts a prompt's tokens from its bytes, and so forecasts right. No two prompts share their first block.
 """
 
 from __future__ import annotations

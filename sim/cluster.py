@@ -44,8 +44,7 @@ _LEAVE: Final = 6
 _POLL: Final = 7
 _SWEEP: Final = 8
 _CHECK: Final = 9
-_SCRAPE: Final = 10
-_CHANGE: Final = 11
+_CHANGE: Final = 10
 
 
 class Trip(Request):
@@ -141,7 +140,6 @@ class Cluster(Router):
             if not node.up:
                 self._at(node.member.starts, _CHANGE, Incident(0, node.backend.name, Change.UP))
             self._at(0, _CHECK, node)
-            self._at(0, _SCRAPE, node)
 
     def run(self, workload: Workload, progress: Callable[[int], None] | None = None) -> Result:
         """Play a workload and let everything end. `progress` hears of every thousandth arrival."""
@@ -220,8 +218,6 @@ class Cluster(Router):
                 self.poll(self.now / SECOND)
         elif kind == _SWEEP:
             self._sweep()
-        elif kind == _SCRAPE:
-            self._scrape(subject)
         elif kind == _CHECK:
             self._check(subject)
         elif kind == _ARRIVE:
@@ -376,6 +372,8 @@ class Cluster(Router):
             self._at(at, _POLL)
 
     def _sweep(self) -> None:
+        for node in self.nodes.values():
+            self._scrape(node)
         self.sweep(self.now / SECOND)
         self._note_moves()
         if self._open:
@@ -409,16 +407,19 @@ class Cluster(Router):
         self._at(self.now + self._pause(pause), _CHECK, node)
 
     def _scrape(self, node: Node) -> None:
-        """Look at its engine's figures."""
+        """Look at its engine's figures, if it is time: often while it works, rarely while it does not."""
         timing, backend, engine = self.timing, node.backend, node.engine
+        works = backend.in_flight > 0 or engine.running + engine.waiting > 0
+        if self.now < (node.scrape_working_at if works else node.scrape_idle_at):
+            return
         if node.up:
             self._advance(node)
             self._arm(node)
             backend.running, backend.waiting = engine.running, engine.waiting
             backend.kv_use, backend.sampled_at = engine.kv_use(self.now), self.now / SECOND
-        works = backend.in_flight > 0 or engine.running + engine.waiting > 0
-        pause = timing.metrics_s if works else timing.metrics_idle_s
-        self._at(self.now + self._pause(pause), _SCRAPE, node)
+        stretch = self._pause(1.0)
+        node.scrape_working_at = self.now + round(timing.metrics_s * stretch)
+        node.scrape_idle_at = self.now + round(timing.metrics_idle_s * stretch)
 
     # What goes wrong
 
