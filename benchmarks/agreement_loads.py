@@ -2,7 +2,8 @@
 
 The proxy's own times (queue waits, probes, averages, sweeps) are seconds of the wall and can't be sped up. So at
 speed s the simulator plays the fleet that the proxy then has before it: engines, round trips and arrivals s times
-as fast, everything else as it is. Only what comes out is turned back into emulated time.
+as fast, everything else as it is. Only what comes out is turned back into emulated time. Both sides then show a
+proxy whose figures of engines are s times as old as they would be: TTFT under load grows with s, and scatters more.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Load(FileModel):
     policy: str
     """A name from the library, a file (`.yaml`) beside the one that says so, or the text of one."""
     backends: Annotated[list[FleetMember], Field(min_length=1)]
+    metrics: bool = True
+    """Whether the proxy reads the engines' figures (`probing.metrics`). Without, little is left to chance."""
 
 
 class Loads(FileModel):
@@ -128,8 +131,11 @@ class Outcome:
     """On the wall, from the first request to the last end."""
 
 
-def simulate(load: Load, workload: Workload, speed: float) -> Outcome:
-    """Play requests (`arrivals`) in the simulator. Raises OSError, ValueError and FileProblems."""
+def simulate(load: Load, workload: Workload, speed: float, seed: int = 0) -> Outcome:
+    """Play requests (`arrivals`) in the simulator. Raises OSError, ValueError and FileProblems.
+
+    `seed`: of the times at which the proxy probes; those of a real one are drawn anew every time.
+    """
     from policies.state import Backend
     from sim.cluster import Cluster
     from sim.members import Member
@@ -150,9 +156,8 @@ def simulate(load: Load, workload: Workload, speed: float) -> Outcome:
         )
         for member in load.backends
     ]
-    result = Cluster(members, _rules(load, [member.backend for member in members]), limited=True).run(
-        workload
-    )
+    rules = _rules(load, [member.backend for member in members])
+    result = Cluster(members, rules, limited=True, metrics=load.metrics, seed=seed).run(workload)
     outcome = Outcome()
     for trip in result.trips:
         if trip.end is End.OK:

@@ -100,12 +100,14 @@ class Cluster(Router):
         incidents: Iterable[Incident] = (),
         patience_s: float = inf,
         limited: bool = False,
+        metrics: bool = True,
         retry_ratio: float = 0.2,
         retries_per_s: float = 10.0,
         attempts: int = ATTEMPTS,
     ) -> None:
         """`patience_s`: after which a client leaves that has not had its first token. `limited`: clients set
-        `max_tokens`, to what their answers have; else they set none."""
+        `max_tokens`, to what their answers have; else they set none. `metrics`: the proxy reads the engines'
+        figures (`probing.metrics`)."""
         self.members = list(members)
         super().__init__(
             [member.backend for member in self.members],
@@ -121,6 +123,7 @@ class Cluster(Router):
         self.result = Result()
         self._patience = patience_s
         self._limited = limited
+        self._metrics = metrics
         self._jitter = Random(f"{seed}/probes")  # noqa: S311 - a simulation is to be repeated
         self._heap: list[tuple[int, int, int, Any]] = []
         """(time, order, kind of event, what it is about)."""
@@ -372,8 +375,9 @@ class Cluster(Router):
             self._at(at, _POLL)
 
     def _sweep(self) -> None:
-        for node in self.nodes.values():
-            self._scrape(node)
+        if self._metrics:
+            for node in self.nodes.values():
+                self._scrape(node)
         self.sweep(self.now / SECOND)
         self._note_moves()
         if self._open:

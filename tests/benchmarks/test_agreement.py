@@ -63,7 +63,7 @@ def test_what_was_heard_becomes_emulated_seconds() -> None:
 def test_means_may_be_five_per_cent_apart(ttft: float, total: float, agrees: bool) -> None:
     simulated = Outcome([1.0, 3.0], [10.0, 30.0], seconds=1.0)
     emulated = Outcome([ttft, 3 * ttft], [10 * total, 30 * total], seconds=1.0)
-    compared = Compared(LOAD, simulated, [Round(emulated, 1, 0.0, {"others": 0.0})])
+    compared = Compared(LOAD, [simulated], [Round(emulated, 1, 0.0, {"others": 0.0})])
     assert compared.agrees is agrees
 
 
@@ -72,7 +72,7 @@ def test_who_answers_fewer_does_not_agree(refused_by: str) -> None:
     every = Outcome([1.0, 1.0], [2.0, 2.0], Counter(one=2), 1.0)
     fewer = Outcome([1.0], [2.0], Counter({"one": 1, "queue_full": 1}), 1.0)
     simulated, emulated = (fewer, every) if refused_by == "simulator" else (every, fewer)
-    assert not Compared(LOAD, simulated, [Round(emulated, 1, 0.0, {"others": 0.0})]).agrees
+    assert not Compared(LOAD, [simulated], [Round(emulated, 1, 0.0, {"others": 0.0})]).agrees
 
 
 def test_the_loads_of_the_benchmark_can_be_played() -> None:

@@ -260,3 +260,9 @@ def test_an_engine_that_begins_to_work_is_asked_for_its_figures_at_once(pause: i
     assert len(ages) == 26
     # As in probes/runner.py: a second, stretched by up to a tenth, and then the next of four looks a second.
     assert max(ages) <= 1.1 + 0.25
+
+
+def test_without_metrics_nobody_asks_an_engine() -> None:
+    members = [member("a")]
+    simulate(members, every(0.3, 30), metrics=False)
+    assert members[0].backend.sampled_at < 0
