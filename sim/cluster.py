@@ -377,7 +377,8 @@ class Cluster(Router):
     def _sweep(self) -> None:
         if self._metrics:
             for node in self.nodes.values():
-                self._scrape(node)
+                if self.now >= node.scrape_working_at:
+                    self._scrape(node)
         self.sweep(self.now / SECOND)
         self._note_moves()
         if self._open:
@@ -414,7 +415,7 @@ class Cluster(Router):
         """Look at its engine's figures, if it is time: often while it works, rarely while it does not."""
         timing, backend, engine = self.timing, node.backend, node.engine
         works = backend.in_flight > 0 or engine.running + engine.waiting > 0
-        if self.now < (node.scrape_working_at if works else node.scrape_idle_at):
+        if not works and self.now < node.scrape_idle_at:
             return
         if node.up:
             self._advance(node)

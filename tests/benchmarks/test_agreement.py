@@ -77,7 +77,7 @@ def test_who_answers_fewer_does_not_agree(refused_by: str) -> None:
 
 def test_the_loads_of_the_benchmark_can_be_played() -> None:
     loads = read_loads(agreement.LOADS)
-    assert {load.name for load in loads} == {"light", "knee", "spill", "queue"}
+    assert {load.name for load in loads} == {"light", "knee", "spill", "queue", "many"}
     assert all("rules" in policy_text(load) for load in loads)
 
 
