@@ -1,7 +1,7 @@
 """Whether the simulator says what the emulator does, through the real proxy.
 
     python -m benchmarks.agreement
-    python -m benchmarks.agreement --only spill --rounds 1 --speed 2
+    python -m benchmarks.agreement --only many --speed 2 --undisturbed
     python -m benchmarks.agreement --trace my-workload.jsonl --loads my-loads.yaml --check
 
 Each load of `agreement.yaml` (or `--loads`) is played twice: in `sim.cluster.Cluster`, and for real, by
@@ -249,10 +249,11 @@ def compare(
     rounds: int,
     heard: Callable[[], object],
     undisturbed: bool = False,
+    repeats: int = REPEATS,
 ) -> Compared:
     """Play a load on both sides. Raises StartError, OSError, FileProblems, and ValueError for one that is too much.
 
-    `heard` is called with each answer of the real side.
+    `heard` is called with each answer of the real side. `repeats`: disturbed rounds that are repeated, at most.
     """
     workload = arrivals(load, trace, speed)
     simulated = [simulate(load, workload, speed, seed) for seed in range(SIMULATIONS)]
@@ -265,7 +266,7 @@ def compare(
     compared = Compared(load, simulated, [])
     while len(compared.rounds) < rounds:
         one = emulate(load, workload, speed, heard, undisturbed)
-        if one.disturbed and not undisturbed and compared.disturbed < REPEATS:
+        if one.disturbed and not undisturbed and compared.disturbed < repeats:
             compared.disturbed += 1
         else:
             compared.rounds.append(one)

@@ -41,7 +41,7 @@ rules:
 def test_simulator_and_emulator_agree(policy: str, backends: list[FleetMember]) -> None:
     trace = generate(WorkloadSpec.model_validate({"duration": 120, "unit_tokens": 0, "clients": [OFFICE]}))
     load = Load(name="short", requests=120, rate=2.5, policy=policy, backends=backends, metrics=False)
-    found = compare(load, trace, 2.0, 1, lambda: None)
+    found = compare(load, trace, 2.0, 1, lambda: None, repeats=0)
     assert found.rounds[0].outcome.decisions.total() == load.requests
     assert found.rounds[0].outcome.decisions.keys() == found.simulated[0].decisions.keys()
     for name in ("TTFT mean", "end to end mean"):
