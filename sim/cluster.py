@@ -31,7 +31,7 @@ SECOND: Final = 1_000_000
 SWEEP: Final = SECOND // 4
 """How often the proxy looks at what only time changes."""
 EXPECTED_TOKENS: Final = 256
-"""The proxy's forecast of an answer whose length the client did not limit."""
+"""The proxy's forecast of an answer whose length the client did not limit further."""
 BYTES_PER_TOKEN: Final = 4
 
 
@@ -45,8 +45,7 @@ _LEAVE: Final = 6
 _POLL: Final = 7
 _SWEEP: Final = 8
 _CHECK: Final = 9
-_SCRAPE: Final = 10
-_CHANGE: Final = 11
+_CHANGE: Final = 10
 
 
 class Trip(Request):
@@ -101,11 +100,15 @@ class Cluster(Router):
         timing: Timing | None = None,
         incidents: Iterable[Incident] = (),
         patience_s: float = inf,
+        limited: bool = False,
+        metrics: bool = True,
         retry_ratio: float = 0.2,
         retries_per_s: float = 10.0,
         attempts: int = ATTEMPTS,
     ) -> None:
-        """`patience_s`: after which a client leaves that has not had its first token."""
+        """`patience_s`: after which a client leaves that has not had its first token. `limited`: clients set
+        `max_tokens`, to what their answers have; else they set none. `metrics`: the proxy reads the engines'
+        figures (`probing.metrics`)."""
         self.members = list(members)
         super().__init__(
             [member.backend for member in self.members],
@@ -120,6 +123,8 @@ class Cluster(Router):
         self.nodes = {member.backend.name: Node(member, self.timing) for member in self.members}
         self.result = Result()
         self._patience = patience_s
+        self._limited = limited
+        self._metrics = metrics
         self._jitter = Random(f"{seed}/probes")  # noqa: S311 - a simulation is to be repeated
         self._heap: list[tuple[int, int, int, Any]] = []
         """(time, order, kind of event, what it is about)."""
@@ -139,7 +144,6 @@ class Cluster(Router):
             if not node.up:
                 self._at(node.member.starts, _CHANGE, Incident(0, node.backend.name, Change.UP))
             self._at(0, _CHECK, node)
-            self._at(0, _SCRAPE, node)
 
     def run(self, workload: Workload, progress: Callable[[int], None] | None = None) -> Result:
         """Play a workload and let everything end. `progress` hears of every thousandth arrival."""
@@ -226,8 +230,6 @@ class Cluster(Router):
                 self.poll(self.now / SECOND)
         elif kind == _SWEEP:
             self._sweep()
-        elif kind == _SCRAPE:
-            self._scrape(subject)
         elif kind == _CHECK:
             self._check(subject)
         elif kind == _ARRIVE:
@@ -242,6 +244,7 @@ class Cluster(Router):
 
     def _arrive(self, index: int, arrival: Arrival) -> None:
         now = self.now / SECOND
+        most = arrival.output_tokens if self._limited else 0
         facts = RequestFacts(
             str(index),
             arrival.model or self._model,
@@ -253,7 +256,8 @@ class Cluster(Router):
             stream=True,
             body_bytes=arrival.prompt_tokens * BYTES_PER_TOKEN,
             prompt_tokens=arrival.prompt_tokens,
-            expected_tokens=EXPECTED_TOKENS,
+            max_tokens=most,
+            expected_tokens=min(most or EXPECTED_TOKENS, EXPECTED_TOKENS),
             priority=arrival.priority,
             prefix=arrival.hashes,
         )
@@ -381,6 +385,10 @@ class Cluster(Router):
             self._at(at, _POLL)
 
     def _sweep(self) -> None:
+        if self._metrics:
+            for node in self.nodes.values():
+                if self.now >= node.scrape_working_at:
+                    self._scrape(node)
         self.sweep(self.now / SECOND)
         self._note_moves()
         if self._open:
@@ -414,16 +422,19 @@ class Cluster(Router):
         self._at(self.now + self._pause(pause), _CHECK, node)
 
     def _scrape(self, node: Node) -> None:
-        """Look at its engine's figures."""
+        """Look at its engine's figures, if it is time: often while it works, rarely while it does not."""
         timing, backend, engine = self.timing, node.backend, node.engine
+        works = backend.in_flight > 0 or engine.running + engine.waiting > 0
+        if not works and self.now < node.scrape_idle_at:
+            return
         if node.up:
             self._advance(node)
             self._arm(node)
             backend.running, backend.waiting = engine.running, engine.waiting
             backend.kv_use, backend.sampled_at = engine.kv_use(self.now), self.now / SECOND
-        works = backend.in_flight > 0 or engine.running + engine.waiting > 0
-        pause = timing.metrics_s if works else timing.metrics_idle_s
-        self._at(self.now + self._pause(pause), _SCRAPE, node)
+        stretch = self._pause(1.0)
+        node.scrape_working_at = self.now + round(timing.metrics_s * stretch)
+        node.scrape_idle_at = self.now + round(timing.metrics_idle_s * stretch)
 
     # What goes wrong
 

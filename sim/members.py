@@ -64,6 +64,8 @@ class Node:
         "health",
         "member",
         "retry_after_s",
+        "scrape_idle_at",
+        "scrape_working_at",
         "up",
         "wake",
     )
@@ -79,5 +81,9 @@ class Node:
         self.change = Change.MENDED
         self.retry_after_s = 1.0
         self.health = Hysteresis(timing.up, timing.down)
+        self.scrape_working_at = 0
+        """From when on its engine's figures are asked for again, while it works ..."""
+        self.scrape_idle_at = 0
+        """... and while nothing runs on it."""
         self.wake = -1
         """When its engine is looked at next; below zero: never."""

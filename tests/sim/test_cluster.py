@@ -15,7 +15,7 @@ from policies.state import Backend
 from sim.cluster import SECOND, Cluster, Result
 from sim.engine import EngineSettings, StepCost
 from sim.members import Change, Incident, Member
-from sim.router import End
+from sim.router import End, Request
 from sim.workload import Arrival, Workload
 
 ENGINE = EngineSettings(
@@ -235,3 +235,34 @@ def test_the_network_is_in_every_first_token() -> None:
     near, far = ({"rtt": rtt} for rtt in (0, 80_000))
     first = [simulate([member("local", **values)], every(5.0, 3))[1].trips[0] for values in (near, far)]
     assert first[1].first_token - first[0].first_token == pytest.approx(0.08, abs=1e-6)
+
+
+def test_clients_that_limit_their_answers_are_forecast_by_that() -> None:
+    arrivals = [Arrival(0, 10, 40), Arrival(1, 10, 900)]
+    facts = [trip.facts for trip in simulate([member("a")], arrivals, limited=True)[1].trips]
+    assert [(one.max_tokens, one.expected_tokens) for one in facts] == [(40, 40), (900, 256)]
+    facts = [trip.facts for trip in simulate([member("a")], arrivals)[1].trips]
+    assert [(one.max_tokens, one.expected_tokens) for one in facts] == [(0, 256), (0, 256)]
+
+
+@pytest.mark.parametrize("pause", [0, 4, 60])
+def test_an_engine_that_begins_to_work_is_asked_for_its_figures_at_once(pause: int) -> None:
+    ages: list[float] = []
+
+    class Watched(Cluster):
+        def decided(self, request: Request, now: float) -> None:
+            if now >= pause + 1:
+                ages.append(now - self.fleet["a"].sampled_at)
+
+    members = [member("a", slots=100)]
+    late = [arrival._replace(at=arrival.at + pause * SECOND) for arrival in every(0.3, 30)]
+    Watched(members, rules(members)).run(Workload("test", [Arrival(0, 10, 10), *late]))
+    assert len(ages) == 26
+    # As in probes/runner.py: a second, stretched by up to a tenth, and then the next of four looks a second.
+    assert max(ages) <= 1.1 + 0.25
+
+
+def test_without_metrics_nobody_asks_an_engine() -> None:
+    members = [member("a")]
+    simulate(members, every(0.3, 30), metrics=False)
+    assert members[0].backend.sampled_at < 0
