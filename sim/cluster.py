@@ -17,6 +17,7 @@ from random import Random
 from typing import Any, Final
 
 from policies.base import RequestFacts
+from policies.eventlog import EventLog
 from policies.rules import RuleSet
 from probes.base import Timing
 from probes.passive import AttemptError
@@ -103,8 +104,9 @@ class Cluster(Router):
         retry_ratio: float = 0.2,
         retries_per_s: float = 10.0,
         attempts: int = ATTEMPTS,
+        log: EventLog | None = None,
     ) -> None:
-        """`patience_s`: after which a client leaves that has not had its first token."""
+        """`patience_s`: after which a client leaves that has not had its first token. `log`: as of `Router`."""
         self.members = list(members)
         super().__init__(
             [member.backend for member in self.members],
@@ -112,6 +114,7 @@ class Cluster(Router):
             retry_ratio=retry_ratio,
             retries_per_s=retries_per_s,
             attempts=attempts,
+            log=log,
         )
         self.timing = timing or Timing()
         self.now = 0
@@ -280,7 +283,7 @@ class Cluster(Router):
         elif node.change is Change.FAIL:
             self._fail(trip, 500)
         elif node.change is Change.FULL:
-            self._fail(trip, 429, node.retry_after_s)
+            self._fail(trip, 429, float(ceil(node.retry_after_s)))  # the field holds whole seconds
         else:
             arrival = trip.arrival
             sequence = Sequence(arrival.prompt_tokens, arrival.output_tokens, arrival.hashes, trip)
@@ -357,8 +360,8 @@ class Cluster(Router):
 
     # The valve's clock, as proxy/runtime.py has it
 
-    def poll(self, now: float) -> None:
-        super().poll(now)
+    def _poll(self, now: float) -> None:
+        super()._poll(now)
         self._schedule()
 
     def _schedule(self) -> None:
@@ -411,6 +414,8 @@ class Cluster(Router):
             self._arm(node)
             backend.running, backend.waiting = engine.running, engine.waiting
             backend.kv_use, backend.sampled_at = engine.kv_use(self.now), self.now / SECOND
+            if self.log is not None:
+                self.log.figures(self.fleet, self.now / SECOND)
         works = backend.in_flight > 0 or engine.running + engine.waiting > 0
         pause = timing.metrics_s if works else timing.metrics_idle_s
         self._at(self.now + self._pause(pause), _SCRAPE, node)
