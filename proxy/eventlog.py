@@ -26,7 +26,7 @@ log = logging.getLogger("tidegate")
 
 
 class LogFile:
-    """JSON lines. A disk that fails ends the recording, never a request."""
+    """JSON lines. What cannot be written ends the recording, never a request."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError. A file that is there is overwritten."""
@@ -38,7 +38,7 @@ class LogFile:
             return
         try:
             self._file.write(orjson.dumps(record) + b"\n")
-        except OSError as error:
+        except (OSError, orjson.JSONEncodeError) as error:
             self._fail(error)
 
     def close(self) -> None:
@@ -47,9 +47,9 @@ class LogFile:
         except OSError as error:
             self._fail(error)
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: Exception) -> None:
         self.failed = True
-        log.error("the event log ends here, it cannot be written: %s", error.strerror or error)
+        log.error("the event log ends here, it cannot be written: %s", error)
 
 
 class RecordedRuntime(Runtime):
