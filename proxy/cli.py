@@ -58,6 +58,10 @@ def serve(
     state: StateOption = None,
     policy: Annotated[str | None, typer.Option(help="Policy of the library, or a policy file.")] = None,
     log: Annotated[str | None, typer.Option(help="Request log: `-`, `off` or a file.")] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Write an event log for `tidegate replay` to this file.", dir_okay=False),
+    ] = None,
 ) -> None:
     """Run the proxy.
 
@@ -90,7 +94,7 @@ def serve(
                 "name the backends: --local URL and --remote NAME=URL, or --config FILE; or try `tidegate demo`"
             )
         loaded = _overridden(load(path), settings)
-    _run(lambda: run(loaded, path, settings))
+    _run(lambda: run(loaded, path, settings, record))
 
 
 def _refuse_second_state() -> None:
@@ -341,6 +345,7 @@ _ELSEWHERE = {
     "demo": "proxy.demo:demo",
     "emulate": "sim.emulate:emulate",
     "plan": "sim.plan_command:plan",
+    "replay": "sim.replay_command:replay",
     "workload": "sim.workload_command:workload_app",
 }
 """Commands, and groups of them, that live beside what they start; imported when they are called or help is

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import sqlalchemy as sa
 import uvloop
@@ -52,6 +52,9 @@ from proxy.requestlog import RequestLog
 from proxy.runtime import Runtime
 from proxy.server import ClientConnection
 from proxy.watched import WatchedFiles
+
+if TYPE_CHECKING:
+    from proxy.eventlog import RecordedRuntime
 
 log = logging.getLogger("tidegate")
 
@@ -88,10 +91,11 @@ class Service:
         overrides: Mapping[str, Any] | None = None,
         *,
         forward_model: str = "",
+        record: Path | None = None,
     ) -> None:
         """`path`: the configuration file, watched for changes; None: there is none.
 
-        `overrides`: values given by flags, which hold over every reload.
+        `overrides`: values given by flags, which hold over every reload. `record`: where to write the event log.
         """
         self.config = config
         self._started_with = config
@@ -101,6 +105,7 @@ class Service:
         self.runtime: Runtime
         self.ports: Ports
         self._forward_model = forward_model
+        self._record = record
         self._server: asyncio.Server | None = None
         self._admin: web.AppRunner | None = None
         self._prober: Prober | None = None
@@ -131,8 +136,11 @@ class Service:
         self._ledger = ledger = Ledger(self._engine, journal, built.prices)
         await asyncio.to_thread(ledger.start, loop, self._ledger_failed)
         limits = Limits(time.time(), self._spent, time_zone(config.budget_zone))
+        new_runtime = Runtime
+        if self._record is not None:
+            from proxy.eventlog import RecordedRuntime as new_runtime  # noqa: N813
         observer = Observer(config.recent, RequestLog.to(config.log))
-        self.runtime = runtime = Runtime(
+        self.runtime = runtime = new_runtime(
             built,
             loop=loop,
             journal=journal,
@@ -143,6 +151,8 @@ class Service:
             salt=pepper[:16],
             forward_model=self._forward_model,
         )
+        if self._record is not None:
+            cast("RecordedRuntime", runtime).record(self._record, self._seed)
         runtime.most_clients = _most_clients(config.limits.connections)
         self._watched.watch(self._files(config))
         if config.probing.enabled:
@@ -276,6 +286,8 @@ class Service:
         self._engine.dispose()
         if runtime.observer.log is not None:
             runtime.observer.log.close()
+        if self._record is not None:
+            cast("RecordedRuntime", runtime).end_record()
         (self.state / "ports.json").unlink(missing_ok=True)
 
     async def _while(self, condition: Callable[[], object], deadline: float) -> None:
@@ -425,11 +437,13 @@ def _address(sock: socket.socket) -> str:
     return "{}:{}".format(*_host_port(sock.getsockname()))
 
 
-def serve(config: Config, path: Path | None, overrides: Mapping[str, Any] | None = None) -> None:
-    """Run a proxy until it is told to stop."""
+def serve(
+    config: Config, path: Path | None, overrides: Mapping[str, Any] | None = None, record: Path | None = None
+) -> None:
+    """Run a proxy until it is told to stop; `record`: where to write the event log."""
 
     async def main() -> None:
-        service = Service(config, path, overrides)
+        service = Service(config, path, overrides, record=record)
         service.handle_signals()
         await service.start()
         # What lives as long as the process is not looked at again, and what a request leaves behind holds no

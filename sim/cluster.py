@@ -18,6 +18,7 @@ from random import Random
 from typing import Any, Final
 
 from policies.base import RequestFacts
+from policies.eventlog import EventLog
 from policies.rules import RuleSet
 from probes.base import Timing
 from probes.passive import AttemptError
@@ -105,10 +106,11 @@ class Cluster(Router):
         retry_ratio: float = 0.2,
         retries_per_s: float = 10.0,
         attempts: int = ATTEMPTS,
+        log: EventLog | None = None,
     ) -> None:
         """`patience_s`: after which a client leaves that has not had its first token. `limited`: clients set
         `max_tokens`, to what their answers have; else they set none. `metrics`: the proxy reads the engines'
-        figures (`probing.metrics`)."""
+        figures (`probing.metrics`). `log`: as of `Router`."""
         self.members = list(members)
         super().__init__(
             [member.backend for member in self.members],
@@ -116,6 +118,7 @@ class Cluster(Router):
             retry_ratio=retry_ratio,
             retries_per_s=retries_per_s,
             attempts=attempts,
+            log=log,
         )
         self.timing = timing or Timing()
         self.now = 0
@@ -293,7 +296,7 @@ class Cluster(Router):
         elif node.change is Change.FAIL:
             self._fail(trip, 500)
         elif node.change is Change.FULL:
-            self._fail(trip, 429, node.retry_after_s)
+            self._fail(trip, 429, float(ceil(node.retry_after_s)))  # the field holds whole seconds
         else:
             arrival = trip.arrival
             sequence = Sequence(arrival.prompt_tokens, arrival.output_tokens, arrival.hashes, trip)
@@ -371,8 +374,8 @@ class Cluster(Router):
 
     # The valve's clock, as proxy/runtime.py has it
 
-    def poll(self, now: float) -> None:
-        super().poll(now)
+    def _poll(self, now: float) -> None:
+        super()._poll(now)
         self._schedule()
 
     def _schedule(self) -> None:
@@ -432,6 +435,8 @@ class Cluster(Router):
             self._arm(node)
             backend.running, backend.waiting = engine.running, engine.waiting
             backend.kv_use, backend.sampled_at = engine.kv_use(self.now), self.now / SECOND
+            if self.log is not None:
+                self.log.figures(self.fleet, self.now / SECOND)
         stretch = self._pause(1.0)
         node.scrape_working_at = self.now + round(timing.metrics_s * stretch)
         node.scrape_idle_at = self.now + round(timing.metrics_idle_s * stretch)

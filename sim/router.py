@@ -13,16 +13,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import Enum
-from math import ceil
 from typing import Final
 
 from policies.base import Hold, Outcome, Reject, RequestFacts, Send
+from policies.eventlog import EventLog, RecordedFleet, RecordedValve, Retries
 from policies.retries import RetryBudget
 from policies.routing import Routing
 from policies.rules import RuleSet
 from policies.state import Backend, Fleet, Lease
 from policies.valve import Valve
-from probes.passive import AttemptError, backoff_s, outcome_of
+from probes.passive import BACKOFF_MAX_S, AttemptError, backoff_s, outcome_of
 
 ATTEMPTS: Final = 3
 """Backends that one request is sent to at most, as configured by default."""
@@ -104,9 +104,17 @@ class Router(ABC):
         retry_ratio: float = 0.2,
         retries_per_s: float = 10.0,
         attempts: int = ATTEMPTS,
+        log: EventLog | None = None,
     ) -> None:
-        self.fleet = Fleet(backends)
-        self.valve = Valve(rules, self.fleet)
+        """`log`: hears of everything, from the first record on."""
+        self.log = log
+        if log is None:
+            self.fleet = Fleet(backends)
+            self.valve = Valve(rules, self.fleet)
+        else:
+            self.fleet = recorded = RecordedFleet(backends, log)
+            self.valve = RecordedValve(rules, recorded, log)
+            log.begin(recorded, Retries(retry_ratio, retries_per_s, attempts))
         self.retry_budget = RetryBudget(retry_ratio, retries_per_s)
         self.attempts = attempts
         self.held: dict[str, Request] = {}
@@ -142,24 +150,31 @@ class Router(ABC):
 
     def finished(self, request: Request, usage: tuple[int, int, int], now: float) -> None:
         """Its answer is complete; `usage`: tokens of the prompt, of it cached, and of the answer."""
-        self._release(request, Outcome.OK, now, usage)
-        self._end(request, End.OK, now)
+        self.settled(request, End.OK, Outcome.OK, now, usage)
 
     def failed(
-        self, request: Request, error: AttemptError | int, now: float, retry_after_s: float | None = None
+        self,
+        request: Request,
+        error: AttemptError | int,
+        now: float,
+        retry_after_s: float | None = None,
+        usage: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
-        """Its attempt has failed; `error`: a status, or why there is none."""
+        """Its attempt has failed; `error`: a status, or why there is none. `usage`: as far as it was told."""
         assert request.lease is not None
         name = request.lease.backend.name
-        self._release(request, outcome_of(error, retry_after_s is not None), now)
+        outcome = outcome_of(error, retry_after_s is not None)
         reason = error.value if isinstance(error, AttemptError) else f"status {error}"
         if request.first_token >= 0.0:
-            self._end(request, End.CUT, now, reason)
+            self.settled(request, End.CUT, outcome, now, usage, reason)
             return
+        self._release(request, outcome, now, usage)
         if isinstance(error, int):
-            pause = backoff_s(error, None if retry_after_s is None else f"{ceil(retry_after_s)}", now)
+            pause = _pause_s(error, retry_after_s)
             if pause > 0.0:
                 self.fleet.back_off(name, pause, now)
+        if self.log is not None:
+            self.log.failed(error if isinstance(error, int) else error.value)
         request.tried |= {name}
         assert request.routing is not None
         others = self.valve.rules.candidates(request.facts, self.fleet).without(request.tried).order
@@ -170,22 +185,55 @@ class Router(ABC):
                 return
         self._end(request, End.FAILED, now, reason)
 
-    def left(self, request: Request, now: float) -> None:
-        """Its client has gone."""
+    def left(self, request: Request, now: float, usage: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """Its client has gone; `usage`: as far as it was told."""
+        self.settled(request, End.GONE, Outcome.IGNORED, now, usage)
+
+    def settled(
+        self,
+        request: Request,
+        end: End,
+        outcome: Outcome,
+        now: float,
+        usage: tuple[int, int, int] = (0, 0, 0),
+        reason: str = "",
+    ) -> None:
+        """It is over, held or sent, and is not tried again. `outcome`: of its attempt, if it is sent."""
         if request.lease is None:
             self.valve.cancel(request.facts.id)
             self.held.pop(request.facts.id, None)
-        self._release(request, Outcome.IGNORED, now)
-        self._end(request, End.GONE, now)
+        self._release(request, outcome, now, usage)
+        self._end(request, end, now, reason)
 
     # Time
 
     def poll(self, now: float) -> None:
-        """Let the valve answer those that it holds."""
+        """Let the valve answer those that it holds: time has passed, or a probe has found something."""
+        if self.log is not None and not self._polling:
+            self.log.poll(now)
+        self._poll(now)
+
+    def freed(self, now: float) -> None:
+        """A request has ended: somebody may be waiting for its place."""
+        if self.log is not None:
+            self.log.freed(now)
+        if self.valve.queued:
+            self._poll(now)
+
+    def sweep(self, now: float) -> None:
+        """What the proxy does a few times a second."""
+        self.fleet.refresh(now)
+        self.poll(now)
+
+    # Inside
+
+    def _poll(self, now: float) -> None:
         if self._polling:
             self._poll_again = True
             return
         self._polling = True
+        if self.log is not None:
+            self.log.polling = True
         while True:
             self._poll_again = False
             for routing in self.valve.poll(now):
@@ -195,13 +243,8 @@ class Router(ABC):
             if not self._poll_again:
                 break
         self._polling = False
-
-    def sweep(self, now: float) -> None:
-        """What the proxy does a few times a second."""
-        self.fleet.refresh(now)
-        self.poll(now)
-
-    # Inside
+        if self.log is not None:
+            self.log.polling = False
 
     def _routed(self, request: Request, routing: Routing, now: float) -> None:
         request.routing = routing
@@ -232,7 +275,15 @@ class Router(ABC):
         request.end = end
         request.reason = reason
         request.ended = now
+        if self.log is not None:
+            self.log.ended(request.facts.id)
         request.routing = None
         self.over(request, now)
-        if self.valve.queued:
-            self.poll(now)
+        self.freed(now)
+
+
+def _pause_s(status: int, retry_after_s: float | None) -> float:
+    """`probes.passive.backoff_s` for a field whose value is a number already."""
+    if retry_after_s is None:
+        return backoff_s(status, None, 0.0)
+    return min(backoff_s(status, f"{BACKOFF_MAX_S:.0f}", 0.0), retry_after_s)

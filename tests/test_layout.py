@@ -51,6 +51,7 @@ LONG_FILES = {
 
 TESTED_BY = {
     "policies/candidates.py": "tests/policies/test_rules.py",
+    "policies/eventlog.py": "tests/sim/test_replay.py",
     "policies/filechecks.py": "tests/policies/test_files.py",
     "policies/fileschema.py": "tests/policies/test_files.py",
     "policies/guarded.py": "tests/policies/test_rules.py",
@@ -75,6 +76,7 @@ TESTED_BY = {
     "proxy/demo_traffic.py": "tests/proxy/test_demo.py",
     "proxy/demo_view.py": "tests/proxy/test_demo.py",
     "proxy/errors.py": "tests/test_docs.py",
+    "proxy/eventlog.py": "tests/e2e/test_replay.py",
     "proxy/explain.py": "tests/e2e/test_docs_run.py",
     "proxy/meter.py": "tests/proxy/test_exchange.py",
     "proxy/metrics.py": "tests/test_docs.py",
@@ -106,6 +108,7 @@ TESTED_BY = {
     "sim/plan_command.py": "tests/sim/test_plan.py",
     "sim/profile.py": "tests/sim/test_profiles.py",
     "sim/reference.py": "tests/sim/test_engine.py",
+    "sim/replay_command.py": "tests/e2e/test_replay.py",
     "sim/router.py": "tests/sim/test_cluster.py",
     "sim/streams.py": "tests/sim/test_generator.py",
     "sim/traces/forms.py": "tests/sim/test_traces.py",

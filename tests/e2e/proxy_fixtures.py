@@ -311,13 +311,15 @@ def settings(state: Path, *backends: Backend | dict[str, Any], **config: Any) ->
 
 @pytest.fixture
 async def start_proxy(tmp_path: Path) -> AsyncIterator[StartProxy]:
-    """Starts proxies; `file=PATH` writes the configuration there and lets the proxy watch it."""
+    """Starts proxies; `file=PATH` writes the configuration there and lets the proxy watch it, `record=PATH` is
+    where its event log goes."""
     async with AsyncExitStack() as stack:
 
         async def start(*backends: Backend | dict[str, Any], **config: Any) -> Proxy:
             file: Path | None = config.pop("file", None)
             state = config.pop("state", tmp_path / "state")
-            service = _service(settings(state, *backends, **config), file)
+            record: Path | None = config.pop("record", None)
+            service = _service(settings(state, *backends, **config), file, record)
             await service.start()
             stack.push_async_callback(_stop, service)
             proxy = Proxy(service, state)
@@ -327,11 +329,11 @@ async def start_proxy(tmp_path: Path) -> AsyncIterator[StartProxy]:
         yield start
 
 
-def _service(document: dict[str, Any], file: Path | None) -> Service:
+def _service(document: dict[str, Any], file: Path | None, record: Path | None) -> Service:
     if file is None:
-        return Service(Config.model_validate(document))
+        return Service(Config.model_validate(document), record=record)
     file.write_text(json.dumps(document))  # JSON is YAML
-    return Service(load_config(file), file)
+    return Service(load_config(file), file, record=record)
 
 
 async def _stop(service: Service) -> None:
