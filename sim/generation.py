@@ -68,13 +68,26 @@ class Engine(Protocol):
     def figures(self) -> EngineFigures: ...
 
 
-class TokenSequence(Sequence):
-    """A sequence of the engine's with what the face and the metrics need: its plan, and times on the wall."""
+class TokenSequence:
+    """A sequence of the engine's with what the face and the metrics need: its plan, and times on the wall.
 
-    __slots__ = ("done", "first_token_at", "generation", "index", "last_token_at", "plan", "submitted_at")
+    It has one and is none: the engine may be compiled, and then nothing inherits from its classes.
+    """
+
+    __slots__ = (
+        "done",
+        "first_token_at",
+        "generation",
+        "index",
+        "inner",
+        "last_token_at",
+        "plan",
+        "submitted_at",
+    )
 
     def __init__(self, generation: Generation, index: int, plan: SequencePlan, now: float) -> None:
-        super().__init__(plan.prompt_tokens, plan.output_tokens, plan.hashes)
+        self.inner = Sequence(plan.prompt_tokens, plan.output_tokens, plan.hashes, self)
+        """The engine's."""
         self.generation = generation
         self.index = index
         self.plan = plan
@@ -87,13 +100,19 @@ class TokenSequence(Sequence):
     @property
     def complete(self) -> bool:
         """Whether all its tokens are delivered."""
-        return self.done == self.output_tokens
+        return self.done == self.plan.output_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of its prompt, found in the prefix cache."""
+        return self.inner.cached_tokens
 
     @property
     def queued_s(self) -> float:
         """From its submission to its admission, as a share of the time to the first token; seconds."""
-        whole = self.first_token - self.arrived
-        share = (self.admitted - self.arrived) / whole if whole > 0 else 0.0
+        inner = self.inner
+        whole = inner.first_token - inner.arrived
+        share = (inner.admitted - inner.arrived) / whole if whole > 0 else 0.0
         return share * (self.first_token_at - self.submitted_at)
 
     def advance(self, tokens: int, now: float) -> None:
@@ -117,7 +136,7 @@ class Generation:
         self.observer = observer
         self.sequences = [TokenSequence(self, index, plan, now) for index, plan in enumerate(plans)]
         self._ready: dict[int, int] = {}
-        self._undelivered = sum(sequence.output_tokens for sequence in self.sequences)
+        self._undelivered = sum(sequence.plan.output_tokens for sequence in self.sequences)
         self._waiter: asyncio.Future[None] | None = None
 
     @property

@@ -125,7 +125,7 @@ class RealtimeEngine:
         self._arriving = deque(entry for entry in self._arriving if entry[1] is not generation)
         for sequence in generation.sequences:
             self._answering.pop(sequence, None)
-            self._engine.cancel(sequence, now)
+            self._engine.cancel(sequence.inner, now)
         self._plan_wake(now)
 
     def figures(self) -> EngineFigures:
@@ -170,20 +170,21 @@ class RealtimeEngine:
             at, generation = self._arriving.popleft()
             self._advance(at)
             for sequence in generation.sequences:
-                self._engine.submit(sequence, at)
+                self._engine.submit(sequence.inner, at)
             self._step_at = min(self._step_at, self._engine.next_step_at(at))
 
     def _advance(self, until: int) -> None:
         for event in self._engine.advance(until):
             if event.kind == FIRST_TOKEN:
-                assert isinstance(event.sequence, TokenSequence)
-                self._answering[event.sequence] = None
+                sequence = event.sequence.tag
+                assert isinstance(sequence, TokenSequence)
+                self._answering[sequence] = None
 
     def _deliver(self, now: int, wall: float) -> None:
         engine = self._engine
         complete = []
         for sequence in self._answering:
-            new = engine.tokens(sequence, now) - sequence.done
+            new = engine.tokens(sequence.inner, now) - sequence.done
             if new:
                 sequence.advance(new, wall)
                 if sequence.complete:

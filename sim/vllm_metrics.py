@@ -108,10 +108,10 @@ class VllmMetrics:
             for _ in range(tokens):
                 self._inter_token.observe(interval)
             return
-        self._prompt_tokens.inc(sequence.prompt_tokens)
+        self._prompt_tokens.inc(sequence.plan.prompt_tokens)
         self._cached_tokens.inc(sequence.cached_tokens)
         if self._prefix_cache:
-            self._prefix_queries.inc(sequence.prompt_tokens)
+            self._prefix_queries.inc(sequence.plan.prompt_tokens)
             self._prefix_hits.inc(sequence.cached_tokens)
         self._ttft.observe(now - sequence.submitted_at)
         for _ in range(tokens - 1):

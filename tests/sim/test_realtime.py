@@ -286,7 +286,7 @@ def test_it_tells_what_the_engine_tells(
     for generation, sequence in pairs.values():
         assert generation.sequences[0].complete or sequence.cancelled
         if not sequence.cancelled:
-            assert generation.sequences[0].finished == sequence.finished
+            assert generation.sequences[0].inner.finished == sequence.finished
             told_ms, due_ms = world.log.of(generation)[-1][1], sequence.finished / speed / 1000
             assert told_ms >= due_ms - 0.001
     assert world.engine.wake_at == float("inf")
