@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -149,6 +153,30 @@ def test_the_same_seed_gives_the_same_bytes(scene: dict[str, object]) -> None:
         )
 
     assert record() == record()
+
+
+def rush() -> str:
+    """Everything that became of a rush hour with a failure in it."""
+    members = [member("b"), member("a"), member("c", site="away", rtt=20_000)]
+    arrivals = [Arrival(at * 50_000, 300, 40, tenant=f"t{at % 3}", session=f"s{at % 5}") for at in range(200)]
+    down = [Incident(3 * SECOND, "a", Change.DOWN), Incident(8 * SECOND, "a", Change.UP)]
+    _, result = simulate(members, arrivals, seed=7, incidents=down)
+    return repr([(trip.backend, trip.end, trip.first_token, trip.ended) for trip in result.trips])
+
+
+def test_another_process_gives_the_same_bytes_too() -> None:
+    """Law 5: strings hash otherwise in every process, and no order may hang on it."""
+    script = "from tests.sim.test_cluster import rush; print(rush())"
+    for hash_seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == rush()
 
 
 # What the router does
