@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from benchmarks.open_loop import LEAST_PROMPT, MODEL
+from policies.profile import Profile
 from policies.units import Duration
 from policies.yamlfile import FileModel, read_yaml
-from sim.profile import Profile, load_profile
+from sim.profile import load_profile
 from sim.workload import Arrival, Workload
 
 if TYPE_CHECKING:

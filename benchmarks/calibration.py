@@ -26,8 +26,8 @@ from typing import Any
 from rich.progress import Progress
 
 from benchmarks.summary import facts_line, print_table, write_result
+from policies.profile import Limits, Origin, Source
 from sim.calibrate import METRICS, Calibration, Search, calibrate_timings, rounded
-from sim.profile import Limits, Origin, Source
 from sim.timings import Timing, read_measured
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "llmservingsim_vllm_groundtruth"

@@ -121,15 +121,16 @@ def vllms(services: Services, url: str, seed: int) -> dict[str, float]:
 
 def foretell(levels: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
     """What the fit to `FITTED` says of every level."""
+    from policies.profile import Limits, Origin, Source
     from sim.calibrate import Search, calibrate_sweep, loop_times
     from sim.closed_loop import SECOND
     from sim.engine import EngineSettings
-    from sim.profile import Limits, Origin, Source
     from sim.timings import Level
 
     def level(users: int) -> Level:
         figures = levels[users]
-        return Level(users, PROMPT, OUTPUT, figures["ttft_s"] * SECOND, figures["tpot_s"] * SECOND)
+        ttft, tpot = figures["ttft_s"] * SECOND, figures["tpot_s"] * SECOND
+        return Level(users, PROMPT, OUTPUT, ttft, tpot, ROUNDS * users)
 
     limits = Limits(source=Source(origin=Origin.DERIVED, text="vLLM's defaults"))
     found = calibrate_sweep([level(users) for users in FITTED], limits, Search(overhead=True))

@@ -11,8 +11,13 @@ from typing import Final, TypeAlias
 ENGINE_FIGURES_VALID_S = 2.0
 """Scraped engine figures older than this are ignored (routers that trust stale queues herd)."""
 
-KV_USE_FULL = 0.95
+KV_USE_FULL: Final = 0.95
 """KV cache use at which an engine is about to preempt, and so counts as full."""
+
+WAITING_FULL: Final = 5
+"""Requests in an engine's own queue at which it counts as full. A new prompt waits there for the next step, and
+several do while a long one is computed: one or two say nothing (the saturation detector of the Gateway API's
+Inference Extension takes the same figure)."""
 
 
 @dataclass(slots=True)
@@ -106,14 +111,12 @@ class BackendView:
     def saturation(self, now: float) -> float:
         """How full it is: 0 empty, 1 full, above 1 queueing.
 
-        The worst of in-flight over slots, KV use over 0.95 and, once the engine reports waiting requests, one
-        plus waiting over slots; engine figures count only while younger than 2 s.
+        The worst of in-flight over slots, KV use over 0.95 and requests in the engine's queue over 5; engine
+        figures count only while younger than 2 s.
         """
         saturation = self.in_flight / self.slots
         if now - self.sampled_at <= ENGINE_FIGURES_VALID_S:
-            saturation = max(saturation, self.kv_use / KV_USE_FULL)
-            if self.waiting:
-                saturation = max(saturation, 1.0 + self.waiting / self.slots)
+            saturation = max(saturation, self.kv_use / KV_USE_FULL, self.waiting / WAITING_FULL)
         return saturation
 
     def has_free_slot(self, now: float) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from policies.files import CompiledPolicy, KnownNames, library_policy, read_policy
+from policies.profile import read_profile
 from policies.state import NOT_ASKED, Backend
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
@@ -76,20 +77,20 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
         backends, configured, endpoints, targets, changes = [], [], {}, [], []
         for section in config.backends:
             site = config.sites.get(section.site) or SiteConfig()
-            key = backend_key(section)
+            key, slots = backend_key(section), slots_of(section)
             # First, so that what changes between the two is seen by the next reload.
             tls_files = _tls_files(section.tls)
             tls = tls_context(section)
-            fresh = _backend(section, site)
+            fresh = _backend(section, site, slots)
             configured.append(fresh)
             old = _same_place(section, before)
             if old is None:
                 backends.append(fresh)
             else:
                 backends.append(old)
-                changes.append((old, fresh, section))
+                changes.append((old, fresh, section, slots))
             endpoints[section.name] = _endpoint(section, key, tls, tls_files, config, loop)
-            targets.append(_target(section, key, tls))
+            targets.append(_target(section, slots, key, tls))
         prices = _prices(config)
         # The present backends still stand where the old configuration had them.
         policy = load_policy(config, configured, seed)
@@ -97,14 +98,41 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
             policy = replace(policy, rules=before.policy.rules)  # spill flags, turns and bookings go on
     except (BadValueError, ValueError, OSError, FileProblems) as error:
         raise ConfigError(str(error)) from None
-    for old, fresh, section in changes:
-        _update(old, fresh, section)
+    for old, fresh, section, slots in changes:
+        _update(old, fresh, section, slots)
     return Built(config, backends, endpoints, targets, prices, policy)
 
 
 def make_backends(config: Config) -> list[Backend]:
-    """The backends as configured, nothing measured yet."""
-    return [_backend(section, config.sites.get(section.site) or SiteConfig()) for section in config.backends]
+    """The backends as configured, nothing measured and no profile read yet."""
+    return [
+        _backend(section, config.sites.get(section.site) or SiteConfig(), None) for section in config.backends
+    ]
+
+
+def slots_of(section: BackendConfig) -> int | None:
+    """Slots by the configuration or the profile that it names; None: the engine will say.
+
+    Raises FileProblems, and BadValueError for a profile that cannot be read or has no capacity.
+    """
+    if section.slots != "auto":
+        return section.slots
+    file = section.profile
+    if file is None:
+        return None
+    try:
+        text = _with_file(section, "profile", file, lambda: file.read_text("utf-8"))
+    except UnicodeDecodeError:
+        raise BadValueError(f"backend {section.name}: {file}: not UTF-8 text", at=("profile",)) from None
+    capacity = read_profile(text, str(file)).capacity
+    if capacity is not None and capacity.users:
+        return capacity.users
+    why = "does not say how many users an SLA allows" if capacity is None else "serves nobody inside its SLA"
+    raise BadValueError(
+        f"backend {section.name}: {file} {why}: give `slots`, or measure again with another SLA "
+        "(`tidegate bench --profile`)",
+        at=("profile",),
+    )
 
 
 def load_policy(config: Config, backends: list[Backend], seed: int) -> CompiledPolicy:
@@ -129,7 +157,7 @@ def timing(config: Config) -> Timing:
     )
 
 
-def _backend(section: BackendConfig, site: SiteConfig) -> Backend:
+def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Backend:
     data_classes = site.data_classes
     if data_classes is None and section.site != "local":
         data_classes = ["public"]
@@ -138,7 +166,7 @@ def _backend(section: BackendConfig, site: SiteConfig) -> Backend:
     return Backend(
         section.name,
         section.site,
-        section.slots or DEFAULT_SLOTS,
+        slots or DEFAULT_SLOTS,
         section.weight,
         frozenset() if asks else frozenset(section.models),
         NOT_ASKED if asks else "",
@@ -154,10 +182,10 @@ def _backend(section: BackendConfig, site: SiteConfig) -> Backend:
     )
 
 
-def _update(old: Backend, fresh: Backend, section: BackendConfig) -> None:
+def _update(old: Backend, fresh: Backend, section: BackendConfig, slots: int | None) -> None:
     """Take over what the configuration says; what was measured, counted and learnt stays."""
-    if section.slots is not None:
-        old.slots = section.slots
+    if slots is not None:
+        old.slots = slots
     if section.models != "auto":
         old.models = frozenset(section.models)
         old.models_unknown, old.models_awaited = "", False
@@ -208,10 +236,10 @@ def _endpoint(
     )
 
 
-def _target(section: BackendConfig, key: str | None, tls: ssl.SSLContext | None) -> Target:
+def _target(section: BackendConfig, slots: int | None, key: str | None, tls: ssl.SSLContext | None) -> Target:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     models = None if section.models == "auto" else frozenset(section.models)
-    return Target(section.name, section.url, models, section.slots, headers, tls, section.tls.server_name)
+    return Target(section.name, section.url, models, slots, headers, tls, section.tls.server_name)
 
 
 def tls_context(section: BackendConfig) -> ssl.SSLContext | None:
@@ -252,8 +280,7 @@ def files_of(config: Config) -> list[Path]:
     files = [config.policy] if is_policy_file(config.policy) else []
     for section in config.backends:
         files += _tls_file_names(section.tls)
-        if section.api_key_file is not None:
-            files.append(str(section.api_key_file))
+        files += [str(file) for file in (section.api_key_file, section.profile) if file is not None]
     return [Path(file) for file in files]
 
 

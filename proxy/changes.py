@@ -21,13 +21,17 @@ def changes(old: Built, new: Built, without: Sequence[str] = ()) -> list[str]:
 def _changes(old: Built, new: Built, without: Sequence[str]) -> Iterator[str]:
     before = {section.name: section for section in old.config.backends}
     after = {section.name: section for section in new.config.backends}
+    slots_before, slots_after = (
+        {target.name: target.slots for target in built.targets} for built in (old, new)
+    )
     yield from (f"backend {name} added" for name in after if name not in before)
     yield from (f"backend {name} removed" for name in before if name not in after)
     for name in after:
         if name not in before:
             continue
         keys = [key for key in type(after[name]).model_fields if _differ(before[name], after[name], key)]
-        if not keys and old.endpoints[name] is not new.endpoints[name]:
+        endpoints = old.endpoints[name], new.endpoints[name]
+        if not keys and (endpoints[0] is not endpoints[1] or slots_before[name] != slots_after[name]):
             keys = ["what its files hold"]
         if keys:
             yield f"backend {name} changed ({', '.join(keys)})"

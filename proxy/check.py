@@ -14,7 +14,14 @@ from policies.state import Backend
 from policies.units import BadValueError
 from policies.yamlfile import Document, FileProblems, Problem, parse_yaml
 from policies.yamlproblems import closest
-from proxy.build import DEFAULT_SLOTS, load_policy, make_backends, refused_without_keys, tls_context
+from proxy.build import (
+    DEFAULT_SLOTS,
+    load_policy,
+    make_backends,
+    refused_without_keys,
+    slots_of,
+    tls_context,
+)
 from proxy.config import BackendConfig, Config, Price, backend_key, is_policy_file, load_config
 from proxy.database import OpenError, has_keys
 from proxy.masking import database_shown, without_secrets
@@ -139,6 +146,10 @@ def _unusable(config: Config, document: Document) -> Iterator[Problem]:
             tls_context(section)
         except BadValueError as error:
             yield document.problem(("backends", number, "tls", *error.at), error.message)
+        try:
+            slots_of(section)
+        except BadValueError as error:
+            yield document.problem(("backends", number, *error.at), error.message)
     refusal = refused_without_keys(config, Path(document.name), None)
     if refusal and _has_keys(config) is False:
         yield document.problem(("listen",), refusal)
@@ -221,11 +232,9 @@ def _in_words(file: Path, config: Config, backends: list[Backend]) -> str:
 
 
 def _backend(section: BackendConfig, backend: Backend, currency: str) -> Iterator[str]:
-    slots = (
-        f"as many slots as its engine says (until then {DEFAULT_SLOTS})"
-        if section.slots is None
-        else f"{section.slots} slots"
-    )
+    slots = f"as many slots as its engine says (until then {DEFAULT_SLOTS})"
+    if (count := slots_of(section)) is not None:
+        slots = f"{count} slots" + (f", as {section.profile} says" if section.slots == "auto" else "")
     models = "whatever models it serves" if section.models == "auto" else ", ".join(section.models)
     classes = "all data classes"
     if backend.data_classes is not None:

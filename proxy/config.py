@@ -101,10 +101,13 @@ class BackendConfig(FileModel):
         "local",
         description="Where it stands: `local`, or a name from `sites`. Public addresses must say it.",
     )
-    slots: int | None = Field(
-        None,
-        ge=1,
-        description="Requests it serves at once inside its SLA. Default: what the engine reports, else 32.",
+    slots: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="Requests it serves at once inside its SLA. `auto`: what its profile says, else what the "
+        "engine reports, else 32.",
+    )
+    profile: Path | None = Field(
+        None, description="What was measured of it: a file of `tidegate bench --profile`."
     )
     weight: float = Field(1.0, ge=0, description="Share of traffic for the policies that use weights.")
     models: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
@@ -355,8 +358,9 @@ def _resolve(config: Config, base: Path) -> Config:
     for backend in config.backends:
         files = {name: base / value for name, value in backend.tls if isinstance(value, Path)}
         update: dict[str, Any] = {"tls": backend.tls.model_copy(update=files)}
-        if backend.api_key_file is not None:
-            update["api_key_file"] = base / backend.api_key_file
+        for name in ("api_key_file", "profile"):
+            if (file := getattr(backend, name)) is not None:
+                update[name] = base / file
         backends.append(backend.model_copy(update=update))
     changes: dict[str, Any] = {"state": base / config.state, "backends": backends}
     if config.log not in ("-", "off"):

@@ -31,14 +31,14 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.profile import Limits, Step
 from sim.closed_loop import SECOND, closed_loop, own_hashes
 from sim.engine import FINISHED, Engine, EngineSettings, StepCost
 from sim.engine import Sequence as EngineSequence
-from sim.profile import Limits, Step
 from sim.timings import Level, Timing
 
 if TYPE_CHECKING:
-    from sim.profile import Source
+    from policies.profile import Source
 
 Floats: TypeAlias = NDArray[np.float64]
 Progress: TypeAlias = Callable[[int], None]
@@ -54,6 +54,7 @@ LEAST_REQUESTS: Final = 8
 LEAST_LEVELS: Final = 3
 WARM_ROUNDS: Final = 1
 MEASURED_ROUNDS: Final = 2
+MOST_ROUNDS: Final = 8
 """Of a closed loop; a round is one request of each user."""
 
 POPULATION: Final = 12
@@ -216,15 +217,18 @@ def replay(settings: EngineSettings, timings: Sequence[Timing], count: int) -> F
 def loop_times(
     settings: EngineSettings, level: Level, overhead_us: float = 0.0
 ) -> tuple[float, float, float]:
-    """Mean times of one level once it is under way, microseconds."""
+    """Mean times of one level, microseconds: as they were measured, `Level.requests`."""
+    rounds, warm_rounds = WARM_ROUNDS + MEASURED_ROUNDS, WARM_ROUNDS
+    if level.requests:
+        rounds, warm_rounds = min(max(1, round(level.requests / level.concurrency)), MOST_ROUNDS), 0
     figures = closed_loop(
         settings,
         level.concurrency,
         level.prompt_tokens,
         level.output_tokens,
         overhead_us=overhead_us,
-        rounds=WARM_ROUNDS + MEASURED_ROUNDS,
-        warm_rounds=WARM_ROUNDS,
+        rounds=rounds,
+        warm_rounds=warm_rounds,
     )
     tpot = figures.tpot_mean * SECOND if level.output_tokens > 1 else nan
     return figures.ttft_mean * SECOND, tpot, figures.total_mean * SECOND

@@ -11,8 +11,8 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from policies.profile import Limits
     from sim.calibrate import Calibration, Search
-    from sim.profile import Limits
     from sim.timings import Level, Timing
 
 
@@ -66,8 +66,9 @@ def calibrate(
     from pydantic import ValidationError
     from rich.console import Console
 
+    from policies.profile import Limits, Origin, Profile, Source
     from sim.calibrate import Search
-    from sim.profile import Limits, Origin, Profile, Source, dump_profile
+    from sim.profile import dump_profile
     from sim.timings import read_measured
 
     if published and not source:

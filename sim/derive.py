@@ -23,9 +23,10 @@ from typing import Final
 
 import numpy as np
 
+from policies.profile import Capacity, Limits, Origin, Profile, Source, Step
 from sim.closed_loop import closed_loop, most_users
 from sim.engine import EngineSettings
-from sim.profile import Limits, Origin, Profile, Source, Step, dump_profile
+from sim.profile import dump_profile, engine_settings
 
 PROMPT: Final = 1024
 OUTPUT: Final = 1024
@@ -179,6 +180,13 @@ def profile_of(cell: Cell, bandwidth: float) -> Profile:
             prefix_cache=False,
             source=Source(origin=Origin.DERIVED, text=text),
         ),
+        capacity=Capacity(
+            users=cell.most,
+            prompt_tokens=PROMPT,
+            output_tokens=OUTPUT,
+            tokens_per_s=TOKENS_PER_S,
+            source=Source(origin=Origin.PUBLISHED, text=f"table 3-2, {PAPER}"),
+        ),
     )
 
 
@@ -201,7 +209,7 @@ def _threshold(cell: Cell, users: int) -> float:
     low, high = 1e9, 1e14
     for _ in range(40):
         middle = exp((log(low) + log(high)) / 2)
-        figures = closed_loop(profile_of(cell, middle).engine(), users, PROMPT, OUTPUT)
+        figures = closed_loop(engine_settings(profile_of(cell, middle)), users, PROMPT, OUTPUT)
         if figures.tokens_per_s_per_user >= TOKENS_PER_S:
             high = middle
         else:
@@ -220,7 +228,7 @@ def predicted(cell: Cell, others: list[Cell], bandwidths: dict[Cell, float]) -> 
     spread = float(((x - centre) ** 2).sum())
     slope = float(((x - centre) * (y - y.mean())).sum()) / (spread + 2 * log(2) ** 2)
     per_card = exp(float(y.mean()) + slope * (log(cell.cards) - centre))
-    return most_of(profile_of(cell, per_card * cell.cards).engine())
+    return most_of(engine_settings(profile_of(cell, per_card * cell.cards)))
 
 
 def main() -> int:
@@ -237,7 +245,7 @@ def main() -> int:
     for cell, bandwidth in bandwidths.items():
         profile = profile_of(cell, bandwidth)
         peers = [other for other in CELLS if other.card == cell.card and other.most]
-        row = f"| {profile.name} | {cell.most} | {most_of(profile.engine())} |"
+        row = f"| {profile.name} | {cell.most} | {most_of(engine_settings(profile))} |"
         if cell.most and len(peers) >= 3:
             guess = predicted(cell, [other for other in peers if other != cell], bandwidths)
             row += f" {guess} | {(guess - cell.most) / cell.most:+.0%} |"

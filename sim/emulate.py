@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from policies.profile import Profile
     from sim.emulator import Emulator, EmulatorSettings
-    from sim.profile import Profile
 
 
 def emulate(

@@ -19,10 +19,11 @@ from math import isfinite
 
 from aiohttp import web
 
+from policies.profile import Limits, Origin, Profile, Source, Step
 from sim.engine import EngineSettings
 from sim.faults import Fault, Faults
 from sim.openai_server import Face, FaceSettings
-from sim.profile import Limits, Origin, Profile, Source, Step
+from sim.profile import engine_settings
 from sim.realtime import Driver, RealtimeEngine
 from sim.vllm_metrics import VllmMetrics
 
@@ -123,7 +124,7 @@ class EmulatorSettings:
 
     def engine(self) -> EngineSettings:
         """That of the profile; a KV cache of unknown size holds as many longest sequences as may run."""
-        engine, limits = self.profile.engine(BLOCK_TOKENS), self.profile.limits
+        engine, limits = engine_settings(self.profile, BLOCK_TOKENS), self.profile.limits
         tokens = (
             limits.kv_tokens or limits.max_num_seqs * -(-limits.max_model_len // BLOCK_TOKENS) * BLOCK_TOKENS
         )

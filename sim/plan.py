@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil, inf
 
+from policies.profile import Profile
 from sim.closed_loop import LoopFigures, closed_loop, most_users
-from sim.profile import Profile
+from sim.profile import engine_settings
 
 MOST_COPIES = 64
 SECONDS_PER_HOUR = 3600.0
@@ -136,7 +137,7 @@ def plan(demand: Demand, profiles: Iterable[Profile]) -> Plan:
 
 def option(demand: Demand, profile: Profile) -> Option:
     """The fewest copies of a profile that meet a demand; one copy where no number does."""
-    engine = profile.engine()
+    engine = engine_settings(profile)
     most = most_users(
         engine,
         demand.prompt_tokens,

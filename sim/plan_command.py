@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from policies.profile import Profile
     from sim.plan import Option, Plan
-    from sim.profile import Profile
 
 SHOWN_NEAREST = 3
 
@@ -87,7 +87,7 @@ def plan(
 
 def _priced(profiles: Iterable[Profile], prices: list[str]) -> Iterable[Profile]:
     """The profiles with the prices that the user gave for their cards. Raises ValueError."""
-    from sim.profile import Origin, Price, Source
+    from policies.profile import Origin, Price, Source
 
     by_card: dict[str, tuple[float, str]] = {}
     for text in prices:

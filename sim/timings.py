@@ -7,9 +7,11 @@ row tells:
 |---|---|
 | a request | `arrival_s`, `prompt_tokens`, `output_tokens`, `ttft_s`, `e2e_s` |
 | a request, by vLLM's own clock | `queued_ts`, `input_toks`, `output_toks`, `first_token_ts`, `last_token_ts` |
-| a level of a sweep | `concurrency`, `prompt_tokens`, `output_tokens`, `ttft_s`, `tpot_s` (means) |
+| a level of a sweep | `concurrency`, `prompt_tokens`, `output_tokens`, `ttft_s`, `tpot_s` (means), `requests` |
 
-All times are seconds; other columns are ignored.
+All times are seconds; other columns are ignored. `requests`, which may be left out, says how many are behind
+the means of a level, which began with all users at once; without it, they are those of a loop that was under
+way before.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ class Level(NamedTuple):
     """Mean, microseconds."""
     tpot: float
     """Mean time of an output token after the first, microseconds."""
+    requests: int = 0
+    """Behind these means, from the first ones on, which all came at once; 0: the loop was under way before."""
 
 
 class TimingsError(ValueError):
@@ -129,6 +133,7 @@ def _level(row: _Row) -> Level:
         row.count("output_tokens"),
         row.duration("ttft_s"),
         row.duration("tpot_s"),
+        row.count("requests") if "requests" in row else 0,
     )
 
 

@@ -56,6 +56,7 @@ TESTED_BY = {
     "policies/fileschema.py": "tests/policies/test_files.py",
     "policies/guarded.py": "tests/policies/test_rules.py",
     "policies/picks.py": "tests/policies/test_files.py",
+    "policies/profile.py": "tests/sim/test_profiles.py",
     "policies/routing.py": "tests/policies/test_rules.py",
     "policies/rule.py": "tests/policies/test_rules.py",
     "policies/units.py": "tests/policies/test_files.py",

@@ -19,7 +19,8 @@ from typing import Final
 from benchmarks.case_4_1.report import BLOCK_TOKENS
 from benchmarks.case_4_1.simulated import local_only
 from benchmarks.case_4_1.sites import APPLIANCE
-from sim.profile import Limits, Origin, Profile, Source, Step, dump_profile
+from policies.profile import Limits, Origin, Profile, Source, Step
+from sim.profile import dump_profile, engine_settings
 
 LOW: Final = 3
 TARGETS: Final = {LOW: 42.0, 60: 72.0, 100: 320.0}
@@ -81,7 +82,7 @@ def fit(progress: Callable[[], None] = lambda: None) -> Profile:
 
 def mean_s(profile: Profile, users: int) -> float:
     """Seconds a report takes at the appliance alone, over the seeds."""
-    engine = profile.engine(BLOCK_TOKENS)
+    engine = engine_settings(profile, BLOCK_TOKENS)
     return sum(local_only(engine, users, REPORTS, seed).mean_s for seed in SEEDS) / len(SEEDS)
 
 

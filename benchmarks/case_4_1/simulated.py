@@ -15,6 +15,7 @@ from probes.base import Timing
 from sim.cluster import Cluster, Trip
 from sim.engine import EngineSettings
 from sim.members import Member
+from sim.profile import engine_settings
 
 WITHOUT_FIGURES: Final = Timing(metrics_s=1e9, metrics_idle_s=1e9, metrics_max_s=1e9)
 """The proxy does not read the engines' figures, as `measured.py` says why."""
@@ -24,7 +25,7 @@ UNLIMITED: Final = 100_000
 
 def appliance() -> EngineSettings:
     """The fitted engine."""
-    return LOCAL.load().engine(BLOCK_TOKENS)
+    return engine_settings(LOCAL.load(), BLOCK_TOKENS)
 
 
 def never_full(engine: EngineSettings) -> EngineSettings:
@@ -39,7 +40,9 @@ def local_only(engine: EngineSettings, users: int, count: int, seed: int) -> Fig
 
 def with_tidegate(users: int, count: int, seed: int) -> Figures:
     """The proxy in front of the appliance and the remote sites."""
-    members = [_member(site, site.load().engine(BLOCK_TOKENS), site.slots) for site in (LOCAL, *REMOTE)]
+    members = [
+        _member(site, engine_settings(site.load(), BLOCK_TOKENS), site.slots) for site in (LOCAL, *REMOTE)
+    ]
     return _run(members, users, count, seed)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from policies.files import library_policy
-from sim.profile import Profile, load_profile
+from policies.profile import Profile
+from sim.profile import load_profile
 
 APPLIANCE: Final = Path(__file__).with_name("appliance.yaml")
 MODEL: Final = "report-writer"

@@ -75,7 +75,10 @@ def bench(
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for four PNG figures.", file_okay=False)] = None,
     profile: Annotated[
-        Path | None, typer.Option(help="File for a profile, for simulator and emulator.", dir_okay=False)
+        Path | None,
+        typer.Option(
+            help="File for a profile: for simulator, emulator, plan and `slots: auto`.", dir_okay=False
+        ),
     ] = None,
     card: Annotated[str, typer.Option(help="Name of the server's cards, for the profile.")] = "unknown",
     cards: Annotated[int, typer.Option(help="How many there are, for the profile.", min=1)] = 1,
@@ -181,10 +184,29 @@ def _write(
 
         write_plots(report, plots)
     if profile is not None:
-        from sim.measure.fit import to_profile
-        from sim.profile import dump_profile
+        _write_profile(report, profile, card, cards)
 
-        profile.write_text(dump_profile(to_profile(report, card, cards)), encoding="utf-8")
+
+def _write_profile(report: Report, file: Path, card: str, cards: int) -> None:
+    """With a progress bar; then what is in it for `slots: auto`."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sim.measure.fit import SEARCH, to_profile
+    from sim.profile import dump_profile
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("fitting a profile", total=SEARCH.simulations)
+        profile = to_profile(report, card, cards, lambda done: bar.update(task, completed=done))
+    file.write_text(dump_profile(profile), encoding="utf-8")
+    slots = (
+        "it says no slots: measure with --ttft, --tpot or --tokens-per-s"
+        if profile.capacity is None
+        else f"`slots: auto` takes {profile.capacity.users} from it"
+        if profile.capacity.users
+        else "not even one user is inside the SLA: `slots: auto` takes nothing from it"
+    )
+    typer.echo(f"profile {profile.name} written to {file}; {slots}", err=True)
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

@@ -20,8 +20,11 @@ from policies.guarded import Guarded
         ({"kv_use": 0.76, "in_flight": 8}, 0.8),
         ({"kv_use": 0.95}, 1.0),
         ({"kv_use": 0.1, "in_flight": 16}, 0.5),
-        ({"waiting": 8}, 1.25),
+        ({"waiting": 1, "in_flight": 8}, 0.25),
+        ({"waiting": 4}, 0.8),
+        ({"waiting": 5}, 1.0),
         ({"waiting": 8, "in_flight": 64, "kv_use": 1.0}, 2.0),
+        ({"waiting": 15, "in_flight": 64, "kv_use": 1.0}, 3.0),
         ({"running": 32}, 0.0),
         ({"kv_use": nan, "in_flight": 8}, 0.25),
     ],
@@ -33,7 +36,7 @@ def test_saturation_is_the_worst_of_what_is_known(facts: dict[str, float], satur
 
 
 def test_engine_figures_older_than_two_seconds_are_ignored() -> None:
-    view = BackendView("b", in_flight=8, kv_use=0.9, waiting=5, sampled_at=10.0)
+    view = BackendView("b", in_flight=8, kv_use=0.9, waiting=6, sampled_at=10.0)
     assert view.saturation(12.0) > 1.0
     assert view.saturation(12.001) == 0.25
     assert not view.has_free_slot(12.0)

@@ -256,7 +256,7 @@ def test_a_tier_without_spill_takes_a_request_with_a_free_slot_only() -> None:
 
 def test_what_the_engine_reports_counts_as_saturation() -> None:
     rules = local_first()
-    homes = fleet(backend("local", slots=4, waiting=2, sampled_at=10.0), backend("away"))
+    homes = fleet(backend("local", slots=4, waiting=5, sampled_at=10.0), backend("away"))
     assert decided(rules.route(request(), homes, 11.0)) == "away"
     assert decided(rules.route(request(), homes, 13.0)) == "local"  # too old to be believed
 

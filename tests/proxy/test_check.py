@@ -88,6 +88,53 @@ def test_a_configuration_is_read_back(folder: Path) -> None:
         assert said in text
 
 
+PROFILE = """\
+name: appliance
+card: L40
+model: m-1
+step: {alpha_us: 50000, beta_us: 45, gamma_us: 0.2, delta_us: 260, source: {origin: derived, text: a test}}
+limits: {source: {origin: derived, text: a test}}
+"""
+CAPACITY = (
+    "capacity: {users: 17, prompt_tokens: 9, output_tokens: 9, source: {origin: measured, text: a test}}\n"
+)
+
+
+def test_slots_are_those_of_a_profile_unless_they_are_given(folder: Path) -> None:
+    (folder / "a.yaml").write_text(PROFILE + CAPACITY)
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("slots: 24", "slots: auto, profile: a.yaml"))
+    assert f"    17 slots, as {folder}/a.yaml says; " in check().stdout
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("slots: 24", "profile: a.yaml"))
+    assert f"    17 slots, as {folder}/a.yaml says; " in check().stdout
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("slots: 24", "slots: 3, profile: a.yaml"))
+    assert "    3 slots; " in check().stdout
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        (None, "a.yaml: no such file or directory"),
+        (b"\xff", "a.yaml: not UTF-8 text"),
+        (
+            PROFILE.encode(),
+            "a.yaml does not say how many users an SLA allows: give `slots`, or measure again",
+        ),
+        (
+            (PROFILE + CAPACITY.replace("17", "0")).encode(),
+            "a.yaml serves nobody inside its SLA: give `slots`",
+        ),
+        ((PROFILE + CAPACITY.replace("17", "-1")).encode(), "a.yaml:6:"),
+    ],
+)
+def test_a_profile_that_says_no_slots_is_a_mistake(folder: Path, profile: bytes | None, said: str) -> None:
+    if profile is not None:
+        (folder / "a.yaml").write_bytes(profile)
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("slots: 24", "profile: a.yaml"))
+    found = check()
+    assert found.exit_code == 1
+    assert said in found.stderr
+
+
 def test_no_password_is_read_back(folder: Path) -> None:
     (folder / "tidegate.yaml").write_text(CONFIG + "database: postgresql://tide:s3cret@db/ledger\n")
     text = check().stdout

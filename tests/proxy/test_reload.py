@@ -25,6 +25,15 @@ probing: {enabled: false}
 backends: [{name: a, url: "http://127.0.0.1:9", models: [m]}]
 """
 
+PROFILE = """
+name: appliance
+card: L40
+model: m
+step: {alpha_us: 50000, beta_us: 45, gamma_us: 0.2, delta_us: 260, source: {origin: derived, text: a test}}
+limits: {source: {origin: derived, text: a test}}
+capacity: {users: %d, prompt_tokens: 9, output_tokens: 9, source: {origin: measured, text: a test}}
+"""
+
 
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
@@ -215,6 +224,15 @@ async def test_a_reload_says_what_changed(
     assert said(service, text + rest, caplog) == "backend a changed (api_key_file)"
     (tmp_path / "key").write_text("two")
     assert said(service, text + rest, caplog) == "backend a changed (what its files hold)"
+    profile = tmp_path / "a.yaml"
+    profile.write_text(PROFILE % 17)
+    text = text.replace("[m],", f"[m], profile: {profile},")
+    assert said(service, text + rest, caplog) == "backend a changed (profile)"
+    assert service.runtime.fleet["a"].slots == 17
+    profile.write_text(PROFILE % 9)
+    assert not seen(service)
+    assert said(service, text + rest, caplog) == "backend a changed (what its files hold)"
+    assert service.runtime.fleet["a"].slots == 9
 
 
 async def test_a_file_that_is_gone_is_told_in_words(

@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from policies.profile import Limits, Origin, Source
 from sim.calibrate import (
     Calibration,
     Search,
@@ -22,7 +23,7 @@ from sim.calibrate import (
 )
 from sim.calibrate_command import calibrate
 from sim.engine import EngineSettings, StepCost
-from sim.profile import Limits, Origin, Source, load_profile
+from sim.profile import load_profile
 from sim.timings import Level, Timing, read_measured
 
 TRUTH = StepCost(alpha=14_000.0, beta=40.0, gamma=0.062, delta=55.0)

@@ -8,11 +8,12 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from policies.profile import Origin, Power, Price, Profile, Source
 from sim.closed_loop import closed_loop, most_users
 from sim.engine import EngineSettings, StepCost
 from sim.plan import Demand, plan
 from sim.plan_command import plan as command
-from sim.profile import Origin, Power, Price, Profile, Source, load_profile, profile_names
+from sim.profile import load_profile, profile_names
 
 ALL = [load_profile(name) for name in profile_names()]
 SOURCE = Source(origin=Origin.PUBLISHED, text="a test")

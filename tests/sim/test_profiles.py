@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from policies.profile import Origin
 from policies.yamlfile import FileProblems
 from sim.closed_loop import closed_loop, most_users
 from sim.derive import CELLS, OUTPUT, PROMPT, TOKENS_PER_S, Cell, bandwidth_for, profile_of
-from sim.profile import Origin, dump_profile, load_profile, profile_names
+from sim.profile import dump_profile, engine_settings, load_profile, profile_names
 
 MODELS = {"32b": "r1_distill_qwen_32b", "70b": "r1_distill_llama_70b"}
 
@@ -26,7 +27,7 @@ def name_of(cell: Cell) -> str:
 
 @pytest.mark.parametrize("cell", CELLS, ids=name_of)
 def test_the_simulated_maximum_is_that_of_table_3_2(cell: Cell) -> None:
-    engine = load_profile(name_of(cell)).engine()
+    engine = engine_settings(load_profile(name_of(cell)))
     most = most_users(engine, PROMPT, OUTPUT, tokens_per_s=TOKENS_PER_S)
     assert abs(most - cell.most) <= 1
     assert bool(most) == bool(cell.most)
@@ -89,7 +90,7 @@ def test_table_3_3_comes_out(shared: Path) -> None:
     for cell in CELLS:
         if cell.model.short != "32b":
             continue
-        figures = closed_loop(load_profile(name_of(cell)).engine(), users, PROMPT, OUTPUT)
+        figures = closed_loop(engine_settings(load_profile(name_of(cell))), users, PROMPT, OUTPUT)
         name = f"{cell.card}-{cell.cards}"
         if figures.ttft_mean < sla["mean_ttft_s"]["below"]:
             ttft.add(name)
