@@ -98,8 +98,9 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
             policy = replace(policy, rules=before.policy.rules)  # spill flags, turns and bookings go on
     except (BadValueError, ValueError, OSError, FileProblems) as error:
         raise ConfigError(str(error)) from None
+    slots_before = {} if before is None else {target.name: target.slots for target in before.targets}
     for old, fresh, section, slots in changes:
-        _update(old, fresh, section, slots)
+        _update(old, fresh, section, slots, slots_before[section.name])
     return Built(config, backends, endpoints, targets, prices, policy)
 
 
@@ -182,10 +183,14 @@ def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Bac
     )
 
 
-def _update(old: Backend, fresh: Backend, section: BackendConfig, slots: int | None) -> None:
+def _update(
+    old: Backend, fresh: Backend, section: BackendConfig, slots: int | None, slots_before: int | None
+) -> None:
     """Take over what the configuration says; what was measured, counted and learnt stays."""
     if slots is not None:
         old.slots = slots
+    elif slots_before is not None:
+        old.slots = DEFAULT_SLOTS  # as at a start: the engine has not been asked yet
     if section.models != "auto":
         old.models = frozenset(section.models)
         old.models_unknown, old.models_awaited = "", False

@@ -13,6 +13,7 @@ import pytest
 import proxy.build
 import proxy.serve
 from proxy.access.keys import Key
+from proxy.build import DEFAULT_SLOTS
 from proxy.config import load_config
 from proxy.serve import Service, _print_banner
 
@@ -233,6 +234,9 @@ async def test_a_reload_says_what_changed(
     assert not seen(service)
     assert said(service, text + rest, caplog) == "backend a changed (what its files hold)"
     assert service.runtime.fleet["a"].slots == 9
+    text = text.replace(f"profile: {profile},", "")
+    assert said(service, text + rest, caplog) == "backend a changed (profile)"
+    assert service.runtime.fleet["a"].slots == DEFAULT_SLOTS
 
 
 async def test_a_file_that_is_gone_is_told_in_words(
