@@ -64,7 +64,7 @@ def test_a_backend_is_enough(write: Any) -> None:
         "a",
         "http://a:8000",
         "local",
-        None,
+        "auto",
         "auto",
     )
     assert (config.listen, config.admin, config.policy) == ("127.0.0.1:8080", "127.0.0.1:8081", "local-first")
@@ -241,6 +241,7 @@ def test_metadata_services_are_never_backends(write: Any, host: str) -> None:
     [
         ("site: 'a b'", "backends[0].site", "letters, digits"),
         ("slots: 0", "backends[0].slots", "at least 1"),
+        ("slots: many", "backends[0].slots", "'auto' or"),
         ("weight: -1", "backends[0].weight", "at least 0"),
         ("weight: .inf", "backends[0].weight", "expected a number"),
         ("models: []", "backends[0].models", "at least 1"),
