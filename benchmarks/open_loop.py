@@ -12,11 +12,10 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import orjson
 
-from benchmarks.answers import AnswerError, ResponseReader
+from benchmarks.kept_alive import KeptAlive
 from proxy.meter import BYTES_PER_TOKEN
 from sim.tokens import chat_pieces
 from sim.workload import Arrival
@@ -39,7 +38,10 @@ class Answer:
     """What became of one request; times are monotonic, seconds."""
 
     due_at: float
+    began_at: float = 0.0
+    """When the client turned to it: as much later than it was due as the client was late."""
     sent_at: float = 0.0
+    """When there was a connection, and the request was written to it."""
     first_at: float = 0.0
     """When its first token was read."""
     ended_at: float = 0.0
@@ -91,8 +93,9 @@ async def play(port: int, requests: Sequence[Arrival], heard: Callable[[], objec
     async def one(request: Arrival, asking: bytes) -> Answer:
         answer = Answer(begin + request.at / 1e6)
         await asyncio.sleep(answer.due_at - time.monotonic())
+        answer.began_at = time.monotonic()
         try:
-            connection = idle.pop() if idle else await _connect(port)
+            connection = await _connection(idle, port)
             await connection.ask(asking, request, answer)
             if connection.usable:
                 idle.append(connection)
@@ -107,57 +110,35 @@ async def play(port: int, requests: Sequence[Arrival], heard: Callable[[], objec
     return answers
 
 
-async def _connect(port: int) -> _Connection:
+async def _connection(idle: list[_Connection], port: int) -> _Connection:
+    """An idle one, or one more."""
+    while idle:
+        connection = idle.pop()
+        if connection.usable:
+            return connection
     _, connection = await asyncio.get_running_loop().create_connection(_Connection, "127.0.0.1", port)
     return connection
 
 
-class _Connection(asyncio.Protocol):
-    """One request at a time."""
+class _Connection(KeptAlive):
+    """Fills in answers."""
 
     def __init__(self) -> None:
-        self._transport: asyncio.Transport | None = None
-        self._response = ResponseReader()
+        super().__init__()
         self._answer = Answer(0.0)
         self._wanted = (0, 0)
         self._tail = b""
-        self._ended: asyncio.Future[None] | None = None
-
-    @property
-    def usable(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
 
     async def ask(self, asking: bytes, request: Arrival, answer: Answer) -> None:
-        """Fill in an answer."""
-        self._response, self._answer, self._tail = ResponseReader(), answer, b""
+        """Send a body and read the answer."""
+        self._answer, self._tail = answer, b""
         self._wanted = (request.prompt_tokens, request.output_tokens)
-        self._ended = asyncio.get_running_loop().create_future()
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: tidegate\r\nContent-Type: application/json\r\n"
-        assert self._transport is not None
         answer.sent_at = time.monotonic()
-        self._transport.write(head + b"Content-Length: %d\r\n\r\n" % len(asking) + asking)
-        await self._ended
+        answer.failure = await self._exchange(head + b"Content-Length: %d\r\n\r\n" % len(asking) + asking)
 
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._transport = None
-        self._end("connection lost")
-
-    def data_received(self, data: bytes) -> None:
-        now = time.monotonic()
-        answer, response = self._answer, self._response
-        try:
-            received = response.feed(data)
-        except AnswerError as wrong:
-            self._end(str(wrong))
-            self.close()
-            return
+    def _take(self, received: bytes, now: float) -> None:
+        answer = self._answer
         if not answer.events:
             received = self._tail + received  # an event's first bytes may have come alone
         events = received.count(_EVENT)
@@ -165,12 +146,10 @@ class _Connection(asyncio.Protocol):
             answer.first_at = now
         answer.events += events
         self._tail = (self._tail + received)[-1000:] if answer.events else received
-        if response.complete:
-            answer.ended_at = now
-            answer.backend = response.field("x-tidegate-backend")
-            self._end(self._complaint())
 
-    def _complaint(self) -> str:
+    def _finish(self, now: float) -> str:
+        self._answer.ended_at = now
+        self._answer.backend = self._response.field("x-tidegate-backend")
         if self._response.status != 200:
             return f"status {self._response.status}"
         usage = _USAGE.search(self._tail)
@@ -178,8 +157,3 @@ class _Connection(asyncio.Protocol):
             return "the stream has no proper end"
         counted = (int(usage[1]), int(usage[2]))
         return "" if counted == self._wanted else f"{counted} tokens instead of {self._wanted}"
-
-    def _end(self, failure: str) -> None:
-        if self._ended is not None and not self._ended.done():
-            self._answer.failure = failure
-            self._ended.set_result(None)

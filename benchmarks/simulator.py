@@ -97,8 +97,17 @@ def play(rounds: int) -> list[dict[str, Any]]:
     return found
 
 
+def played(command: list[str]) -> list[dict[str, Any]]:
+    """What a process that plays has found; its complaints are shown. Raises ChildProcessError if it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise ChildProcessError(f"the process that plays failed with {done.returncode}")
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
 def main() -> int:
-    """The command line; returns 1 with `--check` if a promise is not kept."""
+    """The command line; returns 1 with `--check` if a promise is not kept, 2 if nothing could be measured."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -124,7 +133,11 @@ def main() -> int:
     root = str(Path(__file__).parents[1])
     script = f"import sys; sys.path.append({root!r}); from benchmarks.simulator import main; main()"
     command = [str(python), "-P", "-c", script, "--play", "--rounds", str(options.rounds)]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    try:
+        found = played(command)
+    except ChildProcessError as error:
+        print(error, file=sys.stderr)
+        return 2
     rows = [
         (
             one["name"],

@@ -15,7 +15,7 @@ from math import pi
 from typing import TYPE_CHECKING, Final
 
 from sim.arrival_process import Rate, arrival_times
-from sim.generator_spec import HOURS, Bursts, Client, Day, Loop, Sessions, WorkloadSpec
+from sim.generator_spec import HOURS, Bursts, Client, Day, Distribution, Loop, Sessions, WorkloadSpec
 from sim.streams import number_of, stream
 from sim.workload import Arrival, Workload, in_order
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 MOST_REQUESTS: Final = 5_000_000
-"""Of one client; a request takes some 300 bytes of memory, and 36 more for each hash."""
+"""Of all clients; a request takes some 300 bytes of memory."""
+MOST_HASHES: Final = 100_000_000
+"""Of all requests; each takes some 36 bytes."""
 
 _HOUR_S: Final = 3600.0
 _SINE_STEPS_PER_HOUR: Final = 60
@@ -34,8 +36,9 @@ def generate(
 ) -> Workload:
     """The requests of all clients. `progress` is told how many clients are done, and how many there are.
 
-    Raises ValueError for a client with more requests than `MOST_REQUESTS`.
+    Raises ValueError, before it begins, for more requests than `MOST_REQUESTS` and more hashes than `MOST_HASHES`.
     """
+    _check_counts(spec, seed)
     arrivals: list[Arrival] = []
     for done, client in enumerate(spec.clients, 1):
         arrivals += _requests(client, spec, seed)
@@ -45,11 +48,9 @@ def generate(
 
 
 def _requests(client: Client, spec: WorkloadSpec, seed: int) -> Iterator[Arrival]:
-    """Raises ValueError if they are too many."""
     requests = _Requests(client, spec, seed)
     users = client.users
     if users is not None:
-        _check_count(client, users.count * users.requests)
         for user in range(users.count):
             yield from requests.of_user(f"{client.name}/{user}", users.requests)
         return
@@ -58,30 +59,70 @@ def _requests(client: Client, spec: WorkloadSpec, seed: int) -> Iterator[Arrival
         yield from requests.of_session(f"{client.name}/{index}", round(start * 1e6))
 
 
-def _check_count(client: Client, requests: float) -> None:
-    if requests > MOST_REQUESTS:
-        raise ValueError(
-            f"{client.name}: about {requests:.0f} requests, more than {MOST_REQUESTS}: ask for less"
-        )
+# How many there will be
+
+
+def _check_counts(spec: WorkloadSpec, seed: int) -> None:
+    """Raises ValueError if they are too many."""
+    requests = {client.name: _expected(client, spec, seed) for client in spec.clients}
+    hashes = {
+        client.name: requests[client.name] * mean_hashes(client, spec.unit_tokens) for client in spec.clients
+    }
+    for what, counts, most, advice in (
+        ("requests", requests, MOST_REQUESTS, "take lower rates, fewer users or a shorter duration"),
+        ("hashes", hashes, MOST_HASHES, "take a larger unit_tokens, shorter sessions or fewer requests"),
+    ):
+        total = sum(counts.values())
+        if total > most:
+            first = max(counts, key=counts.__getitem__)
+            raise ValueError(
+                f"about {total:.0f} {what}, more than {most}, {counts[first]:.0f} of them from {first}: {advice}"
+            )
+
+
+def _expected(client: Client, spec: WorkloadSpec, seed: int) -> float:
+    """Requests of a client."""
+    if client.users is not None:
+        return float(client.users.count * client.users.requests)
+    return rate_of(client, spec, seed).expected
+
+
+def mean_hashes(client: Client, unit_tokens: int) -> float:
+    """Of a request of a client, about: all prompts and answers taken for as long as their means."""
+    import numpy as np
+
+    if not unit_tokens:
+        return 0.0
+    sessions = client.sessions
+    output = float(_spread(client.output).mean())
+    new = float(_spread(client.prompt).mean()) + output
+    most = max(1.0, (sessions.max_tokens - sessions.system_tokens) // new)
+    turns = np.minimum(_spread(sessions.turns), most)
+    # None stands for the last answer, nor for what is behind the last full unit: half a one on average.
+    tokens = turns * sessions.system_tokens + new * turns * (turns + 1) / 2 - output
+    return max(0.0, float(tokens.sum() / turns.sum()) / unit_tokens - 0.5)
 
 
 # When sessions begin
 
 
 def _session_starts(client: Client, spec: WorkloadSpec, seed: int) -> np.ndarray:
-    """Seconds. Raises ValueError if they are too many."""
+    """Seconds."""
     rate = rate_of(client, spec, seed)
-    _check_count(client, rate.expected)
     sessions = rate._replace(levels=rate.levels / mean_turns(client.sessions))
     return arrival_times(stream(seed, client.name, "arrivals"), client.process, client.cv or 1.0, sessions)
 
 
 def mean_turns(sessions: Sessions) -> float:
     """Requests of a session, the mean; those that `max_tokens` or the end of the workload cuts are counted."""
+    return float(_spread(sessions.turns, 1 << 14).mean())
+
+
+def _spread(distribution: Distribution, steps: int = 1 << 8) -> np.ndarray:
+    """So many values that stand for all that are drawn."""
     import numpy as np
 
-    steps = 1 << 14
-    return float(np.mean(sessions.turns.whole((np.arange(steps) + 0.5) / steps)))
+    return distribution.whole((np.arange(steps) + 0.5) / steps)
 
 
 def rate_of(client: Client, spec: WorkloadSpec, seed: int) -> Rate:

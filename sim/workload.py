@@ -1,12 +1,12 @@
 """What arrives: one record for each request of a trace, whether it was read or made up.
 
-Readers of public traces are in `sim/traces.py`, the generator in `sim/generator.py`.
+Readers of public traces are in `sim/traces/`, the generator in `sim/generator.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 
@@ -59,6 +59,13 @@ class Workload:
     """The first few lines that were left out."""
     left_out: int = 0
     """Lines that were."""
+    missing: int = 0
+    """Requests that these lines stood for, where a line says how many: the load is so much too low."""
+
+    @property
+    def missing_share(self) -> float:
+        """Of the requests that there would be."""
+        return self.missing / (self.missing + len(self.arrivals)) if self.missing else 0.0
 
     def __len__(self) -> int:
         return len(self.arrivals)
@@ -76,7 +83,7 @@ class Workload:
         if not factor > 0:
             raise ValueError("a load is scaled by a factor above zero")
         arrivals = [arrival._replace(at=round(arrival.at / factor)) for arrival in self.arrivals]
-        return Workload(f"{self.name} x{factor:g}", arrivals, self.unit_tokens, self.problems, self.left_out)
+        return replace(self, name=f"{self.name} x{factor:g}", arrivals=arrivals)
 
 
 def in_order(arrivals: Iterable[Arrival]) -> list[Arrival]:

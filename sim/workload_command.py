@@ -218,11 +218,16 @@ def _table(summary: Summary) -> Table:
         f"{summary.prefix.tokens:.1%} of the tokens"
         if summary.unit_tokens
         else "nothing is known of shared prompts",
-        "lines left out": f"{summary.left_out:,}",
+        "lines left out": f"{summary.left_out:,}" + _missing(summary),
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _missing(summary: Summary) -> str:
+    share = f", and with them about {summary.missing:,} requests, {summary.missing_share:.0%} of the load"
+    return share if summary.missing else ""
 
 
 def _lengths(lengths: Lengths) -> str:

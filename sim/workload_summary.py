@@ -53,6 +53,11 @@ class Summary:
     unit_tokens: int
     prefix: PrefixShare
     left_out: int
+    """Lines that could not be read."""
+    missing: int
+    """Requests that those lines stood for, where they say how many (ServeGen)."""
+    missing_share: float
+    """Of the requests that there would be with them."""
     problems: list[str]
     """The first few lines that were left out."""
 
@@ -82,6 +87,8 @@ def summarize(workload: Workload) -> Summary:
         unit_tokens=workload.unit_tokens,
         prefix=prefix_share(workload),
         left_out=workload.left_out,
+        missing=workload.missing,
+        missing_share=workload.missing_share,
         problems=[str(problem) for problem in workload.problems],
     )
 

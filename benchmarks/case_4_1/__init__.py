@@ -8,7 +8,7 @@ The load is `report.py`: a closed loop of users without think time, each report 
 what was written before. The appliance is `appliance.yaml`, fitted by `appliance.py`. Why it breaks down:
 
 * Up to 60 reports at once their tokens fit into its KV cache. A request then finds all of its prompt but
-  the newest instruction there, and of a report's 4,100 prompt tokens 450 are computed.
+  the newest instruction there: of a report's prompt tokens (`PROMPT_TOKENS`) one in nine is computed.
 * With 100 they do not fit. Those that are running hold the cache, the others queue, and before one comes up,
   what it had there has been evicted by those before it: least recently used first is the worst order for users
   who take turns. So nearly everything is computed again, which takes the time in which tokens would have been

@@ -4,11 +4,6 @@ Emulated time runs faster than real time, as fast as so many tokens a second (`T
 rated for 10,000 a core, and here three of them share the machine with proxy and clients. All deadlines of the proxy
 that bound what an engine does are divided by the speed. Its own work, the clients', and the pauses between its
 health checks are not, and so count `speed` times: it is the harder case.
-
-The proxy does not read the engines' own figures here (`probing.metrics`): it counts what it sent, which is exact,
-as nobody else uses them. With them it holds a backend full as soon as one prompt waits for its turn in a step, were
-40 of 150 slots taken, and sends all to the other until it looks again, and so to and fro; conversations are driven
-from the appliance, whose cache has them, in the same way.
 """
 
 from __future__ import annotations
@@ -106,7 +101,6 @@ def configuration(urls: dict[str, str], ports: tuple[int, int], speed: float, se
             "total": scaled(3600),
             "drain": "0s",
         },
-        "probing": {"metrics": False},
         "backends": [
             {"name": site.name, "url": urls[site.name], "site": site.site, "slots": site.slots}
             for site in (LOCAL, *REMOTE)

@@ -3,7 +3,7 @@
 A report is a conversation of `SECTIONS` requests: a brief of `BRIEF_TOKENS` with the first, an instruction of
 `INSTRUCTION_TOKENS` with each, an answer of `SECTION_TOKENS`, which is part of every later prompt. Means; each
 length but the instruction's varies by `SPREAD` to both sides, evenly. Chat templates are counted in. On average
-a report has 4,050 prompt tokens in all, 780 of output, and ends with 1,200 in the cache.
+a report has `PROMPT_TOKENS` in all, `OUTPUT_TOKENS` of output, and ends with 1,200 in the cache.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ SECTION_TOKENS: Final = 130
 SPREAD: Final = 0.2
 OUTPUT_TOKENS: Final = SECTIONS * SECTION_TOKENS
 """Of a report, on average."""
+PROMPT_TOKENS: Final = sum(
+    BRIEF_TOKENS + (before + 1) * INSTRUCTION_TOKENS + before * SECTION_TOKENS for before in range(SECTIONS)
+)
+"""Of the prompts of a report, on average."""
 RAMP_S: Final = 10.0
 """In which the users come, one after the other."""
 BLOCK_TOKENS: Final = 16

@@ -11,14 +11,11 @@ from benchmarks.case_4_1.report import BLOCK_TOKENS, SECTIONS, workload
 from benchmarks.case_4_1.sites import LOCAL, MODEL, REMOTE, Site, policy
 from policies.files import KnownNames, read_policy
 from policies.state import Backend
-from probes.base import Timing
 from sim.cluster import Cluster, Trip
 from sim.engine import EngineSettings
 from sim.members import Member
 from sim.profile import engine_settings
 
-WITHOUT_FIGURES: Final = Timing(metrics_s=1e9, metrics_idle_s=1e9, metrics_max_s=1e9)
-"""The proxy does not read the engines' figures, as `measured.py` says why."""
 UNLIMITED: Final = 100_000
 """Slots of the appliance where nothing stands before it."""
 
@@ -55,7 +52,7 @@ def _run(members: list[Member], users: int, count: int, seed: int) -> Figures:
     backends = [member.backend for member in members]
     known = KnownNames(backends, frozenset(backend.site for backend in backends))
     rules = read_policy(policy(), "policy", known).rules
-    cluster = Cluster(members, rules, seed=seed, timing=WITHOUT_FIGURES)
+    cluster = Cluster(members, rules, seed=seed)
     trips = cluster.run(workload(users, count, seed)).trips
     at_appliance = cluster.nodes[LOCAL.name].engine
     return figures_of(

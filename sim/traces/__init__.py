@@ -58,7 +58,7 @@ def _read(path: Path, form: Form, name: str, strict: bool, skip: int) -> Workloa
     """`skip`: records before the first request."""
     left_out = LeftOut(str(path), strict)
     arrivals: list[Arrival] = []
-    for line, record in _records(path, form.quoted):
+    for lines, record in _records(path, form.quoted):
         if skip:
             skip -= 1
             continue
@@ -67,7 +67,7 @@ def _read(path: Path, form: Form, name: str, strict: bool, skip: int) -> Workloa
                 raise record
             arrivals.append(form.arrival(record))
         except FieldError as error:
-            left_out.add(line, error)
+            left_out.add(lines, error)
     if not arrivals:
         first = f", first {left_out.problems[0]}" if left_out.problems else ""
         raise TraceError(f"{path}: no request in it; {left_out.count} lines left out{first}")
@@ -78,7 +78,7 @@ def _read(path: Path, form: Form, name: str, strict: bool, skip: int) -> Workloa
     return Workload(name, arrivals, form.unit_tokens, left_out.problems, left_out.count)
 
 
-def _records(path: Path, quoted: bool) -> Iterator[tuple[int, Record]]:
+def _records(path: Path, quoted: bool) -> Iterator[tuple[range, Record]]:
     with open_trace(path) as file:
         json = _is_json(file.readline(64))
     with open_trace(path) as file:

@@ -25,6 +25,8 @@ KEPT_PROBLEMS: Final = 20
 
 _WHOLE: Final = re.compile(r" *-?[0-9]{1,30} *")
 _BOM: Final = b"\xef\xbb\xbf"
+_FIELD: Final = re.compile(r'(?:"(?:[^"]++|"")*+"|[^",\r\n][^,\r\n]*|),')
+"""One that is not the last of its row, comma included."""
 
 
 class TraceError(ValueError):
@@ -54,12 +56,12 @@ class LeftOut:
         self.problems: list[Problem] = []
         self.count = 0
 
-    def add(self, line: int, error: FieldError) -> None:
-        """A line is left out. Raises TraceError if that is not wanted."""
-        problem = Problem(self.file, line, error.column, error.message)
+    def add(self, lines: range, error: FieldError) -> None:
+        """The lines of a record are left out. Raises TraceError if that is not wanted."""
+        problem = Problem(self.file, lines[0], error.column, error.message)
         if self.strict:
             raise TraceError(str(problem))
-        self.count += 1
+        self.count += len(lines)
         if len(self.problems) < KEPT_PROBLEMS:
             self.problems.append(problem)
 
@@ -82,8 +84,8 @@ def open_trace(path: Path) -> Iterator[BinaryIO]:
             raise TraceError(f"{path}: the gzip file is damaged or cut short ({error})") from None
 
 
-def json_records(file: Iterable[bytes]) -> Iterator[tuple[int, Record]]:
-    """(line, record) of each line that is not empty."""
+def json_records(file: Iterable[bytes]) -> Iterator[tuple[range, Record]]:
+    """(lines, record) of each line that is not empty."""
     for number, line in enumerate(file, 1):
         text = line.removeprefix(_BOM) if number == 1 else line
         if not text.strip():
@@ -91,32 +93,92 @@ def json_records(file: Iterable[bytes]) -> Iterator[tuple[int, Record]]:
         try:
             value = orjson.loads(text)
         except orjson.JSONDecodeError as error:
-            yield number, FieldError("", f"not JSON: {error}")
+            yield range(number, number + 1), FieldError("", f"not JSON: {error}")
             continue
-        yield number, value if isinstance(value, dict) else FieldError("", "not a JSON object")
+        yield (
+            range(number, number + 1),
+            value if isinstance(value, dict) else FieldError("", "not a JSON object"),
+        )
 
 
-def csv_records(file: Iterable[bytes], *, quoted: bool) -> Iterator[tuple[int, Record]]:
-    """(line, record) of each row; the first line names the columns.
+def csv_records(file: Iterable[bytes], *, quoted: bool) -> Iterator[tuple[range, Record]]:
+    """(lines, record) of each row; the first line names the columns.
 
-    `quoted`: text may be quoted and go over several lines. Elsewhere a quote is no more than a wrong character,
-    and spoils one line.
+    `quoted`: text may be quoted and go over several lines (RFC 4180). A row whose quotes are wrong is one record
+    that cannot be read, with all the lines it went over; the next one begins on the line after them. Elsewhere a
+    quote is no more than a wrong character, and spoils one line.
     """
-    lines = (line.decode("utf-8", "replace").removeprefix("\ufeff") for line in file)
-    reader = csv.reader(lines, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
-    columns = [name.strip() for name in next(reader, [])]
+    taken: list[str] = []
+    """Lines of the present record."""
+    ended = False
+
+    def decoded() -> Iterator[str]:
+        nonlocal ended
+        for line in file:
+            taken.append(line.decode("utf-8", "replace").removeprefix("\ufeff"))
+            yield taken[-1]
+        ended = True
+
+    reader = csv.reader(decoded(), quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=quoted)
+    columns: list[str] | None = None
     while True:
+        taken.clear()
+        row: list[str] = []
+        wrong: FieldError | None = None
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.line_num, FieldError("", str(error))
-            continue
-        if len(row) == len(columns):
-            yield reader.line_num, dict(zip(columns, row, strict=True))
+            wrong = _not_csv("".join(taken), columns or [], len(taken), None if ended else error)
+        lines = range(reader.line_num - len(taken) + 1, reader.line_num + 1)
+        if wrong is not None:
+            yield lines, wrong
+            if columns is None:
+                return
+        elif columns is None:
+            columns = [name.strip() for name in row]
+        elif len(row) == len(columns):
+            swallowing = _swallowing(row) if len(taken) > 1 else None
+            if swallowing is None:
+                yield lines, dict(zip(columns, row, strict=True))
+            else:
+                message = f"its quotes hold{_over(len(lines))} that look like rows: is one of them not meant?"
+                yield lines, FieldError(columns[swallowing], message)
         elif row:
-            yield reader.line_num, FieldError("", f"{len(row)} fields where {len(columns)} are expected")
+            message = f"{len(row)} fields where {len(columns)} are expected{_over(len(lines), ', in')}"
+            yield lines, FieldError("", message)
+
+
+def _over(lines: int, before: str = "") -> str:
+    """That a record has several lines."""
+    return f"{before} {lines} lines" if lines > 1 else ""
+
+
+def _not_csv(text: str, columns: list[str], lines: int, error: csv.Error | None) -> FieldError:
+    """What is wrong with the text of a record. No `error`: the file ended within quotes."""
+    index = at = 0
+    while found := _FIELD.match(text, at):
+        index, at = index + 1, found.end()
+    column = columns[index] if index < len(columns) else ""
+    if error is None:
+        message = f"a quote is never closed: everything to the end is left out{_over(lines, ',')}"
+    else:
+        message = f"not CSV: {error}{_over(lines, ', in')}"
+    return FieldError(column, message)
+
+
+def _swallowing(row: list[str]) -> int | None:
+    """The field that holds rows, if one does: it begins with the rest of a row and ends with the beginning of one.
+
+    For text of several lines that would take as many commas in its first and its last line.
+    """
+    broken = [index for index, value in enumerate(row) if "\n" in value]
+    if not broken:
+        return None
+    first, last = row[broken[0]].partition("\n")[0], row[broken[-1]].rpartition("\n")[2]
+    rests = first.count(",") >= len(row) - 1 - broken[0] and last.count(",") >= broken[-1]
+    return broken[0] if rests else None
 
 
 # Values

@@ -64,13 +64,18 @@ class Span:
 class _Window(NamedTuple):
     """A row of the rates."""
 
-    line: int
+    lines: range
     client: int
     start_s: int
     requests: int
     gamma: bool
     """Else Weibull."""
     shape: float
+
+    def expected(self, span: Span) -> float:
+        """Its requests, as far as it is in the span."""
+        end = min(self.start_s + WINDOW_S, span.start_s + span.duration_s)
+        return self.requests * max(0.0, end - max(self.start_s, span.start_s)) / WINDOW_S
 
 
 class _Lengths(NamedTuple):
@@ -91,10 +96,10 @@ def read_servegen(path: Path, span: Span, *, strict: bool = False) -> Workload:
     levels, lengths = _lengths(lengths_file(path), strict, left_out)
     if not lengths:
         raise TraceError(f"{lengths_file(path)}: no client has lengths")
-    kept = _with_lengths(windows, lengths, span, left_out)
+    kept, missing = _with_lengths(windows, lengths, span, left_out)
     count = sum(window.requests for window in kept)
     if not count:
-        raise TraceError(f"{path}: no requests in this span; the trace is {ends_s} seconds long")
+        raise TraceError(f"{path}: no requests in this span; {_why_none(missing, left_out, ends_s)}")
     if count > MOST_REQUESTS:
         raise TraceError(f"{path}: {count} requests are in this span, more than {MOST_REQUESTS}: take less")
     arrivals: list[Arrival] = []
@@ -103,7 +108,16 @@ def read_servegen(path: Path, span: Span, *, strict: bool = False) -> Workload:
         index = max(0, bisect_right(source, window.start_s, key=lambda one: one.start_s) - 1)
         arrivals += _draw(window, levels, source[index], span)
     name = path.name.partition("_rates")[0]
-    return Workload(name, in_order(arrivals), 0, left_out.problems, left_out.count)
+    return Workload(name, in_order(arrivals), 0, left_out.problems, left_out.count, missing)
+
+
+def _why_none(missing: int, left_out: LeftOut, ends_s: int) -> str:
+    if missing:
+        return (
+            f"{missing} are of clients without lengths, which may borrow those of others (--borrow-lengths)"
+        )
+    first = f", {left_out.count} lines left out, first {left_out.problems[0]}" if left_out.problems else ""
+    return f"the trace is {ends_s} seconds long{first}"
 
 
 def lengths_file(path: Path) -> Path:
@@ -122,13 +136,13 @@ def _windows(path: Path, span: Span, left_out: LeftOut) -> tuple[list[_Window], 
     windows = []
     ends_s = 0
     with open_trace(path) as file:
-        for line, record in csv_records(file, quoted=False):
+        for lines, record in csv_records(file, quoted=False):
             try:
                 if isinstance(record, FieldError):
                     raise record
-                window = _window(line, record)
+                window = _window(lines, record)
             except FieldError as error:
-                left_out.add(line, error)
+                left_out.add(lines, error)
                 continue
             end = window.start_s + WINDOW_S
             ends_s = max(ends_s, end)
@@ -137,13 +151,13 @@ def _windows(path: Path, span: Span, left_out: LeftOut) -> tuple[list[_Window], 
     return windows, ends_s
 
 
-def _window(line: int, record: Mapping[str, Any]) -> _Window:
+def _window(lines: range, record: Mapping[str, Any]) -> _Window:
     pattern = value_of(record, "pattern")
     if pattern not in ("Gamma", "Weibull"):
         raise FieldError("pattern", f"expected Gamma or Weibull, got {shown(pattern)}")
     number(record, "p2", 1e-12, 1e12)
     return _Window(
-        line,
+        lines,
         whole(record, "client", 0, _MOST_CLIENTS),
         whole(record, "window_start_s", 0, _MOST_START_S),
         round(number(record, "rate_rps", 0, _MOST_RATE) * WINDOW_S),
@@ -160,7 +174,7 @@ def _lengths(path: Path, strict: bool, left_out: LeftOut) -> tuple[np.ndarray, d
     found: dict[int, list[_Lengths]] = {}
     levels: np.ndarray | None = None
     with open_trace(path) as file:
-        for line, record in json_records(file):
+        for lines, record in json_records(file):
             try:
                 if isinstance(record, FieldError):
                     raise record
@@ -175,8 +189,8 @@ def _lengths(path: Path, strict: bool, left_out: LeftOut) -> tuple[np.ndarray, d
                 output = _quantiles(record, "output_tokens", len(levels), MOST_TOKENS)
             except FieldError as error:
                 if levels is None:
-                    raise TraceError(f"{path}, line {line}: {error.column or 'record'} {error}") from None
-                own.add(line, error)
+                    raise TraceError(f"{path}, line {lines[0]}: {error.column or 'record'} {error}") from None
+                own.add(lines, error)
                 continue
             found.setdefault(client, []).append(_Lengths(start, prompt, output))
     left_out.problems += own.problems
@@ -204,16 +218,21 @@ def _quantiles(record: Mapping[str, Any], column: str, count: int | None, most: 
 
 def _with_lengths(
     windows: list[_Window], lengths: Mapping[int, list[_Lengths]], span: Span, left_out: LeftOut
-) -> list[_Window]:
+) -> tuple[list[_Window], int]:
+    """Those that can be drawn, and how many requests the others would have had in the span."""
     if span.borrow_lengths:
-        return windows
+        return windows, 0
     kept = []
+    missing = 0.0
     for window in windows:
         if window.client in lengths:
             kept.append(window)
         else:
-            left_out.add(window.line, FieldError("client", f"{window.client} has no lengths"))
-    return kept
+            requests = window.expected(span)
+            missing += requests
+            message = f"{window.client} has no lengths: {requests:.0f} requests are missing"
+            left_out.add(window.lines, FieldError("client", message))
+    return kept, round(missing)
 
 
 def _lender(client: int, lengths: Mapping[int, list[_Lengths]]) -> int:

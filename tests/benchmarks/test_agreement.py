@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import agreement
-from benchmarks.agreement import Compared, Round, read_trace, seen
+from benchmarks.agreement import LATE_MS, Compared, Round, compare, complaints, read_trace, seen
 from benchmarks.agreement_loads import FleetMember, Load, Outcome, arrivals, policy_text, read_loads, simulate
 from benchmarks.open_loop import LEAST_PROMPT, Answer
 from sim.workload import Arrival, Workload
@@ -47,14 +48,63 @@ def test_speed_leaves_emulated_times_as_they_are() -> None:
 
 def test_what_was_heard_becomes_emulated_seconds() -> None:
     workload = Workload("two", [Arrival(0, 50, 10), Arrival(1, 50, 10)])
-    right = Answer(due_at=1.0, sent_at=1.0, first_at=1.1, ended_at=1.5, backend="one")
-    wrong = Answer(due_at=1.2, sent_at=1.202, ended_at=2.0, failure="status 429")
+    right = Answer(due_at=1.0, began_at=1.0, sent_at=1.0, first_at=1.1, ended_at=1.5, backend="one")
+    wrong = Answer(due_at=1.2, began_at=1.202, sent_at=1.202, ended_at=2.0, failure="status 429")
     found = seen([right, wrong], workload, 4.0, {"others": 0.1})
     assert found.outcome.ttft_s == [pytest.approx(0.4)]
     assert found.outcome.total_s == [pytest.approx(2.0)]
     assert found.outcome.decisions == Counter({"one": 1, "status 429": 1})
     assert found.tokens_per_s == pytest.approx(10)
-    assert not found.disturbed
+    assert not found.spoiled_by
+
+
+def test_times_count_from_when_a_request_is_due() -> None:
+    """Whether the client was late or the proxy slow to accept."""
+    workload = Workload("two", [Arrival(0, 50, 10), Arrival(0, 50, 10)])
+    late = Answer(due_at=1.0, began_at=1.3, sent_at=1.3, first_at=1.4, ended_at=2.0, backend="one")
+    slow = Answer(due_at=1.0, began_at=1.0, sent_at=1.3, first_at=1.4, ended_at=2.0, backend="one")
+    rounds = [seen([answer, answer], workload, 2.0, {"others": 0.0}) for answer in (late, slow)]
+    for one in rounds:
+        assert one.outcome.ttft_s == [pytest.approx(0.8)] * 2
+        assert one.outcome.total_s == [pytest.approx(2.0)] * 2
+        assert one.outcome.seconds == pytest.approx(1.0)
+    assert [one.late_ms for one in rounds] == [pytest.approx(300), 0.0]
+    assert [bool(one.spoiled_by) for one in rounds] == [True, False]
+
+
+def test_a_request_that_found_nobody_is_not_taken_for_early() -> None:
+    alone = Answer(due_at=100.0, began_at=100.0, failure="cannot connect")
+    right = Answer(due_at=100.0, began_at=100.0, sent_at=100.0, first_at=100.1, ended_at=101.0, backend="one")
+    workload = Workload("two", [Arrival(0, 50, 10), Arrival(0, 50, 10)])
+    found = seen([alone, right], workload, 1.0, {"others": 0.0})
+    assert (found.outcome.seconds, found.late_ms) == (pytest.approx(1.0), 0.0)
+
+
+EVERY = Outcome([1.0, 1.0], [2.0, 2.0], Counter(one=2), 1.0)
+QUIET = Round(EVERY, 1, 0.0, {"others": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "why"),
+    [
+        (replace(QUIET, cores={"others": 0.3}), "round 2 is spoiled: other processes used 0.30 of a core"),
+        (replace(QUIET, late_ms=LATE_MS + 1), "round 2 is spoiled: the client was 21 ms late"),
+    ],
+)
+def test_the_check_fails_on_what_was_spoiled_and_not_repeated(spoiled: Round, why: str) -> None:
+    assert complaints([Compared(LOAD, [EVERY], [QUIET])]) == []
+    (complaint,) = complaints([Compared(LOAD, [EVERY], [QUIET, spoiled])])
+    assert why in complaint
+    assert not replace(spoiled, ahead=True, late_ms=0.0).spoiled_by
+
+
+def test_a_spoiled_round_is_repeated_as_often_as_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = replace(QUIET, late_ms=LATE_MS + 1)
+    played = iter([late, QUIET, late, late])
+    monkeypatch.setattr(agreement, "SIMULATIONS", 1)
+    monkeypatch.setattr(agreement, "emulate", lambda *_: next(played))
+    found = compare(LOAD, TRACE, 1.0, 2, lambda: None, repeats=2)
+    assert (found.rounds, found.repeated) == ([QUIET, late], 2)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +119,8 @@ def test_means_may_be_five_per_cent_apart(ttft: float, total: float, agrees: boo
 
 @pytest.mark.parametrize("refused_by", ["simulator", "emulator"])
 def test_who_answers_fewer_does_not_agree(refused_by: str) -> None:
-    every = Outcome([1.0, 1.0], [2.0, 2.0], Counter(one=2), 1.0)
     fewer = Outcome([1.0], [2.0], Counter({"one": 1, "queue_full": 1}), 1.0)
-    simulated, emulated = (fewer, every) if refused_by == "simulator" else (every, fewer)
+    simulated, emulated = (fewer, EVERY) if refused_by == "simulator" else (EVERY, fewer)
     assert not Compared(LOAD, [simulated], [Round(emulated, 1, 0.0, {"others": 0.0})]).agrees
 
 

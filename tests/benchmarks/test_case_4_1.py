@@ -1,23 +1,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
 import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
+from benchmarks.case_4_1 import simulated
 from benchmarks.case_4_1.__main__ import main
 from benchmarks.case_4_1.appliance import TARGETS, appliance_with
 from benchmarks.case_4_1.client import RunError, run
 from benchmarks.case_4_1.figures import Figures, figures_of
 from benchmarks.case_4_1.measured import MOST_SPEED, TOKENS_PER_S, configuration, speed_for
 from benchmarks.case_4_1.plot import plot
-from benchmarks.case_4_1.report import OUTPUT_TOKENS, SECTIONS, reports, workload
+from benchmarks.case_4_1.report import OUTPUT_TOKENS, PROMPT_TOKENS, SECTIONS, reports, workload
 from benchmarks.case_4_1.simulated import appliance, local_only, never_full, with_tidegate
 from benchmarks.case_4_1.sites import LOCAL, MODEL, REMOTE
-from proxy.config import Config
+from policies.rules import RuleSet
+from proxy.config import Config, Probing
+from sim.cluster import Cluster
 from sim.emulator import EmulatorSettings, emulator
+from sim.members import Member
 from sim.tokens import chat_pieces
+from tests.pages import ROOT
 
 
 def test_a_report_is_a_conversation_that_has_the_tokens_it_says() -> None:
@@ -28,6 +35,15 @@ def test_a_report_is_a_conversation_that_has_the_tokens_it_says() -> None:
             messages.append(("user", section.text))
             assert len(chat_pieces(messages)) == section.prompt_tokens
             messages.append(("assistant", " tide" * section.output_tokens))
+
+
+def test_the_prompts_of_a_report_are_as_long_as_is_said() -> None:
+    assert PROMPT_TOKENS == (320 + 1070) * SECTIONS / 2
+    many = [report for user in range(1000) for report in reports(user, 4, seed=1)]
+    prompts = [sum(section.prompt_tokens for section in report.sections) for report in many]
+    assert abs(fmean(prompts) - PROMPT_TOKENS) < 5 * stdev(prompts) / len(prompts) ** 0.5
+    said = f"{PROMPT_TOKENS:,} prompt tokens in all, {OUTPUT_TOKENS} of output"
+    assert said in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
 def test_no_two_reports_begin_alike() -> None:
@@ -94,6 +110,19 @@ def test_the_proxy_takes_the_configuration(tmp_path: Path) -> None:
     config = Config.model_validate(configuration(urls, (9100, 9101), speed=4.0, seed=1))
     assert config.timeouts.first_token == 30.0
     assert [backend.slots for backend in config.backends] == [20, 149, 160]
+    assert config.probing == Probing()
+
+
+def test_the_simulated_proxy_probes_as_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    def cluster(members: list[Member], rules: RuleSet, **options: Any) -> Cluster:
+        given.extend(options)
+        return Cluster(members, rules, **options)
+
+    monkeypatch.setattr(simulated, "Cluster", cluster)
+    with_tidegate(2, 1, seed=1)
+    assert given == ["seed"]
 
 
 async def test_users_find_in_the_cache_what_their_reports_wrote() -> None:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import asyncio
+import time
+from typing import Any
+
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.open_loop import LEAST_PROMPT, Answer, body, play
+from benchmarks.open_loop import LEAST_PROMPT, Answer, _Connection, _connection, body, play
 from benchmarks.processes import free_port
 from proxy.openai import read_body
 from sim.emulator import EmulatorSettings, emulator
@@ -49,11 +53,35 @@ async def test_answers_are_as_long_as_asked_for_and_come_in_order() -> None:
         answers = await played(server.port, *requests)
     for answer, request in zip(answers, requests, strict=True):
         assert answer.failure == ""
-        assert answer.due_at <= answer.sent_at + 0.001
-        assert answer.sent_at < answer.first_at <= answer.ended_at
+        assert answer.due_at <= answer.began_at + 0.001
+        assert answer.began_at <= answer.sent_at < answer.first_at <= answer.ended_at
         assert 1 <= answer.events <= request.output_tokens + 2  # a role and a usage besides
     due = [answer.due_at - answers[0].due_at for answer in answers]
     assert due == pytest.approx([request.at / 1e6 for request in requests])
+
+
+async def test_connecting_is_no_lateness_of_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    connect, connecting = loop.create_connection, []
+
+    async def noted(*arguments: Any) -> Any:
+        connecting.append(time.monotonic())
+        return await connect(*arguments)
+
+    async with emulator(EmulatorSettings(**FAST)) as server:
+        monkeypatch.setattr(loop, "create_connection", noted)
+        (answer,) = await played(server.port, Arrival(0, 100, 2))
+    assert answer.began_at <= connecting[0] < answer.sent_at
+
+
+async def test_a_connection_that_was_lost_meanwhile_is_not_used_again() -> None:
+    lost = _Connection()
+    async with emulator(EmulatorSettings(**FAST)) as server:
+        one = await _connection([lost], server.port)
+        assert one is not lost
+        assert one.usable
+        assert await _connection([lost, one], server.port) is one
+        one.close()
 
 
 async def test_what_goes_wrong_is_told() -> None:

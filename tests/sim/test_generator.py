@@ -19,7 +19,7 @@ from policies.yamlfile import FileProblems, read_yaml
 from sim import generator
 from sim.arrival_process import Process, Rate, arrival_times, weibull_shape
 from sim.engine import Engine, EngineSettings, Sequence, StepCost
-from sim.generator import day_factor, generate, mean_turns, rate_of
+from sim.generator import day_factor, generate, mean_hashes, mean_turns, rate_of
 from sim.generator_spec import Client, Day, Distribution, Sessions, Users, WorkloadSpec, load_spec
 from sim.streams import stream
 from sim.workload import Arrival
@@ -402,8 +402,43 @@ def test_too_many_requests_are_refused_before_they_are_drawn(
     client: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generator, "MOST_REQUESTS", 100_000)
-    with pytest.raises(ValueError, match=r"c0: about 10\d{4} requests, more than 100000"):
+    with pytest.raises(
+        ValueError, match=r"^about 10\d{4} requests, more than 100000, 10\d{4} of them from c0: "
+    ):
         generate(spec(client))
+
+
+@pytest.mark.parametrize(
+    "clients",
+    [[{"rate": 20}, {"rate": 21}], [{"rate": 20}, {"users": {"count": 100, "requests": 900}}]],
+)
+def test_requests_of_all_clients_are_counted_before_the_first_is_drawn(
+    clients: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator, "MOST_REQUESTS", 100_000)
+    monkeypatch.setattr(generator, "_requests", None)
+    with pytest.raises(ValueError, match=r"^about 1\d{5} requests, more than 100000, .* of them from c1: "):
+        generate(spec(*clients))
+
+
+def test_hashes_are_counted_before_the_first_request_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "MOST_HASHES", 100_000)
+    monkeypatch.setattr(generator, "_requests", None)
+    long = {"rate": 1, "prompt": 2000}
+    with pytest.raises(
+        ValueError, match=r"^about 11\d{4} hashes, more than 100000, 11\d{4} of them from c0: "
+    ):
+        generate(spec(long))
+
+
+@pytest.mark.parametrize("unit", [0, 16, 64])
+def test_so_many_hashes_as_are_foretold(unit: int) -> None:
+    """About: the workload ends before its last sessions do."""
+    made = spec(TALK, {**TALK, "sessions": {}}, duration="6h", unit_tokens=unit)
+    workload = generate(made, 1)
+    for client in made.clients:
+        counts = [len(one.hashes) for one in workload if one.tenant == client.name]
+        assert mean_hashes(client, unit) == pytest.approx(np.mean(counts), rel=0.1)
 
 
 # The file

@@ -199,6 +199,142 @@ def test_a_line_that_cannot_be_read_is_left_out_and_told(
         read_workload(trace, strict=True)
 
 
+EXPORT = "op,arrived,prompt_tokens,completion_tokens,prefix,reason"
+PLAIN, LISTED = "1,1.5,3,4,,ok", '1,1.5,3,4,"[1, 2]",ok'
+AZURE_ROW, BURSTGPT_ROW, SERVEGEN_ROW = "2023-11-16,1,1", "7,ChatGPT,5,1,6,API log", "0,0,0.01,1,Gamma,1,1"
+SERVEGEN = "client,window_start_s,rate_rps,cv,pattern,p1,p2"
+
+BAD_QUOTES = [
+    # Forms without quotes: a line each.
+    (AZURE, AZURE_ROW, ['"2023-11-16,1,1'], 3, 1, "TIMESTAMP", "expected a date"),
+    (AZURE, AZURE_ROW, ['2023-11-16,1,"1', '2023-11-16,1,1"'], 3, 2, "GeneratedTokens", "expected a whole"),
+    (BURSTGPT, BURSTGPT_ROW, ['"7,ChatGPT,5,1,6,x'], 3, 1, "Timestamp", "got '\"7'"),
+    (BURSTGPT, BURSTGPT_ROW, ['7,x,"5,1,6,x', '7,x",5,1",6,x'], 3, 2, "Request tokens", "expected a whole"),
+    (SERVEGEN, SERVEGEN_ROW, ['"0,0,0.01,1,Gamma,1,1'], 3, 1, "client", "expected a whole"),
+    (SERVEGEN, SERVEGEN_ROW, ['0,0,0.01,1,"Gamma,1,1', '0,0,0.01,1,Gamma",1,1'], 3, 2, "pattern", "Weibull"),
+    # An export: never closed, a later quote that does not fit, one that does.
+    (
+        EXPORT,
+        PLAIN,
+        ['1,1.5,3,4,,"here'],
+        1,
+        3,
+        "reason",
+        "never closed: everything to the end is left out, 3 l",
+    ),
+    (EXPORT, PLAIN, ['"1,1.5,3,4,,here'], 1, 3, "op", "never closed"),
+    (EXPORT, LISTED, ['1,1.5,3,4,,"here'], 2, 2, "reason", "not CSV: ',' expected after '\"', in 2 lines"),
+    (EXPORT, PLAIN, ['1,1.5,3,4,"[1]"2,'], 3, 1, "prefix", "not CSV: ',' expected after '\"'"),
+    (
+        EXPORT,
+        PLAIN,
+        ['1,1.5,3,4,,"here', PLAIN, '3,1.5,3,4,,and there"'],
+        3,
+        3,
+        "reason",
+        "hold 3 lines that l",
+    ),
+    (
+        EXPORT,
+        PLAIN,
+        ['"1,1.5,3,4,,here', '2",1.5,3,4,,there'],
+        3,
+        2,
+        "op",
+        "hold 2 lines that look like rows",
+    ),
+    (
+        EXPORT,
+        PLAIN,
+        ['1,1.5,3,4,",here', '2,1.5,3,4,",there'],
+        3,
+        2,
+        "prefix",
+        "hold 2 lines that look like rows",
+    ),
+    (
+        EXPORT,
+        PLAIN,
+        ['1,1.5,3,"4,,here', '2,1.5",3,4,,there'],
+        3,
+        2,
+        "",
+        "8 fields where 6 are expected, in 2",
+    ),
+    (EXPORT, PLAIN, ['1,never,3,4,,"two\nlines"'], 3, 2, "arrived", "expected a number"),
+]
+"""(columns, a good row, bad ones, good rows that are read, lines that are left out, column, message)."""
+
+
+@pytest.mark.parametrize(("columns", "good", "bad", "read", "left_out", "column", "message"), BAD_QUOTES)
+def test_a_quote_that_is_not_meant_swallows_nothing(
+    tmp_path: Path,
+    columns: str,
+    good: str,
+    bad: list[str],
+    read: int,
+    left_out: int,
+    column: str,
+    message: str,
+) -> None:
+    path = write(tmp_path / "some_rates.csv", [columns, good, *bad, good, good])
+    lengths = {"c": 0, "t": 0, "input_tokens": [1, 1], "output_tokens": [1, 1]}
+    write(tmp_path / "some_lengths.jsonl", ['{"quantiles": [0, 1]}', json.dumps(lengths)])
+    requests = 6 if columns == SERVEGEN else 1
+    workload = read_workload(path)
+    assert (len(workload), workload.left_out) == (read * requests, left_out)
+    assert (workload.problems[0].line, workload.problems[0].column) == (3, column)
+    assert message in workload.problems[0].message
+    with pytest.raises(TraceError, match="line 3"):
+        read_workload(path, strict=True)
+
+
+@pytest.mark.parametrize("rows", [1000, 20_000])
+def test_an_open_quote_costs_what_it_holds_however_long(trace: Path, rows: int) -> None:
+    """What holds too much for a field ends earlier."""
+    lines = [PLAIN] * rows
+    lines[3] = '4,1.5,3,4,,"here'
+    workload = read_workload(write(trace, [EXPORT, *lines]))
+    assert len(workload) + workload.left_out == rows
+    assert (len(workload) == 3) == (rows == 1000)
+    assert (workload.problems[0].line, workload.problems[0].column) == (5, "reason")
+
+
+@given(
+    st.lists(st.sampled_from([PLAIN, LISTED, "1,1.5,3,4,,"]), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 25)), min_size=1, max_size=2),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_row_is_read_or_counted_wherever_quotes_come(
+    tmp_path: Path, rows: list[str], quotes: list[tuple[int, int]]
+) -> None:
+    for row, at in quotes:
+        row %= len(rows)
+        rows[row] = f'{rows[row][:at]}"{rows[row][at:]}'
+    path = write(tmp_path / "quoted.csv", [EXPORT, PLAIN, *rows])
+    workload = read_workload(path)
+    assert len(workload) + workload.left_out == 1 + len(rows)
+
+
+def test_text_of_several_lines_is_no_mistake(trace: Path) -> None:
+    texts = ['"two\nlines"', '"one, two\n\nand ""three"", four"', '"a\r\nb"']
+    workload = read_workload(write(trace, [EXPORT, *(f"1,1.5,3,4,,{text}" for text in texts)]))
+    assert (len(workload), workload.left_out) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out", "message"), [('"more', 3, "a quote is never closed"), ('"more"s', 1, "not CSV: ")]
+)
+def test_names_of_columns_with_wrong_quotes_leave_nothing(
+    trace: Path, name: str, left_out: int, message: str
+) -> None:
+    write(trace, [f"{EXPORT},{name}", PLAIN, PLAIN])
+    with pytest.raises(
+        TraceError, match=rf"no request in it; {left_out} lines left out, first .*line 1: {message}"
+    ):
+        read_workload(trace)
+
+
 def test_all_are_counted_and_the_first_few_kept(trace: Path) -> None:
     workload = read_workload(write(trace, [*GOOD["azure"], *["x,1,1"] * 50]))
     assert (len(workload), workload.left_out) == (1, 50)

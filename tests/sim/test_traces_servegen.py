@@ -90,12 +90,17 @@ def test_clients_without_lengths_are_left_out_or_borrow_some(tmp_path: Path) -> 
     path = write(tmp_path, ["0,0,1,1,Gamma,1,1", "5,0,2,1,Gamma,1,1"], [lengths(0), {"c": 5, "t": 0}])
     workload = read_workload(path)
     assert Counter(arrival.tenant for arrival in workload) == {"client-0": 600}
-    assert [str(problem) for problem in workload.problems] == [f"{path}, line 3, client: 5 has no lengths"]
+    assert [str(problem) for problem in workload.problems] == [
+        f"{path}, line 3, client: 5 has no lengths: 1200 requests are missing"
+    ]
+    assert (workload.missing, workload.missing_share) == (1200, 1200 / 1800)
+    part = read_workload(path, span=Span(start_s=300, duration_s=600))
+    assert part.missing == 600
     with pytest.raises(TraceError, match="5 has no lengths"):
         read_workload(path, strict=True)
     borrowing = read_workload(path, span=Span(borrow_lengths=True))
     assert Counter(arrival.tenant for arrival in borrowing) == {"client-0": 600, "client-5": 1200}
-    assert borrowing.left_out == 0
+    assert (borrowing.left_out, borrowing.missing_share) == (0, 0.0)
     assert [one for one in borrowing if one.tenant == "client-0"] == workload.arrivals
 
 
@@ -138,6 +143,9 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     path = write(tmp_path, ["0,600,1,1,Gamma,1,1"], [lengths(0)])
     with pytest.raises(TraceError, match="the trace is 1200 seconds long"):
         read_workload(path, span=Span(start_s=5000))
+    with pytest.raises(TraceError, match="no requests in this span; 600 are of clients without lengths"):
+        read_workload(write(tmp_path, ["5,0,1,1,Gamma,1,1"], [lengths(0)]))
+    path = write(tmp_path, ["0,600,1,1,Gamma,1,1"], [lengths(0)])
     with pytest.raises(ValueError, match="longer than zero"):
         Span(duration_s=0)
     busy = write(tmp_path, [f"{client},0,99999,1,Gamma,1,1" for client in range(2)], [lengths(0), lengths(1)])
@@ -174,8 +182,6 @@ def test_the_public_traces(shared: Path, name: str, span: Span, left_out: int) -
         for row in csv.DictReader(file):
             if span.start_s <= int(row["window_start_s"]) < span.start_s + span.duration_s:
                 expected[f"client-{row['client']}"] += round(float(row["rate_rps"]) * 600)
-    if left_out:
-        for client in (1, 5, 8, 11, 38):
-            expected.pop(f"client-{client}", None)
+    missing = sum(expected.pop(f"client-{client}", 0) for client in (1, 5, 8, 11, 38)) if left_out else 0
     assert Counter(arrival.tenant for arrival in workload) == +expected
-    assert workload.left_out == left_out
+    assert (workload.left_out, workload.missing) == (left_out, missing)

@@ -113,6 +113,18 @@ def test_only_the_first_problems_are_listed(trace: Path) -> None:
     assert "and 10 more lines that were left out" in shown
 
 
+def test_what_is_missing_of_the_load_is_told(tmp_path: Path) -> None:
+    rates = tmp_path / "some_rates.csv"
+    rates.write_text(
+        "client,window_start_s,rate_rps,cv,pattern,p1,p2\n0,0,1,1,Gamma,1,1\n5,0,2,1,Gamma,1,1\n"
+    )
+    lengths = {"c": 0, "t": 0, "input_tokens": [1, 1], "output_tokens": [1, 1]}
+    (tmp_path / "some_lengths.jsonl").write_text(f'{{"quantiles": [0, 1]}}\n{json.dumps(lengths)}\n')
+    assert "1, and with them about 1,200 requests, 67% of the load" in run(rates).output
+    figures = json.loads(run(rates, "--json").stdout)
+    assert (figures["missing"], figures["missing_share"]) == (1200, pytest.approx(2 / 3))
+
+
 def test_json_has_every_figure(trace: Path) -> None:
     figures = json.loads(run(trace, "--json").stdout)
     assert figures["prompt_tokens"] == {
@@ -179,7 +191,12 @@ def test_what_is_generated_can_be_shown(spec: Path, tmp_path: Path) -> None:
     [
         ("rate: 1,", "rate: 0,", 2, "clients[0].rate"),
         ("name: small", "name: [", 2, "spec.yaml:"),
-        ("duration: 10m", "duration: 300d", 2, "a: about 25920000 requests, more than 5000000"),
+        (
+            "duration: 10m",
+            "duration: 300d",
+            2,
+            "about 38880000 requests, more than 5000000, 25920000 of them from a: ",
+        ),
         ("duration: 10m", "duration: 1ms", 1, "no request came"),
     ],
 )
