@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
     from rich.table import Table
 
     from policies.profile import Limits
-    from sim.calibrate import Calibration, Search
+    from sim.calibrate import Calibration, Fitted, Search, SweepCalibration
+    from sim.measure.sweep import Report
     from sim.timings import Level, Timing
 
 
 def calibrate(
     measured: Annotated[
-        Path, typer.Argument(help="Measured requests, or a sweep: JSONL or CSV, also .gz.", dir_okay=False)
+        list[Path],
+        typer.Argument(
+            help="Requests of one run, or sweeps, also several: JSONL or CSV, or what `bench --json` wrote; "
+            "also .gz.",
+            dir_okay=False,
+        ),
     ],
     card: Annotated[str, typer.Option(help="What it was measured on: H20, L40, cpu.")],
     model: Annotated[str, typer.Option(help="Model that was served.")],
@@ -33,19 +41,38 @@ def calibrate(
     precision: Annotated[str, typer.Option(help="Precision of the weights: bf16, fp8.")] = "",
     kv_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens in its KV cache, as vLLM logs at start. Default: never full.", min=16),
+        typer.Option(
+            help="Tokens in its KV cache, as vLLM logs at start. Default: as the server told bench, or never "
+            "full.",
+            min=16,
+        ),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="vLLM's option of this name.", min=1)] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="vLLM's option of this name.", min=1)] = 2048,
-    max_model_len: Annotated[int, typer.Option(help="Longest prompt plus answer, tokens.", min=1)] = 8192,
-    prefix_cache: Annotated[bool, typer.Option(help="Whether it had a prefix cache.")] = True,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest prompt plus answer, tokens. Default: as the server told bench, or 8192.", min=1
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Whether it had a prefix cache. Default: as the server told bench, or yes.",
+        ),
+    ] = None,
     test_half: Annotated[
         bool,
         typer.Option(help="Fit to the first half of the requests and test on the second; not for sweeps."),
     ] = True,
     overhead: Annotated[
-        bool, typer.Option("--overhead", help="Fit the time outside the engine too: for times of a client.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--overhead/--no-overhead",
+            help="Fit the time outside the engine too: for times of a client. Default: for files of bench.",
+        ),
+    ] = None,
     source: Annotated[
         str, typer.Option(help="Who measured it, and when; stands in the profile beside the file's name.")
     ] = "",
@@ -59,45 +86,55 @@ def calibrate(
     """Fit what a step of an engine takes to measured times, and write the profile that the simulator reads.
 
     MEASURED has one row for a request (arrival_s, prompt_tokens, output_tokens, ttft_s, e2e_s) or one for a level
-    of a concurrency sweep (concurrency, prompt_tokens, output_tokens, ttft_s, tpot_s).
+    of a concurrency sweep (concurrency, prompt_tokens, output_tokens, ttft_s, tpot_s), or is a file of bench.
+    Levels of several files are fitted together: give it several lengths, which tell the coefficients apart.
 
-    Example: tidegate calibrate timings.csv --card L40 --model Qwen3-32B --kv-tokens 41408 -o l40.yaml
+    Example: tidegate calibrate short.json long.json --card L40 --model Qwen3-32B -o l40.yaml
     """
     from pydantic import ValidationError
     from rich.console import Console
 
     from policies.profile import Limits, Origin, Profile, Source
-    from sim.calibrate import Search
+    from sim.calibrate import Calibration, Search
     from sim.profile import dump_profile
-    from sim.timings import read_measured
 
     if published and not source:
         _fail("--published needs --source: who measured it")
     origin = Origin.PUBLISHED if published else Origin.MEASURED
     said = f"{source}; " if source else ""
-    search = Search(starts, evaluations, seed, overhead)
-    limits = Limits(
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-        kv_tokens=kv_tokens,
-        max_model_len=max_model_len,
-        prefix_cache=prefix_cache,
-        source=Source(origin=origin, text=f"{said}options of the engine behind {measured.name}"),
-    )
     try:
-        rows = read_measured(measured)
+        rows, reports = _read(measured)
+        given = {"kv_tokens": kv_tokens, "max_model_len": max_model_len, "prefix_cache": prefix_cache}
+        told = _told(reports, given)
     except (OSError, ValueError) as error:
         _fail(_in_words(error))
+    files = ", ".join(file.name for file in measured)
+    limits_said = f"{said}options of the engine behind {files}"
+    if told:
+        limits_said += f"; {', '.join(told)}: as the server says"
+    search = Search(starts, evaluations, seed, bool(reports) if overhead is None else overhead)
+    try:
+        limits = Limits.model_validate(
+            {
+                "max_num_batched_tokens": max_num_batched_tokens,
+                "max_num_seqs": max_num_seqs,
+                **told,
+                **{name: value for name, value in given.items() if value is not None},
+                "source": Source(origin=origin, text=limits_said),
+            }
+        )
+    except ValidationError as error:
+        _fail(_invalid(error))
     try:
         found = _search(rows, limits, search, test_half=test_half)
     except ValueError as error:
-        _fail(f"{measured}: {error}")
+        _fail(f"{', '.join(map(str, measured))}: {error}")
     console = Console()
     console.print(coefficients(found))
-    console.print(errors(found))
+    console.print(errors(found) if isinstance(found, Calibration) else level_errors(found))
     if output is None:
         return
-    text = said + in_words(found, measured.name, search)
+    text = said + in_words(found, files, search) + _left_out(reports)
     try:
         profile = Profile(
             name=name or _profile_name(card, model),
@@ -111,14 +148,13 @@ def calibrate(
         )
         output.write_text(dump_profile(profile), encoding="utf-8")
     except ValidationError as error:
-        problem = error.errors()[0]
-        _fail(f"--{problem['loc'][0]}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
+        _fail(_invalid(error))
     except OSError as error:
         _fail(_in_words(error))
     typer.echo(f"profile {profile.name} written to {output}", err=True)
 
 
-def coefficients(found: Calibration) -> Table:
+def coefficients(found: Fitted) -> Table:
     """What a step takes."""
     from rich.table import Table
 
@@ -135,12 +171,12 @@ def coefficients(found: Calibration) -> Table:
     ):
         table.add_row(name, f"{rounded(value):,}", meaning)
     table.columns[1].justify = "right"
-    table.caption = "From one load they only hold together; several load levels tell them apart."
+    table.caption = "From one load they only hold together; several, of several lengths, tell them apart."
     return table
 
 
 def errors(found: Calibration) -> Table:
-    """How far the simulation is from what was measured, on the fit half and on the test half."""
+    """How far simulated requests are from measured ones, on the fit half and on the test half."""
     from rich.table import Table
 
     from sim.calibrate import METRICS
@@ -156,28 +192,106 @@ def errors(found: Calibration) -> Table:
     return table
 
 
-def in_words(found: Calibration, file: str, search: Search) -> str:
-    """What it was fitted to, how, and how well: the source in a profile."""
+def level_errors(found: SweepCalibration) -> Table:
+    """How far simulated levels are from measured ones."""
+    from rich.table import Table
+
     from sim.calibrate import METRICS
 
-    of = f" of {found.fit.count + found.test.count}, the first to arrive" if found.test else ""
+    levels = found.errors
+    table = Table("|simulated / measured - 1|", title=f"Errors of {levels.count} levels")
+    for figure in ("mean", "worst"):
+        table.add_column(figure, justify="right")
+    for metric, mean, worst in zip(METRICS, levels.mean, levels.worst, strict=True):
+        table.add_row(metric, f"{mean:.1%}", f"{worst:.1%}")
+    return table
+
+
+def in_words(found: Calibration | SweepCalibration, files: str, search: Search) -> str:
+    """What it was fitted to, how, and how well: the source in a profile."""
+    from sim.calibrate import METRICS, SweepCalibration
+
     terms = "TTFT + " if search.overhead else ""
-    told = (
-        f"fitted to {found.fit.count} rows{of}, of {file}; loss: mean |ln(simulated/measured)| of "
-        f"{terms}TPOT + E2E = {found.loss:.4f}; CMA-ES, {search.starts} starts of {search.evaluations} "
-        f"simulations, seed {search.seed}"
+    how = (
+        f"loss: mean |ln(simulated/measured)| of {terms}TPOT + E2E = {found.loss:.4f}; CMA-ES, "
+        f"{search.starts} starts of {search.evaluations} simulations, seed {search.seed}"
     )
+    if isinstance(found, SweepCalibration):
+        return f"fitted to {found.errors.count} levels, of {files}; {how}; {found.errors}"
     if found.test is None:
-        return told
+        return f"fitted to {found.fit.count} requests, of {files}; {how}"
+    of = f"{found.fit.count + found.test.count}, the first to arrive"
     means = ", ".join(
         f"{metric} {value:+.1%}" for metric, value in zip(METRICS, found.test.mean, strict=True)
     )
-    return f"{told}; error of the means of the other {found.test.count}: {means}"
+    return (
+        f"fitted to {found.fit.count} requests of {of}, of {files}; {how}; error of the means of the other "
+        f"{found.test.count}: {means}"
+    )
+
+
+def _read(files: Sequence[Path]) -> tuple[list[Timing] | list[Level], dict[str, Report]]:
+    """-> requests, or the levels of all files; and the reports among these, by file. Raises OSError, ValueError."""
+    from sim.measure.fit import to_sweep
+    from sim.measure.saved import is_report, read_report
+    from sim.timings import Level, Timing, read_measured
+
+    levels: list[Level] = []
+    reports: dict[str, Report] = {}
+    for file in files:
+        if is_report(file):
+            reports[str(file)] = read_report(file)
+            found = to_sweep(reports[str(file)])
+            if not found:
+                raise ValueError(
+                    f"{file}: no level is of a cold prefix, without failures, and of answers of two tokens or more"
+                )
+            levels += found
+            continue
+        rows = read_measured(file)
+        timings = [row for row in rows if isinstance(row, Timing)]
+        if timings and len(files) > 1:
+            raise ValueError(
+                f"{file}: has requests, which are those of one run, in one file; levels are joined"
+            )
+        if timings:
+            return timings, {}
+        levels += [row for row in rows if isinstance(row, Level)]
+    return levels, reports
+
+
+def _told(reports: dict[str, Report], given: dict[str, Any]) -> dict[str, Any]:
+    """What the servers said of their limits, without what is given. Raises ValueError: the files contradict."""
+    models = sorted({report.model for report in reports.values()})
+    if len(models) > 1:
+        raise ValueError(f"the files are of {' and '.join(models)}: a profile is of one model")
+    told: dict[str, Any] = {}
+    for name in (name for name, value in given.items() if value is None):
+        said = {file: getattr(report.facts, name) for file, report in reports.items()}
+        values = {value for value in said.values() if value is not None}
+        if len(values) > 1:
+            each = ", ".join(f"{value} in {file}" for file, value in said.items())
+            raise ValueError(f"{name} is {each}: say which with --{name.replace('_', '-')}")
+        if values:
+            told[name] = values.pop()
+    return told
+
+
+def _left_out(reports: dict[str, Report]) -> str:
+    """In words, for a profile; empty: no level with failures was left out."""
+    from sim.measure.fit import left_out
+
+    failed = [
+        f"{', '.join(map(str, users))} users of {Path(file).name}"
+        for file, report in reports.items()
+        if (users := left_out(report))
+    ]
+    return f"; left out, since requests failed: {'; '.join(failed)}" if failed else ""
 
 
 def _search(
     rows: list[Timing] | list[Level], limits: Limits, search: Search, *, test_half: bool
-) -> Calibration:
+) -> Calibration | SweepCalibration:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -199,6 +313,13 @@ def _search(
 
 def _profile_name(card: str, model: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", f"{card}-{model}".lower()).strip("-._")
+
+
+def _invalid(error: ValidationError) -> str:
+    """The option that is wrong, and why."""
+    problem = error.errors()[0]
+    option = str(problem["loc"][0]).replace("_", "-")
+    return f"--{option}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
 
 
 def _in_words(error: OSError | ValueError) -> str:

@@ -11,7 +11,7 @@ row tells:
 
 All times are seconds; other columns are ignored. `requests`, which may be left out, says how many are behind
 the means of a level, which began with all users at once; without it, they are those of a loop that was under
-way before.
+way before. What `tidegate bench --json` writes is no such file: `sim.measure.saved` reads it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from sim.workload import Problem
 
@@ -156,26 +156,28 @@ def _by_vllm(row: _Row) -> tuple[float, Timing]:
     return queued, Timing(0, prompt, output, ttft, row.after("last_token_ts", last, queued))
 
 
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a file, unpacked if it ends in `.gz`. Raises OSError, and TimingsError: it is no UTF-8 text."""
+    line = 1
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for line, data in enumerate(file, 1):
+                yield data.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise TimingsError(Problem(str(path), line, "", "is not UTF-8 text")) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise TimingsError(Problem(str(path), line, "", f"the file is not whole gzip: {error}")) from error
+
+
 def _rows(path: Path) -> Iterator[_Row]:
     name = str(path)
-    try:
-        with _open(path) as file:
-            for line, values in _csv(name, file) if ".csv" in path.suffixes else _json_lines(name, file):
-                yield _Row(name, line, values)
-    except UnicodeDecodeError as error:
-        raise TimingsError(Problem(name, 1, "", "the file is not UTF-8 text")) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TimingsError(Problem(name, 1, "", f"the file is not whole gzip: {error}")) from error
+    read = _csv if ".csv" in path.suffixes else _json_lines
+    for line, values in read(name, text_lines(path)):
+        yield _Row(name, line, values)
 
 
-def _open(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _csv(name: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file, strict=True)
+def _csv(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(lines, strict=True)
     try:
         for row in reader:
             yield reader.line_num, row
@@ -183,8 +185,8 @@ def _csv(name: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
         raise TimingsError(Problem(name, max(reader.line_num, 1), "", f"is not CSV: {error}")) from error
 
 
-def _json_lines(name: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(file, 1):
+def _json_lines(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, text in enumerate(lines, 1):
         if not text.strip():
             continue
         try:

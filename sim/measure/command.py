@@ -42,7 +42,10 @@ def bench(
     ] = 1024,
     output_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 1024,
     requests: Annotated[
-        int | None, typer.Option(help="Requests of each level. Default: four for each user.", min=1)
+        int | None,
+        typer.Option(
+            help="Requests of each level, one for each user at least. Default: four for each user.", min=1
+        ),
     ] = None,
     cold_prefix: Annotated[
         bool,
@@ -71,7 +74,12 @@ def bench(
         typer.Option(help="Of the prompts. Default: another one each time, so that none is cached."),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="File for all figures and every request.", dir_okay=False)
+        Path | None,
+        typer.Option(
+            "--json",
+            help="File for all figures and every request; `tidegate calibrate` reads several.",
+            dir_okay=False,
+        ),
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for four PNG figures.", file_okay=False)] = None,
     profile: Annotated[
@@ -122,6 +130,8 @@ def bench(
         raise typer.Exit(INTERRUPTED)
     if not any(level.completed for level in report.levels):
         _fail("every request failed", 1)
+    if any(series.never_warmed for series in report.series):
+        _fail("every warming request failed: these are no figures of a warm prefix", 1)
 
 
 def _check_outputs(json_file: Path | None, plots: Path | None, profile: Path | None) -> None:
@@ -192,21 +202,17 @@ def _write_profile(report: Report, file: Path, card: str, cards: int) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from sim.measure.fit import SEARCH, to_profile
+    from sim.measure.fit import SEARCH, cold_capacity, to_profile
+    from sim.measure.table import slots
     from sim.profile import dump_profile
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("fitting a profile", total=SEARCH.simulations)
         profile = to_profile(report, card, cards, lambda done: bar.update(task, completed=done))
     file.write_text(dump_profile(profile), encoding="utf-8")
-    slots = (
-        "it says no slots: measure with --ttft, --tpot or --tokens-per-s"
-        if profile.capacity is None
-        else f"`slots: auto` takes {profile.capacity.users} from it"
-        if profile.capacity.users
-        else "not even one user is inside the SLA: `slots: auto` takes nothing from it"
-    )
-    typer.echo(f"profile {profile.name} written to {file}; {slots}", err=True)
+    found = cold_capacity(report)
+    said = slots(found) if found else "it says no slots: measure with --ttft, --tpot or --tokens-per-s"
+    typer.echo(f"profile {profile.name} written to {file}; {said}", err=True)
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

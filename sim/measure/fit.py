@@ -1,7 +1,8 @@
 """From a sweep to a profile: what a step takes, the engine's limits, and how many users its SLA allows.
 
 The coefficients are those of `sim.calibrate.calibrate_sweep`, which simulates each level. They are a first
-estimate: levels of one length cannot tell the cost of a sequence from that of its context.
+estimate: levels of one length cannot tell the cost of a sequence from that of its context. `tidegate calibrate`
+joins reports of several lengths, which can.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from policies.profile import Capacity, Limits, Origin, Profile, Source
 from sim.calibrate import LEAST_LEVELS, Progress, Search, calibrate_sweep
 from sim.closed_loop import SECOND
+from sim.measure import verdict
 from sim.measure.endpoint import MeasureError
 from sim.measure.prompts import Prefix
 from sim.measure.sweep import Report
@@ -38,6 +40,22 @@ def to_sweep(report: Report) -> list[Level]:
     ]
 
 
+def left_out(report: Report) -> list[int]:
+    """Concurrencies that `to_sweep` leaves out because requests failed."""
+    return [
+        level.concurrency
+        for series in report.series
+        if series.prefix is Prefix.COLD
+        for level in series.complete
+        if level.failed
+    ]
+
+
+def cold_capacity(report: Report) -> verdict.Capacity | None:
+    """How many users the SLA allows with cold prompts; None: it was not asked about, or nothing was measured."""
+    return next((series.capacity for series in report.series if series.prefix is Prefix.COLD), None)
+
+
 def to_profile(report: Report, card: str, cards: int, progress: Progress | None = None) -> Profile:
     """A profile of what was measured, after `SEARCH.simulations` simulations.
 
@@ -54,13 +72,14 @@ def to_profile(report: Report, card: str, cards: int, progress: Progress | None 
     except ValueError as error:
         raise MeasureError(f"no profile says these levels: {error}") from None
     span = f"{levels[0].concurrency} to {levels[-1].concurrency}"
-    ttft, tpot, _ = found.fit.mean
+    failed = ", ".join(map(str, left_out(report)))
     source = Source(
         origin=Origin.MEASURED,
         text=(
             f"{_measured(report)}: {len(levels)} levels of {span} users, cold prompts of {plan.prompt_tokens} "
-            f"and answers of {plan.output_tokens} tokens; fitted by simulating them, mean TTFT {ttft:+.1%} and "
-            f"TPOT {tpot:+.1%} off; beta and gamma hold together only"
+            f"and answers of {plan.output_tokens} tokens"
+            + (f", without those of {failed} users, where requests failed" if failed else "")
+            + f"; fitted by simulating them: {found.errors}; beta and gamma hold together only"
         ),
     )
     return Profile(
@@ -94,8 +113,7 @@ def _limits(report: Report) -> Limits:
 
 def _capacity(report: Report) -> Capacity | None:
     """None: no SLA was asked about."""
-    plan = report.plan
-    found = next((series.capacity for series in report.series if series.prefix is Prefix.COLD), None)
+    plan, found = report.plan, cold_capacity(report)
     if plan.sla is None or found is None:
         return None
     above = f"{found.first_above} are too many" if found.first_above is not None else "more were not tried"

@@ -88,6 +88,8 @@ class Level:
     duration_s: float
     """From the first request to the last answer."""
     prompt_tokens: int
+    cached_tokens: int | None
+    """Of the prompt tokens, those that the server found in its prefix cache; None: it reports none."""
     output_tokens: int
     output_tokens_per_s: float
     """Over the whole duration, as vLLM's `output_throughput`."""
@@ -103,6 +105,8 @@ class Level:
     e2e_s: Summary | None
     client_cpu: float
     """Processor time that the measuring took, in cores."""
+    warm_up_error: str
+    """Why the request that brings a warm beginning into the cache failed; empty: it did not, or there was none."""
     requests: list[RequestRecord]
 
     @classmethod
@@ -114,12 +118,14 @@ class Level:
         cpu_s: float = 0.0,
         *,
         interrupted: bool = False,
+        warm_up_error: str = "",
     ) -> Level:
         """From its requests. ValueError: it took no time."""
         if not duration_s > 0:
             raise ValueError("a level takes time")
         whole = [request for request in requests if not request.error]
         output = sum(request.output_tokens or 0 for request in whole)
+        cached = [request.cached_tokens for request in whole if request.cached_tokens is not None]
         rates = [
             request.output_tokens / request.e2e_s
             for request in whole
@@ -133,6 +139,7 @@ class Level:
             interrupted=interrupted,
             duration_s=duration_s,
             prompt_tokens=sum(request.prompt_tokens or 0 for request in whole),
+            cached_tokens=sum(cached) if cached else None,
             output_tokens=output,
             output_tokens_per_s=output / duration_s,
             steady_output_tokens_per_s=_steady(requests),
@@ -143,6 +150,7 @@ class Level:
             tpot_s=Summary.of([request.tpot_s for request in whole if request.tpot_s is not None]),
             e2e_s=Summary.of([request.e2e_s for request in whole if request.e2e_s is not None]),
             client_cpu=cpu_s / duration_s,
+            warm_up_error=warm_up_error,
             requests=requests,
         )
 

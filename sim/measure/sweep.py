@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from sim.measure.connections import check_room
 from sim.measure.endpoint import Endpoint, Facts
 from sim.measure.level import Level, RequestRecord
 from sim.measure.prompts import Prefix, Prompts, make_prompts
@@ -31,7 +32,7 @@ class Plan:
     prompt_tokens: int = 1024
     output_tokens: int = 1024
     requests: int | None = None
-    """Of each level; None: `REQUESTS_PER_USER` for each user."""
+    """Of each level, one for each user at least; None: `REQUESTS_PER_USER` for each user."""
     prefixes: tuple[Prefix, ...] = (Prefix.COLD,)
     sla: Sla | None = None
     search: bool = False
@@ -46,6 +47,11 @@ class Plan:
             self.requests is not None and self.requests < 1
         ):
             raise ValueError("tokens and requests are one or more")
+        if self.requests is not None and self.requests < max(self.concurrency):
+            raise ValueError(
+                f"{self.requests} requests are too few for {max(self.concurrency)} users: only so many would be "
+                "at work; ask for one for each user at least, better four"
+            )
         if self.search and self.sla is None:
             raise ValueError("a search needs an SLA")
 
@@ -63,6 +69,23 @@ class Series:
     def complete(self) -> list[Level]:
         """Levels that were not interrupted."""
         return [level for level in self.levels if not level.interrupted]
+
+    @property
+    def cached_share(self) -> float | None:
+        """Of all prompt tokens, those that the server found in its prefix cache; None: it reports none."""
+        known = [level for level in self.levels if level.cached_tokens is not None and level.prompt_tokens]
+        if not known:
+            return None
+        return sum(level.cached_tokens or 0 for level in known) / sum(level.prompt_tokens for level in known)
+
+    @property
+    def never_warmed(self) -> bool:
+        """Whether it is of prompts with a warm beginning, and nothing ever brought that into the cache."""
+        return (
+            self.prefix is Prefix.WARM
+            and bool(self.levels)
+            and all(level.warm_up_error for level in self.levels)
+        )
 
 
 @dataclass(slots=True)
@@ -94,8 +117,9 @@ async def measure(
     """Measure what a plan asks for; `server`: further arguments of `Endpoint`.
 
     When it is cancelled while it measures, the report has what was measured until then. Raises MeasureError:
-    this server cannot be measured.
+    this server cannot be measured, or not from here with so many users.
     """
+    check_room(max(plan.concurrency))
     async with Endpoint(url, **server) as endpoint:
         facts = await endpoint.prepare()
         prompts = await make_prompts(endpoint, plan.prompt_tokens, plan.seed)
@@ -143,8 +167,11 @@ class Sweep:
     async def _level(self, series: Series, concurrency: int) -> Level:
         prefix = series.prefix
         total = self._plan.requests or REQUESTS_PER_USER * concurrency
+        warm_up_error = ""
         if prefix is Prefix.WARM:
-            await self._endpoint.ask(self._endpoint.body(self._prompts.one(prefix, 0), 1))
+            warm_up_error = (
+                await self._endpoint.ask(self._endpoint.body(self._prompts.one(prefix, 0), 1))
+            ).error
         bodies = deque(
             self._endpoint.body(self._prompts.one(prefix, self._sent + number), self._plan.output_tokens)
             for number in range(1, total + 1)
@@ -164,7 +191,14 @@ class Sweep:
             interrupted = False
         finally:
             duration, cpu = time.perf_counter() - began, time.process_time() - cpu
-            level = Level.of(concurrency, requests, duration, cpu, interrupted=interrupted)
+            level = Level.of(
+                concurrency,
+                requests,
+                duration,
+                cpu,
+                interrupted=interrupted,
+                warm_up_error=warm_up_error,
+            )
             if requests:
                 self._add(series, level)
         return level

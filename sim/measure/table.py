@@ -10,6 +10,7 @@ from rich.text import Text
 
 from sim.measure.level import Level, Summary
 from sim.measure.sweep import Plan, Report, Series
+from sim.measure.verdict import Capacity
 
 BUSY_CPU = 0.8
 """Above this share of a core the measuring itself is what is slow."""
@@ -44,7 +45,8 @@ def _series(series: Series, plan: Plan) -> Iterator[Table | Text]:
     for level in series.levels:
         table.add_row(*_row(level))
     yield table
-    for line in (*verdicts(series, plan), *(note for level in series.levels for note in notes(level, plan))):
+    of_levels = (note for level in series.levels for note in notes(level, plan))
+    for line in (*verdicts(series, plan), *cache(series), *of_levels):
         yield Text(line)
     yield Text()
 
@@ -88,6 +90,26 @@ def verdicts(series: Series, plan: Plan) -> Iterator[str]:
         yield f"SLA, {plan.sla}: {said}"
 
 
+def cache(series: Series) -> Iterator[str]:
+    """Whether its prompts were as cold or warm as they are called."""
+    share = series.cached_share
+    if share is not None:
+        yield f"prefix cache: {100 * share:.0f} % of the prompt tokens were found in it"
+    elif any(level.completed for level in series.levels):
+        yield "prefix cache: the server does not report hits (a vLLM does with --enable-prompt-tokens-details)"
+
+
+def slots(found: Capacity) -> str:
+    """What a capacity that stands in a profile is to `slots: auto`."""
+    taken = f"`slots: auto` takes {found.users} from it"
+    if found.first_above is None:
+        return f"{taken} ({found.users} or more: no level was too many)"
+    if found.users:
+        return taken
+    few = "not even one user is" if found.first_above == 1 else f"fewer than {found.first_above} users are"
+    return f"{few} inside the SLA: `slots: auto` takes nothing from it"
+
+
 def _users(count: int) -> str:
     return "1 user" if count == 1 else f"{count} users"
 
@@ -95,6 +117,8 @@ def _users(count: int) -> str:
 def notes(level: Level, plan: Plan) -> Iterator[str]:
     """What a reader of a level's figures has to know."""
     where = f"{_users(level.concurrency)}:"
+    if level.warm_up_error:
+        yield f"{where} its prompts may be cold, the warming request failed: {level.warm_up_error}"
     for message, count in level.errors.items():
         yield f"{where} {count} failed: {message}"
     if level.interrupted:

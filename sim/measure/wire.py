@@ -89,7 +89,8 @@ class Answer:
                 self.prompt_tokens = int(usage["prompt_tokens"])
                 self.output_tokens = int(usage["completion_tokens"])
                 details = usage.get("prompt_tokens_details") or {}
-                self.cached_tokens = details.get("cached_tokens", self.cached_tokens)
+                if (cached := details.get("cached_tokens")) is not None:
+                    self.cached_tokens = int(cached)
         except (ValueError, LookupError, TypeError, AttributeError):
             self.error = "an event is not what OpenAI's are"
 

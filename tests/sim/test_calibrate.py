@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from policies.profile import Limits, Origin, Source
 from sim.calibrate import (
     Calibration,
+    LevelErrors,
     Search,
     calibrate_sweep,
     calibrate_timings,
@@ -111,8 +112,8 @@ def test_coefficients_are_found_from_a_sweep() -> None:
     assert found.cost.alpha == pytest.approx(TRUTH.alpha, rel=0.02)
     assert found.cost.delta == pytest.approx(TRUTH.delta, rel=0.02)
     assert steps(found.cost) == pytest.approx(steps(TRUTH), rel=0.02)
-    assert found.test is None
-    assert found.fit.mean == pytest.approx((0, 0, 0), abs=0.02)
+    assert found.errors.count == 5
+    assert max(found.errors.worst) < 0.02
 
 
 def test_an_overhead_is_found_where_it_is_asked_for() -> None:
@@ -179,6 +180,20 @@ def test_the_loss_is_the_mean_of_what_each_request_is_off() -> None:
     assert loss_of(off, real, ttft=True) == pytest.approx(0.5 + 0.2 + 0.2)
 
 
+def test_levels_that_are_too_fast_make_up_for_none_that_are_too_slow() -> None:
+    """Twice and half: the error of a level is 75 %, not their 25 %, and not none."""
+    real = np.array([[100.0, 100.0], [10.0, 10.0], [200.0, 1000.0]])
+    off = LevelErrors.between(real * [[2.0, 0.5], [1.1, 0.8], [1.0, 1.0]], real)
+    assert off.mean == pytest.approx((0.75, 0.15, 0.0))
+    assert off.worst == pytest.approx((1.0, 0.2, 0.0))
+    assert str(off).endswith("(at worst): TTFT 75.0% (100.0%), TPOT 15.0% (20.0%), E2E 0.0% (0.0%)")
+
+
+def test_answers_of_one_token_are_in_no_error_of_tpot() -> None:
+    real = np.array([[100.0, 100.0], [np.nan, 10.0], [200.0, 1000.0]])
+    assert LevelErrors.between(real * 1.5, real).mean == pytest.approx((0.5, 0.5, 0.5))
+
+
 def test_one_seed_one_result(timings: list[Timing]) -> None:
     short = Search(starts=2, evaluations=24, seed=5)
     told: list[int] = []
@@ -194,6 +209,8 @@ def test_too_little_to_fit_to_is_refused(timings: list[Timing], test_half: bool)
         calibrate_timings(timings[: 14 if test_half else 7], LIMITS, QUICK, test_half=test_half)
     with pytest.raises(ValueError, match="2 levels are too few"):
         calibrate_sweep([Level(1, 1, 2, 1, 1)] * 2, LIMITS, QUICK)
+    with pytest.raises(ValueError, match="nothing to fit to"):
+        calibrate_sweep([Level(users, 10, 1, 1, 1) for users in (1, 2, 4)], LIMITS, QUICK)
     with pytest.raises(ValueError, match="nothing to fit to"):
         calibrate_timings([one._replace(output_tokens=1) for one in timings], LIMITS, QUICK)
 
@@ -234,7 +251,14 @@ def test_the_command_writes_a_profile_that_says_where_it_comes_from(app: typer.T
     assert profile.limits.max_num_seqs == 64
     assert profile.step.source.origin is Origin.MEASURED
     said = profile.step.source.text
-    for part in ("us, today", "60 rows of 120", "timings.csv", "TPOT + E2E", "seed 0", "the other 60: TTFT"):
+    for part in (
+        "us, today",
+        "60 requests of 120",
+        "timings.csv",
+        "TPOT + E2E",
+        "seed 0",
+        "the other 60: TTFT",
+    ):
         assert part in said
 
 
@@ -243,9 +267,16 @@ def test_the_command_fits_a_sweep(app: typer.Typer, tmp_path: Path) -> None:
     lines = ["concurrency,prompt_tokens,output_tokens,ttft_s,tpot_s"]
     lines += [f"{users},500,50,0.1,{0.02 + users / 1000}" for users in (1, 4, 8)]
     path.write_text("\n".join(lines))
-    done = CliRunner().invoke(app, [str(path), *WHAT, "--starts", "1", "--evaluations", "24"])
+    output = tmp_path / "out.yaml"
+    short = ["--starts", "1", "--evaluations", "24"]
+    done = CliRunner().invoke(app, [str(path), *WHAT, *short, "-o", str(output)])
     assert done.exit_code == 0, done.output
-    assert "fit (3)" in done.stdout
+    assert "Errors of 3 levels" in done.stdout
+    assert "worst" in done.stdout
+    assert "p99" not in done.stdout
+    said = load_profile(output).step.source.text
+    assert "fitted to 3 levels, of sweep.csv" in said
+    assert "error of a level on average (at worst): TTFT " in said
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,13 @@ def test_requests_come_in_order_of_arrival_from_the_first_one(tmp_path: Path) ->
     ]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_byte_order_mark_does_not_matter(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path / name, LEVEL)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_measured(path)) == 1
+
+
 def test_empty_lines_and_other_columns_do_not_matter(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", REQUEST | {"note": "x"})
     path.write_text(f"\n{path.read_text()}\n\n")
@@ -115,7 +122,10 @@ def test_lines_of_a_csv_count_its_header(tmp_path: Path) -> None:
         ("a.jsonl", b"\n{}x\n", "line 2: is not JSON"),
         ("a.jsonl", b"[1]\n", "line 1: is not a JSON object"),
         ("a.csv", b'queued_ts\n"1\n', "is not CSV"),
-        ("a.jsonl", b"\xff", "the file is not UTF-8 text"),
+        ("a.jsonl", b"\xff", "line 1: is not UTF-8 text"),
+        ("a.jsonl", b"\n" * 9000 + b"\xe6\xbd\n{}", "line 9001: is not UTF-8 text"),
+        ("a.jsonl.gz", gzip.compress(b"\n\n\xff"), "line 3: is not UTF-8 text"),
+        ("a.csv", b"queued_ts\n1\n\xff\n2\n", "line 3: is not UTF-8 text"),
         ("a.jsonl.gz", b"{}", "the file is not whole gzip"),
         ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "the file is not whole gzip"),
     ],

@@ -11,6 +11,7 @@ import typer
 from aiohttp import web
 from typer.testing import CliRunner, Result
 
+from sim.measure import connections
 from sim.measure.command import bench
 from sim.profile import load_profile
 from tests.sim.emulated import client
@@ -41,6 +42,9 @@ async def test_a_sweep_is_shown_and_written(tmp_path: Path) -> None:
     assert "cold prefix, 32 prompt tokens, 5 output tokens" in result.stdout
     assert "warm prefix, 32 prompt tokens, 5 output tokens" in result.stdout
     assert "SLA, at least 1 tokens/s for each user: 4 users or more" in result.stdout
+    assert "`slots: auto` takes 4 from it (4 or more: no level was too many)" in " ".join(
+        result.stderr.split()
+    )
     written = json.loads(json_file.read_text())
     assert [len(series["levels"]) for series in written["series"]] == [3, 3]
     for level in written["series"][0]["levels"]:
@@ -79,8 +83,53 @@ async def test_failures_are_shown(failing: int, code: int) -> None:
     assert ("every request failed" in result.stderr) is (code == 1)
 
 
+@pytest.mark.parametrize("reporting", [True, False])
+async def test_what_the_cache_held_is_shown_for_cold_and_warm(reporting: bool) -> None:
+    words = ("--concurrency", "2", "--both", "--prompt-tokens", "256", "--output-tokens", "2")
+    result = await against({"prompt_tokens_details": reporting}, *words)
+    assert result.exit_code == 0, result.output
+    cold, warm = [line for line in result.stdout.splitlines() if line.startswith("prefix cache: ")]
+    if reporting:
+        assert cold == "prefix cache: 0 % of the prompt tokens were found in it"
+        assert int(warm.split()[2]) > 80
+    else:
+        assert cold == warm
+        assert "does not report" in cold
+
+
+@pytest.mark.parametrize(("failing", "code"), [(1, 0), (2, 1)])
+async def test_warming_requests_that_fail_are_shown(failing: int, code: int) -> None:
+    """One of the two, or both."""
+    left = failing
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        nonlocal left
+        body = await request.json()
+        words = len(body["messages"][0]["content"].split())
+        if words == 32 and body["max_tokens"] == 1 and left:
+            left -= 1
+            return web.json_response({"error": {"message": "not yet"}}, status=503)
+        return await stream(request, token("a"), token("b"), usage(words, 5), DONE)
+
+    async with serving(answer, v1__models={"data": [{"id": "m"}]}) as url:
+        result = await asyncio.to_thread(run, url, "--concurrency", "1,2", "--warm-prefix", *SMALL)
+    assert result.exit_code == code, result.output
+    assert (
+        result.stdout.count("its prompts may be cold, the warming request failed: status 503: not yet")
+        == failing
+    )
+    assert ("every warming request failed" in result.stderr) is (code == 1)
+
+
+def test_users_that_do_not_fit_are_refused_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (1024, 1024))
+    result = run("http://127.0.0.1:9", "--concurrency", "1,1000")
+    assert result.exit_code == 1
+    assert "tidegate: 1000 users need 1064 open files, and 1024 are allowed here" in result.stderr
+
+
 def test_a_server_that_is_not_there_is_one_line() -> None:
-    result = run("http://127.0.0.1:9", *SMALL)
+    result = run("http://127.0.0.1:9", "--concurrency", "1", *SMALL)
     assert result.exit_code == 1
     assert result.stderr.strip().splitlines()[-1].startswith("tidegate: cannot connect to http://127.0.0.1:9")
 
@@ -90,6 +139,7 @@ def test_a_server_that_is_not_there_is_one_line() -> None:
     [
         (("--concurrency", "1,x"), "--concurrency is a list of numbers"),
         (("--concurrency", "0"), "concurrency is one user or more"),
+        (("--concurrency", "1,8", "--requests", "7"), "7 requests are too few for 8 users"),
         (("--search",), "a search needs an SLA"),
         (("--json", "/nowhere/out.json"), "there is no such folder"),
         (("--profile", "out.yaml", "--warm-prefix"), "--profile needs a cold prefix"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -91,6 +92,26 @@ def test_its_capacity_is_what_the_sla_allows() -> None:
     assert "4 are too many" in found.source.text
 
 
+def test_levels_with_failures_are_left_out_and_named() -> None:
+    partly = [Level.of(users, [*level(users).requests, record(error="timeout")], 1.0) for users in (8, 16)]
+    made = to_profile(report([level(1), level(2), level(4), *partly]), "H20", 1)
+    said = made.step.source.text
+    assert "3 levels of 1 to 4 users" in said
+    assert "without those of 8, 16 users, where requests failed" in said
+
+
+def test_its_source_says_how_far_off_a_level_is() -> None:
+    """Of levels that no engine has: four users are served as fast as one, two half as fast."""
+    levels = [level(1), level(2), Level.of(4, [record(ttft=0.1, e2e=1.0)], 1.0)]
+    said = to_profile(report(levels), "H20", 1).step.source.text
+    found = re.search(
+        r"error of a level on average \(at worst\): TTFT .*, TPOT ([\d.]+)% \(([\d.]+)%\), E2E", said
+    )
+    assert found is not None
+    mean, worst = float(found[1]), float(found[2])
+    assert 5 < mean < worst
+
+
 def test_two_levels_are_too_few() -> None:
     with pytest.raises(MeasureError, match="three levels"):
         to_profile(report([level(1), level(2)]), "H20", 1)
@@ -109,4 +130,5 @@ def test_a_profile_says_what_was_measured_and_what_the_server_told() -> None:
     assert (made.limits.kv_tokens, made.limits.max_model_len) == (65536, 5000)
     assert "kv_tokens, max_model_len;" in made.limits.source.text
     assert "vLLM 0.32.0: 3 levels of 1 to 4 users" in made.step.source.text
+    assert "failed" not in made.step.source.text
     assert read_profile(dump_profile(made), "p.yaml") == made

@@ -26,10 +26,12 @@ class FakeEndpoint:
 
     url, model, api, exact_length = "http://fake", "m", Api.CHAT, True
 
-    def __init__(self, fails_above: int = 1000) -> None:
+    def __init__(self, fails_above: int = 1000, cold: int = 0) -> None:
+        """`cold`: so many warming requests fail."""
         self.bodies: list[bytes] = []
         self.in_flight = 0
         self.fails_above = fails_above
+        self.cold = cold
 
     def body(self, text: str, output_tokens: int) -> bytes:
         return f"{output_tokens} {text}".encode()
@@ -42,6 +44,9 @@ class FakeEndpoint:
         await asyncio.sleep(0)
         self.in_flight -= 1
         error = "status 503: full" if users > self.fails_above else ""
+        if body.startswith(b"1 ") and self.cold:
+            self.cold -= 1
+            error = "status 500: cold"
         return record(ttft=0.1 * users, e2e=0.1 * users + 1, error=error)
 
 
@@ -94,11 +99,31 @@ async def test_a_warm_beginning_is_brought_in_before_each_level() -> None:
     assert {body.split()[5] for body in endpoint.bodies[6:]} == {endpoint.bodies[6].split()[5]}
 
 
+@pytest.mark.parametrize("cold", [0, 1, 2])
+async def test_a_warming_request_that_fails_is_not_forgotten(cold: int) -> None:
+    plan = Plan((1, 2), output_tokens=10, prefixes=(Prefix.COLD, Prefix.WARM))
+    before, after = (await swept(FakeEndpoint(cold=cold), plan)).series
+    assert [level.warm_up_error for level in before.levels] == ["", ""]
+    assert not before.never_warmed
+    assert [level.warm_up_error for level in after.levels] == ["status 500: cold"] * cold + [""] * (2 - cold)
+    assert [level.completed for level in after.levels] == [4, 8]
+    assert after.never_warmed == (cold == 2)
+
+
 async def test_a_search_measures_between_levels() -> None:
     plan = Plan((1, 8, 32), sla=Sla(ttft_s=1.35), search=True)
     (series,) = (await swept(FakeEndpoint(), plan)).series
     assert [level.concurrency for level in series.levels] == [1, 8, 11, 12, 13, 14, 20, 32]
     assert series.capacity == Capacity(13, 14)
+
+
+async def test_a_search_keeps_all_users_busy_with_one_request_each() -> None:
+    plan = Plan((1, 8, 32), requests=32, sla=Sla(ttft_s=1.35), search=True)
+    (series,) = (await swept(FakeEndpoint(), plan)).series
+    assert series.capacity == Capacity(14, 15)  # the last ones, of an incomplete round, have less to wait for
+    for level in series.levels:
+        most = max(request.ttft_s or 0 for request in level.requests)
+        assert (level.completed, most) == (32, pytest.approx(0.1 * level.concurrency))
 
 
 async def test_without_a_search_the_sla_is_judged_by_the_levels() -> None:
@@ -118,6 +143,7 @@ async def test_a_level_that_fails_as_a_whole_is_the_last() -> None:
         ({"concurrency": ()}, "one user or more"),
         ({"concurrency": (2, 0)}, "one user or more"),
         ({"concurrency": (1,), "requests": 0}, "one or more"),
+        ({"concurrency": (1, 4), "requests": 3}, "3 requests are too few for 4 users"),
         ({"concurrency": (1,), "output_tokens": 0}, "one or more"),
         ({"concurrency": (1,), "search": True}, "needs an SLA"),
     ],

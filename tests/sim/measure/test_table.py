@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -11,7 +12,7 @@ from sim.measure.endpoint import Facts
 from sim.measure.level import Level
 from sim.measure.prompts import Prefix
 from sim.measure.sweep import Plan, Report, Series
-from sim.measure.table import WIDTH, notes, shown, verdicts
+from sim.measure.table import WIDTH, cache, notes, shown, slots, verdicts
 from sim.measure.verdict import Capacity, Sla
 from sim.measure.wire import Api
 from tests.sim.measure.fake_server import record
@@ -63,6 +64,10 @@ def test_a_level_without_figures_shows_none() -> None:
             ["1 user: answers had 3 to 10 tokens, not 10"],
         ),
         (Level.of(1, [record(prompt=99)], 1.0), ["1 user: prompts had 99 tokens, not 100"]),
+        (
+            Level.of(2, [record()], 1.0, warm_up_error="status 503: full"),
+            ["2 users: its prompts may be cold, the warming request failed: status 503: full"],
+        ),
     ],
 )
 def test_notes(level: Level, said: list[str]) -> None:
@@ -90,3 +95,40 @@ def test_verdicts(capacity: Capacity, said: str) -> None:
 def test_a_knee_that_was_not_reached_is_said_so() -> None:
     levels = [Level.of(users, [record()], 1.0) for users in (1, 2)]
     assert next(verdicts(Series(Prefix.COLD, levels), PLAN)).startswith("knee: not reached with 2 users")
+
+
+SILENT = "prefix cache: the server does not report hits (a vLLM does with --enable-prompt-tokens-details)"
+
+
+@pytest.mark.parametrize(
+    ("cached", "said"),
+    [
+        ([None, None], [SILENT]),
+        ([0, 0], ["prefix cache: 0 % of the prompt tokens were found in it"]),
+        ([96, 84], ["prefix cache: 90 % of the prompt tokens were found in it"]),
+        (
+            [None, 90],
+            ["prefix cache: 45 % of the prompt tokens were found in it"],
+        ),  # an older vLLM tells no zero
+        ([], []),
+    ],
+)
+def test_what_was_found_in_the_prefix_cache(cached: list[int | None], said: list[str]) -> None:
+    requests = [replace(record(prompt=100), cached_tokens=count) for count in cached]
+    broken = replace(record(error="timeout"), cached_tokens=100)
+    series = Series(Prefix.WARM, [Level.of(2, [*requests, broken], 1.0)])
+    assert list(cache(series)) == said
+    assert all(line in text(series) for line in said)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "said"),
+    [
+        (Capacity(8, 16), "`slots: auto` takes 8 from it"),
+        (Capacity(16, None), "`slots: auto` takes 16 from it (16 or more: no level was too many)"),
+        (Capacity(0, 1), "not even one user is inside the SLA: `slots: auto` takes nothing from it"),
+        (Capacity(0, 4), "fewer than 4 users are inside the SLA: `slots: auto` takes nothing from it"),
+    ],
+)
+def test_what_slots_auto_takes(capacity: Capacity, said: str) -> None:
+    assert slots(capacity) == said
