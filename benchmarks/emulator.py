@@ -1,6 +1,6 @@
 """What a token of the emulator costs: CPU time of `tidegate emulate` alone, the client's left out.
 
-    python -m benchmarks.emulator
+    python -m benchmarks.emulator --check
     python -m benchmarks.emulator --streams 64 --tokens-per-s 20
 
 `--streams` clients in a closed loop, each with one kept-alive connection, ask for streams of `--tokens` tokens from
@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import cast
@@ -29,6 +30,9 @@ from rich.progress import track
 
 from benchmarks.processes import Cores, Service, Services, StartError, raise_open_files
 from benchmarks.summary import Spread, facts_line, print_table, write_result
+
+PROMISED_TOKENS_PER_CORE = 10_000
+"""A second, each with an event of its own: tokens that were merged into one do not count for the promise."""
 
 WARM_UP_S = 3.0
 _EVENT = b"data: {"
@@ -56,6 +60,12 @@ class Round:
     def tokens_per_core(self) -> float:
         """Tokens a second that one core would serve."""
         return self.tokens / self.cpu_s
+
+
+def keeps_promise(rounds: Sequence[Round]) -> bool:
+    """Whether one core serves as many tokens as promised; False without rounds."""
+    rates = [min(one.tokens, one.events) / one.cpu_s for one in rounds]
+    return bool(rates) and Spread.of(rates).median >= PROMISED_TOKENS_PER_CORE
 
 
 @dataclass
@@ -145,13 +155,14 @@ async def measure(service: Service, port: int, streams: int, tokens: int, second
 
 
 def main() -> int:
-    """The command line; returns 1 if the emulator does not start."""
+    """The command line; returns 1 if the emulator does not start, and with `--check` if a promise is not kept."""
     parser = argparse.ArgumentParser(description="CPU time of an emulated token.")
     parser.add_argument("--streams", type=int, default=200, help="open at once (default 200)")
     parser.add_argument("--tokens", type=int, default=256, help="of each answer (default 256)")
     parser.add_argument("--tokens-per-s", type=float, default=50.0, help="of each stream (default 50)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each round (default 8)")
     parser.add_argument("--rounds", type=int, default=3, help="(default 3)")
+    parser.add_argument("--check", action="store_true", help="fail unless the promised rate is kept")
     parser.add_argument("--no-result", action="store_true", help="write no file into benchmarks/results")
     arguments = parser.parse_args()
     raise_open_files(arguments.streams * 2 + 1000)
@@ -176,6 +187,9 @@ def main() -> int:
     rows = [[name, Spread.of(values).text(digits)] for name, values, digits in figures]
     title = f"Emulator with {arguments.streams} streams of {arguments.tokens_per_s:g} tokens/s"
     print_table(title, ("figure", "median (quartiles)"), rows)
+    kept = keeps_promise(rounds)
+    verdict = "kept" if kept else "NOT KEPT"
+    print(f"\npromised: {PROMISED_TOKENS_PER_CORE:,} tokens/s a core, with an event each: {verdict}")
     print(facts_line())
     if not arguments.no_result:
         result = {
@@ -184,7 +198,7 @@ def main() -> int:
             "rounds": [asdict(one) for one in rounds],
         }
         print(f"written to {write_result('emulator', result).name} in benchmarks/results")
-    return 0
+    return 1 if arguments.check and not kept else 0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ counted and has no text, and one that ends at a stop string counts the token tha
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from dataclasses import dataclass
 from enum import Enum, auto
 from random import Random
@@ -18,6 +19,9 @@ from sim import tokens
 MEDIAN_TOKENS = 120
 SPREAD = 0.6
 """Median and sigma (of the logarithm) of the tokens after which an answer stops at the end of a sentence."""
+
+PAUSE_TOKENS = 1000
+"""A long answer is planned in pieces of about so many tokens, 2 ms each."""
 
 REASONING_TOKENS = (20, 60)
 """Least and most tokens after which reasoning stops at the end of a sentence."""
@@ -74,27 +78,36 @@ class Wish:
 
 def compose(wish: Wish, seed: str) -> Answer:
     """The answer to a wish; the same seed gives the same answer."""
+    steps = composing(wish, seed)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            answer: Answer = done.value
+            return answer
+
+
+def composing(wish: Wish, seed: str) -> Generator[None, None, Answer]:
+    """`compose` that pauses after every piece of a long answer, so that its caller may do something else."""
     # Not cryptography: words for a demonstration.
     random = Random(seed)  # noqa: S311
     planned: list[tuple[Channel, str]] = []
     if wish.reasoning:
         length = random.randint(*REASONING_TOKENS)
-        planned += [(Channel.REASONING, piece) for piece in _prose(random, length)]
+        yield from _prose(random, length, Channel.REASONING, planned)
     if wish.json_text is not None:
         if wish.tool is not None:
             planned.append((Channel.TOOL_NAME, ""))
         channel = Channel.CONTENT if wish.tool is None else Channel.ARGUMENTS
         planned += [(channel, piece) for piece in tokens.split(wish.json_text)]
         planned.append((Channel.END, ""))
-        cut = planned[: wish.room]
-        return _stopped(wish, cut) or Answer(cut, _reason(cut), tool=wish.tool)
+        return (yield from _ended(wish, planned[: wish.room]))
     natural = max(round(random.lognormvariate(0.0, SPREAD) * MEDIAN_TOKENS), wish.least)
     length = wish.room if wish.ignore_eos else min(natural, wish.room)
-    planned += [(Channel.CONTENT, piece) for piece in _prose(random, length)]
+    yield from _prose(random, length, Channel.CONTENT, planned)
     if not wish.ignore_eos:
         planned.append((Channel.END, ""))
-    cut = planned[: wish.room]
-    return _stopped(wish, cut) or Answer(cut, _reason(cut))
+    return (yield from _ended(wish, planned[: wish.room]))
 
 
 def json_text(value: object) -> str:
@@ -106,17 +119,19 @@ def _reason(planned: list[tuple[Channel, str]]) -> str:
     return "stop" if planned[-1][0] is Channel.END else "length"
 
 
-def _stopped(wish: Wish, planned: list[tuple[Channel, str]]) -> Answer | None:
-    """The answer with stop strings applied to its content; None: there are none to look for.
+def _ended(wish: Wish, planned: list[tuple[Channel, str]]) -> Generator[None, None, Answer]:
+    """The answer with stop strings applied to its content.
 
     A token shows no text that may turn out to be the beginning of a stop string; the last one shows the rest.
     """
     if not wish.stop:
-        return None
+        return Answer(planned, _reason(planned), tool=wish.tool)
     hold_back = 0 if wish.keep_stop else max(len(stop) for stop in wish.stop) - 1
     shown: list[tuple[Channel, str]] = []
     text, visible = "", 0
     for number, (channel, piece) in enumerate(planned, 1):
+        if number % PAUSE_TOKENS == 0:
+            yield
         if channel not in (Channel.CONTENT, Channel.END):
             shown.append((channel, piece))
             continue
@@ -141,18 +156,22 @@ def _find_stop(text: str, new: int, stops: tuple[str, ...]) -> tuple[str, int] |
     return None
 
 
-def _prose(random: Random, length: int) -> list[str]:
-    """Whole sentences of at least `length` tokens together."""
-    pieces: list[str] = []
+def _prose(
+    random: Random, length: int, channel: Channel, planned: list[tuple[Channel, str]]
+) -> Generator[None, None, None]:
+    """Plan whole sentences of at least `length` tokens together."""
+    end, pause = len(planned) + length, len(planned) + PAUSE_TOKENS
     sentences = 0
-    while len(pieces) < length:
+    while len(planned) < end:
+        if len(planned) >= pause:
+            pause += PAUSE_TOKENS
+            yield
         sentence = _sentence(random)
         if sentences:
             sentence = ("\n\n" if sentences % 4 == 0 else " ") + sentence
         # Split with what comes before would be the same: a sentence begins with a space, a break or a letter.
-        pieces += tokens.split(sentence)
+        planned += [(channel, piece) for piece in tokens.split(sentence)]
         sentences += 1
-    return pieces
 
 
 def _sentence(random: Random) -> str:

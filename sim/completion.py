@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
 from aiohttp import web
 
-from sim.faults import GARBAGE, Fault, FaultKind
+from sim.faults import GARBAGE, Fault, FaultKind, reset
 from sim.generation import Engine, Generation, SequencePlan
-from sim.openai_request import RequestError
+from sim.openai_request import RequestError, engine_error, own_error
 from sim.openai_shapes import DONE, CacheUse, Shapes
+
+log = logging.getLogger("tidegate")
 
 _STATUSES = frozenset(HTTPStatus)
 
@@ -47,7 +50,7 @@ class Completion:
     async def _whole(
         self, request: web.Request, generation: Generation, fault: Fault | None
     ) -> web.StreamResponse:
-        left, half = self._tokens, self._tokens // 2
+        left, half = self._tokens, self._half
         async for step in generation:
             left -= sum(new for _, new in step)
             if fault is not None and left <= half:
@@ -58,33 +61,57 @@ class Completion:
         self, request: web.Request, generation: Generation, fault: Fault | None
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        shapes = self.shapes
-        total = left = self._tokens
-        done = [0] * len(self.plans)
         try:
             await response.prepare(request)
-            async for step in generation:
-                if left == total:
-                    for event in shapes.first():
-                        await response.write(event)
-                for index, new in step:
-                    left -= new
-                    for event in shapes.step(index, done[index], new, last=left == 0):
-                        await response.write(event)
-                    done[index] += new
-                if fault is not None and left <= total // 2:
-                    await _break(request, fault)
-            if self.usage:
-                await response.write(shapes.usage_event(total, self._cache(generation)))
+            try:
+                await self._events(request, response, generation, fault)
+            except ConnectionError:
+                raise
+            except RequestError as error:
+                await response.write(error.event())
+            except Exception:
+                log.exception("an answer has failed half way")
+                # Status and headers are out: all that is left to do is what vLLM does.
+                await response.write(own_error().event())
             await response.write(DONE)
             await response.write_eof()
         except ConnectionError:
             pass  # the client left while we wrote
         return response
 
+    async def _events(
+        self, request: web.Request, response: web.StreamResponse, generation: Generation, fault: Fault | None
+    ) -> None:
+        """All but the last, `[DONE]`. Raises RequestError for a stream that is to end with an error."""
+        shapes = self.shapes
+        total = left = self._tokens
+        half = self._half
+        done = [0] * len(self.plans)
+        async for step in generation:
+            if left == total:
+                for event in shapes.first():
+                    await response.write(event)
+            for index, ready in step:
+                new = ready if fault is None else min(ready, left - half)
+                if new == 0:
+                    break
+                left -= new
+                for event in shapes.step(index, done[index], new, last=left == 0):
+                    await response.write(event)
+                done[index] += new
+            if fault is not None and left == half:
+                await _break(request, fault)
+        if self.usage:
+            await response.write(shapes.usage_event(total, self._cache(generation)))
+
     @property
     def _tokens(self) -> int:
         return sum(plan.output_tokens for plan in self.plans)
+
+    @property
+    def _half(self) -> int:
+        """Tokens left when a fault comes: at least one, so that no answer that meets one is complete."""
+        return max(self._tokens // 2, 1)
 
     def _cache(self, generation: Generation) -> CacheUse:
         cached = generation.cached_tokens
@@ -92,10 +119,12 @@ class Completion:
 
 
 async def _break(request: web.Request, fault: Fault) -> None:
-    """Do what the fault asks for; ends when the connection does."""
+    """Do what the fault asks for; ends when the connection does. Raises RequestError for an error to tell."""
+    if fault.kind is FaultKind.ERROR_EVENT:
+        raise engine_error()
     transport = request.transport
     if transport is not None and fault.kind is FaultKind.CUT:
-        transport.abort()
+        reset(transport)
     elif transport is not None and fault.kind is FaultKind.GARBAGE:
         transport.write(GARBAGE)
         transport.close()

@@ -20,8 +20,8 @@ def emulate(
         ),
     ] = None,
     backends: Annotated[
-        int, typer.Option(help="So many backends, on --port and those that follow it.", min=1)
-    ] = 1,
+        int | None, typer.Option(help="So many backends, on --port and those that follow it.", min=1)
+    ] = None,
     fleet: Annotated[
         Path | None, typer.Option(help="YAML file with a list of backends, each with a port and a profile.")
     ] = None,
@@ -62,6 +62,10 @@ def emulate(
         bool,
         typer.Option("--enable-prompt-tokens-details", help="Usage says how much of a prompt was cached."),
     ] = False,
+    max_num_queued_reqs: Annotated[
+        int | None,
+        typer.Option(help="Sequences running and waiting at most; more are refused with 503.", min=1),
+    ] = None,
     fault: Annotated[
         list[str] | None,
         typer.Option(help="KIND or KIND,NAME=VALUE,...: what goes wrong from the start; repeat for several."),
@@ -83,21 +87,30 @@ def emulate(
     from sim.fleet import read_fleet
 
     plain = {"slots": slots, "ttft_s": ttft, "tpot_s": tpot, "slowdown": slowdown}
+    in_fleet: dict[str, object] = {"port": port, "backends": backends, "profile": profile, "slots": slots}
+    in_fleet |= {"ttft": ttft, "tpot": tpot, "slowdown": slowdown}
+    idle = [f"--{option}" for option, value in in_fleet.items() if value is not None]
     try:
+        if fleet is not None and idle:
+            raise ValueError(f"a fleet's file says what its backends are: no {', '.join(idle)}")
         common = EmulatorSettings(
             host=host,
             models=tuple(model or ("demo",)),
-            profile=_profile(profile, plain, max_model_len),
+            profile=_profile(profile, plain, max_model_len if fleet is None else None),
             rtt_s=rtt,
             speed=speed,
             api_keys=tuple(api_key or ()),
             seed=seed,
             prompt_tokens_details=enable_prompt_tokens_details,
+            max_num_queued_reqs=max_num_queued_reqs,
             faults=tuple(map(parse_fault, fault or ())),
             control=control,
             shutdown_timeout_s=shutdown_timeout,
         )
-        many = read_fleet(fleet, common) if fleet is not None else _on_ports(common, port or [8000], backends)
+        if fleet is not None:
+            many = read_fleet(fleet, common, max_model_len)
+        else:
+            many = _on_ports(common, port or [8000], backends or 1)
     except (OSError, FileProblems) as error:
         _fail(str(error))
     except ValueError as error:
@@ -106,7 +119,7 @@ def emulate(
 
 
 def run(many: list[EmulatorSettings]) -> None:
-    """Serve until SIGINT or SIGTERM, saying where on standard output."""
+    """Serve until SIGINT or SIGTERM, saying where on standard output; SIGUSR1 ends all faults."""
     import asyncio
     import signal
 
@@ -114,9 +127,16 @@ def run(many: list[EmulatorSettings]) -> None:
 
     from sim.emulator import serve_emulators
 
+    serving: list[Emulator] = []
+
     def ready(servers: list[Emulator]) -> None:
+        serving.extend(servers)
         for server, settings in zip(servers, many, strict=True):
             typer.echo(f"listening on {server.url} as {', '.join(settings.models)}")
+
+    def revive() -> None:
+        for server in serving:
+            server.faults.take_back()
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -125,6 +145,8 @@ def run(many: list[EmulatorSettings]) -> None:
         # The second signal cancels the wait for open streams.
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, task.cancel)
+        # Who is dead cannot be asked over HTTP.
+        loop.add_signal_handler(signal.SIGUSR1, revive)
         try:
             await serve_emulators(many, ready)
         except asyncio.CancelledError:
@@ -140,7 +162,7 @@ def run(many: list[EmulatorSettings]) -> None:
 def _profile(name: str | None, plain: dict[str, float | None], max_model_len: int | None) -> Profile:
     """The profile that the options describe. Raises ValueError, OSError and FileProblems."""
     from sim.emulator import plain_profile
-    from sim.profile import load_profile
+    from sim.profile import load_profile, with_max_model_len
 
     given = {option: value for option, value in plain.items() if value is not None}
     if name is None:
@@ -149,10 +171,7 @@ def _profile(name: str | None, plain: dict[str, float | None], max_model_len: in
         raise ValueError("a profile says what the engine can do: no --slots, --ttft, --tpot, --slowdown")
     else:
         profile = load_profile(name)
-    if max_model_len is None:
-        return profile
-    limits = profile.limits.model_copy(update={"max_model_len": max_model_len})
-    return profile.model_copy(update={"limits": limits})
+    return with_max_model_len(profile, max_model_len)
 
 
 def _on_ports(common: EmulatorSettings, ports: list[int], backends: int) -> list[EmulatorSettings]:

@@ -10,6 +10,7 @@ endpoints, shapes, errors and metrics are those of vLLM 0.32 (`sim/openai_server
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -21,17 +22,22 @@ from aiohttp import web
 
 from policies.profile import Limits, Origin, Profile, Source, Step
 from sim.engine import EngineSettings
-from sim.faults import Fault, Faults
+from sim.faults import Fault, Faults, reset
 from sim.openai_server import Face, FaceSettings
 from sim.profile import engine_settings
 from sim.realtime import Driver, RealtimeEngine
 from sim.vllm_metrics import VllmMetrics
+
+log = logging.getLogger("tidegate")
 
 BLOCK_TOKENS = 16
 """vLLM's default block on a card; prefixes are shared in whole blocks."""
 
 KEEP_ALIVE_S = 5.0
 """How long an idle connection stays open: uvicorn's default, which clients of a vLLM meet."""
+
+REBIND_S = 1.0
+"""How long after a failure to listen again it is tried once more."""
 
 PROMPT_TOKENS = 1000
 """Length of the prompt whose time to the first token `plain_profile` is told."""
@@ -101,6 +107,8 @@ class EmulatorSettings:
     seed: int = 0
     prompt_tokens_details: bool = False
     """vLLM's `--enable-prompt-tokens-details`."""
+    max_num_queued_reqs: int | None = None
+    """vLLM's `--max-num-queued-reqs`: sequences running and waiting at most; None: no limit."""
     faults: tuple[Fault, ...] = ()
     """In force from the start."""
     control: bool = False
@@ -116,6 +124,8 @@ class EmulatorSettings:
                 raise ValueError(f"{name} must be zero or more")
         if not (isfinite(self.speed) and self.speed > 0):
             raise ValueError("speed must be above zero")
+        if self.max_num_queued_reqs is not None and self.max_num_queued_reqs < 1:
+            raise ValueError("max_num_queued_reqs must be at least 1")
         longest, engine = self.profile.limits.max_model_len, self.engine()
         if engine.kv_tokens is None or longest > engine.kv_tokens:  # a vLLM does not start then
             raise ValueError(
@@ -139,22 +149,20 @@ class Emulator:
         loop = asyncio.get_running_loop()
         self._settings = settings
         engine, speed = settings.engine(), settings.speed
-        longest = settings.profile.limits.max_model_len
-        metrics = VllmMetrics(settings.models[0], engine, longest)
-        self.engine = RealtimeEngine(
-            driver, engine, overhead_us=settings.profile.overhead_us, speed=speed, observer=metrics
-        )
-        metrics.watch(self.engine.figures)
+        self.engine = RealtimeEngine(driver, engine, overhead_us=settings.profile.overhead_us, speed=speed)
         self.faults = Faults(loop.call_later, seed=settings.seed, speed=speed)
-        face = Face(
+        metrics = self._metrics()
+        self.engine.restart(metrics)
+        self._face = Face(
             FaceSettings(
                 models=settings.models,
-                max_model_len=longest,
+                max_model_len=settings.profile.limits.max_model_len,
                 api_keys=settings.api_keys,
                 seed=settings.seed,
                 rtt_s=settings.rtt_s / speed,
                 prefix_unit_tokens=engine.prefix_unit_tokens,
                 prompt_tokens_details=settings.prompt_tokens_details,
+                max_num_queued_reqs=settings.max_num_queued_reqs,
                 control=settings.control,
             ),
             self.engine,
@@ -162,7 +170,7 @@ class Emulator:
             self.faults,
         )
         self._runner = web.AppRunner(
-            face.application(),
+            self._face.application(),
             access_log=None,
             handler_cancellation=True,
             keepalive_timeout=KEEP_ALIVE_S,
@@ -202,7 +210,18 @@ class Emulator:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            await self._obey()
+            try:
+                await self._obey()
+            except OSError as error:
+                log.warning("cannot listen on %s again: %s; trying every %g s", self.url, error, REBIND_S)
+                asyncio.get_running_loop().call_later(REBIND_S, self._changed.set)
+
+    def _metrics(self) -> VllmMetrics:
+        """A page of this engine that has counted nothing yet."""
+        settings = self._settings
+        metrics = VllmMetrics(settings.models[0], settings.engine(), settings.profile.limits.max_model_len)
+        metrics.watch(self.engine.figures)
+        return metrics
 
     async def _obey(self) -> None:
         """Be as slow and as dead as the faults in force say."""
@@ -213,11 +232,20 @@ class Emulator:
             assert self._runner.server is not None
             for connection in self._runner.server.connections:
                 if connection.transport is not None:
-                    connection.transport.abort()
-            self.engine.restart()
+                    reset(connection.transport)
+            metrics = self._metrics()
+            self.engine.restart(metrics)
+            self._face.restart(metrics)
         elif not self.faults.dead and self._site is None:
-            self._site = web.SockSite(self._runner, _bind(self.host, self.port), backlog=1024)
-            await self._site.start()
+            bound = _bind(self.host, self.port)
+            site = web.SockSite(self._runner, bound, backlog=1024)
+            try:
+                await site.start()
+            except OSError:
+                await site.stop()
+                bound.close()
+                raise
+            self._site = site
 
 
 def _bind(host: str, port: int) -> socket.socket:

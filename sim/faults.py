@@ -6,6 +6,9 @@ ordered when it starts, and over its control endpoint while it runs.
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import struct
 from collections.abc import Callable
 from enum import StrEnum
 from random import Random
@@ -27,6 +30,9 @@ class FaultKind(StrEnum):
     """The connection is reset half way through."""
     STALL = "stall"
     """Nothing more comes half way through."""
+    ERROR_EVENT = "error_event"
+    """The engine fails half way through: under 200, an event with an error and then `[DONE]`; 500 for a whole
+    answer."""
     SLOW = "slow"
     """Every step of the engine takes `factor` times as long."""
     UNHEALTHY = "unhealthy"
@@ -35,7 +41,9 @@ class FaultKind(StrEnum):
     """Connections are reset and refused, and all is forgotten; from the start on, it is a cold start."""
 
 
-PER_REQUEST: Final = frozenset((FaultKind.ERROR, FaultKind.GARBAGE, FaultKind.CUT, FaultKind.STALL))
+PER_REQUEST: Final = frozenset(
+    (FaultKind.ERROR, FaultKind.GARBAGE, FaultKind.CUT, FaultKind.STALL, FaultKind.ERROR_EVENT)
+)
 
 GARBAGE: Final = b"\x16\x03\x01\x00\xff\x00HTTP\x00/1.1 \xfe\xff\r\n\x00\r\n"
 """Neither a status line nor anything else that a client could take for one."""
@@ -68,6 +76,18 @@ class Fault(FileModel):
             if not belongs[name]:
                 raise ValueError(f"a fault of kind {self.kind.value} has no {name}")
         return self
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """End a connection at once, so that the other side sees a reset and not an orderly end."""
+    try:
+        # Closing sends RST with a linger time of zero; else FIN, unless something is left to be read.
+        transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
+    except OSError:
+        pass  # it is closed already
+    transport.abort()
 
 
 def parse_fault(text: str) -> Fault:

@@ -60,7 +60,7 @@ class Engine(Protocol):
     """Sets the pace of tokens. Everything it does, it does in the event loop's thread."""
 
     def submit(self, plans: Iterable[SequencePlan]) -> Generation:
-        """Queue the sequences of one request, in order."""
+        """Queue the sequences of one request, in order. Raises ValueError if one can never fit."""
 
     def cancel(self, generation: Generation) -> None:
         """Drop what has not finished; what it held is free with the end of the step that is running."""

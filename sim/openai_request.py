@@ -7,7 +7,7 @@ others. Types are checked as pydantic checks them in vLLM, values as vLLM's samp
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,13 +28,34 @@ class RequestError(Exception):
 
     def body(self) -> bytes:
         """`{"error": {"message", "type", "param", "code"}}`."""
+        return orjson.dumps(self._fields())
+
+    def event(self) -> bytes:
+        """The same as an event of a stream, with the spaces that vLLM puts there."""
+        return f"data: {json.dumps(self._fields())}\n\n".encode()
+
+    def _fields(self) -> dict[str, Any]:
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
-        return orjson.dumps({"error": error})
+        return {"error": error}
 
 
 def bad_value(param: str, value: object, message: str) -> RequestError:
     """400 for a field of the right type and a wrong value."""
     return RequestError(400, "BadRequestError", f"{message} (parameter={param}, value={value})", param)
+
+
+def engine_error() -> RequestError:
+    """What a vLLM says whose engine has died."""
+    message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+    return RequestError(500, "InternalServerError", message, None)
+
+
+def own_error() -> RequestError:
+    """What is said when the emulator itself is at fault."""
+    return RequestError(500, "InternalServerError", "The emulator has failed: see its log.", None)
+
+
+TokenId = Annotated[int, Field(ge=0)]
 
 
 class _Body(BaseModel):
@@ -113,8 +134,8 @@ class Message(BaseModel):
 class _Generate(_Body):
     """What both kinds of completion share."""
 
-    n: int = 1
-    seed: int | None = None
+    n: int | None = 1
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     include_stop_str_in_output: bool = False
     stream: bool | None = False
@@ -124,14 +145,19 @@ class _Generate(_Body):
     ignore_eos: bool = False
     min_tokens: int = 0
     response_format: ResponseFormat | None = None
-    cache_salt: str | None = None
-    request_id: str | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    request_id: str = ""
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> _Generate:
         if self.stream_options is not None and not self.stream:
             raise ValueError("Stream options can only be defined when `stream=True`.")
         return self
+
+    @property
+    def choices(self) -> int:
+        """Answers to each prompt."""
+        return 1 if self.n is None else self.n
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings, without empty ones."""
@@ -140,7 +166,7 @@ class _Generate(_Body):
 
     def check_values(self, max_tokens: int | None, max_model_len: int) -> None:
         """Raise RequestError for a value that vLLM refuses."""
-        if self.n < 1:
+        if self.choices < 1:
             raise bad_value("n", self.n, f"n must be at least 1, got {self.n}.")
         if self.temperature is not None and self.temperature < 0:
             raise bad_value(
@@ -148,6 +174,9 @@ class _Generate(_Body):
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise bad_value("top_p", self.top_p, f"top_p must be in (0, 1], got {self.top_p}.")
+        if self.min_tokens < 0:
+            message = f"min_tokens must be greater than or equal to 0, got {self.min_tokens}."
+            raise RequestError(400, "BadRequestError", message, None)
         if max_tokens is None:
             return
         if max_tokens < 1:
@@ -198,7 +227,8 @@ class ChatRequest(_Generate):
 class CompletionRequest(_Generate):
     """Body of POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    n: int = 1
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
     max_tokens: int | None = 16
     echo: bool | None = False
 
@@ -208,12 +238,12 @@ class CompletionRequest(_Generate):
         return self.max_tokens
 
     def prompts(self) -> list[str]:
-        """The prompts as text; a body may carry several."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if all(isinstance(item, int) for item in self.prompt):
-            return [tokens.decode(self.prompt)]  # type: ignore[arg-type]
-        return [item if isinstance(item, str) else tokens.decode(item) for item in self.prompt]  # type: ignore[arg-type]
+        """The prompts as text; a body may carry several. Raises RequestError (400) if one is empty."""
+        one = isinstance(self.prompt, str) or all(isinstance(item, int) for item in self.prompt)
+        prompts = cast("list[str | list[int]]", [self.prompt] if one else self.prompt)
+        if not all(prompts):
+            raise RequestError(400, "BadRequestError", "The prompt must not be empty.", "prompt")
+        return [item if isinstance(item, str) else tokens.decode(item) for item in prompts]
 
 
 class TokenizeRequest(_Body):
@@ -239,7 +269,7 @@ class TokenizeRequest(_Body):
 class DetokenizeRequest(_Body):
     """Body of POST /detokenize."""
 
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[int, Field(ge=0, le=2**63 - 1)]]
 
 
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
@@ -267,13 +297,17 @@ def parse(kind: type[AnyBody], data: bytes) -> AnyBody:
 
 
 def _where_json_breaks(data: bytes, error: orjson.JSONDecodeError) -> tuple[int, str]:
-    """Position and reason, as Python's own parser, which vLLM uses, puts it."""
+    """Position and reason, as Python's own parser, which vLLM uses, puts it.
+
+    Raises RequestError for what is no text or too deep for that parser.
+    """
     try:
         json.loads(data)
     except json.JSONDecodeError as precise:
         return precise.pos, precise.msg
-    except ValueError:
-        pass  # bytes that are not UTF-8
+    except (ValueError, RecursionError) as broken:  # bytes that are not UTF-8, or nested without end
+        message = "There was an error parsing the body"
+        raise RequestError(400, "Bad Request", message, None) from broken
     return error.pos, error.msg
 
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import time
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from uuid import uuid4
 
 import orjson
 from aiohttp import web
 
 from sim import tokens
-from sim.answers import Answer, Channel, Wish, compose, json_text
+from sim.answers import Answer, Channel, Wish, composing, json_text
 from sim.completion import Completion
 from sim.faults import Fault, Faults
 from sim.generation import Engine, SequencePlan
@@ -33,11 +34,14 @@ from sim.openai_request import (
     RequestError,
     TokenizeRequest,
     bad_value,
+    own_error,
     parse,
 )
 from sim.openai_shapes import ChatShapes, CompletionShapes, Head, Shapes
 from sim.prefix_hashes import prefix_hashes
 from sim.vllm_metrics import CONTENT_TYPE, VllmMetrics
+
+log = logging.getLogger("tidegate")
 
 VLLM_VERSION = "0.32.0"
 REASONING_SUFFIX = "-reasoning"
@@ -68,6 +72,8 @@ class FaceSettings:
     """Tokens of one block of the prefix cache; 0: there is none."""
     prompt_tokens_details: bool = False
     """vLLM's `--enable-prompt-tokens-details`: usage says how much of a prompt was in the prefix cache."""
+    max_num_queued_reqs: int | None = None
+    """vLLM's `--max-num-queued-reqs`: sequences running and waiting at most, others are refused; None: no limit."""
     control: bool = False
     """Whether `/emulator/fault` is there, which no vLLM has."""
 
@@ -81,6 +87,9 @@ class Face:
         self._metrics = metrics
         self._faults = faults
         self._in_flight = 0
+        """Completions."""
+        self._sequences = 0
+        """Of completions in flight."""
         self._started = int(time.time())
         self._fingerprint = f"vllm-{VLLM_VERSION}-{zlib.crc32(f'fingerprint {settings.seed}'.encode()):08x}"
         self._keys = [key.encode() for key in settings.api_keys]
@@ -112,6 +121,11 @@ class Face:
             app.router.add_delete("/emulator/fault", self._take_back_faults)
         return app
 
+    def restart(self, metrics: VllmMetrics) -> None:
+        """Be a process that has just started, and counts anew."""
+        self._metrics = metrics
+        self._started = int(time.time())
+
     # Every request
 
     @web.middleware
@@ -123,12 +137,17 @@ class Face:
         try:
             return await handler(request)
         except RequestError as error:
-            return web.Response(status=error.status, body=error.body(), content_type="application/json")
+            return _refusal(error)
         except web.HTTPException as error:
             response = _json({"detail": error.reason}, error.status)
             if "Allow" in error.headers:
                 response.headers["Allow"] = error.headers["Allow"]
             return response
+        except ConnectionError:
+            raise  # the client has left
+        except Exception:
+            log.exception("%s %s has failed", request.method, request.path)
+            return _refusal(own_error())
 
     def _authorized(self, request: web.Request) -> bool:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
@@ -232,15 +251,17 @@ class Face:
             wish = replace(wish, tool=tool.name, json_text=json_text(arguments))
         if (body.model or self._settings.models[0]).endswith(REASONING_SUFFIX):
             wish = replace(wish, reasoning=True)
-        answers = self._answers(body, wish, "".join(pieces))
-        shapes = ChatShapes(
-            self._head(request, body, "chatcmpl", len(pieces)),
-            answers,
-            [f"chatcmpl-tool-{uuid4().hex[:16]}" for _ in answers],
-            forced_any_tool=body.tool_choice == "required",
-        )
-        plans = [self._plan(body, pieces, answer, wish.room) for answer in answers]
-        return await self._serve(request, self._completion(body, shapes, plans))
+        with self._admitted(body.choices):
+            answers = await self._answers(body, [(wish, "".join(pieces))])
+            shapes = ChatShapes(
+                self._head(request, body, "chatcmpl", len(pieces)),
+                answers,
+                [f"chatcmpl-tool-{uuid4().hex[:16]}" for _ in answers],
+                forced_any_tool=body.tool_choice == "required",
+            )
+            plans = [self._plan(body, pieces, answer, wish.room) for answer in answers]
+            completion = self._completion(body, shapes, plans)
+            return await completion.serve(request, self._engine, self._faults.draw())
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = parse(CompletionRequest, await request.read())
@@ -249,28 +270,26 @@ class Face:
         pieces = [tokens.split(prompt) for prompt in prompts]
         counts = [len(prompt) for prompt in pieces]
         wishes = [self._wish(body, count) for count in counts]
-        answers = list(
-            chain.from_iterable(
-                self._answers(body, wish, prompt) for wish, prompt in zip(wishes, prompts, strict=True)
+        by_choice = [position for position in range(len(prompts)) for _ in range(body.choices)]
+        with self._admitted(len(by_choice)):
+            answers = await self._answers(body, zip(wishes, prompts, strict=True))
+            shapes = CompletionShapes(
+                self._head(request, body, "cmpl", sum(counts)),
+                answers,
+                [counts[position] for position in by_choice],
+                [prompts[position] if body.echo else "" for position in by_choice],
             )
-        )
-        by_choice = [position for position in range(len(prompts)) for _ in range(body.n)]
-        shapes = CompletionShapes(
-            self._head(request, body, "cmpl", sum(counts)),
-            answers,
-            [counts[position] for position in by_choice],
-            [prompts[position] if body.echo else "" for position in by_choice],
-        )
-        plans = [
-            self._plan(body, pieces[position], answer, wishes[position].room)
-            for position, answer in zip(by_choice, answers, strict=True)
-        ]
-        return await self._serve(request, self._completion(body, shapes, plans))
+            plans = [
+                self._plan(body, pieces[position], answer, wishes[position].room)
+                for position, answer in zip(by_choice, answers, strict=True)
+            ]
+            completion = self._completion(body, shapes, plans)
+            return await completion.serve(request, self._engine, self._faults.draw())
 
     def _wish(self, body: ChatRequest | CompletionRequest, prompt_tokens: int) -> Wish:
         longest = self._settings.max_model_len
         body.check_values(body.limit, longest)
-        if body.n > MOST_CHOICES:
+        if body.choices > MOST_CHOICES:
             raise bad_value("n", body.n, f"n must be at most {MOST_CHOICES}, got {body.n}.")
         beginning = f"This model's maximum context length is {longest} tokens. However, "
         if prompt_tokens >= longest:
@@ -287,13 +306,17 @@ class Face:
                 "Please reduce the length of the input prompt or the number of requested output tokens."
             )
             raise bad_value("input_tokens", prompt_tokens, message)
+        room = body.limit or longest - prompt_tokens
+        if body.min_tokens > room:
+            message = f"min_tokens must be less than or equal to max_tokens={room}, got {body.min_tokens}."
+            raise RequestError(400, "BadRequestError", message, None)
         text = None
         if body.response_format is not None and body.response_format.type != "text":
             described = body.response_format.json_schema
             schema = described.schema_ if described is not None else None
             text = json_text(_instance(schema or {"type": "object"}, "response_format"))
         return Wish(
-            room=body.limit or longest - prompt_tokens,
+            room=room,
             least=body.min_tokens,
             ignore_eos=body.ignore_eos,
             stop=body.stops(),
@@ -301,9 +324,18 @@ class Face:
             json_text=text,
         )
 
-    def _answers(self, body: ChatRequest | CompletionRequest, wish: Wish, prompt: str) -> list[Answer]:
-        seed = f"{self._settings.seed}/{body.seed}/{zlib.crc32(prompt.encode())}"
-        return [compose(wish, f"{seed}/{index}") for index in range(body.n)]
+    async def _answers(
+        self, body: ChatRequest | CompletionRequest, asked: Iterable[tuple[Wish, str]]
+    ) -> list[Answer]:
+        """All choices for each prompt; the loop does what else is due between two of them."""
+        answers: list[Answer] = []
+        for wish, prompt in asked:
+            seed = f"{self._settings.seed}/{body.seed}/{zlib.crc32(prompt.encode())}"
+            for index in range(body.choices):
+                if answers:
+                    await asyncio.sleep(0)
+                answers.append(await _composed(wish, f"{seed}/{index}"))
+        return answers
 
     def _plan(
         self, body: ChatRequest | CompletionRequest, pieces: list[str], answer: Answer, room: int
@@ -330,7 +362,9 @@ class Face:
     def _head(
         self, request: web.Request, body: ChatRequest | CompletionRequest, kind: str, prompt_tokens: int
     ) -> Head:
-        name = request.headers.get("X-Request-Id") or body.request_id or uuid4().hex[:16]
+        # Bytes of a header are Latin-1 to vLLM, whatever they were meant to be.
+        given = request.headers.get("X-Request-Id", "").encode(errors="surrogateescape").decode("latin-1")
+        name = given or body.request_id or uuid4().hex[:16]
         options = body.stream_options
         return Head(
             id=f"{kind}-{name}",
@@ -343,12 +377,33 @@ class Face:
             prompt_tokens_details=self._settings.prompt_tokens_details,
         )
 
-    async def _serve(self, request: web.Request, completion: Completion) -> web.StreamResponse:
+    @contextmanager
+    def _admitted(self, sequences: int) -> Iterator[None]:
+        """Count a completion as long as it takes. Raises RequestError (503) if the queue is full."""
+        most = self._settings.max_num_queued_reqs
+        if most is not None and self._sequences + sequences > most:
+            self._metrics.rejected()
+            message = f"{self._sequences} requests are running or waiting, at most {most} may."
+            raise RequestError(503, "ServiceUnavailableError", message, None)
         self._in_flight += 1
+        self._sequences += sequences
         try:
-            return await completion.serve(request, self._engine, self._faults.draw())
+            yield
         finally:
             self._in_flight -= 1
+            self._sequences -= sequences
+
+
+async def _composed(wish: Wish, seed: str) -> Answer:
+    """An answer; a long one in pieces, between which the loop does what else is due."""
+    steps = composing(wish, seed)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            answer: Answer = done.value
+            return answer
+        await asyncio.sleep(0)
 
 
 def _instance(schema: Schema, param: str) -> object:
@@ -357,6 +412,10 @@ def _instance(schema: Schema, param: str) -> object:
     except UnsupportedSchemaError as error:
         message = f"The JSON schema cannot be honoured: {error}."
         raise RequestError(400, "BadRequestError", message, param) from error
+
+
+def _refusal(error: RequestError) -> web.Response:
+    return web.Response(status=error.status, body=error.body(), content_type="application/json")
 
 
 def _json(value: object, status: int = 200) -> web.Response:

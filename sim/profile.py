@@ -37,6 +37,14 @@ def load_profile(name: str | Path) -> Profile:
     return read_profile(file.read_text(encoding="utf-8"), f"{text}.yaml")
 
 
+def with_max_model_len(profile: Profile, max_model_len: int | None) -> Profile:
+    """The profile with another longest sequence, tokens; None: as it is."""
+    if max_model_len is None:
+        return profile
+    limits = profile.limits.model_copy(update={"max_model_len": max_model_len})
+    return profile.model_copy(update={"limits": limits})
+
+
 def profile_names() -> list[str]:
     """Names in `sim/profiles/`, sorted."""
     folder = resources.files("sim").joinpath("profiles")

@@ -113,6 +113,8 @@ class RealtimeEngine:
         """Queue the sequences of one request, in order. Raises ValueError if one can never fit."""
         now = self._driver.clock()
         generation = Generation(plans, now, self._observer)
+        for sequence in generation.sequences:
+            self._check_size(sequence.plan)
         self._arriving.append((self._emulated(now) + self._overhead, generation))
         self.tick()
         return generation
@@ -143,9 +145,10 @@ class RealtimeEngine:
         self._rate = self._speed * 1e6 / factor
         self._plan_wake(self._emulated(now))
 
-    def restart(self) -> None:
-        """Forget everything, as a process that is started anew."""
+    def restart(self, observer: Observer | None) -> None:
+        """Forget everything, as a process that is started anew; `observer` hears of what comes from now on."""
         self._engine = Engine(self._engine.settings)
+        self._observer = observer
         self._arriving.clear()
         self._answering.clear()
         self._plan_wake(self.tick())
@@ -161,6 +164,16 @@ class RealtimeEngine:
             self._deliver(now, wall)
         self._plan_wake(now)
         return now
+
+    def _check_size(self, plan: SequencePlan) -> None:
+        """Raise ValueError now: with an overhead, the engine would only when nobody can be told any more."""
+        settings = self._engine.settings
+        # The last token's keys and values are never needed.
+        most = plan.prompt_tokens + plan.output_tokens - 1
+        if settings.kv_blocks is not None and most > settings.kv_blocks * settings.block_tokens:
+            raise ValueError(
+                f"a sequence of {most} tokens does not fit into a KV cache of {settings.kv_tokens}"
+            )
 
     def _emulated(self, wall: float) -> int:
         return round(self._emulated_origin + (wall - self._origin) * self._rate)

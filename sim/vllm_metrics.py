@@ -64,6 +64,16 @@ class VllmMetrics:
             reason: success.labels(**self._labels, finished_reason=reason)
             for reason in ("stop", "length", "abort", "error", "repetition")
         }
+        rejections = Counter(
+            "vllm:admission_rejections",
+            "Requests refused by a queue limit, by limit.",
+            ["model_name", "reason"],
+            registry=self._registry,
+        )
+        self._rejections = {
+            reason: rejections.labels(model_name=model, reason=reason)
+            for reason in ("max_num_queued_reqs", "max_num_queued_tokens")
+        }
         self._ttft = self._histogram("time_to_first_token_seconds", _TTFT_BUCKETS)
         self._inter_token = self._histogram("inter_token_latency_seconds", _TOKEN_BUCKETS)
         self._per_token = self._histogram("request_time_per_output_token_seconds", _TOKEN_BUCKETS)
@@ -93,10 +103,14 @@ class VllmMetrics:
         reasons.labels(**self._labels, reason="capacity").set_function(lambda: figures().waiting)
         reasons.labels(**self._labels, reason="deferred").set(0)
 
+    def rejected(self) -> None:
+        """A request was refused because too many are running and waiting."""
+        self._rejections["max_num_queued_reqs"].inc()
+
     def page(self) -> bytes:
         """Prometheus text exposition."""
         preemptions = self._figures().preemptions
-        self._preemptions.inc(max(preemptions - self._preempted, 0))  # an engine that restarted counts anew
+        self._preemptions.inc(preemptions - self._preempted)
         self._preempted = preemptions
         return generate_latest(self._registry)
 

@@ -104,7 +104,6 @@ TESTED_BY = {
     "sim/generator_spec.py": "tests/sim/test_generator.py",
     "sim/kv_cache.py": "tests/sim/test_engine.py",
     "sim/members.py": "tests/sim/test_cluster.py",
-    "sim/openai_request.py": "tests/sim/test_openai_server.py",
     "sim/openai_shapes.py": "tests/sim/test_openai_server.py",
     "sim/plan_command.py": "tests/sim/test_plan.py",
     "sim/profile.py": "tests/sim/test_profiles.py",

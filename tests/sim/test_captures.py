@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
-from tests.sim.emulated import client
+from sim.faults import Fault, FaultKind
+from sim.openai_request import ChatRequest, CompletionRequest, DetokenizeRequest, StreamOptions
+from tests.sim.emulated import HELLO, client
 
 CAPTURES = Path(__file__).parents[3] / "shared" / "vllm" / "captures" / "smollm2"
 
@@ -145,3 +148,54 @@ async def test_metrics_have_names_labels_and_buckets_of_the_real_ones() -> None:
 
     assert samples(body) <= samples(real)
     assert types(body) <= types(real)
+
+
+async def test_an_engine_that_fails_says_the_same_bytes() -> None:
+    died = CAPTURES.parent / "tiny_die"
+    *_, error, done, _ = (died / "stream_when_engine_dies.response.txt").read_bytes().split(b"\n\n")
+    whole = (died / "nonstream_when_engine_dies.response.txt").read_bytes().partition(b"\r\n\r\n")[2]
+    async with client(faults=(Fault(kind=FaultKind.ERROR_EVENT),)) as http:
+        stream = await http.post("/v1/chat/completions", HELLO | {"stream": True})
+        *_, our_error, our_done, _ = (await stream.read()).split(b"\n\n")
+        refused = await http.post("/v1/chat/completions", HELLO)
+        assert (refused.status, await refused.read()) == (500, whole)
+    assert (stream.status, our_error, our_done) == (200, error, done)
+
+
+# Bounds of the fields that are checked
+
+_BOUNDS = ("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems")
+
+
+def forms(schema: dict[str, Any]) -> set[str]:
+    """What a field may be: each of its types with its bounds; what an object holds is not looked at."""
+    if "anyOf" in schema:
+        return set[str]().union(*(forms(one) for one in schema["anyOf"]))
+    if "$ref" in schema:
+        return {"object"}
+    if "enum" in schema or "const" in schema:
+        return {f"{value!r}" for value in schema.get("enum", [schema.get("const")])}
+    bounds = "".join(f" {name} {float(schema[name])}" for name in _BOUNDS if name in schema)
+    items = f" of {sorted(forms(schema['items']))}" if "items" in schema else ""
+    return {f"{schema['type']}{bounds}{items}"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "absent"),
+    [
+        (ChatRequest, "ChatCompletionRequest", {}),
+        # Without `prompt_embeds`, a prompt has to be there.
+        (CompletionRequest, "CompletionRequest", {"prompt": {"null"}}),
+        (DetokenizeRequest, "DetokenizeRequest", {}),
+        (StreamOptions, "StreamOptions", {}),
+    ],
+)
+def test_fields_have_the_bounds_of_the_real_ones(
+    ours: type[BaseModel], theirs: str, absent: dict[str, set[str]]
+) -> None:
+    captured = json.loads((CAPTURES.parent / "openapi_default.json").read_bytes())
+    real = captured["components"]["schemas"][theirs]["properties"]
+    schema = ours.model_json_schema()["properties"]
+    assert schema.keys() <= real.keys()
+    for name, field in schema.items():
+        assert forms(field) | absent.get(name, set()) == forms(real[name]), name

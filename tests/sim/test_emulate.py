@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,78 @@ def test_a_fleet_by_file(served: list[EmulatorSettings], tmp_path: Path) -> None
     assert all((settings.speed, settings.profile) == (2.0, profile) for settings in served)
 
 
+def test_a_longest_sequence_is_that_of_the_whole_fleet(
+    served: list[EmulatorSettings], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(dump_profile(plain_profile(slots=3)))
+    (tmp_path / "fleet.yaml").write_text(
+        "backends:\n  - {port: 0, profile: mine.yaml}\n  - {port: 0, profile: mine.yaml}\n"
+    )
+    done = invoke("--fleet", str(tmp_path / "fleet.yaml"), "--max-model-len", "512")
+    assert done.exit_code == 0, done.output
+    assert [settings.profile for settings in served] == [
+        plain_profile(slots=3).model_copy(
+            update={"limits": plain_profile(slots=3).limits.model_copy(update={"max_model_len": 512})}
+        )
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--port", "8001"), ("--backends", "1"), ("--profile", "mine.yaml"), ("--slots", "8")),
+        *(("--ttft", "0.2"), ("--tpot", "0.02"), ("--slowdown", "0")),
+    ],
+)
+def test_a_fleet_takes_no_option_that_its_file_decides(
+    option: str, value: str, served: list[EmulatorSettings], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(dump_profile(plain_profile()))
+    (tmp_path / "fleet.yaml").write_text("backends:\n  - {port: 0, profile: mine.yaml}\n")
+    done = invoke("--fleet", str(tmp_path / "fleet.yaml"), option, value)
+    assert done.exit_code == 2
+    words = " ".join(done.output.replace("│", " ").split())
+    assert f"a fleet's file says what its backends are: no {option}" in words
+    assert served == []
+
+
+@pytest.mark.parametrize(
+    ("second", "arguments", "place", "words"),
+    [
+        ("port: 8001", [], "fleet.yaml:4:12", "port 8001 is that of backends[0] already"),
+        (
+            "port: 8003",
+            ["--max-model-len", "20000"],
+            "fleet.yaml:4:5",
+            "20000 tokens does not fit into a KV cache",
+        ),
+    ],
+)
+def test_what_backends_of_a_fleet_cannot_be_is_told_with_its_place(
+    second: str,
+    arguments: list[str],
+    place: str,
+    words: str,
+    served: list[EmulatorSettings],
+    tmp_path: Path,
+) -> None:
+    profile = plain_profile()
+    limits = profile.limits.model_copy(update={"kv_tokens": 9600})
+    (tmp_path / "small.yaml").write_text(dump_profile(profile.model_copy(update={"limits": limits})))
+    (tmp_path / "mine.yaml").write_text(dump_profile(profile))
+    (tmp_path / "fleet.yaml").write_text(
+        "backends:\n"
+        "  - {port: 8001, profile: mine.yaml}\n"
+        "  - {port: 8002, profile: mine.yaml}\n"
+        f"  - {{{second}, profile: small.yaml}}\n"
+    )
+    done = invoke("--fleet", str(tmp_path / "fleet.yaml"), *arguments)
+    assert done.exit_code == 1
+    assert place in done.output
+    assert words in done.output
+    assert served == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -147,6 +221,53 @@ async def test_the_process_says_where_it_listens_and_stops_on_request() -> None:
     process.send_signal(signal.SIGTERM)
     _, complaint = await process.communicate()
     assert (process.returncode, complaint) == (0, b"")
+
+
+@pytest.mark.e2e
+async def test_a_signal_brings_back_who_died_for_good() -> None:
+    process = await start("--port", "0", "--control")
+    assert process.stdout is not None
+    url = (await process.stdout.readline()).decode().split()[2]
+    async with aiohttp.ClientSession() as session:
+
+        async def listens() -> bool:
+            try:
+                await session.get(f"{url}/health")
+            except aiohttp.ClientConnectionError:
+                return False
+            return True
+
+        assert await listens()
+        # It may be dead before it has answered.
+        with suppress(aiohttp.ClientConnectionError):
+            await session.post(f"{url}/emulator/fault", json={"kind": "die"})
+        while await listens():
+            pass
+        process.send_signal(signal.SIGUSR1)
+        while not await listens():
+            pass
+        assert await (await session.get(f"{url}/emulator/fault")).json() == []
+    process.send_signal(signal.SIGTERM)
+    _, complaint = await process.communicate()
+    assert (process.returncode, complaint) == (0, b"")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_process_resets_connections_that_it_cuts(stream: bool) -> None:
+    """With its own event loop, which is not that of the other tests."""
+    process = await start("--port", "0", "--speed", "100", "--fault", "cut")
+    assert process.stdout is not None
+    url = (await process.stdout.readline()).decode().split()[2]
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "stream": stream}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n")
+    writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    with pytest.raises(ConnectionResetError):
+        await reader.read()
+    writer.close()
+    process.send_signal(signal.SIGTERM)
+    await process.communicate()
 
 
 # The page about it

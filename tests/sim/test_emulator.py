@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 import aiohttp
 import pytest
 
 from proxy.tasks import Tasks
+from sim import emulator as module
+from sim import tokens
 from sim.emulator import Emulator, EmulatorSettings, emulators, plain_profile, serve_emulators
 from sim.faults import Fault, FaultKind
 from tests.sim.emulated import HELLO, Client, client, content, events, until
@@ -200,6 +205,68 @@ async def test_cut_ends_the_connection(stream: bool) -> None:
         await until(lambda: http.server.engine.figures().running == 0)
 
 
+def read_to_the_end(server: Emulator, body: dict[str, Any]) -> bytes:
+    """What a plain socket reads after a chat request. Raises ConnectionResetError instead of losing it."""
+    data = json.dumps(body).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data)
+    seen = b""
+    with socket.create_connection((server.host, server.port)) as connection:
+        connection.sendall(head + data)
+        while new := connection.recv(65536):
+            seen += new
+    return seen
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_cut_is_a_reset_and_no_orderly_end(stream: bool) -> None:
+    async with client(faults=(Fault(kind=FaultKind.CUT),)) as http:
+        with pytest.raises(ConnectionResetError):
+            await asyncio.to_thread(read_to_the_end, http.server, HELLO | {"stream": stream})
+
+
+async def test_death_is_a_reset_too() -> None:
+    async with client(tpot_s=10) as http:
+        async with asyncio.TaskGroup() as group:
+            reading = asyncio.to_thread(read_to_the_end, http.server, ENDLESS | {"stream": True})
+            task = group.create_task(raises_reset(reading))
+            await until(lambda: http.server.engine.figures().running == 1)
+            http.server.faults.order(Fault(kind=FaultKind.DIE))
+        assert task.result()
+
+
+async def raises_reset(reading: Awaitable[bytes]) -> bool:
+    try:
+        await reading
+    except ConnectionResetError:
+        return True
+    return False
+
+
+async def test_an_error_event_comes_half_way_under_200() -> None:
+    async with client(faults=(Fault(kind=FaultKind.ERROR_EVENT),)) as http:
+        asking = HELLO | {"max_tokens": 40, "ignore_eos": True, "n": 2}
+        response = await http.post(
+            "/v1/chat/completions", asking | {"stream": True, "stream_options": {"include_usage": True}}
+        )
+        found = events(await response.read())
+        whole = await http.post("/v1/chat/completions", asking)
+        assert http.server.engine.figures()[:2] == (0, 0)
+    assert response.status == 200
+    error = {"code": 500, "type": "InternalServerError", "param": None}
+    assert found[-1]["error"].items() >= error.items()
+    assert len(tokens.split(content(found[:-1], 0))) + len(tokens.split(content(found[:-1], 1))) == 40
+    assert all("error" not in event and "usage" not in event for event in found[:-1])
+    assert whole.status == 500
+    assert (await whole.json())["error"] == found[-1]["error"]
+
+
+async def test_no_stream_that_meets_a_fault_is_complete() -> None:
+    async with client(faults=(Fault(kind=FaultKind.ERROR_EVENT),)) as http:
+        response = await http.post("/v1/chat/completions", HELLO | {"stream": True, "max_tokens": 1})
+        *said, _ = events(await response.read())
+    assert [choice["finish_reason"] for event in said for choice in event["choices"]] == [None]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_garbage_is_no_http(stream: bool) -> None:
     async with client(faults=(Fault(kind=FaultKind.GARBAGE),)) as http:
@@ -277,6 +344,41 @@ async def test_what_dies_cuts_its_streams_and_forgets_them() -> None:
         assert await (await http.get("/load")).json() == {"server_load": 0}
 
 
+async def test_who_comes_back_from_the_dead_counts_anew() -> None:
+    async with client() as http:
+        await http.chat(max_tokens=5)
+        before = await http.metrics()
+        http.server.faults.order(Fault(kind=FaultKind.DIE))
+        assert await refuses(http)
+        http.server.faults.take_back()
+        while await refuses(http):
+            pass
+        after = await http.metrics()
+        await http.chat(max_tokens=3, ignore_eos=True)
+        later = await http.metrics()
+    name = "vllm:generation_tokens_total"
+    assert (before[name] > 0, after[name], later[name]) == (True, 0, 3)
+    assert later["vllm:prefix_cache_hits_total"] == 0
+    assert later["vllm:e2e_request_latency_seconds_count"] == 1
+
+
+async def test_a_port_that_is_taken_meanwhile_is_listened_on_once_it_is_free(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "REBIND_S", 0.01)
+    async with client(faults=(Fault(kind=FaultKind.DIE),)) as http:
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind((http.server.host, http.server.port))
+            other.listen()
+            http.server.faults.take_back()
+            await until(lambda: len(caplog.records) > 1)
+        while await refuses(http):
+            pass
+        await http.chat(max_tokens=1)
+    assert f"cannot listen on {http.server.url} again" in caplog.text
+
+
 async def test_slow_is_slow() -> None:
     """Frozen, in fact: its next step ends in ages."""
     async with client() as http:
@@ -293,7 +395,10 @@ async def test_slow_is_slow() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"models": ()}, {"models": ("",)}, {"speed": 0}, {"rtt_s": -1}, {"shutdown_timeout_s": float("nan")}],
+    [
+        *({"models": ()}, {"models": ("",)}, {"speed": 0}, {"rtt_s": -1}),
+        *({"shutdown_timeout_s": float("nan")}, {"max_num_queued_reqs": 0}),
+    ],
 )
 def test_wrong_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).rstrip("s")):

@@ -24,6 +24,7 @@ class Later:
         ("cut,share=0.25,seconds=30", Fault(kind=FaultKind.CUT, share=0.25, seconds=30)),
         ("error,status=429,retry_after=5", Fault(kind=FaultKind.ERROR, status=429, retry_after=5)),
         ("slow,factor=3", Fault(kind=FaultKind.SLOW, factor=3)),
+        ("error_event,share=0.5", Fault(kind=FaultKind.ERROR_EVENT, share=0.5)),
     ],
 )
 def test_faults_as_text(text: str, fault: Fault) -> None:

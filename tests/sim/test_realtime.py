@@ -166,6 +166,23 @@ def test_who_leaves_during_the_overhead_is_never_queued() -> None:
     assert world.engine.wake_at == float("inf")
 
 
+@pytest.mark.parametrize("overhead_us", [0.0, 5000.0])
+def test_what_can_never_fit_is_refused_at_once_and_as_a_whole(overhead_us: float) -> None:
+    world = World(overhead_us=overhead_us)
+    with pytest.raises(ValueError, match="a sequence of 100001 tokens does not fit"):
+        world.engine.submit(plans(1, 99_902))
+    fits = world.engine.submit(plans(1))
+    world.loop.run_for(1.0)
+    assert world.log.ends == fits.sequences
+
+
+def test_what_just_fits_is_served() -> None:
+    world = World(overhead_us=5000.0)
+    world.engine.submit(plans(1, prompt=100_000))
+    world.loop.run_for(100.0)
+    assert len(world.log.ends) == 1
+
+
 def test_cancelling_frees_the_slot_with_the_end_of_the_step() -> None:
     world = World(slots=1)
     first, second = world.engine.submit(plans(100)), world.engine.submit(plans(1))
@@ -206,7 +223,7 @@ def test_a_restarted_engine_has_forgotten_everything() -> None:
     hashed = [SequencePlan(100, 5, 5, "length", tuple(range(6)))]
     before = world.engine.submit(hashed)
     world.loop.run_for(0.06)
-    world.engine.restart()
+    world.engine.restart(world.log)
     world.engine.cancel(before)
     again = world.engine.submit(hashed)
     world.loop.run_for(1.0)
