@@ -27,6 +27,8 @@ class Origin(StrEnum):
     """By others, who are named."""
     DERIVED = "derived"
     """Computed from other figures, in a way that is named."""
+    GIVEN = "given"
+    """By whoever runs a command, on their word alone."""
 
 
 class Source(FileModel):

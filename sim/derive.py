@@ -1,4 +1,5 @@
 """`python -m sim.derive`: writes `sim/profiles/`, the cards of the white paper with the two models it measured.
+`--check` writes nothing, and fails if the files are not those that would be written.
 
 The paper gives the most concurrent requests that still get 15 token/s each (table 3-2) and which
 configurations keep a mean TTFT below 2 s with 32 at once (table 3-3), and nothing of how long a step takes.
@@ -16,18 +17,21 @@ other, four would.
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from policies.profile import Capacity, Limits, Origin, Profile, Source, Step
 from sim.closed_loop import closed_loop, most_users
 from sim.engine import EngineSettings
-from sim.profile import dump_profile, engine_settings
+from sim.profile import dump_profile, engine_settings, load_profile
 
+PROFILES: Final = Path(__file__).parent / "profiles"
 PROMPT: Final = 1024
 OUTPUT: Final = 1024
 TOKENS_PER_S: Final = 15.0
@@ -159,6 +163,11 @@ def kv_tokens_of(cell: Cell) -> int | None:
     return int((cell.cards * (0.9 * memory - 2.5e9) - cell.model.weights) / cell.model.kv_bytes)
 
 
+def name_of(cell: Cell) -> str:
+    """The name of its profile."""
+    return f"{cell.card.lower()}-{cell.cards}-{cell.model.short}"
+
+
 def profile_of(cell: Cell, bandwidth: float) -> Profile:
     """The profile of a configuration with that bandwidth."""
     known = kv_tokens_of(cell)
@@ -168,7 +177,7 @@ def profile_of(cell: Cell, bandwidth: float) -> Profile:
         else "vLLM's defaults; the card's memory is not known, so the KV cache is never full"
     )
     return Profile(
-        name=f"{cell.card.lower()}-{cell.cards}-{cell.model.short}",
+        name=name_of(cell),
         card=cell.card,
         cards=cell.cards,
         model=cell.model.name,
@@ -198,10 +207,14 @@ def most_of(settings: EngineSettings) -> int:
 def bandwidth_for(cell: Cell) -> float:
     """The bandwidth with which the simulated maximum is the cell's: in the middle of those that have it."""
     if not cell.most:
-        base = LAYER_US * cell.model.layers
-        return 0.925 * cell.model.weights * 1e6 / (NOTHING_MET_ALPHA_US - base)
+        return _bandwidth(cell.model, NOTHING_MET_ALPHA_US)
     low, high = (_threshold(cell, users) for users in (cell.most, cell.most + 1))
     return exp((log(low) + log(high)) / 2)
+
+
+def _bandwidth(model: Model, alpha_us: float) -> float:
+    """With which a step takes so long."""
+    return 0.925 * model.weights * 1e6 / (alpha_us - LAYER_US * model.layers)
 
 
 def _threshold(cell: Cell, users: int) -> float:
@@ -217,7 +230,42 @@ def _threshold(cell: Cell, users: int) -> float:
     return high
 
 
-def predicted(cell: Cell, others: list[Cell], bandwidths: dict[Cell, float]) -> int:
+def written_bandwidths() -> dict[Cell, float]:
+    """Those with which `sim/profiles/` was made: to be had at once, and as exact as a profile's alpha is."""
+    return {cell: _bandwidth(cell.model, load_profile(name_of(cell)).step.alpha_us) for cell in CELLS}
+
+
+class Prediction(NamedTuple):
+    """What the simulator tells of a cell. Concurrent requests."""
+
+    cell: Cell
+    simulated: int
+    """With its own profile."""
+    predicted: int | None
+    """From the others of its card; None: there are not two of them."""
+
+    @property
+    def error(self) -> float | None:
+        """Of what was predicted, as a share of what the paper measured."""
+        return None if self.predicted is None else self.predicted / self.cell.most - 1
+
+
+def predictions(bandwidths: Mapping[Cell, float]) -> Iterator[Prediction]:
+    """All cells, each one left out once."""
+    for cell, bandwidth in bandwidths.items():
+        simulated = most_of(engine_settings(profile_of(cell, bandwidth)))
+        others = [other for other in CELLS if other.card == cell.card and other.most and other != cell]
+        guess = predicted(cell, others, bandwidths) if cell.most and len(others) >= 2 else None
+        yield Prediction(cell, simulated, guess)
+
+
+def error_sizes(found: Iterable[Prediction]) -> tuple[float, float]:
+    """Mean and median of the errors without their signs."""
+    sizes = [abs(one.error) for one in found if one.error is not None]
+    return float(np.mean(sizes)), float(np.median(sizes))
+
+
+def predicted(cell: Cell, others: list[Cell], bandwidths: Mapping[Cell, float]) -> int:
     """A cell from the others of its card alone: the bandwidth of one card as a power of the number of cards.
 
     The exponent is drawn towards none (twice the cards, twice the bandwidth), as if two more cells said so.
@@ -231,28 +279,40 @@ def predicted(cell: Cell, others: list[Cell], bandwidths: dict[Cell, float]) -> 
     return most_of(engine_settings(profile_of(cell, per_card * cell.cards)))
 
 
-def main() -> int:
-    """Write all profiles and print the check."""
-    folder = Path(__file__).parent / "profiles"
+def main(arguments: list[str] | None = None) -> int:
+    """Write all profiles, or see whether they are as they should be, and print how well each is predicted."""
+    parser = ArgumentParser(prog="python -m sim.derive", description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the files differ")
+    check = parser.parse_args(arguments).check
     bandwidths = {cell: bandwidth_for(cell) for cell in CELLS}
-    for cell, bandwidth in bandwidths.items():
-        profile = profile_of(cell, bandwidth)
-        (folder / f"{profile.name}.yaml").write_text(dump_profile(profile), encoding="utf-8")
+    texts = {
+        f"{name_of(cell)}.yaml": dump_profile(profile_of(cell, bandwidth))
+        for cell, bandwidth in bandwidths.items()
+    }
+    wrong = differing(PROFILES, texts)
+    if not check:
+        for name, text in texts.items():
+            (PROFILES / name).write_text(text, encoding="utf-8")
     out = sys.stdout.write
     out(
         "| profile | paper | simulated | from the others of its card | error |\n| --- | --- | --- | --- | --- |\n"
     )
-    for cell, bandwidth in bandwidths.items():
-        profile = profile_of(cell, bandwidth)
-        peers = [other for other in CELLS if other.card == cell.card and other.most]
-        row = f"| {profile.name} | {cell.most} | {most_of(engine_settings(profile))} |"
-        if cell.most and len(peers) >= 3:
-            guess = predicted(cell, [other for other in peers if other != cell], bandwidths)
-            row += f" {guess} | {(guess - cell.most) / cell.most:+.0%} |"
-        else:
-            row += " | |"
-        out(row + "\n")
-    return 0
+    found = []
+    for one in predictions(bandwidths):
+        found.append(one)
+        guess = " | |" if one.predicted is None else f" {one.predicted} | {one.error:+.0%} |"
+        out(f"| {name_of(one.cell)} | {one.cell.most} | {one.simulated} |{guess}\n")
+    mean, median = error_sizes(found)
+    out(f"\nSize of the errors: mean {mean:.0%}, median {median:.0%}\n")
+    if check and wrong:
+        sys.stderr.write(f"not as `python -m sim.derive` writes them: {', '.join(wrong)}\n")
+    return int(check and bool(wrong))
+
+
+def differing(folder: Path, texts: Mapping[str, str]) -> list[str]:
+    """Names of the profiles in a folder that are not these texts, are missing, or are none of them."""
+    there = {file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.yaml")}
+    return sorted(name for name in there.keys() | texts.keys() if there.get(name) != texts.get(name))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,26 @@
 """Which resources meet a service level, and what they cost: `tidegate plan`, and the same as a function.
 
-Each profile is one engine; where one is not enough, several of it share the users. Figures are those of a
-closed loop with all users at once (`sim/closed_loop.py`), the harshest pattern that still is one. A price
-that nobody published is unknown: such a resource ranks behind all that have one, and is never counted as
-free.
+Each profile is one engine; where one is not enough, several of it share the users. Figures are what a closed
+loop keeps (`sim/closed_loop.py`): the worse of its first wave, in which all users ask at once, and of the
+rounds after it, in which answers share their steps with the prompts of others. A price that nobody published
+is unknown: such a resource ranks behind all that have one, and is never counted as free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import ceil, inf
+from math import ceil, inf, isfinite
+from typing import NamedTuple
 
 from policies.profile import Profile
-from sim.closed_loop import LoopFigures, closed_loop, most_users
+from sim.closed_loop import LoopFigures, most_users, worst_figures
+from sim.engine import EngineSettings
 from sim.profile import engine_settings
 
 MOST_COPIES = 64
+MOST_USERS = 1024
+"""Of one engine that are tried, or twice those that are asked for. vLLM has 256 in a batch, the others wait."""
 SECONDS_PER_HOUR = 3600.0
 
 
@@ -46,6 +50,15 @@ class Demand:
         for name in ("ttft_s", "tpot_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above zero")
+        for name in ("tokens_per_s", "carbon_gco2_kwh"):
+            value = getattr(self, name) or 0.0
+            if not (isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be zero or more, not {value}")
+
+    @property
+    def tokens(self) -> int:
+        """Of a prompt and its answer."""
+        return self.prompt_tokens + self.output_tokens
 
     def met_by(self, figures: LoopFigures) -> bool:
         """Whether these means are good enough."""
@@ -61,13 +74,15 @@ class Option:
     """A number of engines of one profile, and what the users get from them."""
 
     profile: Profile
+    concurrency: int
+    """Users that are asked for."""
     copies: int
     figures: LoopFigures
     """Of the engine with most users; its throughput is that engine's alone."""
-    tokens_per_s: float
-    """Output tokens of all copies."""
-    most: int
-    """Users that all copies serve within the service level."""
+    slots: int
+    """Users that one engine serves within the service level: the `slots` of a backend. 0: not even one."""
+    at_least: bool
+    """No more were tried: `slots`, `most` and `margin` are that or more."""
     meets: bool
     per_hour: float | None
     """None: the price is unknown."""
@@ -83,9 +98,19 @@ class Option:
         return self.profile.cards * self.copies
 
     @property
+    def most(self) -> int:
+        """Users that all copies serve within the service level."""
+        return self.slots * self.copies
+
+    @property
     def margin(self) -> float:
         """Users that it could serve over those that are asked for, less one."""
-        return self.most / (self.figures.users * self.copies) - 1.0
+        return self.most / self.concurrency - 1.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens of all copies."""
+        return self.figures.tokens_per_s_per_user * self.concurrency
 
     @property
     def per_million_tokens(self) -> float | None:
@@ -93,6 +118,13 @@ class Option:
         if self.per_hour is None:
             return None
         return self.per_hour / (self.tokens_per_s * SECONDS_PER_HOUR) * 1e6
+
+
+class LeftOut(NamedTuple):
+    """A profile that cannot serve a single such request, and why."""
+
+    profile: Profile
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +136,29 @@ class Plan:
     first."""
     nearest: list[Option] = field(default_factory=list)
     """Those that do not, the nearest first."""
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
 def plan(demand: Demand, profiles: Iterable[Profile]) -> Plan:
     """Resources for a demand, of those in `profiles` that serve its model.
 
-    Raises ValueError if their prices are in several currencies: which is cheaper, nobody could say.
+    Raises ValueError for a profile that no engine can have, and if prices are in several currencies: which is
+    cheaper, nobody could say.
     """
-    profiles = list(profiles)
+    profiles = [profile for profile in profiles if demand.model.lower() in profile.model.lower()]
     currencies = sorted({profile.price.currency for profile in profiles if profile.price is not None})
     if len(currencies) > 1:
         raise ValueError(f"prices in {' and '.join(currencies)} cannot be compared; give all in one currency")
-    wanted = demand.model.lower()
-    options = [
-        option(demand, profile)
-        for profile in profiles
-        if wanted in profile.model.lower()
-        and demand.prompt_tokens + demand.output_tokens <= profile.limits.max_model_len
-    ]
+    options, left_out = [], []
+    for profile in profiles:
+        try:
+            engine = engine_settings(profile)
+        except ValueError as error:
+            raise ValueError(f"profile {profile.name}: {error}") from error
+        if reason := _does_not_fit(demand, profile, engine):
+            left_out.append(LeftOut(profile, reason))
+        else:
+            options.append(_option(demand, profile, engine))
     good = sorted(
         (option for option in options if option.meets),
         key=lambda option: (
@@ -131,14 +168,30 @@ def plan(demand: Demand, profiles: Iterable[Profile]) -> Plan:
             option.figures.ttft_mean,
         ),
     )
-    bad = sorted((option for option in options if not option.meets), key=lambda option: option.shortfall)
-    return Plan(good, bad)
+    bad = sorted(
+        (option for option in options if not option.meets),
+        key=lambda option: (option.shortfall, option.cards),
+    )
+    return Plan(good, bad, left_out)
 
 
-def option(demand: Demand, profile: Profile) -> Option:
-    """The fewest copies of a profile that meet a demand; one copy where no number does."""
-    engine = engine_settings(profile)
-    most = most_users(
+def _does_not_fit(demand: Demand, profile: Profile, engine: EngineSettings) -> str:
+    """Why not even one request does; empty: it does."""
+    longest = profile.limits.max_model_len
+    if demand.tokens > longest:
+        return f"prompt and output are {demand.tokens} tokens, more than max_model_len, {longest}"
+    # The last token of an answer is not kept.
+    if engine.kv_blocks is not None and ceil((demand.tokens - 1) / engine.block_tokens) > engine.kv_blocks:
+        return (
+            f"prompt and output are {demand.tokens} tokens, more than its KV cache holds, {engine.kv_tokens}"
+        )
+    return ""
+
+
+def _option(demand: Demand, profile: Profile, engine: EngineSettings) -> Option:
+    """The fewest copies of a profile that meet a demand; where no number does, those with the fewest users."""
+    limit = max(MOST_USERS, 2 * demand.concurrency)
+    slots = most_users(
         engine,
         demand.prompt_tokens,
         demand.output_tokens,
@@ -146,14 +199,13 @@ def option(demand: Demand, profile: Profile) -> Option:
         ttft_s=demand.ttft_s,
         tpot_s=demand.tpot_s,
         overhead_us=profile.overhead_us,
-        limit=max(2 * demand.concurrency, 64),
+        limit=limit,
+        all_rounds=True,
     )
-    copies = ceil(demand.concurrency / most) if most else MOST_COPIES + 1
-    meets = copies <= MOST_COPIES
-    if not meets:
-        copies = 1
-    users = ceil(demand.concurrency / copies)
-    figures = closed_loop(
+    copies = ceil(demand.concurrency / slots) if slots else MOST_COPIES
+    users = ceil(demand.concurrency / min(copies, MOST_COPIES))
+    copies = ceil(demand.concurrency / users)
+    figures = worst_figures(
         engine, users, demand.prompt_tokens, demand.output_tokens, overhead_us=profile.overhead_us
     )
     price, power = profile.price, profile.power
@@ -161,11 +213,12 @@ def option(demand: Demand, profile: Profile) -> Option:
     carbon = demand.carbon_gco2_kwh
     return Option(
         profile=profile,
+        concurrency=demand.concurrency,
         copies=copies,
         figures=figures,
-        tokens_per_s=figures.tokens_per_s * demand.concurrency / users,
-        most=most * copies,
-        meets=meets and demand.met_by(figures),
+        slots=slots,
+        at_least=slots == limit,
+        meets=demand.met_by(figures),
         per_hour=None if price is None else price.per_hour * copies,
         currency="" if price is None else price.currency,
         watts=watts,

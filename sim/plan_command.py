@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from policies.profile import Profile
     from sim.plan import Option, Plan
 
 SHOWN_NEAREST = 3
+WIDTH = 110
+"""Columns of the table at least: no figure is cut off."""
 
 
 def plan(
@@ -38,6 +43,9 @@ def plan(
         list[str] | None,
         typer.Option(help="What one card costs an hour: CARD=2.50 or CARD=18CNY; repeat for several."),
     ] = None,
+    watts: Annotated[
+        list[str] | None, typer.Option(help="What one card draws under load: CARD=400; repeat for several.")
+    ] = None,
     carbon: Annotated[
         float | None, typer.Option(help="gCO2e per kWh of the grid (China 2023: 582).", min=0)
     ] = None,
@@ -47,6 +55,8 @@ def plan(
 
     Example: tidegate plan --model 32B --concurrency 32 --ttft 2 --tpot 0.1 --price H20=1.9
     """
+    from rich.console import Console
+
     from policies.yamlfile import FileProblems
     from sim.plan import Demand
     from sim.plan import plan as make_plan
@@ -64,7 +74,7 @@ def plan(
             carbon,
         )
         profiles = [load_profile(name) for name in profile or profile_names()]
-        profiles = list(_priced(profiles, price or []))
+        profiles = list(_with_given(profiles, price or [], watts or []))
     except (ValueError, OSError, FileProblems) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
@@ -73,89 +83,154 @@ def plan(
         typer.echo(f"no profile is of a model like {model!r}; there are {models}", err=True)
         raise typer.Exit(2)
     try:
-        found = make_plan(demand, profiles)
+        with Console(stderr=True).status("simulating ..."):
+            found = make_plan(demand, profiles)
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     if as_json:
         typer.echo(json.dumps(_as_json(found), indent=2))
     else:
-        _show(found)
+        _show(found, carbon is not None)
     if not found.options:
         raise typer.Exit(1)
 
 
-def _priced(profiles: Iterable[Profile], prices: list[str]) -> Iterable[Profile]:
-    """The profiles with the prices that the user gave for their cards. Raises ValueError."""
-    from policies.profile import Origin, Price, Source
+class _Given(NamedTuple):
+    """What the user says of one card."""
 
-    by_card: dict[str, tuple[float, str]] = {}
-    for text in prices:
-        card, _, amount = text.partition("=")
-        number, currency = amount.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), amount[-3:]
-        if not amount[-3:].isalpha():
-            number, currency = amount, "USD"
-        try:
-            by_card[card.lower()] = (float(number), currency)
-        except ValueError:
-            raise ValueError(f"a price is CARD=NUMBER or CARD=NUMBER with a currency, not {text!r}") from None
-    known = {one.card.lower() for one in profiles}
-    for card in by_card.keys() - known:
-        raise ValueError(f"no profile has the card {card!r}; there are {', '.join(sorted(known))}")
+    number: float
+    unit: str
+    said: str
+    """The option as it was written."""
+
+
+def _with_given(profiles: list[Profile], prices: list[str], watts: list[str]) -> Iterable[Profile]:
+    """The profiles with what the user says of their cards. Raises ValueError."""
+    from policies.profile import Origin, Power, Price, Source
+
+    cards = {one.card for one in profiles}
+    price_of = _by_card("--price", prices, cards, "or CARD=NUMBER and a currency: H20=2.50, H20=18CNY")
+    watts_of = _by_card("--watts", watts, cards, "as in H20=400")
     for one in profiles:
-        if one.card.lower() in by_card:
-            amount_each, currency = by_card[one.card.lower()]
-            given = Price(
-                per_hour=amount_each * one.cards,
-                currency=currency,
-                source=Source(origin=Origin.PUBLISHED, text="given by --price"),
+        changes: dict[str, Price | Power] = {}
+        if given := price_of.get(one.card.lower()):
+            source = Source(origin=Origin.GIVEN, text=given.said)
+            currency = given.unit or "USD"
+            changes["price"] = Price(per_hour=given.number * one.cards, currency=currency, source=source)
+        if given := watts_of.get(one.card.lower()):
+            source = Source(origin=Origin.GIVEN, text=given.said)
+            changes["power"] = Power(watts=given.number * one.cards, source=source)
+        yield one.model_copy(update=changes)
+
+
+_CARD_IS = re.compile(r"(.+)=([0-9]{1,12}(?:\.[0-9]{1,12})?)([A-Z]{3})?")
+
+
+def _by_card(option: str, texts: list[str], cards: Iterable[str], form: str) -> dict[str, _Given]:
+    """What an option says of each card, by its name in small letters. Raises ValueError.
+
+    All such options are `CARD=NUMBER`, a price may have a currency behind it; `form` says so in messages.
+    """
+    known = {card.lower(): card for card in cards}
+    found: dict[str, _Given] = {}
+    for text in texts:
+        match = _CARD_IS.fullmatch(text)
+        if match is None or (match[3] and option != "--price"):
+            raise ValueError(f"{option} is CARD=NUMBER, {form}; not {text!r}")
+        card = match[1].lower()
+        if card not in known:
+            names = ", ".join(sorted(known.values()))
+            raise ValueError(f"{option} {text}: no profile has the card {match[1]!r}; there are {names}")
+        if card in found:
+            raise ValueError(
+                f"{option} is given twice for {known[card]}: {found[card].said}, {option} {text}"
             )
-            yield one.model_copy(update={"price": given})
-        else:
-            yield one
+        found[card] = _Given(float(match[2]), match[3] or "", f"{option} {text}")
+    return found
 
 
-def _show(found: Plan) -> None:
+def _show(found: Plan, carbon: bool) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
     console = Console()
+    console = Console(width=max(console.width, WIDTH))
     rows = found.options or found.nearest[:SHOWN_NEAREST]
     if not found.options:
-        console.print("Nothing meets this. Nearest:")
+        console.print("Nothing meets this. Nearest:" if rows else "Nothing meets this.")
+    if rows:
+        console.print(_table(rows))
+    for line in (*_unknown(found, rows, carbon), *_left_out(found)):
+        console.print(Text(line))
+
+
+def _table(rows: list[Option]) -> Table:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     table.add_column("resources", no_wrap=True)
-    titles = ["cards", "TTFT s", "TPOT ms", "tok/s", "margin", "an hour", "1M tokens"]
-    carbon = any(one.gco2_per_hour is not None for one in rows)
-    for title in [*titles, "gCO2e/h"] if carbon else titles:
+    titles = ["cards", "slots", "TTFT s", "TPOT ms", "tok/s", "margin", "an hour", "1M tokens"]
+    columns = [_cells(one) for one in rows]
+    if any(one.watts is not None for one in rows):
+        titles.append("watts")
+        for cells, one in zip(columns, rows, strict=True):
+            cells.append("unknown" if one.watts is None else f"{one.watts:.0f}")
+    if any(one.gco2_per_hour is not None for one in rows):
+        titles.append("gCO2e/h")
+        for cells, one in zip(columns, rows, strict=True):
+            cells.append("unknown" if one.gco2_per_hour is None else f"{one.gco2_per_hour:.0f}")
+    for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
-    for one in rows:
-        cells = _cells(one)
-        table.add_row(*cells if carbon else cells[:-1])
-    console.print(table)
-    if any(one.per_hour is None for one in rows):
-        console.print("unknown: nobody has published what these cards cost; --price CARD=NUMBER says it")
+    for cells in columns:
+        table.add_row(*cells)
+    return table
 
 
 def _cells(one: Option) -> list[str]:
     figures = one.figures
     name = one.profile.name if one.copies == 1 else f"{one.copies} x {one.profile.name}"
+    least = ">=" if one.at_least else ""
     per_hour, per_million = one.per_hour, one.per_million_tokens
     return [
         name,
         str(one.cards),
+        f"{least}{one.slots}",
         f"{figures.ttft_mean:.2f}",
         f"{figures.tpot_mean * 1e3:.1f}",
         f"{one.tokens_per_s:.0f}",
-        f"{one.margin:+.0%}",
+        f"{least}{one.margin:+.0%}",
         "unknown" if per_hour is None else f"{per_hour:.2f} {one.currency}",
         "unknown" if per_million is None else f"{per_million:.2f} {one.currency}",
-        "unknown" if one.gco2_per_hour is None else f"{one.gco2_per_hour:.0f}",
     ]
+
+
+def _unknown(found: Plan, rows: list[Option], carbon: bool) -> Iterable[str]:
+    """What nobody knows of the rows that are shown, and how to say it."""
+    if any(one.per_hour is None for one in rows):
+        yield "price unknown: nobody has published what these cards cost; --price CARD=NUMBER says it"
+    if carbon and any(one.watts is None for one in rows):
+        known = any(one.watts is not None for one in (*found.options, *found.nearest))
+        who = (
+            "some profiles do not say what their cards draw"
+            if known
+            else "no profile says what its cards draw"
+        )
+        yield f"carbon unknown: {who}; --watts CARD=NUMBER says it"
+
+
+def _left_out(found: Plan) -> Iterable[str]:
+    """The profiles that cannot serve such a request, by the reason."""
+    by_reason: dict[str, list[str]] = {}
+    for profile, reason in found.left_out:
+        by_reason.setdefault(reason, []).append(profile.name)
+    for reason, names in by_reason.items():
+        yield f"left out: {', '.join(names)}: {reason}"
 
 
 def _as_json(found: Plan) -> dict[str, Any]:
     def row(one: Option) -> dict[str, Any]:
+        price, power = one.profile.price, one.profile.power
         return {
             "profile": one.profile.name,
             "model": one.profile.model,
@@ -165,8 +240,10 @@ def _as_json(found: Plan) -> dict[str, Any]:
             "users_per_copy": one.figures.users,
             "figures": asdict(one.figures),
             "tokens_per_s": one.tokens_per_s,
+            "slots": one.slots,
             "most_users": one.most,
             "margin": one.margin,
+            "at_least": one.at_least,
             "price_per_hour": one.per_hour,
             "price_per_million_output_tokens": one.per_million_tokens,
             "currency": one.currency or None,
@@ -174,9 +251,12 @@ def _as_json(found: Plan) -> dict[str, Any]:
             "gco2_per_hour": one.gco2_per_hour,
             "shortfall": one.shortfall if isfinite(one.shortfall) else None,
             "source": one.profile.step.source.model_dump(mode="json"),
+            "price_source": None if price is None else price.source.model_dump(mode="json"),
+            "power_source": None if power is None else power.source.model_dump(mode="json"),
         }
 
     return {
         "options": [row(one) for one in found.options],
         "nearest": [row(one) for one in found.nearest],
+        "left_out": [{"profile": one.profile.name, "reason": one.reason} for one in found.left_out],
     }

@@ -19,6 +19,7 @@ import policies
 from policies.units import Duration, Size
 from proxy import config, config_values, exchange
 from proxy.metrics import Metrics
+from sim import derive
 from tests.commands import Command, Option, commands
 from tests.proxy.fakes import World
 
@@ -74,6 +75,7 @@ def _make(name: str) -> str:
         "policies": lambda _: policy_table(),
         "metrics": lambda _: metric_table(),
         "states": lambda _: state_table(),
+        "predictions": lambda _: prediction_table(),
     }
     return makers[kind](rest)
 
@@ -203,6 +205,18 @@ def state_table() -> str:
         names = [f"`{to.name}`" for to in exchange.State if to in following]
         rows.append((f"`{state.name}`", ", ".join(names) or "nowhere: it is over"))
     return _rows(("state", "may become"), rows)
+
+
+def prediction_table() -> str:
+    """How well each cell of the white paper's table 3-2 is predicted by the others of its card."""
+    found = [one for one in derive.predictions(derive.written_bandwidths()) if one.predicted is not None]
+    rows = [
+        (derive.name_of(one.cell), str(one.cell.most), str(one.predicted), f"{one.error:+.0%}")
+        for one in found
+    ]
+    sizes = zip(("mean size", "median size"), derive.error_sizes(found), strict=True)
+    rows += [(name, "", "", f"{size:.0%}") for name, size in sizes]
+    return _rows(("profile", "paper", "predicted", "error"), rows)
 
 
 def pages() -> list[Path]:

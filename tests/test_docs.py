@@ -51,6 +51,7 @@ def test_every_table_from_the_code_is_on_its_page() -> None:
         "commands": {f"options {name}" for name in COMMANDS},
         "operations": {"metrics"},
         "architecture": {"states"},
+        "simulator": {"predictions"},
     }
     for name, tables in wanted.items():
         assert set(doc_tables.tables(page(name).text)) == tables, name

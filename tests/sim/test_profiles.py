@@ -10,8 +10,9 @@ from ruamel.yaml import YAML
 
 from policies.profile import Origin
 from policies.yamlfile import FileProblems
+from sim import derive
 from sim.closed_loop import closed_loop, most_users
-from sim.derive import CELLS, OUTPUT, PROMPT, TOKENS_PER_S, Cell, bandwidth_for, profile_of
+from sim.derive import CELLS, OUTPUT, PROMPT, TOKENS_PER_S, Cell, bandwidth_for, name_of, profile_of
 from sim.profile import dump_profile, engine_settings, load_profile, profile_names
 
 MODELS = {"32b": "r1_distill_qwen_32b", "70b": "r1_distill_llama_70b"}
@@ -19,10 +20,6 @@ MODELS = {"32b": "r1_distill_qwen_32b", "70b": "r1_distill_llama_70b"}
 
 def tables(shared: Path) -> Any:
     return YAML(typ="safe").load(shared / "data" / "seed_tables.yaml")
-
-
-def name_of(cell: Cell) -> str:
-    return f"{cell.card.lower()}-{cell.cards}-{cell.model.short}"
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=name_of)
@@ -36,7 +33,47 @@ def test_the_simulated_maximum_is_that_of_table_3_2(cell: Cell) -> None:
 def test_the_profiles_are_those_that_are_derived() -> None:
     assert profile_names() == sorted(map(name_of, CELLS))
     for cell in CELLS[:: len(CELLS) // 4]:
-        assert load_profile(name_of(cell)) == profile_of(cell, bandwidth_for(cell))
+        bandwidth = bandwidth_for(cell)
+        assert load_profile(name_of(cell)) == profile_of(cell, bandwidth)
+        assert derive.written_bandwidths()[cell] == pytest.approx(bandwidth, rel=1e-4)
+
+
+def test_a_check_writes_nothing_and_names_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [cell for cell in CELLS if cell.card == "L40"]
+    monkeypatch.setattr(derive, "CELLS", cells)
+    monkeypatch.setattr(derive, "PROFILES", tmp_path)
+    assert derive.main(["--check"]) == 1
+    assert not list(tmp_path.iterdir())
+    names = ", ".join(sorted(f"{name_of(cell)}.yaml" for cell in cells))
+    assert capsys.readouterr().err == f"not as `python -m sim.derive` writes them: {names}\n"
+    assert derive.main([]) == 0
+    written = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert [load_profile(tmp_path / name) for name in sorted(written)] == [
+        load_profile(name_of(cell)) for cell in sorted(cells, key=name_of)
+    ]
+    table = capsys.readouterr().out
+    assert derive.main(["--check"]) == 0
+    assert capsys.readouterr() == (table, "")
+    wrong = tmp_path / "l40-2-32b.yaml"
+    wrong.write_text(written[wrong.name].replace("alpha_us: ", "alpha_us: 1"), encoding="utf-8")
+    (tmp_path / "z.yaml").write_text("", encoding="utf-8")
+    assert derive.main(["--check"]) == 1
+    assert capsys.readouterr().err.endswith(": l40-2-32b.yaml, z.yaml\n")
+    assert wrong.read_text() != written[wrong.name]
+
+
+def test_a_cell_is_predicted_from_the_others_alone() -> None:
+    bandwidths = derive.written_bandwidths()
+    cells = {cell: bandwidths[cell] for cell in CELLS if cell.card == "H20"}
+    left_out = next(iter(cells))
+    for one in derive.predictions(cells):
+        assert abs(one.simulated - one.cell.most) <= 1
+    others = [cell for cell in cells if cell != left_out]
+    guess = derive.predicted(left_out, others, cells)
+    assert derive.predicted(left_out, others, {**cells, left_out: 1.0}) == guess
+    assert next(derive.predictions(cells)).predicted == guess
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -47,7 +84,7 @@ def test_every_figure_has_its_source_and_no_price_is_invented(name: str) -> None
     assert "table 3-2" in profile.step.source.text
     assert profile.limits.source.text
     for priced in (profile.price, profile.power):
-        assert priced is None or priced.source.origin is not Origin.DERIVED
+        assert priced is None or priced.source.origin in (Origin.MEASURED, Origin.PUBLISHED)
 
 
 def test_a_profile_survives_being_written(tmp_path: Path) -> None:
