@@ -12,10 +12,11 @@ from benchmarks.case_4_1.sites import LOCAL, MODEL, REMOTE, Site, policy
 from policies.files import KnownNames, read_policy
 from policies.state import Backend
 from probes.base import Timing
-from sim.cluster import Cluster, Trip
+from sim.cluster import Cluster
 from sim.engine import EngineSettings
 from sim.members import Member
 from sim.profile import engine_settings
+from sim.trips import Trip
 
 WITHOUT_FIGURES: Final = Timing(metrics_s=1e9, metrics_idle_s=1e9, metrics_max_s=1e9)
 """The proxy does not read the engines' figures, as `measured.py` says why."""
