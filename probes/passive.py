@@ -82,6 +82,15 @@ def outcome_of(ended: AttemptError | int, retry_after: bool = False) -> Outcome:
     return Outcome.FAILED
 
 
+def tried_elsewhere(status: int) -> bool:
+    """Whether a complete answer with this status ends its attempt alone: another backend may do better.
+
+    Any other is the answer, good or bad: what one backend finds wrong with a request, so would the next. 401 and
+    403 are about our key, not the client's; 408 and 429 about this backend's time.
+    """
+    return status >= 500 or 300 <= status < 400 or status in (401, 403, 408, 429)
+
+
 def backoff_s(status: int, retry_after: str | None, wall: float) -> float:
     """How long to send a backend nothing new after this answer, for `Fleet.back_off`; 0: no reason to.
 

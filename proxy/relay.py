@@ -14,7 +14,7 @@ import orjson
 
 from policies.base import Outcome, RequestFacts
 from policies.state import Backend, Lease
-from probes.passive import AttemptError, outcome_of
+from probes.passive import AttemptError, outcome_of, tried_elsewhere
 from proxy import records
 from proxy.access.keys import Key
 from proxy.answers import answer
@@ -299,13 +299,13 @@ class Relay(Receiver):
             return
         body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
         status = reply.status
-        if 300 <= status < 400:
-            self._attempt_failed(status, f"the backend answered {status}: it stands elsewhere")
-            return
-        if status >= 500 or status in (401, 403, 408, 429):
-            assert self.lease is not None
-            self.last_error = (reply, body, self.lease.backend)
-            self._attempt_failed(status, f"the backend answered {status}")
+        if status >= 300 and tried_elsewhere(status):
+            if status < 400:
+                self._attempt_failed(status, f"the backend answered {status}: it stands elsewhere")
+            else:
+                assert self.lease is not None
+                self.last_error = (reply, body, self.lease.backend)
+                self._attempt_failed(status, f"the backend answered {status}")
             return
         if body.find(ABORTED) >= 0:
             self.meter.body(body)

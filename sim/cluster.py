@@ -1,7 +1,8 @@
 """Backends behind a router, in virtual time: `sim.router.Router` before one `sim.engine.Engine` each.
 
-Simulated are the arrivals, the network (half a round trip each way), the engines and what goes wrong. The router
-knows of an engine what the proxy knows: its own counts, and figures that are as old as the last scrape.
+Simulated are the arrivals, the network (half a round trip each way), the engines, what goes wrong, and the timeouts
+of the proxy for what it has sent. The router knows of an engine what the proxy knows: its own counts, and figures
+that are as old as the last scrape.
 
 Time is an integer, microseconds, and what happens at one moment happens in a fixed order, so one seed gives one
 result, byte for byte.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import ceil, inf
 from random import Random
@@ -24,7 +24,9 @@ from probes.base import Timing
 from probes.passive import AttemptError
 from sim.engine import FIRST_TOKEN, Engine, Sequence
 from sim.members import Change, Incident, Member, Node
-from sim.router import ATTEMPTS, Request, Router
+from sim.router import ATTEMPTS, BETWEEN_TOKENS_S, FIRST_TOKEN_S, TOTAL_S, Request, Router
+from sim.timeouts import Timeouts
+from sim.trips import Result, Trip
 from sim.workload import Arrival, Workload
 
 SECOND: Final = 1_000_000
@@ -49,46 +51,6 @@ _CHECK: Final = 9
 _CHANGE: Final = 10
 
 
-class Trip(Request):
-    """A request of a workload."""
-
-    __slots__ = ("arrival", "cached_tokens", "index", "node", "preemptions", "sequence")
-
-    def __init__(self, index: int, arrival: Arrival, facts: RequestFacts) -> None:
-        super().__init__(facts)
-        self.index = index
-        """Its place in the workload."""
-        self.arrival = arrival
-        self.node: Node | None = None
-        """Where its present attempt goes."""
-        self.sequence: Sequence | None = None
-        """Of its present attempt, once that is in an engine."""
-        self.cached_tokens = 0
-        self.preemptions = 0
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Seconds per token after the first; None: there is no such token, or no complete answer."""
-        tokens = self.arrival.output_tokens
-        if self.sequence is None or self.sequence.finished < 0 or tokens < 2:
-            return None
-        return (self.ended - self.first_token) / (tokens - 1)
-
-
-@dataclass(slots=True)
-class Result:
-    """What a simulation saw."""
-
-    trips: list[Trip] = field(default_factory=list)
-    """In the order of their arrivals."""
-    events: int = 0
-    """That were processed."""
-    ended: int = 0
-    """Virtual time at the end, microseconds."""
-    moves: list[tuple[int, str, bool]] = field(default_factory=list)
-    """(time, backend, available): each change of what the router holds available."""
-
-
 class Cluster(Router):
     """One simulation. `run` plays a workload to its end, once."""
 
@@ -101,6 +63,9 @@ class Cluster(Router):
         timing: Timing | None = None,
         incidents: Iterable[Incident] = (),
         patience_s: float = inf,
+        first_token_s: float = FIRST_TOKEN_S,
+        between_tokens_s: float = BETWEEN_TOKENS_S,
+        total_s: float = TOTAL_S,
         limited: bool = False,
         metrics: bool = True,
         retry_ratio: float = 0.2,
@@ -108,9 +73,11 @@ class Cluster(Router):
         attempts: int = ATTEMPTS,
         log: EventLog | None = None,
     ) -> None:
-        """`patience_s`: after which a client leaves that has not had its first token. `limited`: clients set
-        `max_tokens`, to what their answers have; else they set none. `metrics`: the proxy reads the engines'
-        figures (`probing.metrics`). `log`: as of `Router`."""
+        """`patience_s`: after which a client leaves that has not had its first token; no router knows of it.
+        `first_token_s`, `between_tokens_s`, `total_s`: the router's own patience (`timeouts` of the proxy).
+        `limited`: clients set `max_tokens`, to what their answers have; else they set none. `metrics`: the proxy
+        reads the engines' figures (`probing.metrics`). `log`: as of `Router`. Raises ValueError for an incident
+        of a backend that is no member."""
         self.members = list(members)
         super().__init__(
             [member.backend for member in self.members],
@@ -126,6 +93,7 @@ class Cluster(Router):
         self.nodes = {member.backend.name: Node(member, self.timing) for member in self.members}
         self.result = Result()
         self._patience = patience_s
+        self._timeouts = Timeouts(first_token_s, between_tokens_s, total_s)
         self._limited = limited
         self._metrics = metrics
         self._jitter = Random(f"{seed}/probes")  # noqa: S311 - a simulation is to be repeated
@@ -134,14 +102,20 @@ class Cluster(Router):
         self._order = 0
         self._open = 0
         """Requests that have not ended, those included that come after others of their session."""
-        self._turns: dict[str, list[tuple[int, Arrival]]] = {}
-        """By session: what comes after an answer, the next one last."""
+        self._turns: dict[tuple[str, str], list[tuple[int, Arrival]]] = {}
+        """By tenant and session: what comes after an answer, the next one last."""
         self._wake = -1
-        """When the valve is polled next; below zero: when something happens."""
+        """When the valve is polled next; below zero: when something happens. What else the heap has of polls
+        is void."""
         self._sweeping = False
         self._available = [backend.available for backend in self.fleet]
         self._model = next((model for backend in self.fleet for model in sorted(backend.models)), "")
         for incident in incidents:
+            if incident.backend not in self.nodes:
+                names = ", ".join(self.nodes)
+                raise ValueError(
+                    f"an incident names the backend {incident.backend!r}, the members are {names}"
+                )
             self._at(incident.at, _CHANGE, incident)
         for node in self.nodes.values():
             if not node.up:
@@ -188,11 +162,12 @@ class Cluster(Router):
         turns = self._turns
         for index, arrival in enumerate(workload):
             self._open += 1
-            if arrival.think >= 0 and arrival.session in turns:
-                turns[arrival.session].append((index, arrival))
+            session = (arrival.tenant, arrival.session)
+            if arrival.think >= 0 and session in turns:
+                turns[session].append((index, arrival))
             else:
                 if arrival.session:
-                    turns.setdefault(arrival.session, [])
+                    turns.setdefault(session, [])
                 arrivals.append((index, arrival))
         for waiting in turns.values():
             waiting.reverse()
@@ -255,7 +230,7 @@ class Cluster(Router):
             data_class=arrival.data_class,
             arrived=now,
             wall=now,
-            deadline=now + self._patience,
+            deadline=now + self._timeouts.total_s,
             stream=True,
             body_bytes=arrival.prompt_tokens * BYTES_PER_TOKEN,
             prompt_tokens=arrival.prompt_tokens,
@@ -268,11 +243,12 @@ class Cluster(Router):
             facts.session = f"{arrival.tenant}\0{arrival.session}"
         trip = Trip(index, arrival, facts)
         self.result.trips.append(trip)
+        self._timeouts.arrived(trip)
         if not self._sweeping:
             self._sweeping = True
             self._at((self.now // SWEEP + 1) * SWEEP, _SWEEP)
         self.submit(trip, now)
-        if self.held:
+        if facts.id in self.held:
             self._schedule()
         if self._patience < inf and trip.end is None:
             self._at(self.now + round(self._patience * SECOND), _LEAVE, trip)
@@ -282,6 +258,7 @@ class Cluster(Router):
         assert request.lease is not None
         request.sequence = None
         request.node = node = self.nodes[request.backend]
+        self._timeouts.sent(request)
         if node.delay:
             self._at(self.now + node.delay, _REACH, (request, request.lease))
         else:
@@ -355,19 +332,39 @@ class Cluster(Router):
         """Its client has waited long enough for a first token."""
         if trip.end is not None or trip.first_token >= 0.0:
             return
-        node, sequence = trip.node, trip.sequence
-        if trip.lease is not None and node is not None and sequence is not None:
-            trip.sequence = None
-            self._advance(node)
-            node.engine.cancel(sequence, self.now)
-            self._arm(node)
+        self._stop(trip)
         self.left(trip, self.now / SECOND)
+
+    def _give_up(self) -> None:
+        """End the attempts that take too long, as `sweep` of proxy/exchange.py does."""
+        now, timeouts, nodes = self.now / SECOND, self._timeouts, self.nodes.values()
+        while (trip := timeouts.overdue(now)) is not None:
+            self.overdue(trip, now, self._stop(trip))
+        while (trip := timeouts.silent(now)) is not None:
+            self._stop(trip)
+            self.failed(trip, AttemptError.FIRST_TOKEN_TIMEOUT, now)
+        while (trip := timeouts.stalled(nodes, now)) is not None:
+            self.failed(trip, AttemptError.STALLED, now, usage=self._stop(trip))
+
+    def _stop(self, trip: Trip) -> tuple[int, int, int]:
+        """Let its engine forget its present attempt. -> what it has used there, if its answer has begun."""
+        node, sequence = trip.node, trip.sequence
+        if trip.lease is None or node is None or sequence is None:
+            return 0, 0, 0
+        trip.sequence = None
+        self._advance(node)
+        tokens = node.engine.tokens(sequence, self.now)
+        node.engine.cancel(sequence, self.now)
+        self._arm(node)
+        if trip.first_token < 0.0:
+            return 0, 0, 0
+        return sequence.prompt_tokens, sequence.cached_tokens, tokens
 
     def over(self, request: Request, now: float) -> None:
         assert isinstance(request, Trip)
         self._open -= 1
-        session = request.arrival.session
-        turns = self._turns.get(session) if session else None
+        last = request.arrival
+        turns = self._turns.get((last.tenant, last.session)) if last.session else None
         if turns:
             index, arrival = turns.pop()
             self._at(self.now + max(arrival.think, 0), _ARRIVE, (index, arrival))
@@ -376,14 +373,16 @@ class Cluster(Router):
 
     def _poll(self, now: float) -> None:
         super()._poll(now)
-        self._schedule()
+        if not self._polling:  # else the poll that runs will
+            self._schedule()
 
     def _schedule(self) -> None:
         if not self.held:
+            self._wake = -1
             return
         wait = min(self.valve.next_wake() - self.now / SECOND, 3600.0)
         at = self.now + max(ceil(wait * SECOND), 1000)
-        if self._wake < 0 or at < self._wake:
+        if at != self._wake:
             self._wake = at
             self._at(at, _POLL)
 
@@ -392,6 +391,7 @@ class Cluster(Router):
             for node in self.nodes.values():
                 if self.now >= node.scrape_working_at:
                     self._scrape(node)
+        self._give_up()
         self.sweep(self.now / SECOND)
         self._note_moves()
         if self._open:
@@ -419,8 +419,10 @@ class Cluster(Router):
             backend.probed(node.health.is_up, now)
         if node.up:
             backend.observe_rtt(node.member.rtt / SECOND, now)
-        self.fleet.refresh(now)
+        changed = self.fleet.refresh(now)
         self._note_moves()
+        if changed:
+            self.poll(now)
         pause = timing.interval_s if node.health.is_up else min(timing.retry_s, timing.interval_s)
         self._at(self.now + self._pause(pause), _CHECK, node)
 
@@ -452,7 +454,14 @@ class Cluster(Router):
             node.wake = -1
             node.engine = Engine(node.member.settings)
             for trip in self.result.trips:
-                if trip.node is node and trip.lease is not None and trip.sequence is not None:
+                sequence = trip.sequence
+                if (
+                    trip.node is node
+                    and trip.lease is not None
+                    and sequence is not None
+                    and sequence.finished < 0
+                ):
+                    trip.sequence = None  # it died with its engine
                     self._fail(trip, AttemptError.RESET)
         elif change is Change.UP:
             node.up = True

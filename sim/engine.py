@@ -212,6 +212,7 @@ class Engine:
         "preemptions",
         "prefill_tokens",
         "settings",
+        "stalled",
     )
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -266,6 +267,8 @@ class Engine:
         self.next_at = inf
         """When the present run ends, microseconds; inf: idle."""
         self.preemptions = 0
+        self.stalled: dict[Sequence, float] = {}
+        """Those that were preempted amid their answers and do not decode again yet, and since when."""
         self.prefill_tokens = 0
         """Computed so far."""
 
@@ -336,6 +339,7 @@ class Engine:
         if sequence.finished >= 0 or sequence.cancelled:
             return
         sequence.cancelled = True
+        self.stalled.pop(sequence, None)
         if sequence not in self._running:
             if sequence in self._waiting:
                 self._waiting.remove(sequence)  # those behind it may fit where it did not
@@ -359,6 +363,8 @@ class Engine:
         """Schedule the next step, and the ones that will be like it."""
         if self._cancelled:
             self._drop_cancelled()
+        self._begun = now
+        self._taken = 0
         decodes = self._decodes
         preempted = False
         if decodes and self._blocks >= 0:
@@ -386,11 +392,10 @@ class Engine:
         if not preempted and self._waiting:
             prefill += self._admit(now, budget)
         self._prefill = prefill
-        self._begun = now
         if prefill:
             self._steps = 1
         elif not decodes:
-            self._steps = self._taken = 0
+            self._steps = 0
             self.next_at = inf
             if self._waiting:  # everything was preempted by itself; with an empty batch there is room
                 self._begin(now)
@@ -440,6 +445,8 @@ class Engine:
     def _join(self, sequence: Sequence, at: int, events: list[Event]) -> None:
         """Its prompt is complete: it has one more token, and decodes from now on."""
         sequence.generated += 1
+        if self.stalled:
+            self.stalled.pop(sequence, None)
         if sequence.first_token < 0 and not sequence.cancelled:
             sequence.first_token = at
             events.append(Event(at, FIRST_TOKEN, sequence))
@@ -577,6 +584,8 @@ class Engine:
         self._waiting.appendleft(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
+        if sequence.generated:
+            self.stalled.setdefault(sequence, self._begun)
 
     # KV blocks
 

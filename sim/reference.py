@@ -147,6 +147,22 @@ class ReferenceEngine:
         sequence.computed = 0
         sequence.finish_step = -1
 
+    # What an engine says of itself
+
+    def kv_use(self) -> float:
+        """Share of the KV cache that sequences hold, 0 to 1."""
+        blocks = self.settings.kv_blocks
+        return 0.0 if blocks is None else self.held() / blocks
+
+    @property
+    def stalled(self) -> set[Sequence]:
+        """Those that were preempted amid their answers and do not decode again yet."""
+        return {
+            sequence
+            for sequence in [*self.running, *self.waiting]
+            if sequence.generated and not sequence.decoding and not sequence.cancelled
+        }
+
     # KV blocks
 
     def blocks_of(self, sequence: Sequence) -> int:
@@ -158,8 +174,7 @@ class ReferenceEngine:
         settings = self.settings
         if settings.kv_blocks is None:
             return True
-        unused = sum(not users for users in self.units.values()) * self.unit_blocks
-        return self.used() - unused + self.new_blocks(sequence, tokens) <= settings.kv_blocks
+        return self.held() + self.new_blocks(sequence, tokens) <= settings.kv_blocks
 
     def fits(self, sequence: Sequence, tokens: int) -> bool:
         """The same, and the room is made."""
@@ -177,6 +192,10 @@ class ReferenceEngine:
     def used(self) -> int:
         """Blocks that hold something."""
         return sum(map(self.blocks_of, self.running)) + len(self.units) * self.unit_blocks
+
+    def held(self) -> int:
+        """The same, without those that only the prefix cache keeps."""
+        return self.used() - sum(not users for users in self.units.values()) * self.unit_blocks
 
     # The prefix cache
 

@@ -22,16 +22,22 @@ from policies.routing import Routing
 from policies.rules import RuleSet
 from policies.state import Backend, Fleet, Lease
 from policies.valve import Valve
-from probes.passive import BACKOFF_MAX_S, AttemptError, backoff_s, outcome_of
+from probes.passive import BACKOFF_MAX_S, AttemptError, backoff_s, outcome_of, tried_elsewhere
 
 ATTEMPTS: Final = 3
 """Backends that one request is sent to at most, as configured by default."""
+FIRST_TOKEN_S: Final = 120.0
+BETWEEN_TOKENS_S: Final = 30.0
+TOTAL_S: Final = 3600.0
+"""Timeouts, as configured by default."""
 
 
 class End(Enum):
     """How a request ended."""
 
     OK = "ok"
+    CLIENT_ERROR = "client_error"
+    """A backend found fault with the request itself."""
     REJECTED = "rejected"
     """By the router: queue full, waited too long, nothing available."""
     FAILED = "failed"
@@ -168,6 +174,9 @@ class Router(ABC):
         if request.first_token >= 0.0:
             self.settled(request, End.CUT, outcome, now, usage, reason)
             return
+        if isinstance(error, int) and not tried_elsewhere(error):
+            self.settled(request, End.CLIENT_ERROR, outcome, now, usage, reason)
+            return
         self._release(request, outcome, now, usage)
         if isinstance(error, int):
             pause = _pause_s(error, retry_after_s)
@@ -184,6 +193,12 @@ class Router(ABC):
                 self._routed(request, routing, now)
                 return
         self._end(request, End.FAILED, now, reason)
+
+    def overdue(self, request: Request, now: float, usage: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """It was sent, and the time for all of it is over; `usage`: as far as it was told."""
+        end = End.CUT if request.first_token >= 0.0 else End.FAILED
+        error = AttemptError.DEADLINE
+        self.settled(request, end, outcome_of(error), now, usage, error.value)
 
     def left(self, request: Request, now: float, usage: tuple[int, int, int] = (0, 0, 0)) -> None:
         """Its client has gone; `usage`: as far as it was told."""

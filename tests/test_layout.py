@@ -114,6 +114,7 @@ TESTED_BY = {
     "sim/traces/forms.py": "tests/sim/test_traces.py",
     "sim/traces/lines.py": "tests/sim/test_traces.py",
     "sim/traces/servegen.py": "tests/sim/test_traces_servegen.py",
+    "sim/trips.py": "tests/sim/test_cluster.py",
     "sim/vllm_metrics.py": "tests/sim/test_openai_server.py",
     "sim/workload.py": "tests/sim/test_traces.py",
     "sim/workload_plot.py": "tests/sim/test_workload_command.py",

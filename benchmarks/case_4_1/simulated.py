@@ -11,10 +11,11 @@ from benchmarks.case_4_1.report import BLOCK_TOKENS, SECTIONS, workload
 from benchmarks.case_4_1.sites import LOCAL, MODEL, REMOTE, Site, policy
 from policies.files import KnownNames, read_policy
 from policies.state import Backend
-from sim.cluster import Cluster, Trip
+from sim.cluster import Cluster
 from sim.engine import EngineSettings
 from sim.members import Member
 from sim.profile import engine_settings
+from sim.trips import Trip
 
 UNLIMITED: Final = 100_000
 """Slots of the appliance where nothing stands before it."""

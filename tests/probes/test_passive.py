@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from policies.base import Outcome, RequestFacts
 from policies.state import Backend, Fleet
-from probes.passive import BACKOFF_DEFAULT_S, BACKOFF_MAX_S, AttemptError, backoff_s, outcome_of
+from probes.passive import (
+    BACKOFF_DEFAULT_S,
+    BACKOFF_MAX_S,
+    AttemptError,
+    backoff_s,
+    outcome_of,
+    tried_elsewhere,
+)
 
 OK, FAILED, IGNORED = Outcome.OK, Outcome.FAILED, Outcome.IGNORED
 
@@ -72,6 +79,16 @@ def test_statuses(status: int, retry_after: bool, outcome: Outcome) -> None:
 @given(st.integers(400, 499), st.booleans())
 def test_law_no_4xx_counts_against_a_backend(status: int, retry_after: bool) -> None:
     assert outcome_of(status, retry_after) is IGNORED
+
+
+def test_what_another_backend_may_answer_better() -> None:
+    found = {status for status in range(100, 600) if tried_elsewhere(status)}
+    assert found == {*range(300, 400), 401, 403, 408, 429, *range(500, 600)}
+
+
+@given(st.integers(100, 999), st.booleans())
+def test_law_whatever_counts_against_a_backend_is_tried_elsewhere(status: int, retry_after: bool) -> None:
+    assert tried_elsewhere(status) or outcome_of(status, retry_after) is not FAILED
 
 
 WALL = datetime(2026, 11, 23, 17, 41, tzinfo=UTC)

@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from policies.match import Selector
+from probes.passive import tried_elsewhere
 from proxy.access.keys import Key
 from proxy.exchange import MOVES, Exchange, State
 from proxy.relay import WHOLE_ANSWER_BYTES
@@ -438,6 +439,20 @@ def test_a_failure_before_the_first_data_goes_to_the_next_backend(reply: bytes, 
     blameless = kind in ("503", "429", "408", "401", "403")
     assert outcomes(world, "a") == ((0, 0, 1) if blameless else (0, 1, 0))
     assert outcomes(world, "b") == (1, 0, 0)
+    world.check()
+
+
+@pytest.mark.parametrize("status", [200, 201, *range(300, 304), *range(305, 600)])
+def test_which_statuses_go_to_the_next_backend(status: int) -> None:
+    world = World("a", "b")
+    exchange = world.start()
+    world.answers(exchange, "a").data_received(whole(status, b"{}"))
+    if tried_elsewhere(status):
+        assert world.dialled() == ["b"]
+    else:
+        assert read(exchange).status == status
+        assert exchange.row.outcome == ("ok" if status < 300 else "client_error")
+        assert (exchange.row.attempts, world.backend("a").failed) == (1, 0)
     world.check()
 
 

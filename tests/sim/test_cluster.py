@@ -13,18 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policies.eventlog import EventLog, PolicySource
 from policies.files import KnownNames, read_policy
 from policies.rules import RuleSet
 from policies.state import Backend
-from sim.cluster import SECOND, Cluster, Result
+from sim.cluster import SECOND, SWEEP, Cluster
 from sim.engine import EngineSettings, StepCost
 from sim.members import Change, Incident, Member
 from sim.router import End, Request
+from sim.trips import Result
 from sim.workload import Arrival, Workload
 
 ENGINE = EngineSettings(
     StepCost(alpha=20_000.0, beta=100.0, gamma=0.05, delta=50.0), max_num_seqs=8, kv_tokens=40_000
 )
+SMALL = replace(ENGINE, kv_tokens=2_000)
+"""Does not hold every prompt, and seldom two."""
 LOCAL_FIRST = """
 rules:
   - name: local first
@@ -74,6 +78,7 @@ def scenes(draw: st.DrawFn) -> dict[str, object]:
             "rtt": draw(st.sampled_from([0, 1, 30_000])),
             "overhead": draw(st.sampled_from([0, 2_000])),
             "starts": draw(st.sampled_from([0, 0, 4 * SECOND])),
+            "settings": draw(st.sampled_from([ENGINE, ENGINE, SMALL])),
         }
         for name in names
     ]
@@ -100,8 +105,15 @@ def scenes(draw: st.DrawFn) -> dict[str, object]:
         )
         for _ in range(draw(st.integers(0, 4)))
     ]
-    patience = draw(st.sampled_from([float("inf"), 0.5, 3.0]))
-    return {"members": members, "arrivals": arrivals, "incidents": incidents, "patience_s": patience}
+    return {
+        "members": members,
+        "arrivals": arrivals,
+        "incidents": incidents,
+        "patience_s": draw(st.sampled_from([float("inf"), 0.5, 3.0])),
+        "first_token_s": draw(st.sampled_from([120.0, 120.0, 0.4])),
+        "between_tokens_s": draw(st.sampled_from([30.0, 0.3])),
+        "total_s": draw(st.sampled_from([3600.0, 3600.0, 2.0])),
+    }
 
 
 def play(scene: dict[str, object]) -> tuple[Cluster, Result]:
@@ -138,6 +150,7 @@ def test_nothing_is_lost_and_nothing_is_left(scene: dict[str, object]) -> None:
         if node.up:
             node.engine.advance(float("1e18"))
             assert node.engine.running == node.engine.waiting == 0
+            assert not node.engine.stalled
             assert node.engine.kv_use(1e18) == 0.0
 
 
@@ -294,3 +307,76 @@ def test_without_metrics_nobody_asks_an_engine() -> None:
     members = [member("a")]
     simulate(members, every(0.3, 30), metrics=False)
     assert members[0].backend.sampled_at < 0
+
+
+def test_what_an_engine_can_never_hold_ends_at_once_and_nobody_is_to_blame() -> None:
+    members = [member("local", slots=50, settings=SMALL, rtt=20_000), member("away", site="away")]
+    cluster, result = simulate(members, [Arrival(0, 3000, 10)] * 10, retries_per_s=0.0, retry_ratio=1.0)
+    assert ends(result) == {End.CLIENT_ERROR: 10}
+    assert {(trip.backend, trip.attempts, trip.reason) for trip in result.trips} == {
+        ("local", 1, "status 400")
+    }
+    assert {trip.ended for trip in result.trips} == {0.02}
+    local = cluster.fleet["local"]
+    assert (local.failed, local.ignored, local.breaker.failures) == (0, 10, 0)
+    assert cluster.retry_budget.balance(0.02) == 10.0
+
+
+def test_a_client_that_gives_up_while_it_is_held_has_gone() -> None:
+    """How long it will wait is nothing that a router knows."""
+    _, result = simulate(
+        [member("local", slots=1)], [Arrival(0, 100, 200), Arrival(1, 100, 1)], patience_s=2.0
+    )
+    first, second = result.trips
+    assert (first.end, second.end, second.attempts, second.reason) == (End.OK, End.GONE, 0, "")
+    assert second.ended == pytest.approx(2.0, abs=1e-5)
+    assert [trip.facts.deadline - trip.facts.arrived for trip in result.trips] == pytest.approx([3600.0] * 2)
+
+
+def polls(members: list[Member], arrivals: list[Arrival], **options: object) -> tuple[Cluster, list[int]]:
+    """-> when the valve was polled otherwise than by the sweep, microseconds."""
+    records: list[dict[str, object]] = []
+    log = EventLog(records.append, PolicySource("test", LOCAL_FIRST, 1))
+    cluster, _ = simulate(members, arrivals, log=log, **options)
+    times = [round(record["at"] * SECOND) for record in records if record.get("event") == "poll"]  # type: ignore[operator]
+    assert any(at % SWEEP == 0 for at in times)
+    return cluster, [at for at in times if at % SWEEP]
+
+
+def test_a_hold_that_has_ended_wakes_nobody() -> None:
+    """They are held for five seconds at most; the first of them is sent after two."""
+    running, first = Arrival(0, 100, 100), Arrival(110_000, 100, 400)
+    _, times = polls([member("a", slots=1)], [running, first])
+    assert times == []
+    _, times = polls([member("a", slots=1)], [running, first, Arrival(130_000, 100, 400)])
+    assert times == pytest.approx([5_130_000], abs=2)
+
+
+def test_a_backend_that_a_probe_finds_gets_what_is_held_at_once() -> None:
+    members = [member("a", slots=1), member("b", slots=1, starts=SECOND)]
+    cluster, times = polls(members, [Arrival(0, 100, 400), Arrival(100_000, 100, 1)])
+    (up,) = [at for at, name, available in cluster.result.moves if (name, available) == ("b", True)]
+    assert up % SWEEP
+    assert up in times
+    held = cluster.result.trips[1]
+    assert (held.backend, held.held_s) == ("b", pytest.approx(up / SECOND - 0.1))
+
+
+def test_an_incident_of_a_backend_that_there_is_not_is_refused() -> None:
+    members = [member("a"), member("b")]
+    with pytest.raises(ValueError, match=r"'c'.* a, b$"):
+        Cluster(members, rules(members), incidents=[Incident(0, "c", Change.DOWN)])
+
+
+def test_sessions_of_two_tenants_do_not_wait_for_each_other() -> None:
+    turns = [
+        Arrival(0, 100, output, tenant=tenant, session="s", think=0)
+        for tenant, output in [("x", 200), ("y", 10), ("y", 10), ("x", 10)]
+    ]
+    _, result = simulate([member("local")], turns)
+    by_index = sorted(result.trips, key=lambda trip: trip.index)
+    slow, quick, next_quick, next_slow = by_index
+    assert quick.facts.arrived == slow.facts.arrived == 0.0
+    assert next_quick.facts.arrived == pytest.approx(quick.ended)
+    assert next_slow.facts.arrived == pytest.approx(slow.ended)
+    assert next_quick.ended < slow.ended

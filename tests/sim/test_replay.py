@@ -51,7 +51,7 @@ def eventful() -> Records:
         Incident(12 * SECOND, "a", Change.FULL, retry_after_s=1.5),
         Incident(14 * SECOND, "a", Change.MENDED),
         Incident(20 * SECOND, "b", Change.DOWN),
-        Incident(25 * SECOND, "b", Change.UP),
+        Incident(28 * SECOND, "b", Change.UP),
     ]
     arrivals = every(0.08, 400, output=40)
     scene = {"members": members, "arrivals": arrivals, "incidents": incidents, "patience_s": 3.0}
