@@ -109,6 +109,7 @@ TESTED_BY = {
     "sim/plan_command.py": "tests/sim/test_plan.py",
     "sim/profile.py": "tests/sim/test_profiles.py",
     "sim/record_forms.py": "tests/sim/test_replay_damage.py",
+    "sim/recording.py": "tests/sim/test_replay_damage.py",
     "sim/reference.py": "tests/sim/test_engine.py",
     "sim/replay_command.py": "tests/e2e/test_replay.py",
     "sim/router.py": "tests/sim/test_cluster.py",

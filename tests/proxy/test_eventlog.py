@@ -14,6 +14,7 @@ import pytest
 from proxy.build import ConfigError
 from proxy.config import Config
 from proxy.eventlog import LogFile
+from proxy.linewriter import BLOCK_LINES
 from proxy.serve import Service
 
 
@@ -51,13 +52,13 @@ def test_a_disk_that_is_too_slow_ends_the_recording_with_a_warning(caplog: pytes
 
 
 def test_a_disk_that_is_full_ends_the_recording_and_nothing_follows(caplog: pytest.LogCaptureFixture) -> None:
-    file = LogFile(os.open("/dev/full", os.O_WRONLY), interval_s=0)
-    file.record(a_record(0))
+    file = LogFile(os.open("/dev/full", os.O_WRONLY), interval_s=60)
+    for number in range(2 * BLOCK_LINES):
+        file.record(a_record(number))
     assert file.close()
-    file.record(a_record(1))
-    (said,) = caplog.records
+    (said,) = caplog.records  # of the first block alone: the second is not tried
     assert said.getMessage() == "the event log ends here: it cannot be written: no space left on device"
-    assert not file._lines
+    assert file.ended
 
 
 def test_a_record_that_json_has_not_ends_the_recording_behind_the_last_that_it_has(
