@@ -5,8 +5,8 @@ One `EventLog` hears of both. `RecordedFleet` and `RecordedValve` tell it of wha
 the same events with a log of its own writes the same log again, line by line, if it decides alike: that is what
 `sim/replay.py` looks for.
 
-A record is a mapping that JSON can hold, numbered by `n` from 0. The first is `start`: backends, policy and
-retries. After it come events, each with its name, and decisions:
+A record is a mapping that JSON can hold, numbered by `n` from 0 (`sim/record_forms.py` has the form of each). The
+first is `start`: backends, policy and retries. After it come events, each with its name, and decisions:
 
 | event | what happened | besides `at` |
 |---|---|---|
@@ -23,7 +23,8 @@ retries. After it come events, each with its name, and decisions:
 `at` is seconds, monotonic, since `start`, which is whole: such differences are exact, and so is their sum with it.
 What is as it is by default is left out of facts and backends. An event with `within` happened amid a poll,
 after its answers were decided. Sessions stand in the ledger's form: whoever gives `salted` makes the policies see
-them in that form too, so that a replay sees what they saw.
+them in that form too, so that a replay sees what they saw. Of why a backend's models are unknown it holds only
+that there is a reason: the reason may name a host.
 """
 
 from __future__ import annotations
@@ -55,9 +56,14 @@ OBSERVED: Final = (
 )
 """Of a backend, what probes set."""
 
+_MODELS_UNKNOWN: Final = OBSERVED.index("models_unknown")
+
 TIMES: Final = frozenset({"arrived", "deadline", "sampled_at"})
 SETS: Final = frozenset({"models", "data_classes"})
 TUPLES: Final = frozenset({"prefix", "location"})
+
+UNKNOWN: Final = "unknown"
+"""Stands for every reason why models are unknown: no decision depends on which it is."""
 
 
 class PolicySource(NamedTuple):
@@ -85,8 +91,13 @@ class EventLog:
         policy: PolicySource,
         start: float = 0.0,
         salted: Callable[[str], str] | None = None,
+        close: Callable[[str], None] | None = None,
     ) -> None:
-        """`start`: monotonic time, the zero of the log, whole seconds. `salted`: what stands for a session."""
+        """`start`: monotonic time, the zero of the log, whole seconds. `salted`: what stands for a session.
+
+        `close` is called once, with the reason, after the last record.
+        """
+        self.write = write
         self.policy = policy
         self.start = start
         self.salted = salted
@@ -95,7 +106,7 @@ class EventLog:
         """The driver is amid a poll."""
         self.deciding = False
         """Fleet or valve are at work: what they do in there follows from the events."""
-        self._write = write
+        self._close = close
         self._number = 0
         self._open: set[str] = set()
         """Requests that were submitted and have not ended."""
@@ -126,8 +137,12 @@ class EventLog:
 
     def end(self, reason: str) -> None:
         """Write the last record. What comes later is not recorded."""
+        if self.closed:
+            return
         self._event("end", self._last, reason=reason)
         self.closed = True
+        if self._close is not None:
+            self._close(reason)
 
     # Told by fleet and valve
 
@@ -176,7 +191,7 @@ class EventLog:
                 continue
             self._figures[backend.name] = figures
             changed[backend.name] = {
-                name: self._plain(name, getattr(backend, name))
+                name: self._plain(name, new)
                 for name, old, new in zip(OBSERVED, before, figures, strict=True)
                 if old != new
             }
@@ -223,7 +238,7 @@ class EventLog:
 
     def _record(self, record: dict[str, Any]) -> None:
         if not self.closed:
-            self._write({"n": self._number, **record})
+            self.write({"n": self._number, **record})
             self._number += 1
 
     def _facts(self, request: RequestFacts) -> dict[str, Any]:
@@ -245,6 +260,8 @@ class EventLog:
     def _plain(self, name: str, value: Any) -> Any:
         if name in TIMES:
             return value - self.start
+        if name == "models_unknown":
+            return UNKNOWN if value else ""
         if isinstance(value, frozenset):
             return sorted(value)
         if isinstance(value, tuple):
@@ -356,15 +373,18 @@ class RecordedValve(Valve):
             self.log.decided(routing)
         return answers
 
-    def cancel(self, request_id: str) -> bool:
-        cancelled = super().cancel(request_id)
+    def cancel(self, request_id: str, now: float | None = None) -> bool:
+        cancelled = super().cancel(request_id, now)
         if cancelled:
-            self.log.released(request_id, Outcome.IGNORED, self._now, (0, 0, 0))
+            self.log.released(request_id, Outcome.IGNORED, self._now if now is None else now, (0, 0, 0))
         return cancelled
 
 
 def _figures(backend: Backend) -> tuple[object, ...]:
-    return tuple([getattr(backend, name) for name in OBSERVED])
+    """What probes set, as far as it is told."""
+    figures = [getattr(backend, name) for name in OBSERVED]
+    figures[_MODELS_UNKNOWN] = UNKNOWN if backend.models_unknown else ""
+    return tuple(figures)
 
 
 def _default(field: Field[Any]) -> object:

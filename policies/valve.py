@@ -156,8 +156,11 @@ class Valve:
             heappop(self._ends)
         return min(self._ends[0][0], self._ask_at, self._back_at) if self._ends else self._back_at
 
-    def cancel(self, request_id: str) -> bool:
-        """The client has left: forget its request. False: it is not held, so it has been answered."""
+    def cancel(self, request_id: str, now: float | None = None) -> bool:
+        """The client has left: forget its request. False: it is not held, so it has been answered.
+
+        Nothing here depends on `now`; an event log has it (None: the time of the last call).
+        """
         held = self._held.get(request_id)
         if held is not None:
             self._take(held, served=False)

@@ -60,7 +60,7 @@ def serve(
     log: Annotated[str | None, typer.Option(help="Request log: `-`, `off` or a file.")] = None,
     record: Annotated[
         Path | None,
-        typer.Option(help="Write an event log for `tidegate replay` to this file.", dir_okay=False),
+        typer.Option(help="Write an event log for `tidegate replay` to this new file.", dir_okay=False),
     ] = None,
 ) -> None:
     """Run the proxy.

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
-from collections import deque
 from typing import Any, Final, TypeAlias
 
 import orjson
 
+from proxy.linewriter import INTERVAL_S, LineWriter
 from proxy.records import INTEGER, Row, plain
 
 Line: TypeAlias = tuple[str, Row] | dict[str, Any]
 """A finished request (its id and row), or any other line."""
 
-BLOCK_LINES = 128
-"""Lines written at once: putting them into words holds the interpreter for about 0.1 ms."""
 MAX_WORDS = 4096
 """Combinations of words that are kept; models that do not exist have any name."""
 WORDS = (
@@ -43,8 +40,8 @@ WORDS = (
 """The fields of a line that many lines share."""
 
 
-class RequestLog:
-    """JSON lines, written by a thread of their own: a slow disk or pipe never stops the loop.
+class RequestLog(LineWriter[Line]):
+    """JSON lines, put into words and written by a thread of their own.
 
     When the reader falls behind by more than `MAX_PENDING` lines, lines are dropped and counted; the ledger has
     them all.
@@ -52,18 +49,10 @@ class RequestLog:
 
     MAX_PENDING: Final = 100_000
 
-    def __init__(self, descriptor: int, interval_s: float = 0.1) -> None:
+    def __init__(self, descriptor: int, interval_s: float = INTERVAL_S) -> None:
         self.dropped = 0
-        self._descriptor = descriptor
-        self._interval_s = interval_s
-        self._lines: deque[Line] = deque()
         self._words: dict[tuple[Any, ...], bytes] = {}
-        self._stop = threading.Event()
-        self._bell = threading.Event()
-        """Wakes the thread when there is something to do for it."""
-        self._idle = False
-        self._worker = threading.Thread(target=self._run, name="request log", daemon=True)
-        self._worker.start()
+        super().__init__("request log", descriptor, self.MAX_PENDING, interval_s)
 
     @classmethod
     def to(cls, where: str) -> RequestLog | None:
@@ -74,46 +63,11 @@ class RequestLog:
             return cls(sys.stdout.fileno())
         return cls(os.open(where, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640))
 
-    def write(self, line: Line) -> None:
-        """It is put into words in the thread."""
-        if len(self._lines) >= self.MAX_PENDING:
-            self.dropped += 1
-        else:
-            self._lines.append(line)
-            if self._idle:
-                self._idle = False
-                self._bell.set()
+    def _overflow(self) -> None:
+        self.dropped += 1
 
-    def close(self) -> None:
-        """Write what is left and end."""
-        self._stop.set()
-        self._bell.set()
-        self._worker.join(timeout=2.0)
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            # The loop appends first and looks at `_idle` then; here it is the other way round.
-            self._idle = True
-            if not self._lines:
-                self._bell.wait()
-            self._idle = False
-            self._bell.clear()
-            self._stop.wait(self._interval_s)
-            self._flush()
-        self._flush()
-
-    def _flush(self) -> None:
-        lines = self._lines
-        while lines:
-            block = [self._encode(lines.popleft()) for _ in range(min(len(lines), BLOCK_LINES))]
-            data = memoryview(b"".join(block))
-            try:
-                while data:
-                    written = os.write(self._descriptor, data)
-                    data = data[written:]
-            except OSError:
-                self.dropped += len(block)
-                return
+    def _unwritten(self, lines: int, error: OSError) -> None:
+        self.dropped += lines
 
     def _encode(self, line: Line) -> bytes:
         try:

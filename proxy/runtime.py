@@ -345,7 +345,7 @@ class Runtime:
 
     def cancel_hold(self, operation: str) -> None:
         """The client of a held request has left."""
-        self.valve.cancel(operation)
+        self.valve.cancel(operation, self.now())
         self.held.pop(operation, None)
 
     def capacity_freed(self, now: float) -> None:

@@ -158,6 +158,8 @@ class Service:
         if config.probing.enabled:
             await self._start_probes(built)
         await self._listen()
+        if self._record is not None:  # not before: a start that fails leaves nothing behind
+            cast("RecordedRuntime", runtime).write_record()
         runtime.tasks.spawn(self._sweep(), "sweep")
         runtime.tasks.spawn(self._watch(), "watch keys and files")
         self._write_ports()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import orjson
@@ -26,14 +25,17 @@ from policies.eventlog import (
     plain_back,
 )
 from policies.files import read_policy
+from policies.yamlfile import FileProblems
 from probes.passive import AttemptError
+from sim.record_forms import damage
+from sim.recording import BadLogError
 from sim.router import End, Request, Router
 
 _ENDS: Final = {Outcome.OK: End.OK, Outcome.FAILED: End.CUT, Outcome.IGNORED: End.GONE}
 
 
-class BadLogError(Exception):
-    """The file is no event log that can be replayed; the message says why."""
+PROGRESS_RECORDS: Final = 1000
+"""After about so many records `progress` hears."""
 
 
 @dataclass(slots=True)
@@ -76,35 +78,54 @@ class _BrokenOffError(Exception):
 
 
 class _Reader:
-    """The recorded log, with a place in it."""
+    """The recorded log, with a place in it. It holds one record."""
 
-    def __init__(self, records: list[dict[str, Any]], comparison: Comparison) -> None:
-        self.records = records
+    def __init__(self, records: Iterable[dict[str, Any]], comparison: Comparison) -> None:
+        """Raises BadLogError."""
         self.comparison = comparison
         self.place = 0
+        """Of `next`, from 0."""
+        self._records = iter(records)
+        self.next: dict[str, Any] | None = next(self._records, None)
+        if self.next is None:
+            raise BadLogError(1, "there is no record")
+        if self.next.get("event") != "start":
+            raise BadLogError(1, "the first line of an event log is another")
+        if self.next.get("format") != FORMAT:
+            raise BadLogError(1, f"it has format {self.next.get('format')}, this version reads {FORMAT}")
+        self._check(self.next)
 
     @property
-    def next(self) -> dict[str, Any] | None:
-        return self.records[self.place] if self.place < len(self.records) else None
+    def line(self) -> int:
+        """Of `next`, from 1."""
+        return self.place + 1
 
     def compare(self, replayed: dict[str, Any]) -> None:
-        """Take the next record, which has to be this one."""
+        """Take the next record, which has to be this one. Raises BadLogError if what follows is damaged."""
         recorded = self.next
         if recorded is None:
             raise _BrokenOffError
         if recorded != replayed:
             raise _DifferentError(Difference(self.place, recorded, replayed))
-        self.place += 1
         if "decision" in replayed:
             self.comparison.decisions += 1
         else:
             self.comparison.events += 1
+        self.place += 1
+        self.next = next(self._records, None)
+        if self.next is not None:
+            self._check(self.next)
+
+    def _check(self, record: Mapping[str, Any]) -> None:
+        problem = damage(record)
+        if problem:
+            raise BadLogError(self.line, problem)
 
 
 class Replay(Router):
     """A router to which happens what a log says."""
 
-    def __init__(self, records: list[dict[str, Any]], comparison: Comparison) -> None:
+    def __init__(self, records: Iterable[dict[str, Any]], comparison: Comparison) -> None:
         """Raises BadLogError."""
         self._reader = reader = _Reader(records, comparison)
         self._comparison = comparison
@@ -112,20 +133,17 @@ class Replay(Router):
         """By id: those that have not ended."""
         self._ends = 0
         """After which nobody was offered the place yet."""
-        first = records[0] if records else {}
-        if first.get("event") != "start":
-            raise BadLogError("its first line is not that of an event log")
-        if first.get("format") != FORMAT:
-            raise BadLogError(f"it has format {first.get('format')}, this version reads {FORMAT}")
+        first = reader.next
+        assert first is not None
+        self._start: float = first["start"]
+        source, retries = PolicySource(**first["policy"]), Retries(**first["retries"])
         try:
-            self._start: float = first["start"]
-            source, retries = PolicySource(**first["policy"]), Retries(**first["retries"])
-            backends = [backend_from(backend, self._start) for backend in first["backends"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadLogError(f"its first line cannot be read: {error}") from error
+            policy = read_policy(source.text, source.name, seed=source.seed)
+        except FileProblems as error:
+            raise BadLogError(1, f"its policy cannot be read: {error}") from error
         super().__init__(
-            backends,
-            read_policy(source.text, source.name, seed=source.seed).rules,
+            [backend_from(backend, self._start) for backend in first["backends"]],
+            policy.rules,
             retry_ratio=retries.ratio,
             retries_per_s=retries.per_second,
             attempts=retries.attempts,
@@ -133,24 +151,38 @@ class Replay(Router):
         )
 
     def run(self, progress: Callable[[int], None] | None = None) -> None:
-        """Go through the log. `progress` hears of every thousandth record."""
-        while (record := self._reader.next) is not None:
+        """Go through the log. `progress` hears now and then how many records are behind it."""
+        reader, told = self._reader, 0
+        while (record := reader.next) is not None:
             if record.get("event") == "end":
-                self._comparison.end = record["reason"]
+                self._end_log(record["reason"])
                 break
             self._happen(record)
-            if progress is not None and self._reader.place % 1000 < 2:
-                progress(self._reader.place)
-        if self._ends and self._comparison.end:
-            raise _DifferentError(Difference(self._reader.place, self._reader.next, {"event": "freed"}))
+            if progress is not None and reader.place - told >= PROGRESS_RECORDS:
+                told = reader.place
+                progress(told)
+
+    def _end_log(self, reason: str) -> None:
+        reader = self._reader
+        if self._ends:
+            raise _DifferentError(Difference(reader.place, reader.next, {"event": "freed"}))
+        assert self.log is not None
+        self.log.end(reason)
+        self._comparison.end = reason
+        if reader.next is not None:
+            raise BadLogError(reader.line, "the log goes on behind its end")
 
     def _happen(self, record: dict[str, Any]) -> None:
         place, event = self._reader.place, record.get("event")
         if event is None:  # a decision that nobody makes here
             raise _DifferentError(Difference(place, record, None))
+        if event == "start":
+            raise BadLogError(place + 1, "another log begins")
         at = self._start + record["at"]
         if event == "arrival":
             request = Request(facts_from(record["request"], self._start))
+            if request.facts.id in self._requests:
+                raise BadLogError(place + 1, f"the request {request.facts.id!r} has arrived already")
             self._requests[request.facts.id] = request
             self._comparison.requests += 1
             self.submit(request, at)
@@ -175,7 +207,7 @@ class Replay(Router):
         if request is None:
             return
         event = record["event"]
-        usage = tuple(record.get("usage", ()))
+        usage = tuple(record.get("usage", (0, 0, 0)))
         if event == "first token" and request.lease is not None:
             self.begun(request, at)
         elif event == "failed" and request.lease is not None:
@@ -191,7 +223,9 @@ class Replay(Router):
 
     def _observe(self, backends: Mapping[str, Mapping[str, Any]], at: float) -> None:
         for name, figures in backends.items():
-            backend = self.fleet[name]
+            backend = self.fleet.backends.get(name)
+            if backend is None:
+                raise BadLogError(self._reader.line, f"its first line has no backend {name!r}")
             for figure, value in figures.items():
                 if figure == "probed_up":
                     backend.probed(value, at)
@@ -224,30 +258,11 @@ class Replay(Router):
             self._happen(record)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a file. What a crash left of a last line is left out. Raises BadLogError or OSError."""
-    records = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            if number == len(lines):
-                break
-            raise BadLogError(f"line {number} is no JSON") from None
-        if not isinstance(record, dict):
-            raise BadLogError(f"line {number} is no record")
-        records.append(record)
-    return records
-
-
 def compare(records: Iterable[dict[str, Any]], progress: Callable[[int], None] | None = None) -> Comparison:
-    """Replay a log. Raises BadLogError and, if its policy cannot be read, FileProblems."""
+    """Replay a log, which is gone through once. Raises BadLogError, and whatever going through it raises."""
     found = Comparison()
     try:
-        Replay(list(records), found).run(progress)
+        Replay(records, found).run(progress)
     except _DifferentError as error:
         found.difference = error.difference
     except _BrokenOffError:

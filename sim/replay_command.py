@@ -18,16 +18,16 @@ def replay(
     from rich.console import Console
     from rich.progress import Progress
 
-    from policies.yamlfile import FileProblems
-    from sim.replay import BadLogError, compare, read_log
+    from sim.recording import BadLogError, Recording
+    from sim.replay import compare
 
     try:
-        records = read_log(file)
+        recording = Recording(file)
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("replaying", total=len(records))
-            found = compare(records, lambda done: bar.update(task, completed=done))
-    except (BadLogError, FileProblems) as error:
+            task = bar.add_task("replaying", total=recording.size or None)
+            found = compare(recording, lambda _: bar.update(task, completed=recording.position))
+    except BadLogError as error:
         typer.echo(f"{file} cannot be replayed: {error}", err=True)
         raise typer.Exit(2) from error
     except OSError as error:
@@ -37,4 +37,7 @@ def replay(
     if found.difference is not None:
         typer.echo(f"record {found.difference.number} is not:\n{found.difference.text}")
         raise typer.Exit(1)
-    typer.echo(f"the log ends because {found.end}" if found.end else "the log breaks off")
+    if found.end:
+        typer.echo(f"the log ends because {found.end}")
+    else:
+        typer.echo(f"the log breaks off in line {recording.torn}" if recording.torn else "the log breaks off")

@@ -215,7 +215,7 @@ class Router(ABC):
     ) -> None:
         """It is over, held or sent, and is not tried again. `outcome`: of its attempt, if it is sent."""
         if request.lease is None:
-            self.valve.cancel(request.facts.id)
+            self.valve.cancel(request.facts.id, now)
             self.held.pop(request.facts.id, None)
         self._release(request, outcome, now, usage)
         self._end(request, end, now, reason)

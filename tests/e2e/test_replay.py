@@ -4,7 +4,9 @@ the log is replayed. Each scene says what its log must hold, so that none passes
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
@@ -15,7 +17,9 @@ import pytest
 
 import policies
 from proxy.tasks import Tasks
-from sim.replay import Comparison, compare, read_log
+from sim.record_forms import damage
+from sim.recording import BadLogError, Recording
+from sim.replay import Comparison, compare
 from tests.e2e import backends as b
 from tests.e2e.backends import Behaviour, Wire, answers, dead_port, status, waits
 from tests.e2e.proxy_fixtures import (
@@ -28,6 +32,7 @@ from tests.e2e.proxy_fixtures import (
     command,
     eventually,
 )
+from tests.sim.damage import NEVER, changed, kind_of, places
 
 pytestmark = pytest.mark.e2e
 
@@ -53,7 +58,7 @@ class Recorded:
             await task
         await self.proxy.idle()
         await self.proxy.service.stop()
-        found = compare(read_log(self.file))
+        found = compare(Recording(self.file))
         assert found.difference is None, found.difference.text
         assert found.end
         assert found.decisions >= found.requests > 0
@@ -62,7 +67,7 @@ class Recorded:
     def counts(self) -> Counter[str]:
         """How many records there are of each event, of decisions by who decided, of holds, of refusals by code."""
         counts: Counter[str] = Counter()
-        for record in read_log(self.file):
+        for record in Recording(self.file):
             if "event" in record:
                 counts[record["event"]] += 1
             else:
@@ -84,7 +89,7 @@ async def record(
     tasks = Tasks()
 
     async def start(*backends: Any, **config: Any) -> Recorded:
-        file = tmp_path / "events.jsonl"
+        file = config.pop("record", tmp_path / "events.jsonl")
         return Recorded(await start_proxy(*backends, record=file, **config), file, tasks)
 
     yield start
@@ -171,7 +176,7 @@ async def test_spilling_decides_alike(start_backend: StartBackend, record: Recor
     for _ in range(3):
         assert (await run.proxy.chat()).backend == "a"
     await run.replayed()
-    log = read_log(run.file)
+    log = list(Recording(run.file))
     assert [record["tier"] for record in log if "send" in record] == [0, 0, 0, 1, 1, 1, 0, 0, 0]
     assert any(record.get("spilling") for record in log)
 
@@ -196,6 +201,7 @@ async def test_holds_decide_alike_whatever_ends_them(
     run.start()
     await eventually(lambda: proxy.runtime.valve.queued == 3)
     assert (await run.start()).code == "queue_full"
+    (left,) = [op for op, exchange in proxy.runtime.held.items() if exchange.row.stream]
     leaves.reset()
     await eventually(lambda: proxy.runtime.valve.queued == 2)
     assert (await late).code == "queue_timeout"
@@ -208,6 +214,10 @@ async def test_holds_decide_alike_whatever_ends_them(
     assert counts["queue_full"] >= 1
     assert counts["queue_timeout"] >= 1
     assert counts["hold"] >= 4
+    records = list(Recording(run.file))
+    place = next(n for n, one in enumerate(records) if one.get("event") == "ended" and one["request"] == left)
+    earlier = {one["at"] for one in records[:place] if "at" in one}
+    assert records[place]["at"] > max(earlier), "it has the time at which its client left, not that of a poll"
 
 
 async def test_a_wait_that_is_over_decides_alike(
@@ -285,7 +295,7 @@ async def test_pipelined_requests_that_come_amid_an_end_decide_alike(
         assert codes[1] == "model_not_found"
     gate.set()
     await run.replayed()
-    assert any("within" in record for record in read_log(run.file))
+    assert any("within" in record for record in Recording(run.file))
 
 
 async def test_a_log_holds_no_secret_no_prompt_and_no_session(
@@ -303,28 +313,131 @@ async def test_a_log_holds_no_secret_no_prompt_and_no_session(
     text = run.file.read_text()
     for secret in ("my-session", "my prompt", "sk-backend", key.rpartition(" ")[2], str(backend.port)):
         assert secret not in text
-    facts = next(record["request"] for record in read_log(run.file) if record.get("event") == "arrival")
+    facts = next(record["request"] for record in Recording(run.file) if record.get("event") == "arrival")
     assert (facts["session"], facts["tenant"]) == (row.session, "acme")
 
 
-async def test_a_log_ends_at_a_reload(start_backend: StartBackend, record: Record, tmp_path: Path) -> None:
+async def test_a_log_says_that_models_are_unknown_and_not_why(
+    start_backend: StartBackend, record: Record
+) -> None:
+    run = await record(await start_backend(), await start_backend())
+    backend = run.proxy.backend("b")
+    backend.models, backend.models_unknown = frozenset(), "TLS: no certificate for 'gpu.example'"
+    await eventually(lambda: '"models_unknown":"unknown"' in run.file.read_text())
+    assert (await run.proxy.chat()).backend == "a"
+    await run.replayed()
+    assert "gpu.example" not in run.file.read_text()
+
+
+def is_open(file: Path) -> bool:
+    """Whether this process has it open."""
+    return str(file) in [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+
+
+async def test_a_log_ends_at_a_reload_and_is_whole_then(
+    start_backend: StartBackend, record: Record, tmp_path: Path
+) -> None:
     config = tmp_path / "tidegate.yaml"
     run = await record(await start_backend(), file=config)
     await run.proxy.chat()
+    assert is_open(run.file)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"aliases": {"n": "m"}}))
     assert run.proxy.service.reload()
+    await eventually(lambda: not is_open(run.file))
+    text = run.file.read_text()
     assert (await run.proxy.chat()).status == 200
     found = await run.replayed()
     assert (found.requests, found.end) == (1, "the configuration was reloaded")
+    assert run.file.read_text() == text
 
 
-async def test_a_disk_that_fails_ends_the_log_and_nothing_else(
-    start_backend: StartBackend, start_proxy: StartProxy, caplog: pytest.LogCaptureFixture
+async def test_what_has_happened_is_in_the_file_while_the_proxy_runs(
+    start_backend: StartBackend, record: Record
 ) -> None:
-    proxy = await start_proxy(await start_backend(), record=Path("/dev/full"))
-    assert (await proxy.chat()).status == 200
-    await proxy.service.stop()
-    assert "the event log ends here" in caplog.text
+    run = await record(await start_backend())
+    await run.proxy.chat()
+    await run.proxy.idle()
+    await eventually(lambda: '"freed"' in run.file.read_text())
+    found = compare(Recording(run.file))  # as after a kill
+    assert (found.requests, found.difference, found.end) == (1, None, "")
+    await run.replayed()
+
+
+def put_in_place(monkeypatch: pytest.MonkeyPatch, path: Path, descriptor: int) -> None:
+    """Whoever makes the file `path` gets `descriptor` instead."""
+    make = os.open
+
+    def made(name: Any, *how: Any, **options: Any) -> int:
+        return descriptor if name == path else make(name, *how, **options)
+
+    monkeypatch.setattr(os, "open", made)
+
+
+async def test_a_disk_that_is_full_ends_the_log_and_nothing_else(
+    start_backend: StartBackend,
+    record: Record,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    put_in_place(monkeypatch, tmp_file := Path("/nowhere/events.jsonl"), os.open("/dev/full", os.O_WRONLY))
+    run = await record(await start_backend(), record=tmp_file)
+    assert (await run.proxy.chat()).status == 200
+    await eventually(lambda: "the event log ends here: it cannot be written: no space left" in caplog.text)
+    assert (await run.proxy.chat()).status == 200
+    await run.proxy.service.stop()
+
+
+async def test_a_disk_that_stands_still_delays_no_request(
+    start_backend: StartBackend, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    put_in_place(monkeypatch, tmp_path / "events.jsonl", writing)
+    run = await record(await start_backend())
+    for _ in range(30):  # about 1 kB each
+        assert (await run.proxy.chat()).status == 200
+    await run.proxy.idle()
+
+    def read() -> bytes:
+        with os.fdopen(reading, "rb") as pipe:
+            return pipe.read()
+
+    _, recorded = await asyncio.gather(run.proxy.service.stop(), asyncio.to_thread(read))
+    (file := tmp_path / "read.jsonl").write_bytes(recorded)
+    found = compare(Recording(file))
+    assert (found.requests, found.difference, found.end) == (30, None, "the proxy was stopped")
+
+
+async def test_a_recording_that_is_damaged_anywhere_is_refused_with_the_line(
+    start_backend: StartBackend, record: Record, tmp_path: Path
+) -> None:
+    rules = "rules: [{name: all, pick: least-load, queue: {wait: 50ms, depth: 2}}]"
+    run = await record(
+        *[{"url": (await start_backend(then=erratic(number))).url, "slots": 1} for number in range(2)],
+        policy=policy(tmp_path, rules),
+        probing={"interval": "100ms", "timeout": "90ms"},
+    )
+    await eventually(lambda: all(backend.rtt_s for backend in run.proxy.runtime.fleet))
+    for number in range(30):
+        run.start(stream=number % 2 == 0)
+        if number % 8 == 7:
+            await asyncio.sleep(0.02)
+    await run.replayed()
+    records = list(Recording(run.file))
+    assert {kind_of(one) for one in records} >= {
+        "start",
+        "arrival",
+        "ended",
+        "figures",
+        "send",
+        "hold",
+        "end",
+    }
+    for place, path in places(records):
+        assert str(path[0]) in damage(changed(records, place, path, NEVER)[place])
+    for place in {kind_of(one): one["n"] for one in records}.values():
+        with pytest.raises(BadLogError, match=f"line {place + 1}: n"):
+            compare(changed(records, place, ("n",), NEVER))
 
 
 async def test_the_command_says_what_is_equal_and_what_is_not(
@@ -336,11 +449,19 @@ async def test_the_command_says_what_is_equal_and_what_is_not(
     await run.replayed()
     code, out, _ = await command("replay", str(run.file))
     assert (code, out.splitlines()[0]) == (0, "4 decisions over 4 requests are equal")
-    run.file.write_text(run.file.read_text().replace('"send":"a"', '"send":"b"', 1))
+    whole = run.file.read_text()
+    run.file.write_text(whole.replace('"send":"a"', '"send":"b"', 1))
     code, out, _ = await command("replay", str(run.file))
     assert code == 1
     assert out.startswith("0 decisions over 1 requests are equal")
     assert '"send":"b"' in out
+    run.file.write_text(whole[: whole.index('"fallbacks"')])
+    code, out, _ = await command("replay", str(run.file))
+    assert (code, out) == (0, "0 decisions over 1 requests are equal\nthe log breaks off in line 3\n")
+    run.file.write_text(whole.replace('"request":{', '"request":7,"was":{', 1))
+    code, _, complaint = await command("replay", str(run.file))
+    assert code == 2
+    assert complaint.startswith(f"{run.file} cannot be replayed: line 2: ")
     for bad in ("", "{", "7", '{"event":"start","format":0}', "{}\n{\n{}"):
         run.file.write_text(bad)
         code, _, complaint = await command("replay", str(run.file))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,21 @@ from hypothesis import strategies as st
 import policies
 from policies.base import RequestFacts
 from policies.breaker import Breaker
-from policies.eventlog import EventLog, PolicySource, Retries, backend_from, facts_from
+from policies.eventlog import (
+    EventLog,
+    PolicySource,
+    RecordedFleet,
+    RecordedValve,
+    Retries,
+    backend_from,
+    facts_from,
+)
 from policies.files import read_policy
 from policies.state import Backend
 from sim.cluster import SECOND, Cluster
 from sim.members import Change, Incident
-from sim.replay import BadLogError, compare, read_log
+from sim.recording import BadLogError, Recording
+from sim.replay import compare
 from sim.workload import Workload
 from tests.sim.test_cluster import LOCAL_FIRST, every, member, scenes
 
@@ -124,10 +134,20 @@ def test_a_missing_event_is_found_by_what_follows_from_it_and_not_by_its_number_
         assert compare(renumbered(records[:place] + records[place + 1 :])).difference is not None, place
 
 
-@pytest.mark.parametrize("event", ["first token", "figures", "poll"])
-def test_some_event_that_only_informs_is_missed_by_a_later_decision(event: str) -> None:
+def overrated() -> Records:
+    """A backend whose engine takes fewer than its slots say: only its figures tell that it is full."""
+    members = [{"name": "a", "slots": 30}, {"name": "b", "site": "away"}]
+    return record({"members": members, "arrivals": every(0.05, 100, output=100)}, LOCAL_FIRST)
+
+
+@pytest.mark.parametrize(
+    ("event", "scene"), [("first token", eventful), ("figures", overrated), ("poll", eventful)]
+)
+def test_some_event_that_only_informs_is_missed_by_a_later_decision(
+    event: str, scene: Callable[[], Records]
+) -> None:
     """Not each: a figure may be stale before anybody looks at it."""
-    records = eventful()
+    records = scene()
     rest = [one for one in records if one.get("event") != event]
     assert compare(renumbered(rest)).difference is not None
 
@@ -147,7 +167,7 @@ def test_a_log_that_breaks_off_is_compared_as_far_as_it_goes(tmp_path: Path) -> 
     file = tmp_path / "log.jsonl"
     text = b"".join(orjson.dumps(one) + b"\n" for one in records)
     file.write_bytes(text[: len(text) // 2])
-    found = compare(read_log(file))
+    found = compare(Recording(file))
     assert (found.difference, found.end) == (None, "")
     assert found.decisions > 0
 
@@ -156,7 +176,7 @@ def test_a_log_that_breaks_off_is_compared_as_far_as_it_goes(tmp_path: Path) -> 
     "first", [{"event": "poll"}, {"event": "start", "format": 0}, {"event": "start", "format": 1}]
 )
 def test_what_is_no_log_is_refused(first: dict[str, Any]) -> None:
-    with pytest.raises(BadLogError, match=r"format|first line"):
+    with pytest.raises(BadLogError, match=r"line 1: .*(format|first line|required)"):
         compare([first])
 
 
@@ -207,3 +227,30 @@ def test_backends_come_back() -> None:
     log.begin([backend, Backend("b")], Retries())
     first = orjson.loads(lines[0])
     assert [backend_from(one, 0.0) for one in first["backends"]] == [backend, Backend("b")]
+
+
+def test_a_request_that_left_the_queue_has_the_time_at_which_it_left() -> None:
+    records: Records = []
+    source = PolicySource("test", PICK.format("least-load"), 0)
+    log = EventLog(records.append, source)
+    fleet = RecordedFleet([Backend("a", slots=1, models=frozenset({"m"}))], log)
+    valve = RecordedValve(read_policy(source.text, source.name).rules, fleet, log)
+    valve.submit(RequestFacts("first", "m"), 1.0)
+    valve.submit(RequestFacts("second", "m"), 2.0)
+    assert valve.cancel("second", 2.75)
+    log.ended("second")
+    assert (records[-1]["event"], records[-1]["request"], records[-1]["at"]) == ("ended", "second", 2.75)
+
+
+def test_why_models_are_unknown_is_not_told() -> None:
+    records: Records = []
+    log = EventLog(records.append, PolicySource("", "", 0))
+    backends = [Backend("a", models_unknown="no certificate for gpu.example"), Backend("b")]
+    log.begin(backends, Retries())
+    assert [backend_from(one, 0.0).models_unknown for one in records[0]["backends"]] == ["unknown", ""]
+    backends[0].models_unknown = "gpu.example refuses"
+    log.figures(backends, 1.0)
+    assert len(records) == 1, "another reason changes nothing"
+    backends[0].models_unknown, backends[1].models_unknown = "", "gpu.example is not known"
+    log.figures(backends, 2.0)
+    assert records[1]["backends"] == {"a": {"models_unknown": ""}, "b": {"models_unknown": "unknown"}}
