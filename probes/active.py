@@ -12,7 +12,7 @@ from typing import Final
 import aiohttp
 import orjson
 
-from probes.base import ModelsSeen, ProbeError, Target, os_reason
+from probes.base import ModelsSeen, ProbeError, Target, certificate_reason, os_reason
 
 HEALTH_LIMIT: Final = 64 * 1024
 MODELS_LIMIT: Final = 1024 * 1024
@@ -69,7 +69,7 @@ def _describe(error: Exception) -> str:
     """What went wrong, in words that hold no header and no URL."""
     match error:
         case aiohttp.ClientConnectorCertificateError():
-            return f"certificate refused: {error.certificate_error}"
+            return f"certificate refused: {certificate_reason(error.certificate_error)}"
         case aiohttp.ClientConnectorDNSError():
             return "name not resolved"
         case aiohttp.ClientSSLError():

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ssl import SSLContext
 from time import perf_counter
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 log = logging.getLogger("tidegate.probes")
@@ -163,6 +163,29 @@ class Probe(Protocol[T_co]):
 def os_reason(error: OSError) -> str:
     """What the system says went wrong, without the addresses that asyncio adds."""
     return os.strerror(error.errno) if error.errno and error.errno > 0 else type(error).__name__
+
+
+_CERTIFICATE_REASONS: Final = {
+    9: "it is not valid yet",
+    10: "it has expired",
+    18: "it is self-signed",
+    19: "nobody we trust has signed it",
+    20: "nobody we trust has signed it",
+    21: "nobody we trust has signed it",
+    23: "it was revoked",
+    26: "it is not for this purpose",
+    62: "it is for another name",
+    64: "it is for another address",
+}
+"""By X509_V_ERR of OpenSSL's x509_vfy.h."""
+
+
+def certificate_reason(error: Exception) -> str:
+    """Why a certificate was refused (`ssl.SSLCertVerificationError`), in words that hold no name and no address."""
+    code = getattr(error, "verify_code", 0)
+    if code in _CERTIFICATE_REASONS:
+        return _CERTIFICATE_REASONS[code]
+    return str(getattr(error, "verify_message", "") or "it cannot be verified")
 
 
 async def ask(probe: Probe[T], target: Target, timeout_s: float) -> ProbeResult[T]:

@@ -24,7 +24,9 @@ from proxy.config_values import (
     DataClass,
     DecimalText,
     FieldName,
+    HostName,
     Name,
+    NetworkText,
     SiteName,
     Url,
     Variable,
@@ -90,6 +92,18 @@ class Tls(FileModel):
         None, description="Client certificate chain (PEM), for backends that ask."
     )
     key: Path | None = Field(None, description="Private key of the client certificate (PEM).")
+
+
+class CertificateConfig(FileModel):
+    """One certificate for clients."""
+
+    certificate: Path = Field(description="Certificate chain (PEM), the host's own first.")
+    key: Path = Field(description="Its private key (PEM), without a password.")
+    names: list[HostName] = Field(
+        default_factory=list,
+        description="Names that it is shown for; `*.example.com` stands for one label. Default: those that it "
+        "carries.",
+    )
 
 
 class BackendConfig(FileModel):
@@ -242,6 +256,22 @@ class Config(FileModel):
     admin: Address = Field(
         "127.0.0.1:8081", description="Where health, metrics and state are served. Keep it inside."
     )
+    tls: list[CertificateConfig] = Field(
+        default_factory=list,
+        description="Certificates for clients: with one or more, `listen` speaks HTTPS only.",
+    )
+    admin_tls: bool = Field(False, description="Speak HTTPS on `admin` too, with the same certificates.")
+    proxy_protocol: list[NetworkText] = Field(
+        default_factory=list,
+        description="Networks of load balancers that begin each connection with a PROXY header (version 1 or 2).",
+    )
+    trusted_proxies: list[NetworkText] = Field(
+        default_factory=list,
+        description="Networks of proxies in front whose word on the client's address is taken.",
+    )
+    forwarded_field: Literal["x-forwarded-for", "forwarded"] = Field(
+        "x-forwarded-for", description="The header field in which they say it. The other one is never read."
+    )
     state: Path = Field(Path("tidegate-data"), description="Directory of journal, ledger and keys.")
     database: str | None = Field(
         None, description="SQLAlchemy URL of the ledger. Default: an SQLite file in `state`."
@@ -302,6 +332,8 @@ class Config(FileModel):
                 )
         if self.admin == self.listen and not self.listen.endswith(":0"):
             raise BadValueError("`listen` and `admin` are the same address", at=("admin",))
+        if self.admin_tls and not self.tls:
+            raise BadValueError("HTTPS needs a certificate: give `tls` too", at=("admin_tls",))
         for alias, model in self.aliases.items():
             if model in self.aliases:
                 raise BadValueError(f"'{model}' is itself an alias", at=("aliases", alias))
@@ -363,6 +395,10 @@ def _resolve(config: Config, base: Path) -> Config:
                 update[name] = base / file
         backends.append(backend.model_copy(update=update))
     changes: dict[str, Any] = {"state": base / config.state, "backends": backends}
+    changes["tls"] = [
+        section.model_copy(update={"certificate": base / section.certificate, "key": base / section.key})
+        for section in config.tls
+    ]
     if config.log not in ("-", "off"):
         changes["log"] = str(base / config.log)
     if is_policy_file(config.policy):

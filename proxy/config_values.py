@@ -13,11 +13,12 @@ from typing import Annotated
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
 from policies.match import REMOTE
 from policies.units import BadValueError
 from policies.yamlproblems import closest
+from proxy.client_address import Network
 from proxy.http1 import NEVER_FORWARDED
 from proxy.records import DATA_CLASS
 
@@ -158,6 +159,30 @@ def _check_forwarded(value: str) -> str:
     return value
 
 
+def _check_host_name(value: str) -> str:
+    label = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,62})"
+    if re.fullmatch(rf"(?:\*\.)?{label}(?:\.{label})*", value) is None or len(value) > 253:
+        raise BadValueError(f"not the name of a host, as api.example.com or *.example.com: '{value[:80]}'")
+    return value
+
+
+def _network(value: object) -> Network:
+    """`10.0.0.0/8`, or an address alone."""
+    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
+        return value
+    try:
+        return ipaddress.ip_network(value if isinstance(value, str) else "")
+    except ValueError:
+        pass
+    try:
+        meant = str(ipaddress.ip_network(str(value), strict=False))
+    except ValueError:
+        meant = None
+    raise BadValueError(
+        f"a network is 10.0.0.0/8, 2001:db8::/32 or an address, got '{str(value)[:60]}'", meant
+    )
+
+
 def time_zone(name: str) -> tzinfo:
     """The time zone with an IANA name. Raises BadValueError: this machine knows none of that name."""
     if name == "UTC":
@@ -190,6 +215,10 @@ SiteName = Annotated[str, AfterValidator(_check_site)]
 DataClass = Annotated[str, AfterValidator(_check_data_class)]
 Zone = Annotated[str, AfterValidator(_check_zone)]
 Variable = Annotated[str, AfterValidator(_check_variable)]
+HostName = Annotated[str, AfterValidator(_check_host_name)]
+NetworkText = Annotated[
+    Network, BeforeValidator(_network), PlainSerializer(str), WithJsonSchema({"type": "string"})
+]
 FieldName = Annotated[str, AfterValidator(_check_forwarded)]
 Url = Annotated[str, AfterValidator(_check_url)]
 Address = Annotated[str, BeforeValidator(_check_type_of_address), AfterValidator(_check_address)]

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Final, cast
 from urllib.parse import urlsplit
 
-from probes.base import os_reason
+from probes.base import certificate_reason, os_reason
 from probes.passive import AttemptError
 from proxy.http1 import (
     ChunkedDecoder,
@@ -289,7 +289,7 @@ def connect_failure(error: OSError) -> tuple[AttemptError, str]:
     """Why a connection could not be made: what kind of failure it is, and words that name no address."""
     match error:
         case ssl.SSLCertVerificationError():
-            return AttemptError.TLS, "its certificate was refused"
+            return AttemptError.TLS, f"its certificate was refused: {certificate_reason(error)}"
         case ssl.SSLError():
             return AttemptError.TLS, "TLS handshake failed"
         case TimeoutError():
