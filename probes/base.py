@@ -28,13 +28,19 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
+def socket_path(url: str) -> str:
+    """The path in `unix:/run/vllm.sock`; empty: it is another URL."""
+    return url[5:] if url.startswith("unix:/") else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One backend to probe."""
 
     name: str
     url: str
-    """Where its API begins, without `/v1`: `https://nj.example:8443` or `http://10.0.0.7:8000/llm`."""
+    """Where its API begins, without `/v1`: `https://nj.example:8443`, `http://10.0.0.7:8000/llm`, or
+    `unix:/run/vllm.sock`."""
     models: frozenset[str] | None = None
     """Models the configuration lists for it; None: whatever it serves (`models: auto`)."""
     slots: int | None = None
@@ -47,6 +53,8 @@ class Target:
     """Name its certificate must carry; None: the URL's host."""
 
     def __post_init__(self) -> None:
+        if self.socket_path:
+            return
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
@@ -54,6 +62,11 @@ class Target:
             )
         if parts.username is not None:
             raise ValueError(f"backend {self.name}: a URL holds no user or password; use a key")
+
+    @property
+    def socket_path(self) -> str:
+        """Of the Unix socket that it listens on; empty: it has an address."""
+        return socket_path(self.url)
 
     @property
     def address(self) -> tuple[str, int]:

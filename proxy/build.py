@@ -17,6 +17,7 @@ from policies.state import NOT_ASKED, Backend
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
 from probes.base import Target, Timing
+from probes.resolver import Resolver
 from proxy.certificates import Certificate, load_certificates, load_chain, not_for_tls
 from proxy.config import DEFAULT_FILE, BackendConfig, Config, SiteConfig, Tls, backend_key, is_policy_file
 from proxy.config import Price as PriceConfig
@@ -71,8 +72,16 @@ class Built:
     """What clients are shown; empty: they speak plain HTTP."""
 
 
-def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Built | None = None) -> Built:
+def build(
+    config: Config,
+    loop: asyncio.AbstractEventLoop,
+    seed: int,
+    before: Built | None = None,
+    resolver: Resolver | None = None,
+) -> Built:
     """Make everything, or raise ConfigError and leave all as it was.
+
+    Without a `resolver` the system is asked for each connection.
 
     With `before`, a backend at the same address keeps its counts, averages and connections.
     """
@@ -93,7 +102,7 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
             else:
                 backends.append(old)
                 changes.append((old, fresh, section, slots))
-            endpoints[section.name] = _endpoint(section, key, tls, tls_files, config, loop)
+            endpoints[section.name] = _endpoint(section, key, tls, tls_files, config, loop, resolver)
             targets.append(_target(section, slots, key, tls))
         prices = _prices(config)
         # The present backends still stand where the old configuration had them.
@@ -229,6 +238,7 @@ def _endpoint(
     tls_files: bytes,
     config: Config,
     loop: asyncio.AbstractEventLoop,
+    resolver: Resolver | None,
 ) -> Endpoint:
     is_vllm = section.engine == "vllm"
     return Endpoint(
@@ -242,6 +252,7 @@ def _endpoint(
         server_name=section.tls.server_name,
         continuous_usage=is_vllm,
         cache_salt=is_vllm,
+        resolver=resolver,
     )
 
 

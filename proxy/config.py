@@ -110,7 +110,9 @@ class BackendConfig(FileModel):
     """One OpenAI-compatible endpoint."""
 
     name: Name = Field(description="How files, headers, logs and metrics call it.")
-    url: Url = Field(description="Where it answers, without `/v1`: `http://127.0.0.1:8000`.")
+    url: Url = Field(
+        description="Where it answers, without `/v1`: `http://127.0.0.1:8000`, or `unix:/run/vllm.sock`."
+    )
     site: SiteName = Field(
         "local",
         description="Where it stands: `local`, or a name from `sites`. Public addresses must say it.",
@@ -301,6 +303,7 @@ class Config(FileModel):
     media_urls: bool = Field(
         False, description="Let engines fetch the URLs of images and the like. A way into their network."
     )
+    resolve: Duration = Field(5.0, ge=1, description="How often the names of backends are looked up again.")
     recent: int = Field(1000, ge=0, description="Decision records kept in memory for `tidegate explain`.")
     seed: int | None = Field(None, description="Seed of random policies. Default: a new one at every start.")
     timeouts: Timeouts = Field(default_factory=Timeouts, description="Deadlines.")

@@ -28,6 +28,7 @@ import uvloop
 from aiohttp import web
 
 from policies.yamlfile import FileProblems
+from probes.resolver import Resolver
 from probes.runner import Prober
 from proxy import server
 from proxy.access.keys import KeyStore
@@ -38,7 +39,7 @@ from proxy.build import Built, ConfigError, build, files_of, first_key, refused_
 from proxy.certificates import ServerCertificates
 from proxy.changes import changes
 from proxy.config import Config, is_policy_file, load_config, override
-from proxy.config_values import time_zone
+from proxy.config_values import is_metadata, time_zone
 from proxy.database import open_database
 from proxy.exchange import OUR_SHORTAGE
 from proxy.journal import Journal
@@ -106,6 +107,7 @@ class Service:
         self._seed = config.seed if config.seed is not None else secrets.randbits(32)
         self._watched = WatchedFiles()
         """The configuration and what it names, also if that was refused."""
+        self._resolver = Resolver(allowed=lambda address: not is_metadata(address), changed=self._moved)
         self._keys_unread = False
         """Whether the last attempt to read the keys failed."""
         self._stopping = asyncio.Event()
@@ -115,7 +117,7 @@ class Service:
         """Open everything. Raises ConfigError, OSError and the ledger's own errors with readable messages."""
         config = self.config
         loop = asyncio.get_running_loop()
-        built = build(config, loop, self._seed)
+        built = build(config, loop, self._seed, resolver=self._resolver)
         _warn(built)
         config.state.mkdir(parents=True, exist_ok=True)
         self._engine = open_database(config.database or config.state)
@@ -153,6 +155,7 @@ class Service:
             await self._start_probes(built)
         await self._listen()
         runtime.tasks.spawn(self._sweep(), "sweep")
+        runtime.tasks.spawn(self._resolve(), "resolve")
         runtime.tasks.spawn(self._watch(), "watch keys and files")
         self._write_ports()
 
@@ -176,6 +179,7 @@ class Service:
             timing=timing(self.config),
             metrics=self.config.probing.metrics,
             changed=lambda: runtime.poll(runtime.now()),
+            resolver=self._resolver,
         )
         runtime.probes = self._prober.snapshot
         await self._prober.start()
@@ -255,6 +259,7 @@ class Service:
         if self._prober is not None:
             await self._prober.close()
         await runtime.tasks.cancel_all()
+        await self._resolver.close()
         for client in list(runtime.clients):
             client.abort()
         for endpoint in runtime.endpoints.values():
@@ -284,7 +289,7 @@ class Service:
             config = load_config(self.path) if self.path is not None else self.config
             config = override(config, self.overrides)
             self._watched.watch(self._files(config))
-            built = build(config, runtime.loop, self._seed, runtime.built)
+            built = build(config, runtime.loop, self._seed, runtime.built, self._resolver)
         except (ConfigError, FileProblems, OSError, ValueError) as error:
             if _is_our_shortage(error):
                 self._watched.forget()  # nothing is wrong with the files: the next look tries again
@@ -349,6 +354,17 @@ class Service:
                 runtime.sweep(runtime.now())
             except Exception:
                 log.exception("sweep failed")
+
+    async def _resolve(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.resolve)
+            await self._resolver.refresh([endpoint.host for endpoint in self.runtime.endpoints.values()])
+
+    def _moved(self, host: str, addresses: frozenset[str]) -> None:
+        """A name has other addresses now."""
+        for endpoint in self.runtime.endpoints.values():
+            if endpoint.host == host:
+                endpoint.pool.keep_to(addresses)
 
     async def _watch(self) -> None:
         turn = 0

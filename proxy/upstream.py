@@ -17,8 +17,9 @@ from functools import partial
 from typing import Final, cast
 from urllib.parse import urlsplit
 
-from probes.base import certificate_reason, os_reason
+from probes.base import certificate_reason, os_reason, socket_path
 from probes.passive import AttemptError
+from probes.resolver import Resolver, is_address
 from proxy.http1 import (
     ChunkedDecoder,
     MalformedResponseError,
@@ -69,6 +70,7 @@ class BackendConnection:
         "_remaining",
         "_state",
         "_to_head_request",
+        "address",
         "endpoint",
         "idle_since",
         "received",
@@ -76,8 +78,10 @@ class BackendConnection:
         "transport",
     )
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, address: str = "") -> None:
+        """`address`: what the endpoint's name stood for; empty: it has no name."""
         self.endpoint = endpoint
+        self.address = address
         self.transport: asyncio.Transport | None = None
         self.requests = 0
         """Requests sent on it, the present one included."""
@@ -309,6 +313,8 @@ class Pool:
         self._idle: deque[BackendConnection] = deque()
         self._loop = clock
         self._closed = False
+        self._addresses: frozenset[str] | None = None
+        """Those that the backend's name stands for; None: they never changed."""
 
     def __len__(self) -> int:
         return len(self._idle)
@@ -323,7 +329,7 @@ class Pool:
 
     def give(self, connection: BackendConnection) -> None:
         """Keep a connection for the next request."""
-        if self._closed:
+        if self._closed or (self._addresses is not None and connection.address not in self._addresses):
             connection.abort()
             return
         connection.idle_since = self._loop.time()
@@ -340,6 +346,14 @@ class Pool:
         """Close what has been idle too long: sooner than the backend would, so that none dies in our hands."""
         while self._idle and now - self._idle[0].idle_since >= self.idle_s:
             self._idle.popleft().abort()
+
+    def keep_to(self, addresses: frozenset[str]) -> None:
+        """Keep idle connections to these addresses only, now and from now on."""
+        self._addresses = addresses
+        for connection in list(self._idle):
+            if connection.address not in addresses:
+                self._idle.remove(connection)
+                connection.abort()
 
     def close(self) -> None:
         """Close all, and whatever comes back later."""
@@ -364,13 +378,15 @@ class Endpoint:
         server_name: str | None = None,
         continuous_usage: bool = True,
         cache_salt: bool = True,
+        resolver: Resolver | None = None,
     ) -> None:
         """`key` replaces the client's credential; `tls` is needed for https URLs, and `tls_files` is what it was
         made of, in any form that tells whether it has changed."""
-        parts = urlsplit(url)
-        assert parts.hostname is not None
         self.name = name
         self.url = url
+        self.socket_path = socket_path(url)
+        parts = urlsplit("http://localhost" if self.socket_path else url)
+        assert parts.hostname is not None
         self.host = parts.hostname
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.prefix = parts.path.rstrip("/").encode("ascii")
@@ -389,6 +405,11 @@ class Endpoint:
         self._tls = tls
         self._tls_files = tls_files
         self._server_name = (server_name or self.host) if tls is not None else None
+        self._resolver = None if self.socket_path or is_address(self.host) else resolver
+        self._good = ""
+        """The address that the last connection was made to."""
+        self._told = ""
+        """What of its TLS the log complains of."""
 
     def same_credentials(self, other: Endpoint) -> bool:
         """Whether both send the same key, and trust and show the same certificates."""
@@ -415,16 +436,56 @@ class Endpoint:
 
     async def connect(self, timeout_s: float) -> BackendConnection:
         """Open a connection. Raises OSError (also for TLS) or TimeoutError."""
-        async with asyncio.timeout(timeout_s):
+        try:
+            async with asyncio.timeout(timeout_s):
+                if self._resolver is None:
+                    connection = await self._open(self.host, "")
+                else:
+                    connection = await self._open_any(await self._addresses(), timeout_s)
+        except ssl.SSLError as error:
+            reason = connect_failure(error)[1]
+            if reason != self._told:
+                self._told = reason
+                log.warning("backend %s: %s", self.name, reason)
+            raise
+        self._told = ""
+        return connection
+
+    async def _addresses(self) -> list[str]:
+        """Those to try, the one that was good before the others."""
+        assert self._resolver is not None
+        found = list(await self._resolver.addresses(self.host))
+        if self._good in found:
+            found.remove(self._good)
+            found.insert(0, self._good)
+        return found
+
+    async def _open_any(self, addresses: list[str], timeout_s: float) -> BackendConnection:
+        """One address after the other; each has an equal share of the time that is left."""
+        end = self._loop.time() + timeout_s
+        while True:
+            address = addresses.pop(0)
+            try:
+                async with asyncio.timeout((end - self._loop.time()) / (1 + len(addresses))):
+                    connection = await self._open(address, address)
+            except OSError:  # TimeoutError is one
+                if not addresses:
+                    raise
+            else:
+                self._good = address
+                return connection
+
+    async def _open(self, host: str, address: str) -> BackendConnection:
+        new = partial(_new_connection, self, address)
+        protocol: asyncio.BaseProtocol
+        if self.socket_path:
+            _, protocol = await self._loop.create_unix_connection(new, self.socket_path)
+        else:
             _, protocol = await self._loop.create_connection(
-                partial(_new_connection, self),
-                self.host,
-                self.port,
-                ssl=self._tls,
-                server_hostname=self._server_name,
+                new, host, self.port, ssl=self._tls, server_hostname=self._server_name
             )
         return cast("BackendConnection", protocol)
 
 
-def _new_connection(endpoint: Endpoint) -> asyncio.Protocol:
-    return cast("asyncio.Protocol", BackendConnection(endpoint))
+def _new_connection(endpoint: Endpoint, address: str) -> asyncio.Protocol:
+    return cast("asyncio.Protocol", BackendConnection(endpoint, address))
