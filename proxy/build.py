@@ -253,6 +253,8 @@ def _endpoint(
         continuous_usage=is_vllm,
         cache_salt=is_vllm,
         resolver=resolver,
+        age_s=config.timeouts.connection,
+        most_requests=config.limits.requests,
     )
 
 

@@ -210,6 +210,11 @@ class Timeouts(FileModel):
     backend_idle: Duration = Field(
         4.0, gt=0, description="An idle backend connection is closed after this; vLLM closes its own at 5 s."
     )
+    connection: Duration = Field(
+        3600.0,
+        gt=0,
+        description="A connection that is older ends behind an answer, a client's and a backend's.",
+    )
     drain: Duration = Field(30.0, ge=0, description="On SIGTERM, how long running requests may take to end.")
 
 
@@ -222,6 +227,9 @@ class LimitsConfig(FileModel):
     body: Size = Field(32 * 1024 * 1024, ge=1024, description="Bytes of a request body: 413.")
     bodies: Size = Field(
         1024 * 1024 * 1024, ge=1024, description="Bytes of all request bodies held at once: 503."
+    )
+    requests: int = Field(
+        100000, ge=1, description="Requests on one connection, a client's or a backend's; then it ends."
     )
     connections: int = Field(10000, ge=1, description="Client connections; further ones: 503.")
 

@@ -90,6 +90,7 @@ class Deadlines:
     between_tokens: float
     total: float
     client_write: float
+    connection: float
 
 
 class Runtime:
@@ -176,7 +177,9 @@ class Runtime:
             timeouts.between_tokens,
             timeouts.total,
             timeouts.client_write,
+            timeouts.connection,
         )
+        self.most_requests = limits.requests
         self.most_body_bytes = limits.body
         self.most_bodies_bytes = limits.bodies
         self.media_urls = config.media_urls

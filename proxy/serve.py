@@ -339,6 +339,8 @@ class Service:
                 fresh = built.endpoints[section.name]
                 if fresh.same_credentials(before):  # what stands in files may be new
                     before.pool.idle_s = fresh.pool.idle_s
+                    before.pool.age_s = fresh.pool.age_s
+                    before.pool.most_requests = fresh.pool.most_requests
                     built.endpoints[section.name] = before
 
     def _files(self, config: Config) -> list[Path]:

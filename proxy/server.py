@@ -69,6 +69,9 @@ class ClientConnection(Client):
         self.blocked = False
         """The client reads slower than we write: nothing further is begun before it has caught up."""
         self.lingering = False
+        self.opened = 0.0
+        self.requests = 0
+        """Requests that went to a backend."""
         self.deadline = inf
         """Monotonic time at which `sweep` ends what the connection is doing."""
         # The request
@@ -97,7 +100,8 @@ class ClientConnection(Client):
             self.peer = peer[0] if isinstance(peer, tuple) else ""
         runtime = self.runtime
         runtime.clients.add(self)
-        self.deadline = runtime.now() + runtime.timeouts.idle
+        self.opened = runtime.now()
+        self.deadline = self.opened + runtime.timeouts.idle
         if len(runtime.clients) > runtime.most_clients:
             self._reject(RequestError("overloaded", "too many connections", retry_after_s=1.0))
 
@@ -319,7 +323,11 @@ class ClientConnection(Client):
             self.finished(keep_alive=head.keep_alive)
             return
         runtime = self.runtime
-        exchange = Exchange(runtime, self, head, admission.endpoint, admission.key, runtime.now())
+        now = runtime.now()
+        self.requests += 1
+        if self.requests >= runtime.most_requests or now - self.opened >= runtime.timeouts.connection:
+            head.keep_alive = False
+        exchange = Exchange(runtime, self, head, admission.endpoint, admission.key, now)
         self.exchange = exchange
         exchange.start(body)
 

@@ -12,8 +12,8 @@ import logging
 import socket
 import ssl
 from abc import ABC, abstractmethod
-from collections import deque
 from functools import partial
+from math import inf
 from typing import Final, cast
 from urllib.parse import urlsplit
 
@@ -28,6 +28,7 @@ from proxy.http1 import (
     ResponseHead,
     parse_response_head,
 )
+from proxy.pool import Pool
 
 log = logging.getLogger("tidegate")
 
@@ -73,6 +74,7 @@ class BackendConnection:
         "address",
         "endpoint",
         "idle_since",
+        "opened",
         "received",
         "requests",
         "transport",
@@ -85,6 +87,7 @@ class BackendConnection:
         self.transport: asyncio.Transport | None = None
         self.requests = 0
         """Requests sent on it, the present one included."""
+        self.opened = endpoint.pool.now()
         self.idle_since = 0.0
         self.received = False
         """Whether a byte of the present reply has come."""
@@ -304,64 +307,6 @@ def connect_failure(error: OSError) -> tuple[AttemptError, str]:
             return AttemptError.CONNECT, os_reason(error)
 
 
-class Pool:
-    """Idle connections of one backend, the last used first."""
-
-    def __init__(self, idle_s: float, clock: asyncio.AbstractEventLoop) -> None:
-        self.idle_s = idle_s
-        """Seconds after which an idle connection is closed."""
-        self._idle: deque[BackendConnection] = deque()
-        self._loop = clock
-        self._closed = False
-        self._addresses: frozenset[str] | None = None
-        """Those that the backend's name stands for; None: they never changed."""
-
-    def __len__(self) -> int:
-        return len(self._idle)
-
-    def take(self) -> BackendConnection | None:
-        """An idle connection that is not known to be closed."""
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.transport is not None and not connection.transport.is_closing():
-                return connection
-        return None
-
-    def give(self, connection: BackendConnection) -> None:
-        """Keep a connection for the next request."""
-        if self._closed or (self._addresses is not None and connection.address not in self._addresses):
-            connection.abort()
-            return
-        connection.idle_since = self._loop.time()
-        self._idle.append(connection)
-
-    def forget(self, connection: BackendConnection) -> None:
-        """It closed, or must not be used again."""
-        try:
-            self._idle.remove(connection)
-        except ValueError:
-            pass
-
-    def sweep(self, now: float) -> None:
-        """Close what has been idle too long: sooner than the backend would, so that none dies in our hands."""
-        while self._idle and now - self._idle[0].idle_since >= self.idle_s:
-            self._idle.popleft().abort()
-
-    def keep_to(self, addresses: frozenset[str]) -> None:
-        """Keep idle connections to these addresses only, now and from now on."""
-        self._addresses = addresses
-        for connection in list(self._idle):
-            if connection.address not in addresses:
-                self._idle.remove(connection)
-                connection.abort()
-
-    def close(self) -> None:
-        """Close all, and whatever comes back later."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop().abort()
-
-
 class Endpoint:
     """Where a backend is, and the connections to it."""
 
@@ -379,6 +324,8 @@ class Endpoint:
         continuous_usage: bool = True,
         cache_salt: bool = True,
         resolver: Resolver | None = None,
+        age_s: float = inf,
+        most_requests: int = 1_000_000_000,
     ) -> None:
         """`key` replaces the client's credential; `tls` is needed for https URLs, and `tls_files` is what it was
         made of, in any form that tells whether it has changed."""
@@ -392,7 +339,7 @@ class Endpoint:
         self.prefix = parts.path.rstrip("/").encode("ascii")
         self.continuous_usage = continuous_usage
         self.cache_salt = cache_salt
-        self.pool = Pool(idle_s, loop)
+        self.pool = Pool(idle_s, loop, age_s, most_requests)
         self.repeated = RepeatedResponseHead()
         host = f"[{self.host}]" if ":" in self.host else self.host
         authority = host if parts.port is None else f"{host}:{parts.port}"
