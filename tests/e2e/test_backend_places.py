@@ -53,7 +53,8 @@ async def test_a_name_is_followed_and_idle_connections_to_the_old_address_end(
     gate = asyncio.Event()
     old = await start_backend(b.answers(), b.waits(gate))
     new = await start_backend(host="127.0.0.2", port=old.port)
-    proxy = await start_proxy({"url": f"http://engine.test:{old.port}"})
+    url = f"http://engine.test:{old.port}"
+    proxy = await start_proxy({"url": url}, timeouts={"backend_idle": "60s"})
     assert (await proxy.chat()).status == 200
     running = await proxy.connect()
     await running.send(chat(stream=True))

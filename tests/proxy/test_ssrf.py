@@ -100,6 +100,12 @@ def test_networks_of_the_operator_may_be_reached_but_no_metadata_service() -> No
         check_url("http://192.168.1.1/", private)
 
 
+def test_a_local_nat64_address_that_can_be_read_in_two_ways_is_not_reached() -> None:
+    assert may_be_reached("64:ff9b:1:808:8:800::")
+    for two_ways in ("64:ff9b:1:808:8:8a9:fea9:fe00", "64:ff9b:1:808:108:800::", "64:ff9b:1:808:8:800::1"):
+        assert not may_be_reached(two_ways)
+
+
 async def test_the_addresses_to_connect_to_are_those_that_were_checked() -> None:
     url = check_url("https://engine.example:8443")
     assert (url.scheme, url.host, url.port, url.address) == ("https", "engine.example", 8443, "")
