@@ -6,13 +6,16 @@ probe finds out whether new connections work and never meets a pooled one that i
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from typing import Final
 
 import aiohttp
 import orjson
+from aiohttp.abc import AbstractResolver, ResolveResult
 
-from probes.base import ModelsSeen, ProbeError, Target, os_reason
+from probes.base import ModelsSeen, ProbeError, Target, certificate_reason, os_reason
+from probes.resolver import Resolver
 
 HEALTH_LIMIT: Final = 64 * 1024
 MODELS_LIMIT: Final = 1024 * 1024
@@ -25,11 +28,44 @@ NO_HEALTH_ENDPOINT: Final = frozenset({401, 403, 404, 405, 501})
 """Answers to `GET /health` that say the server has none, or not for us: then its list of models tells."""
 
 
-def new_session() -> aiohttp.ClientSession:
+class _Known(AbstractResolver):
+    """Asks our resolver, which has an answer also when the system has none."""
+
+    def __init__(self, resolver: Resolver) -> None:
+        self._resolver = resolver
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address in await self._resolver.addresses(host)
+        ]
+
+    async def close(self) -> None:
+        """It is not ours."""
+
+
+def new_session(resolver: Resolver | None = None) -> aiohttp.ClientSession:
     """A client for probes: no pool, no common limit (one hanging backend must not use it up), no proxies from
     the environment, no cookies, no timeouts of its own."""
+    if resolver is None:
+        return _session(aiohttp.TCPConnector(force_close=True, limit=0))
+    return _session(
+        aiohttp.TCPConnector(force_close=True, limit=0, resolver=_Known(resolver), use_dns_cache=False)
+    )
+
+
+def _session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(force_close=True, limit=0),
+        connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": "tidegate", "Accept-Encoding": "identity"},
@@ -45,9 +81,18 @@ async def fetch(
     headers: Mapping[str, str] | None = None,
 ) -> bytes:
     """The body of a 2xx answer, at most `limit` bytes. ProbeError for everything else."""
+    if target.socket_path:
+        async with _session(aiohttp.UnixConnector(target.socket_path, force_close=True)) as own:
+            return await _fetch(own, target, "http://localhost" + path, limit, headers)
+    return await _fetch(session, target, target.url.rstrip("/") + path, limit, headers)
+
+
+async def _fetch(
+    session: aiohttp.ClientSession, target: Target, url: str, limit: int, headers: Mapping[str, str] | None
+) -> bytes:
     try:
         async with session.get(
-            target.url.rstrip("/") + path,
+            url,
             headers=headers,
             ssl=target.tls or True,
             server_hostname=target.server_name,
@@ -69,7 +114,7 @@ def _describe(error: Exception) -> str:
     """What went wrong, in words that hold no header and no URL."""
     match error:
         case aiohttp.ClientConnectorCertificateError():
-            return f"certificate refused: {error.certificate_error}"
+            return f"certificate refused: {certificate_reason(error.certificate_error)}"
         case aiohttp.ClientConnectorDNSError():
             return "name not resolved"
         case aiohttp.ClientSSLError():

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ssl import SSLContext
 from time import perf_counter
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 log = logging.getLogger("tidegate.probes")
@@ -28,13 +28,19 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
+def socket_path(url: str) -> str:
+    """The path in `unix:/run/vllm.sock`; empty: it is another URL."""
+    return url[5:] if url.startswith("unix:/") else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One backend to probe."""
 
     name: str
     url: str
-    """Where its API begins, without `/v1`: `https://nj.example:8443` or `http://10.0.0.7:8000/llm`."""
+    """Where its API begins, without `/v1`: `https://nj.example:8443`, `http://10.0.0.7:8000/llm`, or
+    `unix:/run/vllm.sock`."""
     models: frozenset[str] | None = None
     """Models the configuration lists for it; None: whatever it serves (`models: auto`)."""
     slots: int | None = None
@@ -47,6 +53,8 @@ class Target:
     """Name its certificate must carry; None: the URL's host."""
 
     def __post_init__(self) -> None:
+        if self.socket_path:
+            return
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
@@ -54,6 +62,11 @@ class Target:
             )
         if parts.username is not None:
             raise ValueError(f"backend {self.name}: a URL holds no user or password; use a key")
+
+    @property
+    def socket_path(self) -> str:
+        """Of the Unix socket that it listens on; empty: it has an address."""
+        return socket_path(self.url)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -163,6 +176,29 @@ class Probe(Protocol[T_co]):
 def os_reason(error: OSError) -> str:
     """What the system says went wrong, without the addresses that asyncio adds."""
     return os.strerror(error.errno) if error.errno and error.errno > 0 else type(error).__name__
+
+
+_CERTIFICATE_REASONS: Final = {
+    9: "it is not valid yet",
+    10: "it has expired",
+    18: "it is self-signed",
+    19: "nobody we trust has signed it",
+    20: "nobody we trust has signed it",
+    21: "nobody we trust has signed it",
+    23: "it was revoked",
+    26: "it is not for this purpose",
+    62: "it is for another name",
+    64: "it is for another address",
+}
+"""By X509_V_ERR of OpenSSL's x509_vfy.h."""
+
+
+def certificate_reason(error: Exception) -> str:
+    """Why a certificate was refused (`ssl.SSLCertVerificationError`), in words that hold no name and no address."""
+    code = getattr(error, "verify_code", 0)
+    if code in _CERTIFICATE_REASONS:
+        return _CERTIFICATE_REASONS[code]
+    return str(getattr(error, "verify_message", "") or "it cannot be verified")
 
 
 async def ask(probe: Probe[T], target: Target, timeout_s: float) -> ProbeResult[T]:

@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any, Final, TypeAlias
 
 from probes.base import ProbeError, Target, os_reason
+from probes.resolver import Resolver
 
 WINDOW: Final = 5
 """Handshakes whose least counts: ten seconds at the usual interval."""
@@ -30,12 +31,14 @@ class Connect:
 
     asks = "TCP connect"
 
-    def __init__(self) -> None:
+    def __init__(self, resolver: Resolver | None = None) -> None:
+        """Without a `resolver` the system is asked each time."""
+        self._resolver = resolver
         self._lookups: dict[tuple[str, int], asyncio.Future[Sequence[AddressInfo]]] = {}
 
     async def __call__(self, target: Target) -> float:
         reason = "no address"
-        for family, kind, protocol, _, address in await self._resolve(*target.address):
+        for family, kind, protocol, _, address in await self._addresses(target):
             with socket.socket(family, kind, protocol) as connection:
                 connection.setblocking(False)
                 # Not the loop's clock: uvloop's counts whole milliseconds.
@@ -47,6 +50,27 @@ class Connect:
                 else:
                     return perf_counter() - started
         raise ProbeError(reason)
+
+    async def _addresses(self, target: Target) -> Sequence[AddressInfo]:
+        if target.socket_path:
+            return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", target.socket_path)]
+        host, port = target.address
+        if self._resolver is None:
+            return await self._resolve(host, port)
+        try:
+            found = await self._resolver.addresses(host)
+        except OSError as error:
+            raise ProbeError("name not resolved") from error
+        return [
+            (
+                socket.AF_INET6 if ":" in address else socket.AF_INET,
+                socket.SOCK_STREAM,
+                0,
+                "",
+                (address, port),
+            )
+            for address in found
+        ]
 
     async def _resolve(self, host: str, port: int) -> Sequence[AddressInfo]:
         find: Callable[..., Sequence[AddressInfo]] = partial(

@@ -27,6 +27,7 @@ from probes.active import NO_HEALTH_ENDPOINT, Health, Models, new_session
 from probes.base import Clock, ProbeResult, Target, Timing, ask
 from probes.engine import Metrics
 from probes.network import Connect
+from probes.resolver import Resolver
 from probes.status import Liveness, TargetStatus
 
 log = logging.getLogger("tidegate.probes")
@@ -41,8 +42,10 @@ TICK_S: Final = 0.25
 class Questions:
     """All the questions there are, over one HTTP client."""
 
-    def __init__(self, session: aiohttp.ClientSession, clock: Clock) -> None:
-        self._connect = Connect()
+    def __init__(
+        self, session: aiohttp.ClientSession, clock: Clock, resolver: Resolver | None = None
+    ) -> None:
+        self._connect = Connect(resolver)
         self._health = Health(session)
         self.models = Models(session)
         self.metrics = Metrics(session, clock)
@@ -144,9 +147,11 @@ class Prober:
         timing: Timing | None = None,
         metrics: bool = True,
         changed: Callable[[], None] = lambda: None,
-        session: Callable[[], aiohttp.ClientSession] = new_session,
+        session: Callable[[Resolver | None], aiohttp.ClientSession] = new_session,
         random: Random | None = None,
+        resolver: Resolver | None = None,
     ) -> None:
+        self._resolver = resolver
         self._fleet = fleet
         self._spawn = spawn
         self._clock = clock
@@ -317,6 +322,6 @@ class Prober:
 
     def _ask(self) -> Questions:
         if self._questions is None:
-            self._session = self._new_session()
-            self._questions = Questions(self._session, self._clock)
+            self._session = self._new_session(self._resolver)
+            self._questions = Questions(self._session, self._clock, self._resolver)
         return self._questions

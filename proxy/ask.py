@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from policies.units import BadValueError
+from probes.base import certificate_reason
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -21,7 +23,9 @@ class AskError(Exception):
 
 
 def admin_address(admin: str | None, state: Path | None, config: Config | None) -> str:
-    """HOST:PORT of the admin port: `admin` itself, else that of the proxy on `state`, else the configured one.
+    """The admin port: `admin` itself, else that of the proxy on `state`, else the configured one.
+
+    HOST:PORT, with `https://` in front where it speaks that.
 
     A running proxy writes its real ports into its state directory. Raises AskError: `admin` is no address, or
     no proxy runs on `state`.
@@ -38,7 +42,7 @@ def admin_address(admin: str | None, state: Path | None, config: Config | None) 
     written = written_admin(config.state)
     if written is None and config.admin.endswith(":0"):
         raise AskError(f"no proxy is running on {config.state}: it would have left ports.json there")
-    return written or config.admin
+    return written or ("https://" if config.admin_tls else "") + config.admin
 
 
 def _given(admin: str, state: Path | None) -> str:
@@ -48,7 +52,7 @@ def _given(admin: str, state: Path | None) -> str:
         raise AskError("give --admin or --state, not both: each says which proxy to ask")
     address = admin.removeprefix("http://").rstrip("/")
     try:
-        split_address(address)
+        split_address(address.removeprefix("https://"))
     except BadValueError as error:
         hint = f" (did you mean {error.suggestion}?)" if error.suggestion else ""
         raise AskError(f"--admin: {error.message}{hint}") from None
@@ -64,12 +68,24 @@ def written_admin(state: Path) -> str | None:
 
 
 def ask(address: str, path: str) -> dict[str, Any]:
-    """What the admin port at HOST:PORT answers to `GET path`. Raises AskError."""
-    connection = http.client.HTTPConnection(address, timeout=5)
+    """What the admin port at HOST:PORT answers to `GET path`. Raises AskError.
+
+    `address` may begin with `https://`: the certificate is checked by the system's authorities.
+    """
+    connection: http.client.HTTPConnection
+    if address.startswith("https://"):
+        connection = http.client.HTTPSConnection(address.removeprefix("https://"), timeout=5)
+    else:
+        connection = http.client.HTTPConnection(address, timeout=5)
     try:
         connection.request("GET", path)
         response = connection.getresponse()
         answer = json.loads(response.read())
+    except ssl.SSLCertVerificationError as error:
+        raise AskError(
+            f"the certificate at {address} was refused: {certificate_reason(error)}; name the host as its "
+            "certificate does (--admin https://NAME:PORT), and its authority in SSL_CERT_FILE"
+        ) from None
     except OSError as error:
         reason = (error.strerror or "no answer within 5 s").lower()
         raise AskError(f"no proxy answers at {address}: {reason}") from None

@@ -17,6 +17,8 @@ from policies.state import NOT_ASKED, Backend
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
 from probes.base import Target, Timing
+from probes.resolver import Resolver
+from proxy.certificates import Certificate, load_certificates, load_chain, not_for_tls
 from proxy.config import DEFAULT_FILE, BackendConfig, Config, SiteConfig, Tls, backend_key, is_policy_file
 from proxy.config import Price as PriceConfig
 from proxy.config_values import is_loopback, split_address
@@ -66,14 +68,25 @@ class Built:
     targets: list[Target]
     prices: Prices
     policy: CompiledPolicy
+    certificates: tuple[Certificate, ...] = ()
+    """What clients are shown; empty: they speak plain HTTP."""
 
 
-def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Built | None = None) -> Built:
+def build(
+    config: Config,
+    loop: asyncio.AbstractEventLoop,
+    seed: int,
+    before: Built | None = None,
+    resolver: Resolver | None = None,
+) -> Built:
     """Make everything, or raise ConfigError and leave all as it was.
+
+    Without a `resolver` the system is asked for each connection.
 
     With `before`, a backend at the same address keeps its counts, averages and connections.
     """
     try:
+        certificates = load_certificates(config.tls)
         backends, configured, endpoints, targets, changes = [], [], {}, [], []
         for section in config.backends:
             site = config.sites.get(section.site) or SiteConfig()
@@ -89,7 +102,7 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
             else:
                 backends.append(old)
                 changes.append((old, fresh, section, slots))
-            endpoints[section.name] = _endpoint(section, key, tls, tls_files, config, loop)
+            endpoints[section.name] = _endpoint(section, key, tls, tls_files, config, loop, resolver)
             targets.append(_target(section, slots, key, tls))
         prices = _prices(config)
         # The present backends still stand where the old configuration had them.
@@ -101,7 +114,7 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
     slots_before = {} if before is None else {target.name: target.slots for target in before.targets}
     for old, fresh, section, slots in changes:
         _update(old, fresh, section, slots, slots_before[section.name])
-    return Built(config, backends, endpoints, targets, prices, policy)
+    return Built(config, backends, endpoints, targets, prices, policy, certificates)
 
 
 def make_backends(config: Config) -> list[Backend]:
@@ -225,6 +238,7 @@ def _endpoint(
     tls_files: bytes,
     config: Config,
     loop: asyncio.AbstractEventLoop,
+    resolver: Resolver | None,
 ) -> Endpoint:
     is_vllm = section.engine == "vllm"
     return Endpoint(
@@ -238,6 +252,9 @@ def _endpoint(
         server_name=section.tls.server_name,
         continuous_usage=is_vllm,
         cache_salt=is_vllm,
+        resolver=resolver,
+        age_s=config.timeouts.connection,
+        most_requests=config.limits.requests,
     )
 
 
@@ -261,7 +278,7 @@ def tls_context(section: BackendConfig) -> ssl.SSLContext | None:
     if tls.certificate is not None and tls.key is not None:
         certificate, key = tls.certificate, tls.key
         _with_file(section, "key", key, key.read_bytes)  # OpenSSL does not say which of the two it misses
-        _with_file(section, "certificate", certificate, lambda: context.load_cert_chain(certificate, key))
+        _with_file(section, "certificate", certificate, lambda: load_chain(context, certificate, key))
     return context
 
 
@@ -283,6 +300,8 @@ def _tls_file_names(section: Tls) -> list[str]:
 def files_of(config: Config) -> list[Path]:
     """The files that a configuration names and that are read with it."""
     files = [config.policy] if is_policy_file(config.policy) else []
+    for shown in config.tls:
+        files += [str(shown.certificate), str(shown.key)]
     for section in config.backends:
         files += _tls_file_names(section.tls)
         files += [str(file) for file in (section.api_key_file, section.profile) if file is not None]
@@ -296,10 +315,7 @@ def _with_file(section: BackendConfig, name: str, file: Path | None, use: Callab
     except ssl.SSLError as error:
         if file is None:
             raise
-        reason = (error.reason or "not usable").lower().replace("_", " ")
-        raise BadValueError(
-            f"backend {section.name}: {file}: cannot be used for TLS ({reason})", at=(name,)
-        ) from None
+        raise BadValueError(f"backend {section.name}: {file}: {not_for_tls(error)}", at=(name,)) from None
     except OSError as error:
         if file is None:
             raise

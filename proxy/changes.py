@@ -39,6 +39,8 @@ def _changes(old: Built, new: Built, without: Sequence[str]) -> Iterator[str]:
         yield f"policy {old.policy.name} -> {new.policy.name}"
     elif old.policy.text_hash != new.policy.text_hash:
         yield f"policy {new.policy.name} changed"
+    if old.config.tls == new.config.tls and old.certificates != new.certificates:
+        yield "certificates renewed"
     for key in type(new.config).model_fields:
         if key not in ("backends", "policy"):
             yield from _setting(key, getattr(old.config, key), getattr(new.config, key), without)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from proxy.build import (
     slots_of,
     tls_context,
 )
+from proxy.certificates import load_certificates
 from proxy.config import BackendConfig, Config, Price, backend_key, is_policy_file, load_config
 from proxy.database import OpenError, has_keys
 from proxy.masking import database_shown, without_secrets
@@ -141,6 +143,10 @@ def _check_configuration(file: Path, text: str) -> Report:
 
 def _unusable(config: Config, document: Document) -> Iterator[Problem]:
     """What the proxy would not start with, beyond what the file itself says."""
+    try:
+        load_certificates(config.tls)
+    except BadValueError as error:
+        yield document.problem(error.at, error.message)
     for number, section in enumerate(config.backends):
         try:
             tls_context(section)
@@ -166,6 +172,9 @@ def _has_keys(config: Config) -> bool | None:
 def _unused(config: Config, document: Document) -> Iterator[Problem]:
     """What is written in a configuration and does nothing, or cannot work as things stand."""
     yield from _unknown_models(config, document)
+    for number, certificate in enumerate(load_certificates(config.tls)):
+        if warning := certificate.warning(time.time()):
+            yield document.problem(("tls", number, "certificate"), warning)
     refusal = refused_without_keys(config, Path(document.name), None)
     if refusal and _has_keys(config) is None:
         message = f"whether there are keys cannot be seen from here: {refusal}"

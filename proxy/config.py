@@ -24,7 +24,9 @@ from proxy.config_values import (
     DataClass,
     DecimalText,
     FieldName,
+    HostName,
     Name,
+    NetworkText,
     SiteName,
     Url,
     Variable,
@@ -92,11 +94,25 @@ class Tls(FileModel):
     key: Path | None = Field(None, description="Private key of the client certificate (PEM).")
 
 
+class CertificateConfig(FileModel):
+    """One certificate for clients."""
+
+    certificate: Path = Field(description="Certificate chain (PEM), the host's own first.")
+    key: Path = Field(description="Its private key (PEM), without a password.")
+    names: list[HostName] = Field(
+        default_factory=list,
+        description="Names that it is shown for; `*.example.com` stands for one label. Default: those that it "
+        "carries.",
+    )
+
+
 class BackendConfig(FileModel):
     """One OpenAI-compatible endpoint."""
 
     name: Name = Field(description="How files, headers, logs and metrics call it.")
-    url: Url = Field(description="Where it answers, without `/v1`: `http://127.0.0.1:8000`.")
+    url: Url = Field(
+        description="Where it answers, without `/v1`: `http://127.0.0.1:8000`, or `unix:/run/vllm.sock`."
+    )
     site: SiteName = Field(
         "local",
         description="Where it stands: `local`, or a name from `sites`. Public addresses must say it.",
@@ -194,6 +210,11 @@ class Timeouts(FileModel):
     backend_idle: Duration = Field(
         4.0, gt=0, description="An idle backend connection is closed after this; vLLM closes its own at 5 s."
     )
+    connection: Duration = Field(
+        3600.0,
+        gt=0,
+        description="A connection that is older ends behind an answer, a client's and a backend's.",
+    )
     drain: Duration = Field(30.0, ge=0, description="On SIGTERM, how long running requests may take to end.")
 
 
@@ -206,6 +227,9 @@ class LimitsConfig(FileModel):
     body: Size = Field(32 * 1024 * 1024, ge=1024, description="Bytes of a request body: 413.")
     bodies: Size = Field(
         1024 * 1024 * 1024, ge=1024, description="Bytes of all request bodies held at once: 503."
+    )
+    requests: int = Field(
+        100000, ge=1, description="Requests on one connection, a client's or a backend's; then it ends."
     )
     connections: int = Field(10000, ge=1, description="Client connections; further ones: 503.")
 
@@ -242,6 +266,22 @@ class Config(FileModel):
     admin: Address = Field(
         "127.0.0.1:8081", description="Where health, metrics and state are served. Keep it inside."
     )
+    tls: list[CertificateConfig] = Field(
+        default_factory=list,
+        description="Certificates for clients: with one or more, `listen` speaks HTTPS only.",
+    )
+    admin_tls: bool = Field(False, description="Speak HTTPS on `admin` too, with the same certificates.")
+    proxy_protocol: list[NetworkText] = Field(
+        default_factory=list,
+        description="Networks of load balancers that begin each connection with a PROXY header (version 1 or 2).",
+    )
+    trusted_proxies: list[NetworkText] = Field(
+        default_factory=list,
+        description="Networks of proxies in front whose word on the client's address is taken.",
+    )
+    forwarded_field: Literal["x-forwarded-for", "forwarded"] = Field(
+        "x-forwarded-for", description="The header field in which they say it. The other one is never read."
+    )
     state: Path = Field(Path("tidegate-data"), description="Directory of journal, ledger and keys.")
     database: str | None = Field(
         None, description="SQLAlchemy URL of the ledger. Default: an SQLite file in `state`."
@@ -271,6 +311,7 @@ class Config(FileModel):
     media_urls: bool = Field(
         False, description="Let engines fetch the URLs of images and the like. A way into their network."
     )
+    resolve: Duration = Field(5.0, ge=1, description="How often the names of backends are looked up again.")
     recent: int = Field(1000, ge=0, description="Decision records kept in memory for `tidegate explain`.")
     seed: int | None = Field(None, description="Seed of random policies. Default: a new one at every start.")
     timeouts: Timeouts = Field(default_factory=Timeouts, description="Deadlines.")
@@ -302,6 +343,8 @@ class Config(FileModel):
                 )
         if self.admin == self.listen and not self.listen.endswith(":0"):
             raise BadValueError("`listen` and `admin` are the same address", at=("admin",))
+        if self.admin_tls and not self.tls:
+            raise BadValueError("HTTPS needs a certificate: give `tls` too", at=("admin_tls",))
         for alias, model in self.aliases.items():
             if model in self.aliases:
                 raise BadValueError(f"'{model}' is itself an alias", at=("aliases", alias))
@@ -363,6 +406,10 @@ def _resolve(config: Config, base: Path) -> Config:
                 update[name] = base / file
         backends.append(backend.model_copy(update=update))
     changes: dict[str, Any] = {"state": base / config.state, "backends": backends}
+    changes["tls"] = [
+        section.model_copy(update={"certificate": base / section.certificate, "key": base / section.key})
+        for section in config.tls
+    ]
     if config.log not in ("-", "off"):
         changes["log"] = str(base / config.log)
     if is_policy_file(config.policy):

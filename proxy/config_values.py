@@ -13,11 +13,12 @@ from typing import Annotated
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
 from policies.match import REMOTE
 from policies.units import BadValueError
 from policies.yamlproblems import closest
+from proxy.client_address import Network
 from proxy.http1 import NEVER_FORWARDED
 from proxy.records import DATA_CLASS
 
@@ -27,6 +28,8 @@ _API_PATH = re.compile(
     r"(?:/v1/(?:completions|embeddings|models|responses)|(?:/v1)?/chat/completions|/v1|/(?:de)?tokenize)\Z"
 )
 """Paths that documentation of engines shows behind the address."""
+MAX_SOCKET_PATH = 107
+"""Bytes; the system has 108, with the zero at the end."""
 METADATA_NAMES = frozenset(
     {"metadata.google.internal", "metadata", "metadata.tencentyun.com", "instance-data"}
 )
@@ -62,6 +65,8 @@ def _check_data_class(value: str) -> str:
 
 
 def _check_url(value: str) -> str:
+    if value.startswith("unix:"):
+        return _check_socket(value)
     try:
         parts = urlsplit(value)
         port = parts.port
@@ -70,12 +75,14 @@ def _check_url(value: str) -> str:
     if _NOT_IN_URLS.search(value):
         raise BadValueError(f"a URL holds printable ASCII only, without blanks and quotes: '{value[:80]}'")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadValueError(f"a URL begins with http:// or https:// and names a host, got '{value[:80]}'")
+        raise BadValueError(
+            f"a URL begins with http:// or https:// and names a host, or is unix:/PATH, got '{value[:80]}'"
+        )
     if parts.username is not None or "?" in value or "#" in value:
         raise BadValueError("a backend's URL has no user, query or fragment; keys go into api_key_env")
     if port == 0:
         raise BadValueError("port 0 cannot be connected to")
-    if _is_metadata(parts.hostname):
+    if is_metadata(parts.hostname):
         raise BadValueError(f"{parts.hostname} is a metadata or link-local address, never a backend")
     value = parts.scheme + value[len(parts.scheme) :].rstrip("/")
     if found := _API_PATH.search(value):
@@ -85,7 +92,20 @@ def _check_url(value: str) -> str:
     return value
 
 
-def _is_metadata(host: str) -> bool:
+def _check_socket(value: str) -> str:
+    path = value.removeprefix("unix:")
+    if _NOT_IN_URLS.search(value) or "?" in value or "#" in value or not path.startswith("/"):
+        raise BadValueError(
+            f"a Unix socket is unix:/run/vllm.sock, an absolute path of printable ASCII, got '{value[:80]}'"
+        )
+    if path.startswith("//"):
+        raise BadValueError("a Unix socket is written with one slash", "unix:/" + path.lstrip("/"))
+    if len(path) > MAX_SOCKET_PATH:
+        raise BadValueError(f"the path of a Unix socket has at most {MAX_SOCKET_PATH} bytes")
+    return value
+
+
+def is_metadata(host: str) -> bool:
     """Whether a host is a metadata service, however its address is written."""
     name = host.rstrip(".").lower()
     try:
@@ -158,6 +178,30 @@ def _check_forwarded(value: str) -> str:
     return value
 
 
+def _check_host_name(value: str) -> str:
+    label = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,62})"
+    if re.fullmatch(rf"(?:\*\.)?{label}(?:\.{label})*", value) is None or len(value) > 253:
+        raise BadValueError(f"not the name of a host, as api.example.com or *.example.com: '{value[:80]}'")
+    return value
+
+
+def _network(value: object) -> Network:
+    """`10.0.0.0/8`, or an address alone."""
+    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
+        return value
+    try:
+        return ipaddress.ip_network(value if isinstance(value, str) else "")
+    except ValueError:
+        pass
+    try:
+        meant = str(ipaddress.ip_network(str(value), strict=False))
+    except ValueError:
+        meant = None
+    raise BadValueError(
+        f"a network is 10.0.0.0/8, 2001:db8::/32 or an address, got '{str(value)[:60]}'", meant
+    )
+
+
 def time_zone(name: str) -> tzinfo:
     """The time zone with an IANA name. Raises BadValueError: this machine knows none of that name."""
     if name == "UTC":
@@ -190,6 +234,10 @@ SiteName = Annotated[str, AfterValidator(_check_site)]
 DataClass = Annotated[str, AfterValidator(_check_data_class)]
 Zone = Annotated[str, AfterValidator(_check_zone)]
 Variable = Annotated[str, AfterValidator(_check_variable)]
+HostName = Annotated[str, AfterValidator(_check_host_name)]
+NetworkText = Annotated[
+    Network, BeforeValidator(_network), PlainSerializer(str), WithJsonSchema({"type": "string"})
+]
 FieldName = Annotated[str, AfterValidator(_check_forwarded)]
 Url = Annotated[str, AfterValidator(_check_url)]
 Address = Annotated[str, BeforeValidator(_check_type_of_address), AfterValidator(_check_address)]

@@ -126,6 +126,8 @@ class RequestHead:
     origin: bytes = b""
     """The web page that sends it, as browsers say; empty: none does."""
     content_encoding: bytes = b""
+    forwarded: bytes = b""
+    """Who it comes from, as proxies in front say; empty: nobody says, or nobody is asked."""
     forward: bytes = b""
     """Field lines that go on to the backend, each ending in CRLF."""
 
@@ -151,7 +153,10 @@ class RequestGrammar:
         "x-session-id|origin|content-encoding|content[_-]++length|transfer[_-]++encoding"
     )
 
-    def __init__(self, limits: HeadLimits | None = None, forward: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, limits: HeadLimits | None = None, forward: tuple[str, ...] = (), addresses: str = ""
+    ) -> None:
+        """`addresses`: the field in which proxies in front name the client; empty: none is read."""
         self.limits = limits or HeadLimits()
         names = [*self.FORWARDED, *(name.lower() for name in forward)]
         self._forward = frozenset(name.encode("ascii") for name in names)
@@ -160,6 +165,7 @@ class RequestGrammar:
                 raise ValueError(f"the field {name.decode()} cannot be forwarded")
         pattern = self._OWN + "|" + "|".join(re.escape(name) for name in names)
         self._find = _field_finder(pattern.encode("ascii"))
+        self._find_addresses = _field_finder(re.escape(addresses).encode("ascii")) if addresses else None
 
     def parse(self, data: bytes, start: int = 0) -> tuple[RequestHead, int] | PartialHead:
         """-> (head, position behind it), or its beginning when it is not complete yet.
@@ -185,6 +191,8 @@ class RequestGrammar:
             raise RequestError("unsupported_method", "unknown method, or one that is not offered")
         head = RequestHead(method, target, 1 if version == b"1" else 0)
         self._read_fields(head, fields)
+        if self._find_addresses is not None:
+            head.forwarded = b",".join([value for _, value in self._find_addresses(fields)])
         if target[0] != 47:  # not "/"
             _read_target(head)
         return head, match.end()

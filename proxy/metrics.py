@@ -31,6 +31,14 @@ class Metrics:
         text = "Time from a whole request to its dispatch, holding excluded."
         yield _histogram("tidegate_overhead_seconds", text, [], [((), observer.overhead)])
         yield from self._process()
+        expiry = GaugeMetricFamily(
+            "tidegate_certificate_expiry_timestamp_seconds",
+            "Unix time at which a certificate for clients ends.",
+            labels=["certificate"],
+        )
+        for certificate in self._runtime.built.certificates:
+            expiry.add_metric([str(certificate.file)], certificate.not_after)
+        yield expiry
 
     def _backends(self) -> Iterator[Metric]:
         runtime = self._runtime

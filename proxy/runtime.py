@@ -22,6 +22,7 @@ from proxy.access.keys import Key, KeyStore
 from proxy.access.limits import AuthFailures, Limits
 from proxy.answers import answer
 from proxy.build import Built
+from proxy.client_address import TrustedProxies
 from proxy.errors import RequestError
 from proxy.http1 import HeadLimits, RequestGrammar, RequestHead, chunk
 from proxy.journal import Journal
@@ -89,6 +90,7 @@ class Deadlines:
     between_tokens: float
     total: float
     client_write: float
+    connection: float
 
 
 class Runtime:
@@ -175,12 +177,19 @@ class Runtime:
             timeouts.between_tokens,
             timeouts.total,
             timeouts.client_write,
+            timeouts.connection,
         )
+        self.most_requests = limits.requests
         self.most_body_bytes = limits.body
         self.most_bodies_bytes = limits.bodies
         self.media_urls = config.media_urls
+        self.trusted_proxies: TrustedProxies | None = None
+        addresses = ""
+        if config.trusted_proxies:
+            addresses = config.forwarded_field
+            self.trusted_proxies = TrustedProxies(config.trusted_proxies, addresses)
         self.grammar = RequestGrammar(
-            HeadLimits(limits.head, limits.target, limits.fields), tuple(config.forward_headers)
+            HeadLimits(limits.head, limits.target, limits.fields), tuple(config.forward_headers), addresses
         )
 
     # What a head alone decides

@@ -17,10 +17,8 @@ import os
 import resource
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,6 +28,7 @@ import uvloop
 from aiohttp import web
 
 from policies.yamlfile import FileProblems
+from probes.resolver import Resolver
 from probes.runner import Prober
 from proxy import server
 from proxy.access.keys import KeyStore
@@ -37,20 +36,21 @@ from proxy.access.limits import Limits
 from proxy.access.pepper import load_pepper
 from proxy.admin.http import admin_app
 from proxy.build import Built, ConfigError, build, files_of, first_key, refused_without_keys, timing
+from proxy.certificates import ServerCertificates
 from proxy.changes import changes
 from proxy.config import Config, is_policy_file, load_config, override
-from proxy.config_values import split_address, time_zone
+from proxy.config_values import is_metadata, time_zone
 from proxy.database import open_database
 from proxy.exchange import OUR_SHORTAGE
 from proxy.journal import Journal
 from proxy.ledger import Ledger
+from proxy.listen import Ports, ProxiedServer, address_of, open_admin, open_listener
 from proxy.masking import database_shown
 from proxy.observe import Observer
 from proxy.readable import in_words
 from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
 from proxy.runtime import Runtime
-from proxy.server import ClientConnection
 from proxy.watched import WatchedFiles
 
 if TYPE_CHECKING:
@@ -63,22 +63,13 @@ KEYS_S = 0.5
 """How often the keys are looked at: a revoked one is refused within this time."""
 FLUSH_S = 1.0
 """At least so long, when the proxy stops, clients may take to read the ends of their answers."""
-BACKLOG = 2048
 OWN_FILES = 100
 """Open files besides those of clients and backends: journal, ledger, log, probes, admin port."""
 NEXT_START = (
-    *("listen", "admin", "state", "database", "log", "recent", "seed", "probing", "budget_zone"),
-    *("retries.ratio", "retries.per_second"),
+    *("listen", "admin", "admin_tls", "proxy_protocol", "state", "database", "log", "recent", "seed"),
+    *("probing", "budget_zone", "retries.ratio", "retries.per_second"),
 )
 """What a reload does not change."""
-
-
-@dataclass(slots=True)
-class Ports:
-    """Where the proxy listens, with real port numbers."""
-
-    listen: str
-    admin: str
 
 
 class Service:
@@ -106,7 +97,9 @@ class Service:
         self.ports: Ports
         self._forward_model = forward_model
         self._record = record
-        self._server: asyncio.Server | None = None
+        self._server: asyncio.Server | ProxiedServer | None = None
+        self._certificates: ServerCertificates | None = None
+        """None: clients speak plain HTTP, as long as the process lives."""
         self._admin: web.AppRunner | None = None
         self._prober: Prober | None = None
         self._ledger: Ledger
@@ -114,6 +107,7 @@ class Service:
         self._seed = config.seed if config.seed is not None else secrets.randbits(32)
         self._watched = WatchedFiles()
         """The configuration and what it names, also if that was refused."""
+        self._resolver = Resolver(allowed=lambda address: not is_metadata(address), changed=self._moved)
         self._keys_unread = False
         """Whether the last attempt to read the keys failed."""
         self._stopping = asyncio.Event()
@@ -123,7 +117,7 @@ class Service:
         """Open everything. Raises ConfigError, OSError and the ledger's own errors with readable messages."""
         config = self.config
         loop = asyncio.get_running_loop()
-        built = build(config, loop, self._seed)
+        built = build(config, loop, self._seed, resolver=self._resolver)
         _warn(built)
         config.state.mkdir(parents=True, exist_ok=True)
         self._engine = open_database(config.database or config.state)
@@ -154,6 +148,8 @@ class Service:
         if self._record is not None:
             cast("RecordedRuntime", runtime).record(self._record, self._seed)
         runtime.most_clients = _most_clients(config.limits.connections)
+        if built.certificates:
+            self._certificates = ServerCertificates(built.certificates)
         self._watched.watch(self._files(config))
         if config.probing.enabled:
             await self._start_probes(built)
@@ -161,6 +157,7 @@ class Service:
         if self._record is not None:  # not before: a start that fails leaves nothing behind
             cast("RecordedRuntime", runtime).write_record()
         runtime.tasks.spawn(self._sweep(), "sweep")
+        runtime.tasks.spawn(self._resolve(), "resolve")
         runtime.tasks.spawn(self._watch(), "watch keys and files")
         self._write_ports()
 
@@ -184,34 +181,20 @@ class Service:
             timing=timing(self.config),
             metrics=self.config.probing.metrics,
             changed=lambda: runtime.poll(runtime.now()),
+            resolver=self._resolver,
         )
         runtime.probes = self._prober.snapshot
         await self._prober.start()
 
     async def _listen(self) -> None:
-        runtime = self.runtime
-        host, port = split_address(self.config.listen)
-        try:
-            self._server = await runtime.loop.create_server(
-                lambda: cast("asyncio.Protocol", ClientConnection(runtime)),
-                host,
-                port,
-                backlog=BACKLOG,
-                reuse_address=True,
-            )
-        except OSError as error:
-            raise _cannot_listen("listen", self.config.listen, error) from None
-        app = admin_app(runtime, self._started)
-        self._admin = web.AppRunner(app, access_log=None, handle_signals=False)
-        await self._admin.setup()
-        admin_host, admin_port = split_address(self.config.admin)
-        site = web.TCPSite(self._admin, admin_host, admin_port)
-        try:
-            await site.start()
-        except OSError as error:
-            raise _cannot_listen("admin", self.config.admin, error) from None
+        runtime, config = self.runtime, self.config
+        self._server = await open_listener(runtime, config, self._certificates)
+        front = self._certificates.front if self._certificates is not None and config.admin_tls else None
+        self._admin = await open_admin(admin_app(runtime, self._started), config, front)
         self.ports = Ports(
-            _address(self._server.sockets[0]), "{}:{}".format(*_host_port(self._admin.addresses[0]))
+            address_of(self._server.sockets[0].getsockname()),
+            address_of(self._admin.addresses[0]),
+            config.admin_tls,
         )
 
     def _write_ports(self) -> None:
@@ -219,7 +202,7 @@ class Service:
         path = self.state / "ports.json"
         temporary = path.with_suffix(".tmp")
         temporary.write_text(
-            json.dumps({"listen": self.ports.listen, "admin": self.ports.admin, "pid": os.getpid()})
+            json.dumps({"listen": self.ports.listen, "admin": self.ports.admin_url, "pid": os.getpid()})
         )
         temporary.replace(path)
 
@@ -278,6 +261,7 @@ class Service:
         if self._prober is not None:
             await self._prober.close()
         await runtime.tasks.cancel_all()
+        await self._resolver.close()
         for client in list(runtime.clients):
             client.abort()
         for endpoint in runtime.endpoints.values():
@@ -307,7 +291,7 @@ class Service:
             config = load_config(self.path) if self.path is not None else self.config
             config = override(config, self.overrides)
             self._watched.watch(self._files(config))
-            built = build(config, runtime.loop, self._seed, runtime.built)
+            built = build(config, runtime.loop, self._seed, runtime.built, self._resolver)
         except (ConfigError, FileProblems, OSError, ValueError) as error:
             if _is_our_shortage(error):
                 self._watched.forget()  # nothing is wrong with the files: the next look tries again
@@ -321,6 +305,10 @@ class Service:
         for name in NEXT_START:
             if attrgetter(name)(config) != attrgetter(name)(self._started_with):
                 log.warning("a change of `%s` takes effect at the next start", name)
+        if bool(config.tls) != (self._certificates is not None):
+            log.warning("to begin or to end HTTPS (`tls`) takes effect at the next start")
+        elif self._certificates is not None:
+            self._certificates.use(built.certificates)
         old = runtime.endpoints
         self._keep_connections(old, built)
         changed = changes(runtime.built, built, NEXT_START)
@@ -353,6 +341,8 @@ class Service:
                 fresh = built.endpoints[section.name]
                 if fresh.same_credentials(before):  # what stands in files may be new
                     before.pool.idle_s = fresh.pool.idle_s
+                    before.pool.age_s = fresh.pool.age_s
+                    before.pool.most_requests = fresh.pool.most_requests
                     built.endpoints[section.name] = before
 
     def _files(self, config: Config) -> list[Path]:
@@ -368,6 +358,17 @@ class Service:
                 runtime.sweep(runtime.now())
             except Exception:
                 log.exception("sweep failed")
+
+    async def _resolve(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.resolve)
+            await self._resolver.refresh([endpoint.host for endpoint in self.runtime.endpoints.values()])
+
+    def _moved(self, host: str, addresses: frozenset[str]) -> None:
+        """A name has other addresses now."""
+        for endpoint in self.runtime.endpoints.values():
+            if endpoint.host == host:
+                endpoint.pool.keep_to(addresses)
 
     async def _watch(self) -> None:
         turn = 0
@@ -408,9 +409,12 @@ class Service:
 
 
 def _warn(built: Built) -> None:
-    """Say what is odd in a policy file; what is in the library is as it should be."""
-    for warning in built.policy.warnings if is_policy_file(built.config.policy) else ():
-        log.warning("policy %s:%s: %s", built.policy.name, warning.line, warning.message)
+    """Say what is odd in a policy file (what is in the library is as it should be), and which certificates end."""
+    for certificate in built.certificates:
+        if warning := certificate.warning(time.time()):
+            log.warning("%s", warning)
+    for found in built.policy.warnings if is_policy_file(built.config.policy) else ():
+        log.warning("policy %s:%s: %s", built.policy.name, found.line, found.message)
 
 
 def _is_our_shortage(error: BaseException | None) -> bool:
@@ -420,23 +424,6 @@ def _is_our_shortage(error: BaseException | None) -> bool:
             return True
         error = error.__context__
     return False
-
-
-def _cannot_listen(key: str, address: str, error: OSError) -> ConfigError:
-    reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or "no such host"
-    return ConfigError(
-        f"cannot listen on {address}: {reason.lower()}; "
-        f"give another address with --{key} HOST:PORT, or `{key}` in the configuration"
-    )
-
-
-def _host_port(name: Any) -> tuple[str, int]:
-    host, port = name[0], name[1]
-    return (f"[{host}]" if ":" in host else host), port
-
-
-def _address(sock: socket.socket) -> str:
-    return "{}:{}".format(*_host_port(sock.getsockname()))
 
 
 def serve(
@@ -479,7 +466,9 @@ def _most_clients(wanted: int) -> int:
 
 def _print_banner(service: Service) -> None:
     runtime = service.runtime
-    log.info("OpenAI API on http://%s, admin on http://%s", service.ports.listen, service.ports.admin)
+    scheme = "https" if service.config.tls else "http"
+    admin = service.ports.admin_url if service.ports.admin_tls else f"http://{service.ports.admin}"
+    log.info("OpenAI API on %s://%s, admin on %s", scheme, service.ports.listen, admin)
     place = database_shown(service.config.database or service.config.state)
     log.info("policy %s, ledger in %s", runtime.built.policy.name, place)
     if not (server.__file__ or "").endswith(".py"):

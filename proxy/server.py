@@ -50,11 +50,15 @@ class ClientConnection(Client):
     """One client connection: an `asyncio.Protocol` in all but name, since a class that inherits from one outside
     cannot be compiled well."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, client: str = "") -> None:
+        """`client`: its address, if something in front told it."""
         self.runtime = runtime
         # The connection
         self.transport: asyncio.Transport | None = None
-        self.peer = ""
+        self.peer = client
+        """Address of who has connected."""
+        self.source = ""
+        """Address of whose request it is: the peer's, or what a trusted proxy says."""
         self.pending = bytearray()
         """Bytes that are not read yet: requests that wait their turn, or the empty line in front of one."""
         self.reading = False
@@ -65,6 +69,9 @@ class ClientConnection(Client):
         self.blocked = False
         """The client reads slower than we write: nothing further is begun before it has caught up."""
         self.lingering = False
+        self.opened = 0.0
+        self.requests = 0
+        """Requests that went to a backend."""
         self.deadline = inf
         """Monotonic time at which `sweep` ends what the connection is doing."""
         # The request
@@ -88,11 +95,13 @@ class ClientConnection(Client):
         # uvloop's transports are no subclasses of asyncio's
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        peer = transport.get_extra_info("peername")
-        self.peer = peer[0] if isinstance(peer, tuple) else ""
+        if not self.peer:
+            peer = transport.get_extra_info("peername")
+            self.peer = peer[0] if isinstance(peer, tuple) else ""
         runtime = self.runtime
         runtime.clients.add(self)
-        self.deadline = runtime.now() + runtime.timeouts.idle
+        self.opened = runtime.now()
+        self.deadline = self.opened + runtime.timeouts.idle
         if len(runtime.clients) > runtime.most_clients:
             self._reject(RequestError("overloaded", "too many connections", retry_after_s=1.0))
 
@@ -238,7 +247,10 @@ class ClientConnection(Client):
             return parsed
         head, position = parsed
         generation = runtime.generation()
-        admission = runtime.admit(head, self.peer)
+        self.source = self.peer
+        if head.forwarded and runtime.trusted_proxies is not None:
+            self.source = runtime.trusted_proxies.client(self.peer, head.forwarded)
+        admission = runtime.admit(head, self.source)
         self.remembered = None
         if admission.repeatable:
             self.repeated.remember(data, start, position, head)
@@ -311,7 +323,11 @@ class ClientConnection(Client):
             self.finished(keep_alive=head.keep_alive)
             return
         runtime = self.runtime
-        exchange = Exchange(runtime, self, head, admission.endpoint, admission.key, runtime.now())
+        now = runtime.now()
+        self.requests += 1
+        if self.requests >= runtime.most_requests or now - self.opened >= runtime.timeouts.connection:
+            head.keep_alive = False
+        exchange = Exchange(runtime, self, head, admission.endpoint, admission.key, now)
         self.exchange = exchange
         exchange.start(body)
 
@@ -326,7 +342,7 @@ class ClientConnection(Client):
     def _answer_error(self, error: RequestError, head: RequestHead | None, *, keep_alive: bool) -> None:
         runtime = self.runtime
         request_id = runtime.request_id(head)
-        runtime.observer.rejected(error, self.peer, head, request_id)
+        runtime.observer.rejected(error, self.peer if head is None else self.source, head, request_id)
         self.write(
             error_answer(
                 error,

@@ -71,6 +71,9 @@ def _backends(rows: Sequence[State], width: int) -> Table:
 def _lines(state: State) -> Iterator[str]:
     if not state["reload_ok"]:
         yield "! the last reload was refused: what was configured before goes on (the log says why)"
+    for certificate in state.get("certificates", ()):
+        if certificate["warning"]:
+            yield f"! {certificate['warning']}"
     for row in state["backends"]:
         yield from _complaints(row)
     yield ""

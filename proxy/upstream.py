@@ -12,13 +12,14 @@ import logging
 import socket
 import ssl
 from abc import ABC, abstractmethod
-from collections import deque
 from functools import partial
+from math import inf
 from typing import Final, cast
 from urllib.parse import urlsplit
 
-from probes.base import os_reason
+from probes.base import certificate_reason, os_reason, socket_path
 from probes.passive import AttemptError
+from probes.resolver import Resolver, is_address
 from proxy.http1 import (
     ChunkedDecoder,
     MalformedResponseError,
@@ -27,6 +28,7 @@ from proxy.http1 import (
     ResponseHead,
     parse_response_head,
 )
+from proxy.pool import Pool
 
 log = logging.getLogger("tidegate")
 
@@ -69,18 +71,23 @@ class BackendConnection:
         "_remaining",
         "_state",
         "_to_head_request",
+        "address",
         "endpoint",
         "idle_since",
+        "opened",
         "received",
         "requests",
         "transport",
     )
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, address: str = "") -> None:
+        """`address`: what the endpoint's name stood for; empty: it has no name."""
         self.endpoint = endpoint
+        self.address = address
         self.transport: asyncio.Transport | None = None
         self.requests = 0
         """Requests sent on it, the present one included."""
+        self.opened = endpoint.pool.now()
         self.idle_since = 0.0
         self.received = False
         """Whether a byte of the present reply has come."""
@@ -289,7 +296,7 @@ def connect_failure(error: OSError) -> tuple[AttemptError, str]:
     """Why a connection could not be made: what kind of failure it is, and words that name no address."""
     match error:
         case ssl.SSLCertVerificationError():
-            return AttemptError.TLS, "its certificate was refused"
+            return AttemptError.TLS, f"its certificate was refused: {certificate_reason(error)}"
         case ssl.SSLError():
             return AttemptError.TLS, "TLS handshake failed"
         case TimeoutError():
@@ -298,54 +305,6 @@ def connect_failure(error: OSError) -> tuple[AttemptError, str]:
             return AttemptError.CONNECT, "its name was not resolved"
         case _:
             return AttemptError.CONNECT, os_reason(error)
-
-
-class Pool:
-    """Idle connections of one backend, the last used first."""
-
-    def __init__(self, idle_s: float, clock: asyncio.AbstractEventLoop) -> None:
-        self.idle_s = idle_s
-        """Seconds after which an idle connection is closed."""
-        self._idle: deque[BackendConnection] = deque()
-        self._loop = clock
-        self._closed = False
-
-    def __len__(self) -> int:
-        return len(self._idle)
-
-    def take(self) -> BackendConnection | None:
-        """An idle connection that is not known to be closed."""
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.transport is not None and not connection.transport.is_closing():
-                return connection
-        return None
-
-    def give(self, connection: BackendConnection) -> None:
-        """Keep a connection for the next request."""
-        if self._closed:
-            connection.abort()
-            return
-        connection.idle_since = self._loop.time()
-        self._idle.append(connection)
-
-    def forget(self, connection: BackendConnection) -> None:
-        """It closed, or must not be used again."""
-        try:
-            self._idle.remove(connection)
-        except ValueError:
-            pass
-
-    def sweep(self, now: float) -> None:
-        """Close what has been idle too long: sooner than the backend would, so that none dies in our hands."""
-        while self._idle and now - self._idle[0].idle_since >= self.idle_s:
-            self._idle.popleft().abort()
-
-    def close(self) -> None:
-        """Close all, and whatever comes back later."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop().abort()
 
 
 class Endpoint:
@@ -364,19 +323,23 @@ class Endpoint:
         server_name: str | None = None,
         continuous_usage: bool = True,
         cache_salt: bool = True,
+        resolver: Resolver | None = None,
+        age_s: float = inf,
+        most_requests: int = 1_000_000_000,
     ) -> None:
         """`key` replaces the client's credential; `tls` is needed for https URLs, and `tls_files` is what it was
         made of, in any form that tells whether it has changed."""
-        parts = urlsplit(url)
-        assert parts.hostname is not None
         self.name = name
         self.url = url
+        self.socket_path = socket_path(url)
+        parts = urlsplit("http://localhost" if self.socket_path else url)
+        assert parts.hostname is not None
         self.host = parts.hostname
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.prefix = parts.path.rstrip("/").encode("ascii")
         self.continuous_usage = continuous_usage
         self.cache_salt = cache_salt
-        self.pool = Pool(idle_s, loop)
+        self.pool = Pool(idle_s, loop, age_s, most_requests)
         self.repeated = RepeatedResponseHead()
         host = f"[{self.host}]" if ":" in self.host else self.host
         authority = host if parts.port is None else f"{host}:{parts.port}"
@@ -389,6 +352,11 @@ class Endpoint:
         self._tls = tls
         self._tls_files = tls_files
         self._server_name = (server_name or self.host) if tls is not None else None
+        self._resolver = None if self.socket_path or is_address(self.host) else resolver
+        self._good = ""
+        """The address that the last connection was made to."""
+        self._told = ""
+        """What of its TLS the log complains of."""
 
     def same_credentials(self, other: Endpoint) -> bool:
         """Whether both send the same key, and trust and show the same certificates."""
@@ -415,16 +383,56 @@ class Endpoint:
 
     async def connect(self, timeout_s: float) -> BackendConnection:
         """Open a connection. Raises OSError (also for TLS) or TimeoutError."""
-        async with asyncio.timeout(timeout_s):
+        try:
+            async with asyncio.timeout(timeout_s):
+                if self._resolver is None:
+                    connection = await self._open(self.host, "")
+                else:
+                    connection = await self._open_any(await self._addresses(), timeout_s)
+        except ssl.SSLError as error:
+            reason = connect_failure(error)[1]
+            if reason != self._told:
+                self._told = reason
+                log.warning("backend %s: %s", self.name, reason)
+            raise
+        self._told = ""
+        return connection
+
+    async def _addresses(self) -> list[str]:
+        """Those to try, the one that was good before the others."""
+        assert self._resolver is not None
+        found = list(await self._resolver.addresses(self.host))
+        if self._good in found:
+            found.remove(self._good)
+            found.insert(0, self._good)
+        return found
+
+    async def _open_any(self, addresses: list[str], timeout_s: float) -> BackendConnection:
+        """One address after the other; each has an equal share of the time that is left."""
+        end = self._loop.time() + timeout_s
+        while True:
+            address = addresses.pop(0)
+            try:
+                async with asyncio.timeout((end - self._loop.time()) / (1 + len(addresses))):
+                    connection = await self._open(address, address)
+            except OSError:  # TimeoutError is one
+                if not addresses:
+                    raise
+            else:
+                self._good = address
+                return connection
+
+    async def _open(self, host: str, address: str) -> BackendConnection:
+        new = partial(_new_connection, self, address)
+        protocol: asyncio.BaseProtocol
+        if self.socket_path:
+            _, protocol = await self._loop.create_unix_connection(new, self.socket_path)
+        else:
             _, protocol = await self._loop.create_connection(
-                partial(_new_connection, self),
-                self.host,
-                self.port,
-                ssl=self._tls,
-                server_hostname=self._server_name,
+                new, host, self.port, ssl=self._tls, server_hostname=self._server_name
             )
         return cast("BackendConnection", protocol)
 
 
-def _new_connection(endpoint: Endpoint) -> asyncio.Protocol:
-    return cast("asyncio.Protocol", BackendConnection(endpoint))
+def _new_connection(endpoint: Endpoint, address: str) -> asyncio.Protocol:
+    return cast("asyncio.Protocol", BackendConnection(endpoint, address))

@@ -31,6 +31,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "backend": config.BackendConfig,
     "price": config.Price,
     "tls": config.Tls,
+    "certificate": config.CertificateConfig,
     "site": config.SiteConfig,
     "timeouts": config.Timeouts,
     "limits": config.LimitsConfig,
@@ -46,6 +47,8 @@ _TYPES: tuple[tuple[Any, str], ...] = (
     (config_values.SiteName, "name"),
     (config_values.DataClass, "word"),
     (config_values.Zone, "time zone"),
+    (config_values.NetworkText, "network"),
+    (config_values.HostName, "host name"),
     (config_values.Url, "URL"),
     (config_values.Address, "`HOST:PORT`"),
     (config_values.DecimalText, "decimal"),
@@ -121,7 +124,7 @@ def _type(hint: Any) -> str:
         return f"`[{', '.join(_type(one) for one in inner)}]`"
     if isinstance(hint, type) and issubclass(hint, BaseModel):
         section = next(name for name, model in SECTIONS.items() if model is hint)
-        anchor = {"backend": "backends", "site": "sites"}.get(section, section)
+        anchor = {"backend": "backends", "site": "sites", "certificate": "certificates"}.get(section, section)
         return f"[{anchor}](#{anchor})"
     if origin is Union or (origin is not None and origin.__name__ == "UnionType"):
         return " or ".join(_type(one) for one in inner if one is not type(None))

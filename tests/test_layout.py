@@ -64,6 +64,8 @@ TESTED_BY = {
     "policies/weights.py": "tests/policies/test_files.py",
     "policies/yamlproblems.py": "tests/policies/test_yamlfile.py",
     "proxy/admin/http.py": "tests/test_docs.py",
+    "proxy/pool.py": "tests/proxy/test_upstream.py",
+    "proxy/listen.py": "tests/e2e/test_client_address.py",
     "proxy/answers.py": "tests/proxy/test_exchange.py",
     "proxy/build.py": "tests/proxy/test_exchange.py",
     "proxy/changes.py": "tests/proxy/test_reload.py",

@@ -127,6 +127,16 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         "reload_ok": runtime.observer.reload_ok,
         "policy": {"name": runtime.built.policy.name, "hash": runtime.built.policy.text_hash},
         "backends": backends,
+        "certificates": [
+            {
+                "file": str(certificate.file),
+                "names": certificate.names,
+                "expires": certificate.not_after,
+                "days_left": int(certificate.seconds_left(runtime.wall()) // 86400),
+                "warning": certificate.warning(runtime.wall()),
+            }
+            for certificate in runtime.built.certificates
+        ],
         "queue": {
             "waiting": runtime.valve.queued,
             "oldest_s": runtime.valve.oldest_age(now),

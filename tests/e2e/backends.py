@@ -189,7 +189,10 @@ class Backend:
     """Requests being answered."""
     aborted: int = 0
     """Answers that the proxy did not want to the end."""
+    host: str = "127.0.0.1"
     port: int = 0
+    path: str = ""
+    """Of a Unix socket, which it listens on instead."""
     tls: ssl.SSLContext | None = None
     _server: asyncio.Server | None = None
     _tasks: Tasks = field(default_factory=Tasks)
@@ -201,7 +204,9 @@ class Backend:
 
     @property
     def url(self) -> str:
-        return f"http{'' if self.tls is None else 's'}://127.0.0.1:{self.port}"
+        if self.path:
+            return f"unix:{self.path}"
+        return f"http{'' if self.tls is None else 's'}://{self.host}:{self.port}"
 
     async def __aenter__(self) -> Backend:
         await self.start()
@@ -214,7 +219,10 @@ class Backend:
 
     async def start(self) -> None:
         """Begin (again) to listen, on the same port."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self.tls)
+        if self.path:
+            self._server = await asyncio.start_unix_server(self._serve, self.path)
+            return
+        self._server = await asyncio.start_server(self._serve, self.host, self.port, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from typer.testing import CliRunner, Result
 
 from proxy.access.keys import create_key
@@ -181,6 +183,22 @@ def test_files_for_tls_that_cannot_be_used_are_pointed_at(
     assert found.exit_code == 1
     place = f"tidegate.yaml:11:{column}: backends[2].tls."
     assert found.stderr.startswith(place + said.format(folder=folder))
+
+
+def test_certificates_for_clients_are_tried_and_their_end_is_warned_of(folder: Path) -> None:
+    made = trustme.CA().issue_cert("a.example", not_after=datetime(2020, 1, 1))
+    (folder / "a.pem").write_bytes(made.cert_chain_pems[0].bytes())
+    (folder / "a.key").write_bytes(made.private_key_pem.bytes())
+    (folder / "tidegate.yaml").write_text(CONFIG + "tls:\n  - {certificate: a.pem, key: a.key}\n")
+    (warning,) = reported()["warnings"]
+    assert (warning["line"], warning["column"], warning["path"]) == (13, 19, "tls[0].certificate")
+    assert warning["message"] == f"certificate {folder}/a.pem has expired: clients refuse it"
+    (folder / "a.key").write_text("no key")
+    found = check()
+    assert found.exit_code == 1
+    assert (
+        f"tidegate.yaml:13:19: tls[0].certificate: {folder}/a.pem: cannot be used for TLS (" in found.stderr
+    )
 
 
 def test_models_that_nobody_serves_are_warned_of(folder: Path) -> None:

@@ -561,7 +561,10 @@ def test_a_refusal_names_no_address_of_a_backend() -> None:
     for error, reason in (
         (TimeoutError(), "timed out"),
         (socket.gaierror(-2, "nj.internal"), "its name was not resolved"),
-        (ssl.SSLCertVerificationError(1, "not valid for 10.1.2.3"), "its certificate was refused"),
+        (
+            ssl.SSLCertVerificationError(1, "not valid for 10.1.2.3"),
+            "its certificate was refused: it cannot be verified",
+        ),
         (ssl.SSLError(1, "10.1.2.3"), "TLS handshake failed"),
     ):
         world.backend("a").breaker.failures = 0

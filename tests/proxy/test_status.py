@@ -92,6 +92,15 @@ def test_a_reload_that_was_refused_is_told() -> None:
     assert "! the last reload was refused" in shown(state(world.runtime, 0.0))
 
 
+def test_a_certificate_that_ends_soon_is_told() -> None:
+    _, state = busy()
+    said = "certificate api.pem expires in 5 days"
+    assert said not in shown(state)
+    state["certificates"] = [{"warning": said}, {"warning": ""}]
+    assert shown(state).count("! ") == shown({**state, "certificates": []}).count("! ") + 1
+    assert f"! {said}" in shown(state)
+
+
 def test_who_waits_and_what_went_wrong_is_shown() -> None:
     world, _ = busy(slots=1)
     world.start()
