@@ -49,6 +49,7 @@ from proxy.observe import Observer
 from proxy.readable import in_words
 from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
+from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
 from proxy.server import ClientConnection
 from proxy.watched import WatchedFiles
@@ -153,6 +154,7 @@ class Service:
         )
         if self._record is not None:
             cast("RecordedRuntime", runtime).record(self._record, self._seed)
+        runtime.responses = StoredResponses(config.state / "responses.jsonl")
         runtime.most_clients = _most_clients(config.limits.connections)
         self._watched.watch(self._files(config))
         if config.probing.enabled:
@@ -282,6 +284,7 @@ class Service:
             endpoint.pool.close()
         if self._admin is not None:
             await self._admin.cleanup()
+        runtime.responses.write(runtime.responses.take_unwritten())
         await asyncio.to_thread(self._ledger.stop)
         self._engine.dispose()
         if runtime.observer.log is not None:

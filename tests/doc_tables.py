@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 import policies
 from policies.units import Duration, Size
 from proxy import config, config_values, exchange
+from proxy.endpoints import TABLE
 from proxy.metrics import Metrics
 from tests.commands import Command, Option, commands
 from tests.proxy.fakes import World
@@ -74,6 +75,7 @@ def _make(name: str) -> str:
         "policies": lambda _: policy_table(),
         "metrics": lambda _: metric_table(),
         "states": lambda _: state_table(),
+        "endpoints": lambda _: endpoint_table(),
     }
     return makers[kind](rest)
 
@@ -203,6 +205,26 @@ def state_table() -> str:
         names = [f"`{to.name}`" for to in exchange.State if to in following]
         rows.append((f"`{state.name}`", ", ".join(names) or "nowhere: it is over"))
     return _rows(("state", "may become"), rows)
+
+
+_METERED = {
+    "running": "prompt and answer",
+    "responses": "prompt and answer",
+    "messages": "prompt and answer",
+    "input": "prompt",
+    "stored": "prompt and answer, if they were not counted before",
+}
+
+
+def endpoint_table() -> str:
+    """Every endpoint that reaches a backend."""
+    rows = []
+    for route in TABLE:
+        paths = ", ".join(f"`{path}`" for path in (route.path, *route.aliases))
+        metered = f"no: {route.unmetered}" if route.unmetered else _METERED[route.metering]
+        stream = "yes" if route.streams else ""
+        rows.append((paths, route.method, f"`{route.name}`", stream, metered))
+    return _rows(("path", "method", "name", "streams", "metered"), rows)
 
 
 def pages() -> list[Path]:
