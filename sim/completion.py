@@ -29,6 +29,10 @@ class Completion:
     """Whether the stream ends with a usage event."""
     cacheable: int
     """Tokens of the last prompt that fill blocks of the prefix cache."""
+    prelude: tuple[bytes, ...] = ()
+    """Events of a stream that come before the prompt is read."""
+    end: bytes = DONE
+    """What stands behind the last event."""
 
     async def serve(self, request: web.Request, engine: Engine, fault: Fault | None) -> web.StreamResponse:
         """Answer with what the engine gives, when it gives it."""
@@ -63,6 +67,8 @@ class Completion:
         done = [0] * len(self.plans)
         try:
             await response.prepare(request)
+            for event in self.prelude:
+                await response.write(event)
             async for step in generation:
                 if left == total:
                     for event in shapes.first():
@@ -76,7 +82,8 @@ class Completion:
                     await _break(request, fault)
             if self.usage:
                 await response.write(shapes.usage_event(total, self._cache(generation)))
-            await response.write(DONE)
+            if self.end:
+                await response.write(self.end)
             await response.write_eof()
         except ConnectionError:
             pass  # the client left while we wrote

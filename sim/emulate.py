@@ -62,6 +62,9 @@ def emulate(
         bool,
         typer.Option("--enable-prompt-tokens-details", help="Usage says how much of a prompt was cached."),
     ] = False,
+    runner: Annotated[
+        str, typer.Option(help="`generate`, or `pooling`: embeddings, scores and classes in place of text.")
+    ] = "generate",
     fault: Annotated[
         list[str] | None,
         typer.Option(help="KIND or KIND,NAME=VALUE,...: what goes wrong from the start; repeat for several."),
@@ -93,6 +96,7 @@ def emulate(
             api_keys=tuple(api_key or ()),
             seed=seed,
             prompt_tokens_details=enable_prompt_tokens_details,
+            pooling=_is_pooling(runner),
             faults=tuple(map(parse_fault, fault or ())),
             control=control,
             shutdown_timeout_s=shutdown_timeout,
@@ -153,6 +157,13 @@ def _profile(name: str | None, plain: dict[str, float | None], max_model_len: in
         return profile
     limits = profile.limits.model_copy(update={"max_model_len": max_model_len})
     return profile.model_copy(update={"limits": limits})
+
+
+def _is_pooling(runner: str) -> bool:
+    """Raises ValueError."""
+    if runner not in ("generate", "pooling"):
+        raise ValueError(f"--runner is generate or pooling, not {runner}")
+    return runner == "pooling"
 
 
 def _on_ports(common: EmulatorSettings, ports: list[int], backends: int) -> list[EmulatorSettings]:

@@ -101,6 +101,8 @@ class EmulatorSettings:
     seed: int = 0
     prompt_tokens_details: bool = False
     """vLLM's `--enable-prompt-tokens-details`."""
+    pooling: bool = False
+    """vLLM's `--runner pooling`: embeddings and scores, no text."""
     faults: tuple[Fault, ...] = ()
     """In force from the start."""
     control: bool = False
@@ -155,6 +157,7 @@ class Emulator:
                 rtt_s=settings.rtt_s / speed,
                 prefix_unit_tokens=engine.prefix_unit_tokens,
                 prompt_tokens_details=settings.prompt_tokens_details,
+                pooling=settings.pooling,
                 control=settings.control,
             ),
             self.engine,

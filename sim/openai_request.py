@@ -37,7 +37,9 @@ def bad_value(param: str, value: object, message: str) -> RequestError:
     return RequestError(400, "BadRequestError", f"{message} (parameter={param}, value={value})", param)
 
 
-class _Body(BaseModel):
+class RequestBase(BaseModel):
+    """What all bodies share."""
+
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
@@ -110,7 +112,7 @@ class Message(BaseModel):
         return "\n".join(str(part.get("text", "")) for part in self.content)
 
 
-class _Generate(_Body):
+class _Generate(RequestBase):
     """What both kinds of completion share."""
 
     n: int = 1
@@ -216,7 +218,7 @@ class CompletionRequest(_Generate):
         return [item if isinstance(item, str) else tokens.decode(item) for item in self.prompt]  # type: ignore[arg-type]
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(RequestBase):
     """Body of POST /tokenize: a prompt or a conversation."""
 
     prompt: str | None = None
@@ -236,7 +238,7 @@ class TokenizeRequest(_Body):
         return tokens.chat_pieces((message.role, message.text()) for message in self.messages)
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(RequestBase):
     """Body of POST /detokenize."""
 
     tokens: list[Annotated[int, Field(ge=0)]]
