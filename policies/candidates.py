@@ -107,6 +107,25 @@ class Candidates:
             {},
         )
 
+    def only(self, name: str) -> Candidates:
+        """The same with one backend at most: what the request is about is nowhere else."""
+        refusal = self.refusal
+        if refusal is None and name not in self.key[1]:
+            reason = self.removed.get(name, "it is not a backend any more")
+            refusal = Reject("model_not_found", f"only backend {name} could serve this: {reason}")
+        others = frozenset(self.tier_of) - {name}
+        found = self.without(others)
+        return Candidates(
+            found.rule,
+            (self.key[0], frozenset(self.key[1] & {name})),
+            tuple(tier for tier in found.tiers if tier.backends),
+            found.order,
+            found.tier_of,
+            found.removed,
+            refusal,
+            {},
+        )
+
     def fallbacks(self, tier: int, chosen: str, proposed: tuple[str, ...]) -> tuple[str, ...]:
         """Where to go after `chosen` has failed: as the policy proposed, then on through this tier and
         later."""
@@ -150,6 +169,8 @@ class CandidateSets:
         found = self._found.get(key)
         if found is None:
             found = self._found[key] = self._build(rule, request, fleet)
+        if request.backend:
+            return found.only(request.backend)
         return found
 
     def move_spills(self, fleet: Fleet, now: float) -> None:

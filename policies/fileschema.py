@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -22,7 +22,25 @@ DEFAULT_PICK = "least-load"
 WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _WEEKDAY_NAMES = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
-Endpoint = Literal["chat", "completions", "tokenize", "detokenize"]
+Endpoint = Literal[
+    "chat",
+    "completions",
+    "responses",
+    "responses-get",
+    "responses-delete",
+    "responses-cancel",
+    "messages",
+    "count-tokens",
+    "embeddings",
+    "rerank",
+    "score",
+    "pooling",
+    "classify",
+    "tokenize",
+    "detokenize",
+]
+ENDPOINTS: tuple[str, ...] = get_args(Endpoint)
+"""What a rule may ask for, by the names that the proxy gives to its paths (docs/api.md)."""
 
 Item = TypeVar("Item")
 

@@ -28,7 +28,7 @@ class RequestFacts:
     model: str
     """The model after aliases, as backends name it."""
     endpoint: str = "chat"
-    """`chat`, `completions`, `tokenize` or `detokenize`."""
+    """One of `policies.fileschema.ENDPOINTS`."""
     tenant: str = "default"
     key_id: str = ""
     data_class: str = "public"
@@ -53,6 +53,8 @@ class RequestFacts:
     labels: Mapping[str, str] = field(default_factory=dict)
     prefix: tuple[int, ...] = ()
     """Chained hashes of the prompt's leading blocks; filled only for policies that need `prefix`."""
+    backend: str = ""
+    """The only backend that can serve it, since it has what the request is about; empty: any may."""
 
     @property
     def tokens(self) -> int:

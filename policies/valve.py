@@ -88,6 +88,12 @@ class Valve:
         self._now = now
         if now >= self._back_at or self.fleet.version != self._version:
             self._follow_fleet(now)
+        if request.backend and not request.tokens:  # it asks after what is there, and takes nobody's place
+            candidates = self.rules.candidates(request, self.fleet)
+            if candidates.order:
+                routing = self._to_any(request, candidates, "holder", "what it asks for is there", now)
+                self._lease(routing, now)
+                return routing
         if self._held:
             candidates = self.rules.candidates(request, self.fleet)
             queue = self._queues.get(candidates.key)

@@ -7,7 +7,9 @@ from email.utils import formatdate
 from functools import lru_cache
 from math import ceil
 
-from proxy.errors import REASON_PHRASES, RequestError, error_body
+from proxy.dialects import body_in, status_in
+from proxy.endpoints import OPENAI
+from proxy.errors import REASON_PHRASES, RequestError
 
 
 @lru_cache(maxsize=1)
@@ -52,8 +54,9 @@ def error_answer(
     keep_alive: bool = True,
     version: int = 1,
     without_body: bool = False,
+    dialect: str = OPENAI,
 ) -> bytes:
-    """The answer to a request that is refused."""
+    """The answer to a request that is refused, in the dialect of its endpoint."""
     if error.retry_after_s is not None:
         fields += b"retry-after: %d\r\n" % max(1, ceil(error.retry_after_s))
     if error.allow:
@@ -61,8 +64,8 @@ def error_answer(
     if error.status == 401:
         fields += b"www-authenticate: Bearer\r\n"
     return answer(
-        error.status,
-        error_body(error.code, error.message, error.param),
+        status_in(dialect, error.code),
+        body_in(dialect, error.code, error.message, error.param),
         fields=fields,
         keep_alive=keep_alive,
         version=version,

@@ -39,6 +39,7 @@ CLIENT_ERRORS: Final[dict[str, int]] = {
     "origin_refused": 403,
     "not_found": 404,
     "model_not_found": 404,
+    "response_not_found": 404,
     "method_not_allowed": 405,
     "rate_limit_requests": 429,
     "rate_limit_tokens": 429,
@@ -85,6 +86,7 @@ REASON_PHRASES: Final[dict[int, str]] = {
     503: "Service Unavailable",
     504: "Gateway Timeout",
     505: "HTTP Version Not Supported",
+    529: "Overloaded",
 }
 
 _TYPES: Final[dict[int, str]] = {

@@ -30,8 +30,11 @@ from proxy import records
 from proxy.access.keys import Key
 from proxy.access.limits import Refusal, Reservation
 from proxy.answers import error_answer
-from proxy.errors import RequestError, error_event
+from proxy.dialects import event_of, status_in
+from proxy.endpoints import INPUT, stored_id
+from proxy.errors import RequestError
 from proxy.http1 import LAST_CHUNK, RequestHead, chunk
+from proxy.meters import ResponsesMeter
 from proxy.openai import RequestBody, body_for_backend, is_slow_to_read, read_body
 from proxy.relay import EVENTS, RAW, WHOLE, Client, Relay
 from proxy.upstream import BackendConnection, Endpoint, connect_failure
@@ -139,7 +142,9 @@ class Exchange(Relay):
         media_urls = self.runtime.media_urls
         try:
             self._read_head(len(raw))
-            if self.endpoint == "forward":
+            if self.route.stored:
+                facts = self._stored()
+            elif self.endpoint == "forward":
                 facts = self._forwarded(raw)
             elif is_slow_to_read(raw):
                 self.runtime.tasks.spawn(self._start_large(raw, media_urls), "read body")
@@ -208,6 +213,40 @@ class Exchange(Relay):
         )
         return self.facts
 
+    def _stored(self) -> RequestFacts:
+        """A request about a response that a backend keeps. Raises RequestError."""
+        runtime, row, key = self.runtime, self.row, self.key
+        name = stored_id(self.request.target)
+        stored = runtime.responses.find(name, row.tenant)
+        if stored is None or stored.backend not in runtime.fleet.backends:
+            raise RequestError("response_not_found", f"there is no response {name!r}", "response_id")
+        row.model = stored.model
+        self._check_model(stored.model, stored.model)
+        self.facts = facts = RequestFacts(
+            row.op,
+            stored.model,
+            self.endpoint,
+            tenant=row.tenant,
+            key_id=row.key_id,
+            data_class=row.data_class,
+            arrived=self.arrived,
+            wall=row.arrived,
+            deadline=self.arrived + runtime.timeouts.total,
+            backend=stored.backend,
+        )
+        if key is not None:
+            facts.priority = key.priority
+            facts.labels = key.labels
+        return facts
+
+    def _check_model(self, asked: str, model: str) -> None:
+        """Raise RequestError if the key may use neither of these names of a model."""
+        key = self.key
+        if key is not None and key.models is not None and not (asked in key.models or model in key.models):
+            raise RequestError(
+                "model_not_allowed", f"this key may not use the model {asked[:128]!r}", "model"
+            )
+
     def _read(self, body: RequestBody) -> RequestFacts:
         """What a decision needs to know of the request. Raises RequestError."""
         runtime, head, key, row = self.runtime, self.request, self.key, self.row
@@ -216,14 +255,7 @@ class Exchange(Relay):
         row.model = body.model
         row.stream = body.stream
         model = runtime.aliases.get(body.model, body.model)
-        if (
-            key is not None
-            and key.models is not None
-            and not (body.model in key.models or model in key.models)
-        ):
-            raise RequestError(
-                "model_not_allowed", f"this key may not use the model {body.model[:128]!r}", "model"
-            )
+        self._check_model(body.model, model)
         self.include_usage = body.include_usage
         self.every_event = body.every_event
         if body.choices > 1:
@@ -243,8 +275,14 @@ class Exchange(Relay):
             body_bytes=row.body_bytes,
             prompt_tokens=body.prompt_tokens,
             max_tokens=body.max_tokens,
-            expected_tokens=body.expected_tokens if self.endpoint in ("chat", "completions") else 0,
+            expected_tokens=body.expected_tokens if self.route.generates else 0,
         )
+        if body.previous_response:
+            previous = runtime.responses.find(body.previous_response, tenant)
+            if previous is None or previous.backend not in runtime.fleet.backends:
+                message = f"there is no response {body.previous_response!r}"
+                raise RequestError("response_not_found", message, "previous_response_id")
+            facts.backend = previous.backend
         if session:
             facts.session = f"{tenant}\0{session}"
             row.session = runtime.salted(facts.session.encode("utf-8", "replace"))
@@ -403,10 +441,15 @@ class Exchange(Relay):
                 self.body_read,
                 model=self.facts.model,
                 continuous=endpoint.continuous_usage,
-                cache_salt=salt if self.endpoint in ("chat", "completions") else "",
+                cache_salt=salt if self.route.salted else "",
             )
+            # A path of the table, without the query.
+            target = head.target.partition(b"?")[0]
+            request = endpoint.request(b"POST", target, head.forward, body, self.row.op.encode("ascii"))
+        elif self.route.stored:
+            nothing = b"" if head.method == b"POST" else None
             request = endpoint.request(
-                b"POST", self.runtime.targets[self.endpoint], head.forward, body, self.row.op.encode("ascii")
+                head.method, head.target, head.forward, nothing, self.row.op.encode("ascii")
             )
         else:
             request = self.runtime.forward_request(endpoint, head, self.raw_body or b"", self.id)
@@ -483,7 +526,7 @@ class Exchange(Relay):
             self._complete()
         elif self.mode == EVENTS:
             code = _GIVE_UP_CODES.get(error, "shutting_down")
-            event = error_event(code, message)
+            event = event_of(self.route, code, message, self.meter.next_sequence())
             # A half-written event of the backend's was never passed on, so this one stands alone: unless it was too
             # long to wait for.
             if self.reader is not None and self.reader.cut_short:
@@ -503,6 +546,7 @@ class Exchange(Relay):
     def refuse(self, error: RequestError) -> None:
         """Answer with an error of ours; nothing has been sent to the client yet."""
         status = error.status
+        dialect = self.route.dialect
         row = self.row
         row.code = error.code
         if error.code in ("shutting_down",):
@@ -525,9 +569,10 @@ class Exchange(Relay):
                 keep_alive=self._keeps_alive(),
                 version=self.request.version,
                 without_body=self.request.method == b"HEAD",
+                dialect=dialect,
             )
         )
-        self._end(outcome, status, keep_alive=True)
+        self._end(outcome, status_in(dialect, error.code), keep_alive=True)
 
     def fail(self) -> None:
         """A bug of ours, before anything was answered."""
@@ -624,7 +669,8 @@ class Exchange(Relay):
         if meter.reported:
             journal.progress(row.op, row.backend, meter.prompt, meter.cached, completion)
         elif self.facts is not None:
-            journal.progress(row.op, row.backend, self.facts.prompt_tokens, 0, completion, "estimated")
+            prompt = meter.prompt or self.facts.prompt_tokens
+            journal.progress(row.op, row.backend, prompt, meter.cached, completion, "estimated")
 
     # Ending
 
@@ -655,12 +701,19 @@ class Exchange(Relay):
         row.outcome = outcome
         row.status = status
         row.total_s = now - self.arrived
+        route = self.route
+        if route.stores or route.stored:
+            self._settle_response(status)
         if meter.reported:
             row.prompt_tokens, row.cached_tokens, row.completion_tokens = meter.usage
             row.usage_source = "reported"
-        elif meter.text_bytes and self.facts is not None and self.facts.expected_tokens:
-            row.prompt_tokens = self.facts.prompt_tokens
+        elif (meter.text_bytes or meter.prompt) and self.facts is not None and route.generates:
+            row.prompt_tokens = meter.prompt or self.facts.prompt_tokens
+            row.cached_tokens = meter.cached
             row.completion_tokens = meter.estimate_completion()
+            row.usage_source = "estimated"
+        elif route.metering == INPUT and outcome == records.OK and self.facts is not None:
+            row.prompt_tokens = self.facts.prompt_tokens
             row.usage_source = "estimated"
         if row.usage_source != "none":
             row.cost_nano, row.currency = runtime.prices.cost(
@@ -684,11 +737,26 @@ class Exchange(Relay):
             self.client.abort()
         runtime.capacity_freed(now)
 
+    def _settle_response(self, status: int) -> None:
+        """Tokens of a response that outlives its request are counted once, by who first sees its end."""
+        meter, responses = self.meter, self.runtime.responses
+        if not isinstance(meter, ResponsesMeter):
+            if 200 <= status < 300:
+                responses.forget(stored_id(self.request.target))
+        elif self.route.stored:
+            if not (meter.reported and meter.ended and responses.count(meter.response_id)):
+                meter.reported = False
+        elif meter.background:
+            if meter.reported and meter.ended:
+                meter.reported = responses.count(meter.response_id)
+            else:
+                meter.reported, meter.text_bytes = False, 0
+
 
 def _prefix_hashes(raw: bytes, salt: bytes) -> tuple[int, ...]:
     """Chained salted hashes of the prompt's leading 2 KiB blocks: equal beginnings share them, nothing else
     can be told from them."""
-    start = max(raw.find(b'"messages"'), 0) or max(raw.find(b'"prompt"'), 0)
+    start = max(raw.find(b'"messages"'), 0) or max(raw.find(b'"prompt"'), raw.find(b'"input"'), 0)
     hashes = []
     digest = salt
     last = min(len(raw) - PREFIX_BLOCK_BYTES, start + PREFIX_BLOCKS * PREFIX_BLOCK_BYTES)

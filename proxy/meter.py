@@ -33,6 +33,7 @@ _USAGE_TAIL: Final = re.compile(
 )
 _USAGE_ANYWHERE: Final = re.compile(rb'"usage"\s*+:\s*+(\{(?:[^{}]|\{[^{}]*+\})*+\})')
 _LONGEST_USAGE: Final = 1024
+_TOKENS: Final = frozenset(("prompt_tokens", "input_tokens", "total_tokens"))
 _FINISH_KEY: Final = b'"finish_reason"'
 _FINISH_REASON: Final = re.compile(_FINISH_KEY + rb'\s*+:\s*+"')
 _CHOICE_INDEX: Final = re.compile(rb'"choices": ?+\[\{"index": ?+([0-9]{1,4}+)')
@@ -170,7 +171,7 @@ class Meter:
                 usage = orjson.loads(match[1])
             except orjson.JSONDecodeError:
                 continue
-            if "prompt_tokens" in usage:
+            if not _TOKENS.isdisjoint(usage):
                 self.take(usage)
         self.text_bytes += len(payload)
         self._scanned = window[-_LONGEST_USAGE:]
@@ -287,6 +288,18 @@ class Meter:
             self._by_prompt[number] = max(self._by_prompt.get(number, 0), prompt)
             prompt = sum(self._by_prompt.values())
         return prompt, sum(self._by_choice.values())
+
+    def withholds(self, event: Event) -> bool:
+        """Whether an event in front of all others commits nothing, and is kept: here, none is."""
+        return False
+
+    def preface(self) -> bytes:
+        """The events that were kept."""
+        return b""
+
+    def next_sequence(self) -> int:
+        """Number for an event of ours, where events are numbered."""
+        return 0
 
     def estimate_completion(self) -> int:
         """Tokens of the answer for a backend that reports nothing, from the bytes of its text."""

@@ -18,6 +18,8 @@ from typing import Any, Final
 
 import orjson
 
+from proxy.bodies import MEDIA_FIELDS, count, read_other
+from proxy.endpoints import ANY_BODY, BY_NAME, CHAT_BODY, PROMPT_BODY
 from proxy.errors import RequestError
 from proxy.meter import BYTES_PER_TOKEN
 
@@ -49,6 +51,10 @@ class RequestBody:
     max_tokens: int = 0
     prompt_tokens: int = 0
     session: str = ""
+    previous_response: str = ""
+    """Id of the stored response that this request goes on from."""
+    asks_usage: bool = True
+    """The usage of a stream is asked for by `stream_options`."""
     must_rewrite: bool = False
     """Holds fields that must not go on as they are."""
 
@@ -119,18 +125,23 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
         message = f"the name of a model has at most {LONGEST_MODEL_NAME} characters"
         raise RequestError("invalid_value", message, "model")
     body = RequestBody(raw, document, model)
-    if endpoint == "chat":
+    kind = BY_NAME[endpoint].body
+    if kind == CHAT_BODY:
         _read_chat(body, document)
         _read_generation(body, document)
-    elif endpoint == "completions":
+    elif kind == PROMPT_BODY:
         _read_prompt(body, document)
         _read_generation(body, document)
     else:
-        body.prompt_tokens = len(raw) // BYTES_PER_TOKEN
+        read_other(kind, body, document)
     if not ENGINE_FIELDS.isdisjoint(document):
         body.must_rewrite = True
     if not media_urls:
-        _refuse_media_urls(document.get("messages"))
+        if kind in (CHAT_BODY, ANY_BODY, PROMPT_BODY):
+            _refuse_media_urls(document.get("messages"))
+        else:
+            for field in MEDIA_FIELDS[kind]:
+                _refuse_media_urls(document.get(field), field)
     return body
 
 
@@ -225,9 +236,9 @@ def _read_generation(body: RequestBody, document: dict[str, Any]) -> None:
             body.every_event = body.include_usage and bool(options.get("continuous_usage_stats"))
         body.must_rewrite = True
     if not _COUNTS.isdisjoint(document):
-        several = max(_count(document, "n", 1, MOST_CHOICES), _count(document, "best_of", 1, MOST_CHOICES))
+        several = max(count(document, "n", 1, MOST_CHOICES), count(document, "best_of", 1, MOST_CHOICES))
         body.choices = body.prompts * several
-        body.max_tokens = _count(document, "max_completion_tokens", 0) or _count(document, "max_tokens", 0)
+        body.max_tokens = count(document, "max_completion_tokens", 0) or count(document, "max_tokens", 0)
     for name in ("prompt_cache_key", "user"):
         value = document.get(name)
         if type(value) is str and value:
@@ -238,26 +249,19 @@ def _read_generation(body: RequestBody, document: dict[str, Any]) -> None:
 _COUNTS: Final = frozenset(("n", "best_of", "max_tokens", "max_completion_tokens"))
 
 
-def _count(document: dict[str, Any], name: str, least: int, most: int = 2**31) -> int:
-    value = document.get(name)
-    if value is None:
-        return least
-    if type(value) is not int or value < least:
-        raise RequestError("invalid_value", f"{name} must be a whole number of at least {least}", name)
-    if value > most:
-        raise RequestError("invalid_value", f"{name} is too large: at most {most}", name)
-    return value
-
-
-def _refuse_media_urls(messages: Any) -> None:
+def _refuse_media_urls(messages: Any, field: str = "messages") -> None:
     """An engine that fetches URLs for a client is a way into its network: only data: URLs pass."""
+    if field != "messages" and type(messages) is dict:
+        messages = [messages]
     if type(messages) is not list:
         return
     for number, message in enumerate(messages):
         content = message.get("content") if type(message) is dict else None
+        if content is None and field != "messages":
+            content = message  # a part itself, such as an image among texts to embed
         for part_number, part in enumerate(content if type(content) is list else [content]):
             if _has_remote_url(part, 0):
-                where = f"messages[{number}].content[{part_number}]"
+                where = f"{field}[{number}].content[{part_number}]"
                 raise RequestError("media_url", "media must be sent inline as a data: URL", where)
 
 
@@ -290,8 +294,11 @@ def body_for_backend(body: RequestBody, *, model: str, continuous: bool, cache_s
     if body.must_rewrite or model != body.model:
         document = {name: value for name, value in body.document.items() if name not in ENGINE_FIELDS}
         document["model"] = model
-        document.pop("stream_options", None)
-        if body.stream:
+        if not body.asks_usage:
+            document.pop("request_id", None)
+        else:
+            document.pop("stream_options", None)
+        if body.stream and body.asks_usage:
             options = dict(body.document.get("stream_options") or {})
             options["include_usage"] = True
             if continuous:
@@ -303,10 +310,11 @@ def body_for_backend(body: RequestBody, *, model: str, continuous: bool, cache_s
             document["cache_salt"] = cache_salt
         return _write(document)
     raw = body.raw
-    if not body.stream and not cache_salt:
+    stream = body.stream and body.asks_usage
+    if not stream and not cache_salt:
         return raw
     at = raw.index(b"{") + 1
-    added = (_ASK_USAGE if continuous else _ASK_FINAL_USAGE) if body.stream else b""
+    added = (_ASK_USAGE if continuous else _ASK_FINAL_USAGE) if stream else b""
     if cache_salt:
         salt = b'"cache_salt":"%b"' % cache_salt.encode("ascii")
         added = b"%b,%b" % (added, salt) if added else salt

@@ -18,11 +18,15 @@ from probes.passive import AttemptError, outcome_of, tried_elsewhere
 from proxy import records
 from proxy.access.keys import Key
 from proxy.answers import answer
+from proxy.dialects import translated
+from proxy.endpoints import BY_NAME, RESPONSE_ID, RUNNING
 from proxy.errors import REASON_PHRASES
 from proxy.http1 import LAST_CHUNK, RequestHead, ResponseHead, chunk
 from proxy.meter import ABORTED, Meter
+from proxy.meters import ResponsesMeter, new_meter
 from proxy.openai import RequestBody
 from proxy.records import Row
+from proxy.responses import StoredResponse
 from proxy.sse import MAX_EVENT_BYTES, EventReader
 from proxy.upstream import BackendConnection, Receiver
 
@@ -94,11 +98,12 @@ class Relay(Receiver):
         self.client = client
         self.request = head
         self.endpoint = endpoint
+        route = self.route = BY_NAME[endpoint]
         self.key = key
         self.arrived = now
         row = self.row = Row(runtime.operation_ids.mint())
         self.id = runtime.request_id(head) if head.request_id else row.op
-        self.meter = Meter()
+        self.meter = Meter() if route.metering == RUNNING else new_meter(route)
         self.chunked = head.version == 1
 
     # What the exchange does
@@ -171,12 +176,15 @@ class Relay(Receiver):
         else:
             pieces = []
             started = self.committed
+            withholds = not started and self.route.withholds
             for event in events:
                 if meter.done or meter.failed:
                     done = True  # nothing may follow `[DONE]` or an error
                     break
                 if not started:
                     if event.data in _NO_DATA and len(event.raw) <= MAX_EVENT_BYTES:
+                        continue
+                    if withholds and meter.withholds(event):
                         continue
                     started = True
                 pieces.append(
@@ -194,6 +202,8 @@ class Relay(Receiver):
                     if done:
                         self._attempt_failed(AttemptError.RESET, "the backend's stream held no event")
                     return
+                if withholds:
+                    out = meter.preface() + out
                 out = self._commit_stream() + (chunk(out) if self.chunked else out)
                 self._end_of_read(out, done)
                 return
@@ -235,6 +245,7 @@ class Relay(Receiver):
         """vLLM finds some faults of a request only when it has said 200: an event with the error it would have
         answered. Nothing has reached the client yet, so it gets that answer."""
         status = self.meter.client_fault if self.meter.client_fault in REASON_PHRASES else 400
+        body = translated(self.route.dialect, status, body)
         self._drop_connection()
         fields = b"x-request-id: %b\r\n" % self.id.encode("ascii")
         keep_alive = self._keeps_alive()
@@ -331,6 +342,8 @@ class Relay(Receiver):
         status = reply.status
         if 200 <= status < 300:
             self.meter.body(body)
+        else:
+            body = translated(self.route.dialect, status, body)
         head = self._commit(b"content-length: %b\r\n" % str(len(body)).encode())
         self.client.write(head + body)
         self._release(outcome_of(status))
@@ -352,6 +365,8 @@ class Relay(Receiver):
         self._begun()
         self.committed = True
         row = self.row
+        if self.route.stores:
+            self._remember_response(reply.status)
         row.overhead_s = max(self.dispatched - self.arrived - row.queue_s, 0.0)
         keep_alive = self._keeps_alive() and (self.chunked or framing.startswith(b"content-length"))
         overhead_us = int(row.overhead_s * 1e6)
@@ -378,6 +393,19 @@ class Relay(Receiver):
             return fields + b"connection: close\r\n\r\n"
         return fields + (b"\r\n" if self.chunked else b"connection: keep-alive\r\n\r\n")
 
+    def _remember_response(self, status: int) -> None:
+        """Before the client knows a response's id, the backend that has it is known by it."""
+        meter, runtime = self.meter, self.runtime
+        if (
+            isinstance(meter, ResponsesMeter)
+            and 200 <= status < 300
+            and RESPONSE_ID.fullmatch(meter.response_id)
+        ):
+            row = self.row
+            # What runs in the background is not over yet; all else is metered with this request.
+            stored = StoredResponse(row.backend, row.tenant, row.served_model, not meter.background)
+            runtime.responses.add(meter.response_id, stored)
+
     def _keeps_alive(self) -> bool:
         return self.request.keep_alive and not self.runtime.draining
 
@@ -387,7 +415,7 @@ class Relay(Receiver):
 
     def _new_meter(self) -> Meter:
         body = self.body_read
-        return Meter() if body is None else Meter(body.choices, body.prompts)
+        return new_meter(self.route) if body is None else new_meter(self.route, body.choices, body.prompts)
 
 
 def _outcome(status: int) -> str:

@@ -23,12 +23,14 @@ from proxy.access.limits import AuthFailures, Limits
 from proxy.answers import answer
 from proxy.build import Built
 from proxy.client_address import TrustedProxies
+from proxy.endpoints import BY_PATH, TABLE, Route, find
 from proxy.errors import RequestError
 from proxy.http1 import HeadLimits, RequestGrammar, RequestHead, chunk
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.observe import Observer
 from proxy.records import OperationIds
+from proxy.responses import StoredResponses
 from proxy.tasks import Tasks
 from proxy.upstream import Endpoint
 
@@ -38,17 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tidegate")
 
-ROUTES: Final = {
-    b"/v1/chat/completions": "chat",
-    b"/v1/completions": "completions",
-    b"/tokenize": "tokenize",
-    b"/detokenize": "detokenize",
-}
-"""Paths that reach a backend. Nothing else does: an engine's control endpoints stay out of reach."""
-
-TARGETS: Final = {endpoint: path for path, endpoint in ROUTES.items()}
 _MODELS: Final = b"/v1/models"
-
 
 _LOCAL_ORIGIN: Final = re.compile(rb"https?://(?:localhost|127\.[0-9.]++|\[::1\])(?::[0-9]++)?")
 """Web pages of this machine's own."""
@@ -57,7 +49,7 @@ _ID_BYTES: Final = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklm
 
 
 def _no_such_path(path: bytes) -> str:
-    paths = b", ".join(ROUTES).decode()
+    paths = ", ".join(dict.fromkeys(route.path for route in TABLE))
     return f"there is no path {path[:64].decode('latin-1')!a} here, but {paths} and {_MODELS.decode()}"
 
 
@@ -95,8 +87,6 @@ class Deadlines:
 
 class Runtime:
     """Shared state. All of it belongs to the event loop."""
-
-    targets = TARGETS
 
     def __init__(
         self,
@@ -145,6 +135,8 @@ class Runtime:
         self.valve = Valve(built.policy.rules, self.fleet)
         retries = config.retries
         self.retry_budget = RetryBudget(retries.ratio, retries.per_second)
+        self.responses = StoredResponses()
+        self._writing_responses = False
         self._polling = False
         self._poll_again = False
         self._wake: asyncio.TimerHandle | None = None
@@ -212,17 +204,20 @@ class Runtime:
             # A browser sends it, for whatever page its user looks at; without keys nothing else stops that page.
             return Admission(error=RequestError("origin_refused", "web pages need an API key here"))
         path = head.target.partition(b"?")[0]
-        endpoint = ROUTES.get(path)
-        if endpoint is not None:
-            if head.method == b"POST":
-                return Admission(endpoint, key)
+        route = BY_PATH.get(path)
+        if route is not None and head.method == b"POST":
+            return Admission(route.name, key)
+        found = find(head.method, head.target if path.startswith(b"/v1/responses/") else path)
+        if isinstance(found, Route):
+            return Admission(found.name, key)
+        if found:
             return Admission(
-                error=RequestError("method_not_allowed", f"{path.decode()} takes POST", allow="POST")
+                error=RequestError("method_not_allowed", f"{path.decode()} takes {found}", allow=found)
             )
         if path.startswith(_MODELS):
             return self._models(head, path, key)
         message = _no_such_path(path)
-        if b"/v1" + path in ROUTES or (b"/v1" + path).startswith(_MODELS):
+        if b"/v1" + path in BY_PATH or (b"/v1" + path).startswith(_MODELS):
             message += "; API paths begin with /v1, so the base_url of an OpenAI client ends in /v1"
         return Admission(error=RequestError("not_found", message))
 
@@ -414,10 +409,23 @@ class Runtime:
                 log.exception("sweep of %r failed", swept)
         for endpoint in self.endpoints.values():
             endpoint.pool.sweep(now)
+        self._write_responses()
         self.fleet.refresh(now)
         self._tell_breakers(now)
         self._tell_aliases()
         self.poll(now)
+
+    def _write_responses(self) -> None:
+        """Have a thread write down what is new about stored responses."""
+        if not self._writing_responses and (lines := self.responses.take_unwritten()):
+            self._writing_responses = True
+            self.tasks.spawn(self._written(lines), "write responses")
+
+    async def _written(self, lines: bytes) -> None:
+        try:
+            await asyncio.to_thread(self.responses.write, lines)
+        finally:
+            self._writing_responses = False
 
     def _tell_aliases(self) -> None:
         """Say in the log, once per configuration, that an alias leads nowhere: only its clients would notice."""

@@ -50,6 +50,7 @@ from proxy.observe import Observer
 from proxy.readable import in_words
 from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
+from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
 from proxy.watched import WatchedFiles
 
@@ -147,6 +148,7 @@ class Service:
         )
         if self._record is not None:
             cast("RecordedRuntime", runtime).record(self._record, self._seed)
+        runtime.responses = StoredResponses(config.state / "responses.jsonl")
         runtime.most_clients = _most_clients(config.limits.connections)
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
@@ -268,6 +270,7 @@ class Service:
             endpoint.pool.close()
         if self._admin is not None:
             await self._admin.cleanup()
+        runtime.responses.write(runtime.responses.take_unwritten())
         await asyncio.to_thread(self._ledger.stop)
         self._engine.dispose()
         if runtime.observer.log is not None:

@@ -14,6 +14,7 @@ from math import inf
 from typing import TYPE_CHECKING, Final, cast
 
 from proxy.answers import error_answer
+from proxy.endpoints import OPENAI, dialect_of
 from proxy.errors import RequestError
 from proxy.exchange import Exchange
 from proxy.http1 import ChunkedDecoder, PartialHead, RepeatedHead, RequestHead
@@ -350,6 +351,7 @@ class ClientConnection(Client):
                 keep_alive=keep_alive,
                 version=1 if head is None else head.version,
                 without_body=head is not None and head.method == b"HEAD",
+                dialect=OPENAI if head is None else dialect_of(head.target),
             )
         )
 

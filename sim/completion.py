@@ -32,6 +32,10 @@ class Completion:
     """Whether the stream ends with a usage event."""
     cacheable: int
     """Tokens of the last prompt that fill blocks of the prefix cache."""
+    prelude: tuple[bytes, ...] = ()
+    """Events of a stream that come before the prompt is read."""
+    end: bytes = DONE
+    """What stands behind the last event."""
 
     async def serve(self, request: web.Request, engine: Engine, fault: Fault | None) -> web.StreamResponse:
         """Answer with what the engine gives, when it gives it."""
@@ -63,6 +67,8 @@ class Completion:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         try:
             await response.prepare(request)
+            for event in self.prelude:
+                await response.write(event)
             try:
                 await self._events(request, response, generation, fault)
             except ConnectionError:
@@ -73,7 +79,8 @@ class Completion:
                 log.exception("an answer has failed half way")
                 # Status and headers are out: all that is left to do is what vLLM does.
                 await response.write(own_error().event())
-            await response.write(DONE)
+            if self.end:
+                await response.write(self.end)
             await response.write_eof()
         except ConnectionError:
             pass  # the client left while we wrote

@@ -66,6 +66,9 @@ def emulate(
         int | None,
         typer.Option(help="Sequences running and waiting at most; more are refused with 503.", min=1),
     ] = None,
+    runner: Annotated[
+        str, typer.Option(help="`generate`, or `pooling`: embeddings, scores and classes in place of text.")
+    ] = "generate",
     fault: Annotated[
         list[str] | None,
         typer.Option(help="KIND or KIND,NAME=VALUE,...: what goes wrong from the start; repeat for several."),
@@ -103,6 +106,7 @@ def emulate(
             seed=seed,
             prompt_tokens_details=enable_prompt_tokens_details,
             max_num_queued_reqs=max_num_queued_reqs,
+            pooling=_is_pooling(runner),
             faults=tuple(map(parse_fault, fault or ())),
             control=control,
             shutdown_timeout_s=shutdown_timeout,
@@ -172,6 +176,13 @@ def _profile(name: str | None, plain: dict[str, float | None], max_model_len: in
     else:
         profile = load_profile(name)
     return with_max_model_len(profile, max_model_len)
+
+
+def _is_pooling(runner: str) -> bool:
+    """Raises ValueError."""
+    if runner not in ("generate", "pooling"):
+        raise ValueError(f"--runner is generate or pooling, not {runner}")
+    return runner == "pooling"
 
 
 def _on_ports(common: EmulatorSettings, ports: list[int], backends: int) -> list[EmulatorSettings]:

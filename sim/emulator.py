@@ -109,6 +109,8 @@ class EmulatorSettings:
     """vLLM's `--enable-prompt-tokens-details`."""
     max_num_queued_reqs: int | None = None
     """vLLM's `--max-num-queued-reqs`: sequences running and waiting at most; None: no limit."""
+    pooling: bool = False
+    """vLLM's `--runner pooling`: embeddings and scores, no text."""
     faults: tuple[Fault, ...] = ()
     """In force from the start."""
     control: bool = False
@@ -163,6 +165,7 @@ class Emulator:
                 prefix_unit_tokens=engine.prefix_unit_tokens,
                 prompt_tokens_details=settings.prompt_tokens_details,
                 max_num_queued_reqs=settings.max_num_queued_reqs,
+                pooling=settings.pooling,
                 control=settings.control,
             ),
             self.engine,

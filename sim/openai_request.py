@@ -58,7 +58,9 @@ def own_error() -> RequestError:
 TokenId = Annotated[int, Field(ge=0)]
 
 
-class _Body(BaseModel):
+class RequestBase(BaseModel):
+    """What all bodies share."""
+
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
@@ -131,7 +133,7 @@ class Message(BaseModel):
         return "\n".join(str(part.get("text", "")) for part in self.content)
 
 
-class _Generate(_Body):
+class _Generate(RequestBase):
     """What both kinds of completion share."""
 
     n: int | None = 1
@@ -246,7 +248,7 @@ class CompletionRequest(_Generate):
         return [item if isinstance(item, str) else tokens.decode(item) for item in prompts]
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(RequestBase):
     """Body of POST /tokenize: a prompt or a conversation."""
 
     prompt: str | None = None
@@ -266,7 +268,7 @@ class TokenizeRequest(_Body):
         return tokens.chat_pieces((message.role, message.text()) for message in self.messages)
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(RequestBase):
     """Body of POST /detokenize."""
 
     tokens: list[Annotated[int, Field(ge=0, le=2**63 - 1)]]

@@ -13,9 +13,10 @@ import hmac
 import logging
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 from uuid import uuid4
 
 import orjson
@@ -27,6 +28,7 @@ from sim.completion import Completion
 from sim.faults import Fault, Faults
 from sim.generation import Engine, SequencePlan
 from sim.json_instance import Schema, UnsupportedSchemaError, minimal_instance
+from sim.messages_api import MessagesApi
 from sim.openai_request import (
     ChatRequest,
     CompletionRequest,
@@ -38,7 +40,9 @@ from sim.openai_request import (
     parse,
 )
 from sim.openai_shapes import ChatShapes, CompletionShapes, Head, Shapes
+from sim.pooling_api import PoolingApi
 from sim.prefix_hashes import prefix_hashes
+from sim.responses_api import ResponsesApi
 from sim.vllm_metrics import CONTENT_TYPE, VllmMetrics
 
 log = logging.getLogger("tidegate")
@@ -74,15 +78,26 @@ class FaceSettings:
     """vLLM's `--enable-prompt-tokens-details`: usage says how much of a prompt was in the prefix cache."""
     max_num_queued_reqs: int | None = None
     """vLLM's `--max-num-queued-reqs`: sequences running and waiting at most, others are refused; None: no limit."""
+    pooling: bool = False
+    """It serves a pooling model: embeddings and scores, no text."""
     control: bool = False
     """Whether `/emulator/fault` is there, which no vLLM has."""
+
+
+class Planned(NamedTuple):
+    """A chat that is understood."""
+
+    pieces: list[str]
+    """Its prompt."""
+    answers: list[Answer]
+    plans: list[SequencePlan]
 
 
 class Face:
     """Serves requests from one engine."""
 
     def __init__(self, settings: FaceSettings, engine: Engine, metrics: VllmMetrics, faults: Faults) -> None:
-        self._settings = settings
+        self.settings = settings
         self._engine = engine
         self._metrics = metrics
         self._faults = faults
@@ -111,11 +126,16 @@ class Face:
             ("/ping", self._health),
             ("/tokenize", self._tokenize),
             ("/detokenize", self._detokenize),
-            ("/v1/chat/completions", self._chat),
-            ("/v1/completions", self._completions),
         ):
             app.router.add_post(path, post)
-        if self._settings.control:
+        if self.settings.pooling:
+            PoolingApi(self).add_routes(app)
+        else:
+            app.router.add_post("/v1/chat/completions", self._chat)
+            app.router.add_post("/v1/completions", self._completions)
+            ResponsesApi(self).add_routes(app)
+            MessagesApi(self).add_routes(app)
+        if self.settings.control:
             app.router.add_get("/emulator/fault", self._show_faults, allow_head=False)
             app.router.add_post("/emulator/fault", self._order_fault)
             app.router.add_delete("/emulator/fault", self._take_back_faults)
@@ -130,8 +150,8 @@ class Face:
 
     @web.middleware
     async def _around(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._settings.rtt_s:
-            await asyncio.sleep(self._settings.rtt_s)
+        if self.settings.rtt_s:
+            await asyncio.sleep(self.settings.rtt_s)
         if self._keys and request.path.startswith(_GUARDED) and not self._authorized(request):
             return _json({"error": "Unauthorized"}, 401)
         try:
@@ -156,8 +176,8 @@ class Face:
         matches = [hmac.compare_digest(given, known) for known in self._keys]
         return scheme.lower() == "bearer" and any(matches)
 
-    def _check_model(self, model: str | None) -> None:
-        names = self._settings.models
+    def check_model(self, model: str | None) -> None:
+        names = self.settings.models
         if model is not None and model not in names:
             message = f"The model `{model}` does not exist. Valid aliases: {', '.join(names)}."
             raise RequestError(404, "NotFoundError", message, "model")
@@ -183,9 +203,9 @@ class Face:
                 "object": "model",
                 "created": self._started,
                 "owned_by": "vllm",
-                "root": self._settings.models[0],
+                "root": self.settings.models[0],
                 "parent": None,
-                "max_model_len": self._settings.max_model_len,
+                "max_model_len": self.settings.max_model_len,
                 "permission": [
                     {
                         "id": f"modelperm-{uuid4().hex[:16]}",
@@ -203,18 +223,18 @@ class Face:
                     }
                 ],
             }
-            for name in self._settings.models
+            for name in self.settings.models
         ]
         return _json({"object": "list", "data": rows})
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         body = parse(TokenizeRequest, await request.read())
-        self._check_model(body.model)
+        self.check_model(body.model)
         pieces = body.pieces()
         return _json(
             {
                 "count": len(pieces),
-                "max_model_len": self._settings.max_model_len,
+                "max_model_len": self.settings.max_model_len,
                 "tokens": tokens.encode(pieces),
                 "token_strs": pieces if body.return_token_strs else None,
             }
@@ -222,7 +242,7 @@ class Face:
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
         body = parse(DetokenizeRequest, await request.read())
-        self._check_model(body.model)
+        self.check_model(body.model)
         return _json({"prompt": tokens.decode(body.tokens)})
 
     # Faults to order
@@ -242,52 +262,52 @@ class Face:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = parse(ChatRequest, await request.read())
-        self._check_model(body.model)
+        self.check_model(body.model)
+        planned = await self.plan_chat(body)
+        shapes = ChatShapes(
+            self._head(request, body, "chatcmpl", len(planned.pieces)),
+            planned.answers,
+            [f"chatcmpl-tool-{uuid4().hex[:16]}" for _ in planned.answers],
+            forced_any_tool=body.tool_choice == "required",
+        )
+        return await self.serve(request, self._completion(body, shapes, planned.plans))
+
+    async def plan_chat(self, body: ChatRequest) -> Planned:
+        """What is said to a conversation. Raises RequestError."""
         pieces = body.pieces()
         tool = body.forced_tool()
         wish = self._wish(body, len(pieces))
         if tool is not None:
             arguments = _instance(tool.parameters or {"type": "object"}, "tools")
             wish = replace(wish, tool=tool.name, json_text=json_text(arguments))
-        if (body.model or self._settings.models[0]).endswith(REASONING_SUFFIX):
+        if (body.model or self.settings.models[0]).endswith(REASONING_SUFFIX):
             wish = replace(wish, reasoning=True)
-        with self._admitted(body.choices):
-            answers = await self._answers(body, [(wish, "".join(pieces))])
-            shapes = ChatShapes(
-                self._head(request, body, "chatcmpl", len(pieces)),
-                answers,
-                [f"chatcmpl-tool-{uuid4().hex[:16]}" for _ in answers],
-                forced_any_tool=body.tool_choice == "required",
-            )
-            plans = [self._plan(body, pieces, answer, wish.room) for answer in answers]
-            completion = self._completion(body, shapes, plans)
-            return await completion.serve(request, self._engine, self._faults.draw())
+        answers = await self._answers(body, [(wish, "".join(pieces))])
+        return Planned(pieces, answers, [self._plan(body, pieces, answer, wish.room) for answer in answers])
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = parse(CompletionRequest, await request.read())
-        self._check_model(body.model)
+        self.check_model(body.model)
         prompts = body.prompts()
         pieces = [tokens.split(prompt) for prompt in prompts]
         counts = [len(prompt) for prompt in pieces]
         wishes = [self._wish(body, count) for count in counts]
         by_choice = [position for position in range(len(prompts)) for _ in range(body.choices)]
-        with self._admitted(len(by_choice)):
-            answers = await self._answers(body, zip(wishes, prompts, strict=True))
-            shapes = CompletionShapes(
-                self._head(request, body, "cmpl", sum(counts)),
-                answers,
-                [counts[position] for position in by_choice],
-                [prompts[position] if body.echo else "" for position in by_choice],
-            )
-            plans = [
-                self._plan(body, pieces[position], answer, wishes[position].room)
-                for position, answer in zip(by_choice, answers, strict=True)
-            ]
-            completion = self._completion(body, shapes, plans)
-            return await completion.serve(request, self._engine, self._faults.draw())
+        answers = await self._answers(body, zip(wishes, prompts, strict=True))
+        shapes = CompletionShapes(
+            self._head(request, body, "cmpl", sum(counts)),
+            answers,
+            [counts[position] for position in by_choice],
+            [prompts[position] if body.echo else "" for position in by_choice],
+        )
+        plans = [
+            self._plan(body, pieces[position], answer, wishes[position].room)
+            for position, answer in zip(by_choice, answers, strict=True)
+        ]
+        return await self.serve(request, self._completion(body, shapes, plans))
 
     def _wish(self, body: ChatRequest | CompletionRequest, prompt_tokens: int) -> Wish:
-        longest = self._settings.max_model_len
+        longest = self.settings.max_model_len
         body.check_values(body.limit, longest)
         if body.choices > MOST_CHOICES:
             raise bad_value("n", body.n, f"n must be at most {MOST_CHOICES}, got {body.n}.")
@@ -330,7 +350,7 @@ class Face:
         """All choices for each prompt; the loop does what else is due between two of them."""
         answers: list[Answer] = []
         for wish, prompt in asked:
-            seed = f"{self._settings.seed}/{body.seed}/{zlib.crc32(prompt.encode())}"
+            seed = f"{self.settings.seed}/{body.seed}/{zlib.crc32(prompt.encode())}"
             for index in range(body.choices):
                 if answers:
                     await asyncio.sleep(0)
@@ -341,23 +361,27 @@ class Face:
         self, body: ChatRequest | CompletionRequest, pieces: list[str], answer: Answer, room: int
     ) -> SequencePlan:
         hashes: tuple[int, ...] = ()
-        if self._settings.prefix_unit_tokens:
+        if self.settings.prefix_unit_tokens:
             # The next turn of a conversation begins with this one's answer, as the chat template puts it.
             said = [tokens.MESSAGE_END if where is Channel.END else text for where, text in answer.tokens]
-            hashes = prefix_hashes([*pieces, *said], self._settings.prefix_unit_tokens, body.cache_salt or "")
+            hashes = prefix_hashes([*pieces, *said], self.settings.prefix_unit_tokens, body.cache_salt or "")
         return SequencePlan(len(pieces), len(answer.tokens), room, answer.finish_reason, hashes)
 
     def _completion(
         self, body: ChatRequest | CompletionRequest, shapes: Shapes, plans: list[SequencePlan]
     ) -> Completion:
-        unit = self._settings.prefix_unit_tokens
         return Completion(
             shapes,
             plans,
             stream=bool(body.stream),
             usage=bool(body.stream_options and body.stream_options.include_usage),
-            cacheable=plans[-1].prompt_tokens // unit * unit if unit else 0,
+            cacheable=self.cacheable(plans),
         )
+
+    def cacheable(self, plans: list[SequencePlan]) -> int:
+        """Tokens of the last prompt that fill blocks of the prefix cache."""
+        unit = self.settings.prefix_unit_tokens
+        return plans[-1].prompt_tokens // unit * unit if unit else 0
 
     def _head(
         self, request: web.Request, body: ChatRequest | CompletionRequest, kind: str, prompt_tokens: int
@@ -369,18 +393,33 @@ class Face:
         return Head(
             id=f"{kind}-{name}",
             created=int(time.time()),
-            model=self._settings.models[0],
+            model=self.settings.models[0],
             fingerprint=self._fingerprint,
             prompt_tokens=prompt_tokens,
             include_usage=bool(options and options.include_usage),
             continuous_usage=bool(options and options.include_usage and options.continuous_usage_stats),
-            prompt_tokens_details=self._settings.prompt_tokens_details,
+            prompt_tokens_details=self.settings.prompt_tokens_details,
         )
+
+    async def compute(self, plans: Sequence[SequencePlan]) -> None:
+        """Return when the engine has done what nobody watches token by token."""
+        with self._admitted(len(plans)):
+            generation = self._engine.submit(plans)
+            try:
+                async for _ in generation:
+                    pass
+            finally:
+                self._engine.cancel(generation)
+
+    async def serve(self, request: web.Request, completion: Completion) -> web.StreamResponse:
+        """Have the engine do it, and answer."""
+        with self._admitted(len(completion.plans)):
+            return await completion.serve(request, self._engine, self._faults.draw())
 
     @contextmanager
     def _admitted(self, sequences: int) -> Iterator[None]:
         """Count a completion as long as it takes. Raises RequestError (503) if the queue is full."""
-        most = self._settings.max_num_queued_reqs
+        most = self.settings.max_num_queued_reqs
         if most is not None and self._sequences + sequences > most:
             self._metrics.rejected()
             message = f"{self._sequences} requests are running or waiting, at most {most} may."

@@ -57,6 +57,13 @@ class CacheUse(NamedTuple):
     """That are in it now."""
 
 
+def named_event(name: str, document: dict[str, Any], *, sort: bool = False) -> bytes:
+    """An event with a name; `sort`: its keys in alphabetical order."""
+    if sort:
+        document = dict(sorted(document.items()))
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(document) + b"\n\n"
+
+
 class Shapes(Protocol):
     """The shapes of one endpoint for one request."""
 

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 import policies
 from policies.units import Duration, Size
 from proxy import config, config_values, exchange
+from proxy.endpoints import TABLE
 from proxy.metrics import Metrics
 from sim import derive
 from tests.commands import Command, Option, commands
@@ -79,6 +80,7 @@ def _make(name: str) -> str:
         "metrics": lambda _: metric_table(),
         "states": lambda _: state_table(),
         "predictions": lambda _: prediction_table(),
+        "endpoints": lambda _: endpoint_table(),
     }
     return makers[kind](rest)
 
@@ -220,6 +222,26 @@ def prediction_table() -> str:
     sizes = zip(("mean size", "median size"), derive.error_sizes(found), strict=True)
     rows += [(name, "", "", f"{size:.0%}") for name, size in sizes]
     return _rows(("profile", "paper", "predicted", "error"), rows)
+
+
+_METERED = {
+    "running": "prompt and answer",
+    "responses": "prompt and answer",
+    "messages": "prompt and answer",
+    "input": "prompt",
+    "stored": "prompt and answer, if they were not counted before",
+}
+
+
+def endpoint_table() -> str:
+    """Every endpoint that reaches a backend."""
+    rows = []
+    for route in TABLE:
+        paths = ", ".join(f"`{path}`" for path in (route.path, *route.aliases))
+        metered = f"no: {route.unmetered}" if route.unmetered else _METERED[route.metering]
+        stream = "yes" if route.streams else ""
+        rows.append((paths, route.method, f"`{route.name}`", stream, metered))
+    return _rows(("path", "method", "name", "streams", "metered"), rows)
 
 
 def pages() -> list[Path]:

@@ -16,11 +16,11 @@ from policies.files import library_names
 from proxy import records
 from proxy.admin.http import admin_app, state
 from proxy.config import Config, Timeouts, load_config
+from proxy.endpoints import TABLE
 from proxy.errors import STATUS, RequestError
 from proxy.metrics import Metrics
 from proxy.observe import Observer
 from proxy.requestlog import RequestLog
-from proxy.runtime import ROUTES
 from tests import doc_tables
 from tests.commands import Command, commands
 from tests.pages import ROOT, Page, first_codes, page, pages, rows
@@ -202,7 +202,8 @@ def test_every_error_has_its_status_and_its_meaning() -> None:
 
 
 def test_every_endpoint_is_listed() -> None:
-    served = {path.decode() for path in ROUTES} | {"/v1/models", "/v1/models/{id}"}
+    served = {path for route in TABLE for path in (route.path, *route.aliases)}
+    served |= {"/v1/models", "/v1/models/{id}"}
     assert set(first_codes(page("api").section("Endpoints"))) == served
 
 

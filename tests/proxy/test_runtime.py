@@ -7,6 +7,7 @@ import logging
 import pytest
 
 from proxy.access.keys import Key
+from proxy.endpoints import TABLE
 from proxy.http1 import RequestHead
 from tests.proxy.fakes import World
 
@@ -38,8 +39,8 @@ def test_a_path_that_is_not_there_is_named_beside_those_that_are() -> None:
     admission = World("a").runtime.admit(RequestHead(b"GET", path, 1, keep_alive=True), "127.0.0.1")
     assert admission.error is not None
     assert admission.error.message == (
-        rf"there is no path '/v1/\xe4{'x' * 59}' here, but /v1/chat/completions, /v1/completions, /tokenize, "
-        "/detokenize and /v1/models"
+        rf"there is no path '/v1/\xe4{'x' * 59}' here, but "
+        f"{', '.join(dict.fromkeys(route.path for route in TABLE))} and /v1/models"
     )
 
 

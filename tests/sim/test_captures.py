@@ -96,6 +96,7 @@ async def test_the_same_bytes(name: str) -> None:
             "chat_tool_required",
         ),
         *("completions", "models", "tokenize", "tokenize_chat", "detokenize"),
+        *("responses", "messages", "messages_count_tokens"),
     ],
 )
 async def test_the_same_structure(name: str) -> None:
@@ -133,6 +134,24 @@ async def test_the_same_events(name: str) -> None:
     unknown = [event for event in ours[:-1] if event not in known]
     assert unknown == []
     assert [key for key, _ in ours[-1]] == [key for key, _ in theirs[-1]]
+
+
+@pytest.mark.parametrize("name", ["responses_stream", "messages_stream"])
+async def test_the_same_named_events(name: str) -> None:
+    def named(body: bytes) -> list[tuple[str, Any]]:
+        found: list[tuple[str, Any]] = []
+        for block in body.decode().strip().split("\n\n"):
+            event, data = block.strip().split("\n")
+            kind = event.removeprefix("event: ")
+            shape = structure(json.loads(data.removeprefix("data: ")))
+            if not found or found[-1] != (kind, shape):  # as many deltas as a model likes
+                found.append((kind, shape))
+        return found
+
+    status, kind, body = await ask(name)
+    expected, headers, real = reply_of(name)
+    assert (status, kind) == (expected, headers["content-type"])
+    assert named(body) == named(real)
 
 
 async def test_metrics_have_names_labels_and_buckets_of_the_real_ones() -> None:

@@ -1,0 +1,141 @@
+"""Bodies of the endpoints besides chats and completions: what a decision or the meter needs of each.
+
+All the rest is the engine's to judge, as in `proxy/openai.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from proxy.endpoints import (
+    ANY_BODY,
+    COUNT_BODY,
+    INPUT_BODY,
+    MESSAGES_BODY,
+    RESPONSE_ID,
+    RESPONSES_BODY,
+)
+from proxy.errors import RequestError
+from proxy.meter import BYTES_PER_TOKEN
+
+if TYPE_CHECKING:
+    from proxy.openai import RequestBody
+
+LONGEST_SESSION: Final = 256
+"""Characters."""
+
+
+def count(document: dict[str, Any], name: str, least: int, most: int = 2**31) -> int:
+    """A whole number, `least` if it is not given. Raises RequestError."""
+    value = document.get(name)
+    if value is None:
+        return least
+    if type(value) is not int or value < least:
+        raise RequestError("invalid_value", f"{name} must be a whole number of at least {least}", name)
+    if value > most:
+        raise RequestError("invalid_value", f"{name} is too large: at most {most}", name)
+    return value
+
+
+def flag(document: dict[str, Any], name: str) -> bool:
+    """true or false, the latter if it is not given. Raises RequestError."""
+    value = document.get(name)
+    if type(value) not in (bool, type(None)):
+        raise RequestError("invalid_value", f"{name} must be true or false", name)
+    return bool(value)
+
+
+def _read_responses(body: RequestBody, document: dict[str, Any]) -> None:
+    given = document.get("input")
+    if given is None:
+        raise RequestError("missing_field", "you must provide an input", "input")
+    if type(given) not in (str, list):
+        raise RequestError("invalid_value", "input must be a string or a list", "input")
+    body.stream = flag(document, "stream")
+    body.max_tokens = count(document, "max_output_tokens", 0)
+    previous = document.get("previous_response_id")
+    if previous is not None:
+        if type(previous) is not str or RESPONSE_ID.fullmatch(previous) is None:
+            raise RequestError(
+                "invalid_value", "previous_response_id must be the id of a response", "previous_response_id"
+            )
+        body.previous_response = previous
+    for name in ("prompt_cache_key", "user"):
+        value = document.get(name)
+        if type(value) is str and value:
+            body.session = value[:LONGEST_SESSION]
+            break
+    # With it a client could take the name of somebody else's response.
+    body.must_rewrite = "request_id" in document
+    _refuse_servers(document.get("tools"))
+
+
+def _refuse_servers(tools: Any) -> None:
+    """An engine that calls a tool server for a client is a way into its network."""
+    for number, tool in enumerate(tools if type(tools) is list else ()):
+        if type(tool) is dict and type(tool.get("server_url")) is str:
+            raise RequestError(
+                "media_url", "tools on servers are not reachable here", f"tools[{number}].server_url"
+            )
+
+
+def _read_messages(body: RequestBody, document: dict[str, Any]) -> None:
+    _read_conversation(document)
+    body.stream = flag(document, "stream")
+    body.max_tokens = count(document, "max_tokens", 0)
+    metadata = document.get("metadata")
+    user = metadata.get("user_id") if type(metadata) is dict else None
+    if type(user) is str:
+        body.session = user[:LONGEST_SESSION]
+
+
+def _read_count(body: RequestBody, document: dict[str, Any]) -> None:
+    _read_conversation(document)
+
+
+def _read_conversation(document: dict[str, Any]) -> None:
+    messages = document.get("messages")
+    if type(messages) is not list:
+        code = "missing_field" if messages is None else "invalid_value"
+        raise RequestError(code, "messages must be a list", "messages")
+
+
+def _read_input(body: RequestBody, document: dict[str, Any]) -> None:
+    given = document.get("input")
+    if type(given) is list and given and type(given[0]) is int:
+        body.prompt_tokens = len(given)
+    elif type(given) is list and given and type(given[0]) is list:
+        body.prompt_tokens = sum(len(tokens) for tokens in given if type(tokens) is list)
+
+
+def _read_any(body: RequestBody, document: dict[str, Any]) -> None:
+    pass
+
+
+_READERS: Final[dict[str, Callable[[RequestBody, dict[str, Any]], None]]] = {
+    RESPONSES_BODY: _read_responses,
+    MESSAGES_BODY: _read_messages,
+    COUNT_BODY: _read_count,
+    INPUT_BODY: _read_input,
+    ANY_BODY: _read_any,
+}
+
+MEDIA_FIELDS: Final[dict[str, tuple[str, ...]]] = {
+    RESPONSES_BODY: ("input",),
+    MESSAGES_BODY: ("messages", "system"),
+    COUNT_BODY: ("messages", "system"),
+    INPUT_BODY: (
+        *("messages", "input", "query", "queries", "documents", "items", "text_1", "text_2"),
+        *("data_1", "data_2", "data"),
+    ),
+}
+"""Fields that may hold media, besides `messages` of a chat."""
+
+
+def read_other(kind: str, body: RequestBody, document: dict[str, Any]) -> None:
+    """Read a body of another kind than chats and completions. Raises RequestError."""
+    body.asks_usage = False
+    _READERS[kind](body, document)
+    if not body.prompt_tokens:
+        body.prompt_tokens = len(body.raw) // BYTES_PER_TOKEN

@@ -1,0 +1,84 @@
+"""Errors in the shape that a client of each API expects.
+
+OpenAI's: `{"error": {"message", "type", "param", "code"}}`; Anthropic's: `{"type": "error", "error": {"type",
+"message"}}`, with statuses of its own (https://docs.anthropic.com/en/api/errors). `proxy/errors.py` has the codes.
+
+A stream ends in an event of the same dialect. That of `/v1/responses` is OpenAI's `error` event with the error
+object of its other endpoints inside, by which the official client raises and does not take it for one more event.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import orjson
+
+from proxy.endpoints import ANTHROPIC, RESPONSES, Route
+from proxy.errors import CLIENT_ERRORS, STATUS, error_body, error_event
+
+_STATUSES: Final = {500: 500, 502: 500, 503: 529}
+"""Anthropic's own for those of ours that it does not have; all others stay."""
+
+_TYPES: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def status_in(dialect: str, code: str) -> int:
+    """HTTP status of an error of ours."""
+    status = STATUS[code]
+    return _STATUSES.get(status, status) if dialect == ANTHROPIC else status
+
+
+def body_in(dialect: str, code: str, message: str, param: str | None = None) -> bytes:
+    """The JSON body of an error of ours."""
+    if dialect != ANTHROPIC:
+        return error_body(code, message, param)
+    return _anthropic(status_in(dialect, code), message, client=code in CLIENT_ERRORS)
+
+
+def event_of(route: Route, code: str, message: str, sequence: int) -> bytes:
+    """The event that ends a stream which cannot go on. `sequence`: number of the event, where they are numbered."""
+    if route.dialect == ANTHROPIC:
+        return b"event: error\ndata: %b\n\n" % body_in(ANTHROPIC, code, message)
+    if route.metering == RESPONSES:
+        error = orjson.loads(error_body(code, message))["error"]
+        document = {**error, "type": "error", "sequence_number": sequence, "error": error}
+        return b"event: error\ndata: %b\n\n" % orjson.dumps(document)
+    return error_event(code, message)
+
+
+def translated(dialect: str, status: int, body: bytes) -> bytes:
+    """A backend's own error in the dialect of its client; what has that shape already, or none at all, stays."""
+    if dialect != ANTHROPIC:
+        return body
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return body
+    if not isinstance(document, dict) or document.get("type") == "error":
+        return body
+    return _anthropic(status, _message(document), client=status < 500)
+
+
+def _message(document: dict[str, Any]) -> str:
+    """What an error says, in any of the shapes that vLLM has."""
+    error = document.get("error")
+    if isinstance(error, dict):
+        error = error.get("message")
+    for said in (error, document.get("detail")):
+        if isinstance(said, str):
+            return said
+    return orjson.dumps(document).decode()
+
+
+def _anthropic(status: int, message: str, *, client: bool) -> bytes:
+    kind = _TYPES.get(status) or ("invalid_request_error" if client else "api_error")
+    return orjson.dumps({"type": "error", "error": {"type": kind, "message": message}})

@@ -1,0 +1,133 @@
+"""Which backend has which stored response, and whose it is.
+
+`GET /v1/responses/{id}`, its `DELETE` and `cancel`, and a `previous_response_id` must reach the backend that made
+the response, since no other has it; and only its own tenant may name it. The last `MOST_RESPONSES` are known; older
+ones are forgotten, as if they had never been.
+
+A file of JSON lines in the state directory keeps them over a restart. A thread adds to its end a few times a
+second, and a start writes it anew. What a crash takes are the ids of the last moment: those are not found any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import orjson
+
+log = logging.getLogger("tidegate")
+
+MOST_RESPONSES: Final = 100_000
+"""About 30 MB in memory, and as much on the disk."""
+
+
+@dataclass(slots=True)
+class StoredResponse:
+    """One response that a backend keeps."""
+
+    backend: str
+    tenant: str
+    model: str
+    """As the backend names it."""
+    metered: bool
+    """Its tokens are in the ledger."""
+
+
+class StoredResponses:
+    """The last ones, by id. Belongs to the event loop, but for `write`."""
+
+    def __init__(self, path: Path | None = None, most: int = MOST_RESPONSES) -> None:
+        """`path`: the file, read now and written anew; None: they are kept in memory only. Raises OSError."""
+        self._path = path
+        self._most = most
+        self._known: dict[str, StoredResponse] = {}
+        self._unwritten: list[bytes] = []
+        self._failed = False
+        if path is not None:
+            self._read(path)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def find(self, name: str, tenant: str) -> StoredResponse | None:
+        """The response of that id, if it is this tenant's."""
+        stored = self._known.get(name)
+        return stored if stored is not None and stored.tenant == tenant else None
+
+    def add(self, name: str, stored: StoredResponse) -> None:
+        """Remember a response. An id that is taken stays who it belongs to, whatever another backend says."""
+        if name in self._known:
+            return
+        self._known[name] = stored
+        if len(self._known) > self._most:
+            del self._known[next(iter(self._known))]
+        self._note(name, stored)
+
+    def count(self, name: str) -> bool:
+        """Whether its tokens are to be counted: the first time that they are seen, and never again."""
+        stored = self._known.get(name)
+        if stored is None or stored.metered:
+            return False
+        stored.metered = True
+        self._note(name, stored)
+        return True
+
+    def forget(self, name: str) -> None:
+        """It was deleted."""
+        if self._known.pop(name, None) is not None and self._path is not None:
+            self._unwritten.append(orjson.dumps([name]))
+
+    def take_unwritten(self) -> bytes:
+        """What the file does not have yet."""
+        if not self._unwritten:
+            return b""
+        lines, self._unwritten = self._unwritten, []
+        return b"\n".join(lines) + b"\n"
+
+    def write(self, lines: bytes) -> None:
+        """Write to the end of the file. May run in a thread. What fails is said once and costs no request."""
+        if self._path is None or not lines:
+            return
+        try:
+            # Opened each time: another process may have written the file anew.
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(descriptor, lines)
+            finally:
+                os.close(descriptor)
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                log.error("stored responses will not be found after a restart: %s", error)
+
+    def _note(self, name: str, stored: StoredResponse) -> None:
+        if self._path is not None:
+            fields = [name, stored.backend, stored.tenant, stored.model, stored.metered]
+            self._unwritten.append(orjson.dumps(fields))
+
+    def _read(self, path: Path) -> None:
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return
+        for line in lines:
+            try:
+                match orjson.loads(line):
+                    case [str(name)]:
+                        self._known.pop(name, None)
+                    case [str(name), str(backend), str(tenant), str(model), bool(metered)]:
+                        self._known[name] = StoredResponse(backend, tenant, model, metered)
+            except orjson.JSONDecodeError:
+                continue  # the end of a line that a crash has cut, or nothing
+        for name in list(self._known)[: max(len(self._known) - self._most, 0)]:
+            del self._known[name]
+        for name, stored in self._known.items():
+            self._note(name, stored)
+        temporary = path.with_suffix(".tmp")
+        temporary.touch(mode=0o600)
+        temporary.write_bytes(self.take_unwritten())
+        temporary.replace(path)
