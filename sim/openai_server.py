@@ -102,9 +102,9 @@ class Face:
         self._metrics = metrics
         self._faults = faults
         self._in_flight = 0
-        """Completions."""
+        """Requests for answers."""
         self._sequences = 0
-        """Of completions in flight."""
+        """Running and waiting."""
         self._started = int(time.time())
         self._fingerprint = f"vllm-{VLLM_VERSION}-{zlib.crc32(f'fingerprint {settings.seed}'.encode()):08x}"
         self._keys = [key.encode() for key in settings.api_keys]
@@ -154,6 +154,8 @@ class Face:
             await asyncio.sleep(self.settings.rtt_s)
         if self._keys and request.path.startswith(_GUARDED) and not self._authorized(request):
             return _json({"error": "Unauthorized"}, 401)
+        working = request.method == "POST" and request.path.startswith("/v1/")
+        self._in_flight += working
         try:
             return await handler(request)
         except RequestError as error:
@@ -168,6 +170,8 @@ class Face:
         except Exception:
             log.exception("%s %s has failed", request.method, request.path)
             return _refusal(own_error())
+        finally:
+            self._in_flight -= working
 
     def _authorized(self, request: web.Request) -> bool:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
@@ -424,12 +428,10 @@ class Face:
             self._metrics.rejected()
             message = f"{self._sequences} requests are running or waiting, at most {most} may."
             raise RequestError(503, "ServiceUnavailableError", message, None)
-        self._in_flight += 1
         self._sequences += sequences
         try:
             yield
         finally:
-            self._in_flight -= 1
             self._sequences -= sequences
 
 
