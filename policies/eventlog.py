@@ -5,8 +5,8 @@ One `EventLog` hears of both. `RecordedFleet` and `RecordedValve` tell it of wha
 the same events with a log of its own writes the same log again, line by line, if it decides alike: that is what
 `sim/replay.py` looks for.
 
-A record is a mapping that JSON can hold, numbered by `n` from 0. The first is `start`: backends, policy and
-retries. After it come events, each with its name, and decisions:
+A record is a mapping that JSON can hold, numbered by `n` from 0. The first is `start`: backends, policy,
+retries and health (`policies/health.py`). After it come events, each with its name, and decisions:
 
 | event | what happened | besides `at` |
 |---|---|---|
@@ -35,12 +35,13 @@ from typing import Any, Final, NamedTuple
 
 from policies.base import Finished, Hold, Outcome, RequestFacts, Send
 from policies.breaker import Breaker
+from policies.health import Health
 from policies.routing import Routing
 from policies.rules import RuleSet
 from policies.state import Backend, Fleet, Lease
 from policies.valve import Valve
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 CONFIGURED: Final = (
     *("name", "site", "slots", "weight", "models", "models_unknown", "models_awaited", "labels", "operator"),
@@ -50,7 +51,7 @@ CONFIGURED: Final = (
 """Of a backend, what the first record holds."""
 
 OBSERVED: Final = (
-    *("probed_up", "slots", "models", "models_unknown", "models_awaited", "context_tokens"),
+    *("probed_up", "connects", "full_slots", "models", "models_unknown", "models_awaited", "context_tokens"),
     *("rtt_s", "running", "waiting", "kv_use", "sampled_at"),
 )
 """Of a backend, what probes set."""
@@ -109,9 +110,9 @@ class EventLog:
         self._version = 0
         self._last = start
 
-    def begin(self, backends: Iterable[Backend], retries: Retries) -> None:
+    def begin(self, fleet: Fleet, retries: Retries) -> None:
         """Write the first record."""
-        backends = list(backends)
+        backends, health = list(fleet), fleet.health
         self._figures = {backend.name: _figures(backend) for backend in backends}
         self._record(
             {
@@ -120,6 +121,7 @@ class EventLog:
                 "start": self.start,
                 "policy": self.policy._asdict(),
                 "retries": retries._asdict(),
+                "health": [health.slow_start_s, health.panic, health.most_ejected],
                 "backends": [self._backend(backend) for backend in backends],
             }
         )
@@ -275,8 +277,8 @@ def plain_back(name: str, value: Any, start: float) -> Any:
 class RecordedFleet(Fleet):
     """A fleet that tells of what is done to it from outside."""
 
-    def __init__(self, backends: Sequence[Backend], log: EventLog) -> None:
-        super().__init__(backends)
+    def __init__(self, backends: Sequence[Backend], log: EventLog, health: Health | None = None) -> None:
+        super().__init__(backends, health)
         self.log = log
         self._told_version = self.version
 

@@ -18,7 +18,7 @@ one flag per tier.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from math import inf
 
 from policies.base import Hold, Reject, RequestFacts, Send
@@ -60,6 +60,11 @@ class RuleSet:
     def spills(self) -> Sequence[SpillState]:
         """Every spill flag there is, for `/state`, metrics and alerts."""
         return tuple(self._sets.spills.values())
+
+    @property
+    def in_spite(self) -> Set[str]:
+        """Backends that are used although they look sick, since too few others are left."""
+        return self._sets.in_spite
 
     def rule_for(self, request: RequestFacts) -> Rule:
         """The first rule that matches."""

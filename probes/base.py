@@ -141,6 +141,8 @@ class ProbeResult(Generic[T]):
     """What was learnt; None unless ok."""
     status: int | None = None
     """HTTP status that made it fail, if one did."""
+    connected: bool = True
+    """False: no connection came about."""
 
 
 class ProbeError(Exception):

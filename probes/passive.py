@@ -63,6 +63,8 @@ _BLAMELESS: Final = frozenset(
     }
 )
 
+_SILENT: Final = frozenset({AttemptError.CONNECT, AttemptError.TLS, AttemptError.FIRST_TOKEN_TIMEOUT})
+
 BACKOFF_DEFAULT_S: Final = 1.0
 BACKOFF_MAX_S: Final = 30.0
 """A backend may ask for more; a probe of its own would be the only other way to find out that it lied."""
@@ -80,6 +82,11 @@ def outcome_of(ended: AttemptError | int, retry_after: bool = False) -> Outcome:
     if ended < 500 or ended == 501 or (ended == 503 and retry_after):
         return Outcome.IGNORED
     return Outcome.FAILED
+
+
+def is_silent(ended: AttemptError | int) -> bool:
+    """Whether an attempt failed without any answer: nothing speaks for trying this backend in spite of it."""
+    return isinstance(ended, AttemptError) and ended in _SILENT
 
 
 def backoff_s(status: int, retry_after: str | None, wall: float) -> float:

@@ -51,7 +51,7 @@ class Questions:
         """TCP, then `/health`; where there is no `/health`, `/v1/models` answers for it. One timeout each."""
         connected = await ask(self._connect, target, timeout_s)
         if connected.value is None:
-            return ProbeResult(False, connected.reason, connected.duration_s)
+            return ProbeResult(False, connected.reason, connected.duration_s, connected=False)
         healthy = await ask(self._health, target, timeout_s)
         seconds = connected.duration_s + healthy.duration_s
         if healthy.ok:
@@ -302,7 +302,7 @@ class Prober:
         backend = self._fleet.backends.get(watched.status.target.name)
         if watched.news and backend is not None and backend.models:  # that it serves none is a complaint
             models = ", ".join(sorted(backend.models))
-            log.info("backend %s serves %s on %d slots", backend.name, models, backend.slots)
+            log.info("backend %s serves %s on %d slots", backend.name, models, backend.full_slots)
         watched.news = False
 
     def _tell(self) -> None:

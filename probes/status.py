@@ -154,17 +154,19 @@ class TargetStatus:
         """
         if self.health.decided:
             backend.probed(self.health.is_up, now)
+        if self.checked is not None:
+            backend.connects = self.checked.connected
         sample = self.sample
         if sample is not None and sample.at > backend.sampled_at:
             backend.running, backend.waiting = sample.running, sample.waiting
             backend.kv_use, backend.sampled_at = sample.kv_use, sample.at
         served, context_tokens = self.served, self.context_tokens
-        slots, unknown, awaited = self.slots or backend.slots, self.models_unknown, self.models_awaited
-        before = (backend.models, backend.context_tokens, backend.slots)
+        slots, unknown, awaited = self.slots or backend.full_slots, self.models_unknown, self.models_awaited
+        before = (backend.models, backend.context_tokens, backend.full_slots)
         before_unknown = (backend.models_unknown, backend.models_awaited)
         if (served, context_tokens, slots) == before and (unknown, awaited) == before_unknown:
             return False
-        backend.models, backend.context_tokens, backend.slots = served, context_tokens, slots
+        backend.models, backend.context_tokens, backend.full_slots = served, context_tokens, slots
         backend.models_unknown, backend.models_awaited = unknown, awaited
         return True
 

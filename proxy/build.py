@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from policies.files import CompiledPolicy, KnownNames, library_policy, read_policy
+from policies.health import Health
 from policies.profile import read_profile
 from policies.state import NOT_ASKED, Backend
 from policies.units import BadValueError
@@ -66,6 +67,7 @@ class Built:
     targets: list[Target]
     prices: Prices
     policy: CompiledPolicy
+    health: Health
 
 
 def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Built | None = None) -> Built:
@@ -101,7 +103,7 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
     slots_before = {} if before is None else {target.name: target.slots for target in before.targets}
     for old, fresh, section, slots in changes:
         _update(old, fresh, section, slots, slots_before[section.name])
-    return Built(config, backends, endpoints, targets, prices, policy)
+    return Built(config, backends, endpoints, targets, prices, policy, health(config))
 
 
 def make_backends(config: Config) -> list[Backend]:
@@ -158,6 +160,11 @@ def timing(config: Config) -> Timing:
     )
 
 
+def health(config: Config) -> Health:
+    """How carefully backends are taken out and back in."""
+    return Health(config.health.slow_start, config.health.panic, config.health.most_ejected)
+
+
 def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Backend:
     data_classes = site.data_classes
     if data_classes is None and section.site != "local":
@@ -188,9 +195,9 @@ def _update(
 ) -> None:
     """Take over what the configuration says; what was measured, counted and learnt stays."""
     if slots is not None:
-        old.slots = slots
+        old.full_slots = slots
     elif slots_before is not None:
-        old.slots = DEFAULT_SLOTS  # as at a start: the engine has not been asked yet
+        old.full_slots = DEFAULT_SLOTS  # as at a start: the engine has not been asked yet
     if section.models != "auto":
         old.models = frozenset(section.models)
         old.models_unknown, old.models_awaited = "", False

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from policies.units import BadValueError, Duration, Size
+from policies.units import BadValueError, Duration, Fraction, Size
 from policies.yamlfile import FileModel, FileProblems, Problem, read_yaml
 from proxy import prices
 from proxy.config_values import (
@@ -235,6 +235,24 @@ class Probing(FileModel):
         return self
 
 
+class HealthConfig(FileModel):
+    """How carefully backends are taken out and back in."""
+
+    slow_start: Duration = Field(
+        10.0,
+        ge=0,
+        description="A backend that comes back, or is new, gets its slots in ten steps over this time.",
+    )
+    panic: Fraction = Field(
+        0.01,
+        description="When less than this share of the backends that may serve a request is available, those that "
+        "look sick are used too. `1%`: when none is; 0: never.",
+    )
+    most_ejected: Fraction = Field(
+        0.5, description="Circuit breakers take out at most this share of the backends; one in any case."
+    )
+
+
 class Config(FileModel):
     """The configuration file."""
 
@@ -277,6 +295,9 @@ class Config(FileModel):
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Sizes and counts.")
     retries: Retries = Field(default_factory=Retries, description="Attempts on other backends.")
     probing: Probing = Field(default_factory=Probing, description="Health checks and engine figures.")
+    health: HealthConfig = Field(
+        default_factory=HealthConfig, description="Coming back slowly, and how many are out at most."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Config:

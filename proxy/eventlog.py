@@ -66,7 +66,7 @@ class RecordedRuntime(Runtime):
         built, retries = self.built, self.config.retries
         source = PolicySource(Path(built.policy.name).name, _policy_text(built), seed)
         self.events = events = EventLog(file.write, source, float(int(self.now())), self._salted_session)
-        self.fleet = fleet = RecordedFleet(built.backends, events)
+        self.fleet = fleet = RecordedFleet(built.backends, events, built.health)
         self.valve = RecordedValve(built.policy.rules, fleet, events)
         observer = RecordedObserver(self.config.recent, self.observer.log)
         observer.events = events

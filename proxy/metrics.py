@@ -34,13 +34,21 @@ class Metrics:
 
     def _backends(self) -> Iterator[Metric]:
         runtime = self._runtime
-        now = runtime.now()
+        now, in_spite = runtime.now(), runtime.valve.rules.in_spite
         gauges: dict[str, tuple[str, Callable[[Backend], float]]] = {
             "tidegate_backend_available": ("1: requests may be sent to it.", lambda b: float(b.available)),
             "tidegate_backend_in_flight": ("Requests leased to it.", lambda b: float(b.in_flight)),
             "tidegate_backend_slots": (
                 "Requests it serves at once inside its SLA.",
                 lambda b: float(b.slots),
+            ),
+            "tidegate_backend_full_slots": (
+                "The same without slow start and adaptive slots.",
+                lambda b: float(b.full_slots),
+            ),
+            "tidegate_backend_in_spite": (
+                "1: it looks sick and is used, since too few others are left.",
+                lambda b: float(b.name in in_spite),
             ),
             "tidegate_backend_saturation": ("How full it is, 1: full.", lambda b: b.saturation(now)),
             "tidegate_backend_rtt_seconds": ("Average network round trip.", lambda b: b.rtt_s),

@@ -26,6 +26,7 @@ from policies.eventlog import (
     plain_back,
 )
 from policies.files import read_policy
+from policies.health import Health
 from probes.passive import AttemptError
 from sim.router import End, Request, Router
 
@@ -120,6 +121,7 @@ class Replay(Router):
         try:
             self._start: float = first["start"]
             source, retries = PolicySource(**first["policy"]), Retries(**first["retries"])
+            health = Health(*first["health"])
             backends = [backend_from(backend, self._start) for backend in first["backends"]]
         except (KeyError, TypeError, ValueError) as error:
             raise BadLogError(f"its first line cannot be read: {error}") from error
@@ -129,6 +131,7 @@ class Replay(Router):
             retry_ratio=retries.ratio,
             retries_per_s=retries.per_second,
             attempts=retries.attempts,
+            health=health,
             log=EventLog(reader.compare, source, self._start),
         )
 

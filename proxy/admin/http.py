@@ -68,7 +68,8 @@ def unready(runtime: Runtime) -> str:
         return f"usage cannot be recorded: {failed}"
     if not any(backend.models for backend in runtime.fleet):
         return "no backend serves any model"
-    if not any(backend.available for backend in runtime.fleet):
+    panics = runtime.fleet.health.panic > 0
+    if not any(backend.available or (panics and backend.doubtful) for backend in runtime.fleet):
         return "no backend is available"
     return ""
 
@@ -83,6 +84,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         for index, value in enumerate((series.prompt, series.cached, series.completion, series.cost_nano)):
             sums[index] += value
     probes = runtime.probes()
+    in_spite = runtime.valve.rules.in_spite
     backends = []
     for backend in runtime.fleet:
         prompt, cached, completion, cost = totals.get(backend.name, (0, 0, 0, 0))
@@ -100,6 +102,9 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
                 "in_flight": backend.in_flight,
                 "in_flight_tokens": backend.in_flight_tokens,
                 "slots": backend.slots,
+                "full_slots": backend.full_slots,
+                "slow_start": backend.slots < backend.full_slots,
+                "in_spite": backend.name in in_spite,
                 "saturation": round(backend.saturation(now), 4),
                 "ttft_s": backend.ttft_s,
                 "tpot_s": backend.tpot_s,
