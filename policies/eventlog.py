@@ -33,6 +33,7 @@ from dataclasses import MISSING, Field, fields
 from math import inf
 from typing import Any, Final, NamedTuple
 
+from policies.adaptive import AdaptiveSlots
 from policies.base import Finished, Hold, Outcome, RequestFacts, Send
 from policies.breaker import Breaker
 from policies.health import Health
@@ -242,6 +243,8 @@ class EventLog:
             field.name: self._plain(field.name, value) for field, value in values if value != _default(field)
         }
         breaker = backend.breaker
+        if backend.adaptive is not None:
+            plain["adaptive"] = True
         return plain | {"breaker": [breaker.threshold, breaker.base_s, breaker.max_s]}
 
     def _plain(self, name: str, value: Any) -> Any:
@@ -256,8 +259,13 @@ class EventLog:
 
 def backend_from(record: Mapping[str, Any], start: float) -> Backend:
     """The backend that a `start` record holds. KeyError, TypeError or ValueError: it holds none."""
-    values = {name: plain_back(name, value, start) for name, value in record.items() if name != "breaker"}
-    return Backend(**values, breaker=Breaker(*record["breaker"]))
+    values = {
+        name: plain_back(name, value, start)
+        for name, value in record.items()
+        if name not in ("breaker", "adaptive")
+    }
+    adaptive = AdaptiveSlots.of(record["name"]) if "adaptive" in record else None
+    return Backend(**values, breaker=Breaker(*record["breaker"]), adaptive=adaptive)
 
 
 def facts_from(record: Mapping[str, Any], start: float) -> RequestFacts:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from math import exp, inf
 from typing import Final
 
+from policies.adaptive import AdaptiveSlots
 from policies.base import BackendView, Finished, Outcome, Policy, RequestFacts
 from policies.breaker import Breaker
 from policies.health import Health, slots_in_slow_start
@@ -37,6 +38,10 @@ class Backend(BackendView):
 
     full_slots: int = 0
     """All of its slots; 0 at first: as many as `slots`."""
+    adaptive: AdaptiveSlots | None = None
+    """Takes fewer of them where it would queue."""
+    starting: bool = False
+    """It has fewer of them since it has only just come back."""
     probed_up: bool = True
     """What the active probes say; True until they have said otherwise."""
     connects: bool = True
@@ -104,6 +109,7 @@ class Lease:
         "backend",
         "decided_by",
         "first_token_at",
+        "in_flight",
         "policy",
         "released",
         "request",
@@ -122,6 +128,8 @@ class Lease:
         self.started = now
         self.first_token_at: float | None = None
         self.tokens = request.tokens
+        self.in_flight = backend.in_flight + 1
+        """On its backend when it was dispatched, itself included."""
         self.released = False
         self.silent = False
         """It failed without an answer; whoever releases it says so before."""
@@ -178,10 +186,15 @@ class Fleet:
                     backend.back_at = now
         for backend in self.backends.values():
             slots = backend.full_slots
-            if now - backend.back_at < slow_start_s and self._has_others(backend, now):
-                slots = slots_in_slow_start(slots, now - backend.back_at, slow_start_s)
-            if slots != backend.slots:
-                backend.slots = slots
+            if backend.adaptive is not None:
+                slots = backend.adaptive.slots(slots)
+            starting = now - backend.back_at < slow_start_s and self._has_others(backend, now)
+            if starting:
+                slots = min(
+                    slots, slots_in_slow_start(backend.full_slots, now - backend.back_at, slow_start_s)
+                )
+            if slots != backend.slots or starting != backend.starting:
+                backend.slots, backend.starting = slots, starting
                 changed = True
         if changed:
             self.version += 1
@@ -226,9 +239,14 @@ class Fleet:
         if lease.first_token_at is not None:
             return
         lease.first_token_at = now
-        lease.backend.silent = False
-        lease.backend.observe_ttft(now - lease.started, now)
-        if lease.backend.breaker.first_token(lease.started, now):
+        backend = lease.backend
+        backend.silent = False
+        backend.observe_ttft(now - lease.started, now)
+        moved = backend.breaker.first_token(lease.started, now)
+        if backend.adaptive is not None:
+            ttft_s, full_slots = now - lease.started, backend.full_slots
+            moved |= backend.adaptive.first_token(ttft_s, lease.in_flight, lease.started, full_slots, now)
+        if moved:
             self.refresh(now)
         if lease.policy is not None:
             lease.policy.first_token(lease.request, lease.backend, now)

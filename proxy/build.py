@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from policies.adaptive import AdaptiveSlots
 from policies.files import CompiledPolicy, KnownNames, library_policy, read_policy
 from policies.health import Health
 from policies.profile import read_profile
@@ -187,6 +188,7 @@ def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Bac
         price_input=float(price.input) if price else None,
         price_output=float(price.output) if price else None,
         carbon_gco2_kwh=site.carbon_gco2_kwh,
+        adaptive=AdaptiveSlots.of(section.name) if section.adaptive else None,
     )
 
 
@@ -201,6 +203,8 @@ def _update(
     if section.models != "auto":
         old.models = frozenset(section.models)
         old.models_unknown, old.models_awaited = "", False
+    if (old.adaptive is None) != (fresh.adaptive is None):
+        old.adaptive = fresh.adaptive
     for name in (
         "site",
         "weight",

@@ -106,6 +106,9 @@ class BackendConfig(FileModel):
         description="Requests it serves at once inside its SLA. `auto`: what its profile says, else what the "
         "engine reports, else 32.",
     )
+    adaptive: bool = Field(
+        False, description="Take fewer than `slots` while its times to the first token say that it queues."
+    )
     profile: Path | None = Field(
         None, description="What was measured of it: a file of `tidegate bench --profile`."
     )

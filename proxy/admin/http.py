@@ -10,6 +10,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
+from policies.state import Backend
 from proxy.admin.explain import explanation, unavailable
 from proxy.metrics import Metrics
 from proxy.runtime import Runtime
@@ -103,7 +104,8 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
                 "in_flight_tokens": backend.in_flight_tokens,
                 "slots": backend.slots,
                 "full_slots": backend.full_slots,
-                "slow_start": backend.slots < backend.full_slots,
+                "slow_start": backend.starting,
+                "adaptive": _adaptive(backend),
                 "in_spite": backend.name in in_spite,
                 "saturation": round(backend.saturation(now), 4),
                 "ttft_s": backend.ttft_s,
@@ -148,6 +150,17 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         "currency": runtime.prices.currency,
         "ledger": {"lag_rows": runtime.ledger.lag, "failed": runtime.ledger.failed or runtime.journal.failed},
         "connections": {"clients": len(runtime.clients), "open_exchanges": len(runtime.exchanges)},
+    }
+
+
+def _adaptive(backend: Backend) -> dict[str, Any] | None:
+    adaptive = backend.adaptive
+    if adaptive is None:
+        return None
+    return {
+        "slots": adaptive.slots(backend.full_slots),
+        "minimum_ttft_s": adaptive.minimum_s or None,
+        "measuring": adaptive.measuring,
     }
 
 
