@@ -23,6 +23,7 @@ from math import inf
 
 from policies.base import BackendView, Reject, RequestFacts
 from policies.constraints import feasible, least_context
+from policies.host import HostBounds
 from policies.panic import in_spite
 from policies.rule import Rule, Spill
 from policies.state import Backend, Fleet
@@ -72,6 +73,7 @@ class AvailableTier:
     backends: tuple[Backend, ...]
     """Available ones; may be empty."""
     spill: SpillState | None
+    host: HostBounds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,9 @@ class Candidates:
     def without(self, tried: frozenset[str]) -> Candidates:
         """The same, less the backends in `tried`."""
         tiers = [
-            AvailableTier(tier.tier, tuple(b for b in tier.backends if b.name not in tried), tier.spill)
+            AvailableTier(
+                tier.tier, tuple(b for b in tier.backends if b.name not in tried), tier.spill, tier.host
+            )
             for tier in self.tiers
         ]
         return Candidates(
@@ -205,6 +209,7 @@ class CandidateSets:
                 index,
                 tuple(backend for backend in inside if backend.available or backend.name in spared),
                 self._spill(rule, index, inside, spared),
+                rule.tiers[index].host,
             )
             for index, inside in enumerate(members)
             if inside

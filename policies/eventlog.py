@@ -53,11 +53,11 @@ CONFIGURED: Final = (
 
 OBSERVED: Final = (
     *("probed_up", "connects", "full_slots", "models", "models_unknown", "models_awaited", "context_tokens"),
-    *("rtt_s", "running", "waiting", "kv_use", "sampled_at"),
+    *("rtt_s", "running", "waiting", "kv_use", "sampled_at", "host", "host_at"),
 )
 """Of a backend, what probes set."""
 
-TIMES: Final = frozenset({"arrived", "deadline", "sampled_at"})
+TIMES: Final = frozenset({"arrived", "deadline", "sampled_at", "host_at"})
 SETS: Final = frozenset({"models", "data_classes"})
 TUPLES: Final = frozenset({"prefix", "location"})
 

@@ -26,6 +26,7 @@ from policies.state import Fleet
 from probes.active import NO_HEALTH_ENDPOINT, Health, Models, new_session
 from probes.base import Clock, ProbeResult, Target, Timing, ask
 from probes.engine import Metrics
+from probes.host import Hosts, HostTarget
 from probes.network import Connect
 from probes.status import Liveness, TargetStatus
 
@@ -146,6 +147,7 @@ class Prober:
         changed: Callable[[], None] = lambda: None,
         session: Callable[[], aiohttp.ClientSession] = new_session,
         random: Random | None = None,
+        hosts: Iterable[HostTarget] = (),
     ) -> None:
         self._fleet = fleet
         self._spawn = spawn
@@ -159,7 +161,8 @@ class Prober:
         self._questions: Questions | None = None
         self._loop_task: asyncio.Task[Any] | None = None
         self._watched: dict[str, _Watched] = {}
-        self.replace(targets)
+        self._hosts = Hosts(fleet, clock)
+        self.replace(targets, hosts)
 
     async def start(self, patience_s: float = 2.5) -> None:
         """Ask everybody once, all at the same time, and then go on for ever.
@@ -174,6 +177,7 @@ class Prober:
     async def close(self) -> None:
         """End all probes and the HTTP client."""
         tasks = [watched.task for watched in self._watched.values() if watched.task is not None]
+        tasks += self._hosts.tasks
         if self._loop_task is not None:
             tasks.append(self._loop_task)
         for task in tasks:
@@ -182,12 +186,13 @@ class Prober:
         if self._session is not None:
             await self._session.close()
 
-    def replace(self, targets: Iterable[Target]) -> None:
+    def replace(self, targets: Iterable[Target], hosts: Iterable[HostTarget] = ()) -> None:
         """Watch other targets from now on, after a reload of the configuration and of the fleet.
 
         A target with the name and URL of an old one keeps all that is known, also when its backend is a new
         object; what else changed (models, key, certificates) is tried at once.
         """
+        self._hosts.replace(hosts)
         before, self._watched = self._watched, {}
         for target in targets:
             watched = before.get(target.name)
@@ -211,6 +216,10 @@ class Prober:
         now = self._clock()
         return {name: watched.status.snapshot(now) for name, watched in self._watched.items()}
 
+    def hosts(self) -> dict[str, dict[str, Any]]:
+        """What the hosts say, by site (`Hosts.snapshot`)."""
+        return self._hosts.snapshot()
+
     def step(self, now: float) -> list[asyncio.Task[Any]]:
         """Start the rounds that are due, and let the fleet see that time has passed. The tasks started."""
         if self._fleet.refresh(now):
@@ -223,6 +232,10 @@ class Prober:
             if check or self._metrics_due(watched, now):
                 watched.task = self._spawn(self._round(watched, check), f"probe {name}")
                 started.append(watched.task)
+        for site in self._hosts.due(now):
+            task = self._spawn(self._host_round(site), f"probe host of {site}")
+            self._hosts.start(site, task)
+            started.append(task)
         return started
 
     async def _run(self) -> None:
@@ -247,6 +260,13 @@ class Prober:
             await _look_at_engine(questions, status, self._timing)
             self._apply([watched])
         self._say_news(watched)
+
+    async def _host_round(self, site: str) -> None:
+        self._ask()
+        assert self._session is not None
+        await self._hosts.ask(site, self._session)
+        if self._fleet.refresh(self._clock()):
+            self._tell()
 
     def _metrics_due(self, watched: _Watched, now: float) -> bool:
         """Whether to look at its engine's figures: often while it works, rarely where that fails."""

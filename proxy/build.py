@@ -19,6 +19,7 @@ from policies.state import NOT_ASKED, Backend
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
 from probes.base import Target, Timing
+from probes.host import HostTarget
 from proxy.config import DEFAULT_FILE, BackendConfig, Config, SiteConfig, Tls, backend_key, is_policy_file
 from proxy.config import Price as PriceConfig
 from proxy.config_values import is_loopback, split_address
@@ -69,6 +70,7 @@ class Built:
     prices: Prices
     policy: CompiledPolicy
     health: Health
+    hosts: list[HostTarget]
 
 
 def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Built | None = None) -> Built:
@@ -104,7 +106,7 @@ def build(config: Config, loop: asyncio.AbstractEventLoop, seed: int, before: Bu
     slots_before = {} if before is None else {target.name: target.slots for target in before.targets}
     for old, fresh, section, slots in changes:
         _update(old, fresh, section, slots, slots_before[section.name])
-    return Built(config, backends, endpoints, targets, prices, policy, health(config))
+    return Built(config, backends, endpoints, targets, prices, policy, health(config), hosts_of(config))
 
 
 def make_backends(config: Config) -> list[Backend]:
@@ -164,6 +166,15 @@ def timing(config: Config) -> Timing:
 def health(config: Config) -> Health:
     """How carefully backends are taken out and back in."""
     return Health(config.health.slow_start, config.health.panic, config.health.most_ejected)
+
+
+def hosts_of(config: Config) -> list[HostTarget]:
+    """The exporters to ask, by site."""
+    return [
+        HostTarget(name, site.host.dcgm, site.host.node)
+        for name, site in config.sites.items()
+        if site.host.dcgm is not None or site.host.node is not None
+    ]
 
 
 def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Backend:

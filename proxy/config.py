@@ -147,6 +147,17 @@ class BackendConfig(FileModel):
         return self
 
 
+class HostConfig(FileModel):
+    """Exporters that tell how a site's machine is."""
+
+    dcgm: Url | None = Field(
+        None, description="NVIDIA's DCGM exporter, without `/metrics`: `http://10.0.0.5:9400`."
+    )
+    node: Url | None = Field(
+        None, description="Prometheus' node exporter, without `/metrics`: `http://10.0.0.5:9100`."
+    )
+
+
 class SiteConfig(FileModel):
     """A place where backends stand."""
 
@@ -162,6 +173,7 @@ class SiteConfig(FileModel):
         description="Data classes it may see. Default: `[public]`; the site `local` may see all.",
     )
     labels: dict[str, str] = Field(default_factory=dict, description="Marks of every backend there.")
+    host: HostConfig = Field(default_factory=HostConfig, description="Where its machine tells how it is.")
 
     @model_validator(mode="after")
     def _check(self) -> SiteConfig:

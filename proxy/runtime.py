@@ -139,6 +139,8 @@ class Runtime:
         """Fewer than configured where the system allows fewer open files."""
         self.probes: Callable[[], Mapping[str, Any]] = dict
         """What the probes know, by backend, for `/state`."""
+        self.hosts: Callable[[], Mapping[str, Any]] = dict
+        """What the hosts say, by site, likewise."""
         self.fleet = Fleet(built.backends, built.health)
         self.valve = Valve(built.policy.rules, self.fleet)
         retries = config.retries

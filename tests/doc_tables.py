@@ -31,6 +31,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "price": config.Price,
     "tls": config.Tls,
     "site": config.SiteConfig,
+    "host": config.HostConfig,
     "timeouts": config.Timeouts,
     "limits": config.LimitsConfig,
     "retries": config.Retries,

@@ -134,6 +134,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         "reload_ok": runtime.observer.reload_ok,
         "policy": {"name": runtime.built.policy.name, "hash": runtime.built.policy.text_hash},
         "backends": backends,
+        "hosts": runtime.hosts(),
         "queue": {
             "waiting": runtime.valve.queued,
             "oldest_s": runtime.valve.oldest_age(now),

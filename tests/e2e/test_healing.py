@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from tests.e2e import backends as b
 from tests.e2e.backends import answers, status, waits
 from tests.e2e.proxy_fixtures import StartBackend, StartProxy, chat, eventually
+from tests.probes.fake import FakeBackend
 
 pytestmark = pytest.mark.e2e
 
@@ -81,3 +83,28 @@ async def test_a_backend_that_comes_back_starts_slowly_and_says_so(
     await second.stop()
     await eventually(lambda: proxy.backend("a").slots == 8)  # nobody else could take the rest
     await proxy.idle()
+
+
+async def test_a_busy_host_sends_requests_elsewhere_until_it_has_room(
+    start_backend: StartBackend, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    rules = tmp_path / "policy.yaml"
+    rules.write_text(
+        "rules: [{name: all, prefer: [{site: local, host: {gpu_utilisation: {max: 90%}}}, {site: '*'}]}]"
+    )
+    first, second = await start_backend(), await start_backend()
+    async with FakeBackend(metrics=b"DCGM_FI_DEV_GPU_UTIL 99\n") as exporter:
+        proxy = await start_proxy(
+            first,
+            second,
+            probing=PROBING,
+            policy=str(rules),
+            sites={"local": {"host": {"dcgm": exporter.url}}},
+        )
+        assert (await proxy.chat()).backend == "b"
+        host = (await proxy.state())["hosts"]["local"]
+        assert (host["gpu_utilisation"], host["reasons"]) == (0.99, {})
+        exporter.metrics = b"DCGM_FI_DEV_GPU_UTIL 20\n"
+        await eventually(lambda: proxy.backend("a").host["gpu_utilisation"] == 0.2)
+        assert (await proxy.chat()).backend == "a"
+        await proxy.idle()

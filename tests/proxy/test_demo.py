@@ -258,6 +258,7 @@ def state(**values: Any) -> dict[str, Any]:
             ),
         ],
         "queue": {"waiting": 3, "oldest_s": 0.25},
+        "hosts": {},
         "spill": [{"rule": "all", "tier": 0, "open": True, "openings": 2}],
         "tokens": {"prompt": 10, "cached": 0, "completion": 1300},
         **values,
