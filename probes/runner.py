@@ -23,7 +23,7 @@ from typing import Any, Final, TypeAlias
 import aiohttp
 
 from policies.state import Fleet
-from probes.active import NO_HEALTH_ENDPOINT, Health, Models, new_session
+from probes.active import NO_HEALTH_ENDPOINT, Generate, Health, Models, new_session
 from probes.base import Clock, ProbeResult, Target, Timing, ask
 from probes.engine import Metrics
 from probes.host import Hosts, HostTarget
@@ -39,6 +39,10 @@ TICK_S: Final = 0.25
 """Longest time between two looks at what is due; also how late the end of a back-off is seen."""
 
 
+GENERATE_TIMEOUT_S: Final = 10.0
+"""For one token, on an engine that may be at work for others."""
+
+
 class Questions:
     """All the questions there are, over one HTTP client."""
 
@@ -47,6 +51,10 @@ class Questions:
         self._health = Health(session)
         self.models = Models(session)
         self.metrics = Metrics(session, clock)
+        self._session = session
+
+    def generate(self, model: str) -> Generate:
+        return Generate(self._session, model)
 
     async def alive(self, target: Target, timeout_s: float) -> ProbeResult[Liveness]:
         """TCP, then `/health`; where there is no `/health`, `/v1/models` answers for it. One timeout each."""
@@ -66,8 +74,10 @@ class Questions:
         return ProbeResult(True, "", seconds, Liveness(connected.value, listed.value))
 
 
-async def _check(questions: Questions, status: TargetStatus, timing: Timing, clock: Clock) -> bool:
-    """Is it alive, and what does it serve? True: it came up or went down."""
+async def _check(
+    questions: Questions, status: TargetStatus, timing: Timing, clock: Clock, token_at: float = -inf
+) -> bool:
+    """Is it alive, and what does it serve? True: it came up or went down. `token_at`: its last to a client."""
     target, asked = status.target, clock()
     result = await questions.alive(target, timing.timeout_s)
     if result.value is not None:
@@ -81,7 +91,30 @@ async def _check(questions: Questions, status: TargetStatus, timing: Timing, clo
             or asked - status.models_at >= timing.models_s
         ):
             status.learn_models(await ask(questions.models, target, timing.timeout_s), asked)
+        if timing.generate_s < inf and status.served:
+            if status.generated_at == -inf:
+                status.generated_at = asked  # a start is not to wait for it
+            elif asked - max(status.generated_at, token_at) >= timing.generate_s:
+                result = await _generate(questions, status, timing, result, clock)
     return status.learn_check(result, clock())
+
+
+async def _generate(
+    questions: Questions,
+    status: TargetStatus,
+    timing: Timing,
+    alive: ProbeResult[Liveness],
+    clock: Clock,
+) -> ProbeResult[Liveness]:
+    """Let a check depend on a token. Until one comes every check asks again, so that failures are in a row."""
+    asked = clock()
+    question = questions.generate(min(status.served))
+    generated = await ask(question, status.target, max(timing.timeout_s, GENERATE_TIMEOUT_S))
+    status.learn_generation(generated, asked)
+    if generated.ok or generated.status == 429:  # full is well
+        return alive
+    seconds = alive.duration_s + generated.duration_s
+    return ProbeResult(False, generated.reason, seconds, None, generated.status)
 
 
 async def _look_at_engine(questions: Questions, status: TargetStatus, timing: Timing) -> None:
@@ -250,7 +283,9 @@ class Prober:
         if check:
             began, stretch = self._clock(), self._stretch()
             watched.check_due = began + self._timing.interval_s * stretch
-            flipped = await _check(questions, status, self._timing, self._clock)
+            backend = self._fleet.backends.get(status.target.name)
+            token_at = -inf if backend is None else backend.ttft_at
+            flipped = await _check(questions, status, self._timing, self._clock, token_at)
             if not status.up:
                 pause = min(self._timing.retry_s, self._timing.interval_s)
                 watched.check_due = began + pause * stretch

@@ -12,7 +12,7 @@ from math import inf
 from typing import Any, Final
 
 from policies.state import NOT_ASKED, Backend
-from probes.base import Hysteresis, ModelsSeen, ProbeResult, Sample, Target, Timing
+from probes.base import Generated, Hysteresis, ModelsSeen, ProbeResult, Sample, Target, Timing
 from probes.network import MinFilter
 
 WRONG_KEY: Final = frozenset({401, 403})
@@ -51,6 +51,11 @@ class TargetStatus:
     metrics_result: ProbeResult[Sample] | None = None
     metrics_failures: int = 0
     """In a row."""
+    generated_at: float = -inf
+    """When it last gave the token that it was asked for, or was first checked."""
+    generations: int = 0
+    """Tokens that it was asked for, successfully or not, and what they have used, as far as it says so."""
+    generated: Generated = field(default_factory=lambda: Generated(0, 0))
 
     @classmethod
     def new(cls, target: Target, timing: Timing) -> TargetStatus:
@@ -81,6 +86,15 @@ class TargetStatus:
             self.sample, self.metrics_failures = result.value, 0
         else:
             self.metrics_failures += 1
+
+    def learn_generation(self, result: ProbeResult[Generated], now: float) -> None:
+        self.generations += 1
+        if result.value is not None:
+            before, more = self.generated, result.value
+            self.generated_at = now
+            self.generated = Generated(
+                before.prompt_tokens + more.prompt_tokens, before.completion_tokens + more.completion_tokens
+            )
 
     @property
     def slots(self) -> int | None:
@@ -188,6 +202,11 @@ class TargetStatus:
             "misconfigured": self.misconfigured,
             "slots_reported": self.slots,
             "engine": _engine(sample, now) if sample else None,
+            "generation": {
+                "requests": self.generations,
+                "prompt_tokens": self.generated.prompt_tokens,
+                "completion_tokens": self.generated.completion_tokens,
+            },
             "metrics_reason": metrics.reason if metrics else "not asked yet",
         }
 

@@ -8,6 +8,7 @@ import shlex
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import TypeVar
 
@@ -160,6 +161,7 @@ def timing(config: Config) -> Timing:
         timeout_s=probing.timeout,
         up=probing.up,
         down=probing.down,
+        generate_s=inf if probing.generate is None else probing.generate,
     )
 
 

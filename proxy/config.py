@@ -241,6 +241,11 @@ class Probing(FileModel):
     up: int = Field(2, ge=1, description="Successes in a row that bring a backend up.")
     down: int = Field(3, ge=1, description="Failures in a row that take it down.")
     metrics: bool = Field(True, description="Read the engine's own figures from `/metrics`.")
+    generate: Duration | None = Field(
+        None,
+        gt=0,
+        description="After so long without a token for a client, ask for one; none is a failure. Default: never.",
+    )
     enabled: bool = Field(True, description="Probe at all; without, only real traffic tells.")
 
     @model_validator(mode="after")

@@ -62,6 +62,16 @@ class Metrics:
             for backend in runtime.fleet:
                 gauge.add_metric([backend.name, backend.site], read(backend))
             yield gauge
+        probed = CounterMetricFamily(
+            "tidegate_probe_tokens",
+            "Tokens that probes have used (`probing.generate`); in no ledger.",
+            labels=["backend", "gen_ai_token_type"],
+        )
+        for name, known in runtime.probes().items():
+            if (generation := known.get("generation")) and generation["requests"]:
+                probed.add_metric([name, "input"], generation["prompt_tokens"])
+                probed.add_metric([name, "output"], generation["completion_tokens"])
+        yield probed
         failed = CounterMetricFamily(
             "tidegate_failed_attempts", "Attempts on a backend that failed.", labels=["backend", "error"]
         )
