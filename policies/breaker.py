@@ -10,6 +10,9 @@ except that an ignored trial makes room for another. Nor does an attempt that be
 moved: a stream that was already running when the backend broke must not close it, and requests that hung on a
 backend while it was dead must not open it after it has come back.
 
+An open one may be overruled (`policies/panic.py`). What goes through it then closes it by its first token or a good
+end, as a trial does, and by failing changes nothing.
+
 Time comes in with every call; nothing here reads a clock.
 """
 
@@ -36,7 +39,7 @@ class Breaker:
     """How long it was last open; 0: never."""
     trial_running: bool = False
     moved_at: float = -inf
-    """When it last closed, began a trial or heard that the backend is up again."""
+    """When it last opened, closed, began a trial or heard that the backend is up again."""
 
     def allows(self, now: float) -> bool:
         """Whether a request may be sent."""
@@ -57,12 +60,13 @@ class Breaker:
         return True
 
     def first_token(self, started: float, now: float) -> bool:
-        """An attempt that began at `started` got its first token. True: it was the trial, and closed it.
+        """An attempt that began at `started` got its first token. True: it was sent while this was open, the
+        trial for one, and closed it.
 
-        The trial's stream may last for minutes; only the trial is judged this early, because a backend that
-        breaks every stream after the first token is as broken as one that refuses.
+        A trial's stream may last for minutes. Others are not judged this early, because a backend that breaks
+        every stream after the first token is as broken as one that refuses.
         """
-        if not self.trial_running or started < self.moved_at:
+        if not self._was_sent_while_open(started):
             return False
         self._close(now)
         return True
@@ -76,7 +80,7 @@ class Breaker:
             return was_trial
         if outcome is Outcome.OK:
             self.failures = 0
-            if not self.trial_running:
+            if not self._was_sent_while_open(started):
                 return False
             self._close(now)
             return True
@@ -93,11 +97,16 @@ class Breaker:
         self.trial_running = False
         self.opened_until = min(self.opened_until, now)
 
+    def _was_sent_while_open(self, started: float) -> bool:
+        # A trial begins at the very time of the move; what began at that of the opening was sent before it.
+        return self.is_open and (started > self.moved_at or (self.trial_running and started == self.moved_at))
+
     def _open(self, now: float) -> None:
         if not self.is_open and now - self.moved_at >= self.backoff_s:
             self.backoff_s = 0.0
         self.backoff_s = min(max(2.0 * self.backoff_s, self.base_s), self.max_s)
         self.opened_until = now + self.backoff_s
+        self.moved_at = now
         self.is_open = True
         self.trial_running = False
 

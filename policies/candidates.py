@@ -8,6 +8,8 @@ A backend of weight 0 is to be empty, if the policy of its tier goes by weight: 
 tiers, fallbacks and ends of waits alike, as long as another one may serve the request, is available and has a
 weight (or a policy that asks for none).
 
+A backend that looks sick counts as available where too few others are left (`panic.py`).
+
 The spill flags live here too, since they outlast a change of the fleet: a flag belongs to a tier and the
 feasible backends in it, and goes when one of them leaves the fleet.
 """
@@ -21,6 +23,8 @@ from math import inf
 
 from policies.base import BackendView, Reject, RequestFacts
 from policies.constraints import feasible, least_context
+from policies.host import HostBounds
+from policies.panic import in_spite
 from policies.rule import Rule, Spill
 from policies.state import Backend, Fleet
 
@@ -40,6 +44,8 @@ class SpillState:
     """Monotonic time of the last opening or closing."""
     saturation: float = 0.0
     """As last seen; inf: no backend of the tier was available."""
+    in_spite: frozenset[str] = frozenset()
+    """Those that were last used although they look sick."""
 
     def move(self, saturation: float, now: float) -> None:
         """Take a new figure, and open or close by it."""
@@ -67,6 +73,7 @@ class AvailableTier:
     backends: tuple[Backend, ...]
     """Available ones; may be empty."""
     spill: SpillState | None
+    host: HostBounds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,9 @@ class Candidates:
     def without(self, tried: frozenset[str]) -> Candidates:
         """The same, less the backends in `tried`."""
         tiers = [
-            AvailableTier(tier.tier, tuple(b for b in tier.backends if b.name not in tried), tier.spill)
+            AvailableTier(
+                tier.tier, tuple(b for b in tier.backends if b.name not in tried), tier.spill, tier.host
+            )
             for tier in self.tiers
         ]
         return Candidates(
@@ -152,6 +161,8 @@ class CandidateSets:
 
     def __init__(self) -> None:
         self.spills: dict[tuple[str, int, frozenset[str]], SpillState] = {}
+        self.in_spite: set[str] = set()
+        """Backends that some request of late might use although they look sick."""
         self._fleet: Fleet | None = None
         self._version = -1
         self._found: dict[tuple[str, str, str, int], Candidates] = {}
@@ -177,12 +188,17 @@ class CandidateSets:
         """Take a new figure for every flag."""
         for state in self.spills.values():
             backends = [fleet[name] for name in state.backends if name in fleet.backends]
-            available = [backend for backend in backends if backend.available]
+            available = [
+                backend
+                for backend in backends
+                if backend.available or (backend.doubtful and backend.name in state.in_spite)
+            ]
             state.move(mean_saturation(available, now), now)
 
     def _forget(self, fleet: Fleet) -> None:
         self._fleet, self._version = fleet, fleet.version
         self._found.clear()
+        self.in_spite.clear()
         limits: dict[str, set[int]] = {}
         for backend in fleet:
             for model in backend.models:
@@ -196,9 +212,11 @@ class CandidateSets:
 
     def _build(self, rule: Rule, request: RequestFacts, fleet: Fleet) -> Candidates:
         found = feasible(request, fleet, rule.allows, rule.name)
+        spared = frozenset(backend.name for backend in in_spite(found.backends, fleet.health))
+        self.in_spite |= spared
         weights = [rule.weight_in(rule.tier_of(backend), backend) for backend in found.backends]
         emptying = any(
-            backend.available and weight > 0.0
+            (backend.available or backend.name in spared) and weight > 0.0
             for backend, weight in zip(found.backends, weights, strict=True)
         )
         members: list[list[Backend]] = [[] for _ in rule.tiers]
@@ -210,8 +228,9 @@ class CandidateSets:
         tiers = tuple(
             AvailableTier(
                 index,
-                tuple(backend for backend in inside if backend.available),
-                self._spill(rule, index, inside),
+                tuple(backend for backend in inside if backend.available or backend.name in spared),
+                self._spill(rule, index, inside, spared),
+                rule.tiers[index].host,
             )
             for index, inside in enumerate(members)
             if inside
@@ -229,7 +248,9 @@ class CandidateSets:
             {},
         )
 
-    def _spill(self, rule: Rule, tier: int, backends: list[Backend]) -> SpillState | None:
+    def _spill(
+        self, rule: Rule, tier: int, backends: list[Backend], in_spite: frozenset[str]
+    ) -> SpillState | None:
         spill = rule.tiers[tier].spill
         if spill is None:
             return None
@@ -237,6 +258,7 @@ class CandidateSets:
         state = self.spills.get(key)
         if state is None:
             state = self.spills[key] = SpillState(*key, spill)
+        state.in_spite = in_spite
         return state
 
 

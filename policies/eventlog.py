@@ -6,7 +6,8 @@ the same events with a log of its own writes the same log again, line by line, i
 `sim/replay.py` looks for.
 
 A record is a mapping that JSON can hold, numbered by `n` from 0 (`sim/record_forms.py` has the form of each). The
-first is `start`: backends, policy and retries. After it come events, each with its name, and decisions:
+first is `start`: backends, policy, retries and health (`policies/health.py`). After it come events, each with its
+name, and decisions:
 
 | event | what happened | besides `at` |
 |---|---|---|
@@ -34,14 +35,16 @@ from dataclasses import MISSING, Field, fields
 from math import inf
 from typing import Any, Final, NamedTuple
 
+from policies.adaptive import AdaptiveSlots
 from policies.base import Finished, Hold, Outcome, RequestFacts, Send
 from policies.breaker import Breaker
+from policies.health import Health
 from policies.routing import Routing
 from policies.rules import RuleSet
 from policies.state import Backend, Fleet, Lease
 from policies.valve import Valve
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 CONFIGURED: Final = (
     *("name", "site", "slots", "weight", "models", "models_unknown", "models_awaited", "labels", "operator"),
@@ -51,14 +54,14 @@ CONFIGURED: Final = (
 """Of a backend, what the first record holds."""
 
 OBSERVED: Final = (
-    *("probed_up", "slots", "models", "models_unknown", "models_awaited", "context_tokens"),
-    *("rtt_s", "running", "waiting", "kv_use", "sampled_at"),
+    *("probed_up", "connects", "full_slots", "models", "models_unknown", "models_awaited", "context_tokens"),
+    *("rtt_s", "running", "waiting", "kv_use", "sampled_at", "host", "host_at"),
 )
 """Of a backend, what probes set."""
 
 _MODELS_UNKNOWN: Final = OBSERVED.index("models_unknown")
 
-TIMES: Final = frozenset({"arrived", "deadline", "sampled_at"})
+TIMES: Final = frozenset({"arrived", "deadline", "sampled_at", "host_at"})
 SETS: Final = frozenset({"models", "data_classes"})
 TUPLES: Final = frozenset({"prefix", "location"})
 
@@ -120,9 +123,9 @@ class EventLog:
         self._version = 0
         self._last = start
 
-    def begin(self, backends: Iterable[Backend], retries: Retries) -> None:
+    def begin(self, fleet: Fleet, retries: Retries) -> None:
         """Write the first record."""
-        backends = list(backends)
+        backends, health = list(fleet), fleet.health
         self._figures = {backend.name: _figures(backend) for backend in backends}
         self._record(
             {
@@ -131,6 +134,7 @@ class EventLog:
                 "start": self.start,
                 "policy": self.policy._asdict(),
                 "retries": retries._asdict(),
+                "health": [health.slow_start_s, health.panic, health.most_ejected],
                 "backends": [self._backend(backend) for backend in backends],
             }
         )
@@ -255,6 +259,8 @@ class EventLog:
             field.name: self._plain(field.name, value) for field, value in values if value != _default(field)
         }
         breaker = backend.breaker
+        if backend.adaptive is not None:
+            plain["adaptive"] = True
         return plain | {"breaker": [breaker.threshold, breaker.base_s, breaker.max_s]}
 
     def _plain(self, name: str, value: Any) -> Any:
@@ -271,8 +277,13 @@ class EventLog:
 
 def backend_from(record: Mapping[str, Any], start: float) -> Backend:
     """The backend that a `start` record holds. KeyError, TypeError or ValueError: it holds none."""
-    values = {name: plain_back(name, value, start) for name, value in record.items() if name != "breaker"}
-    return Backend(**values, breaker=Breaker(*record["breaker"]))
+    values = {
+        name: plain_back(name, value, start)
+        for name, value in record.items()
+        if name not in ("breaker", "adaptive")
+    }
+    adaptive = AdaptiveSlots.of(record["name"]) if "adaptive" in record else None
+    return Backend(**values, breaker=Breaker(*record["breaker"]), adaptive=adaptive)
 
 
 def facts_from(record: Mapping[str, Any], start: float) -> RequestFacts:
@@ -292,8 +303,8 @@ def plain_back(name: str, value: Any, start: float) -> Any:
 class RecordedFleet(Fleet):
     """A fleet that tells of what is done to it from outside."""
 
-    def __init__(self, backends: Sequence[Backend], log: EventLog) -> None:
-        super().__init__(backends)
+    def __init__(self, backends: Sequence[Backend], log: EventLog, health: Health | None = None) -> None:
+        super().__init__(backends, health)
         self.log = log
         self._told_version = self.version
 

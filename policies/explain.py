@@ -14,6 +14,7 @@ from policies.filechecks import picks_of
 from policies.files import CompiledPolicy
 from policies.fileschema import (
     DEFAULT_PICK,
+    Host,
     Pick,
     PolicyFile,
     Queue,
@@ -128,6 +129,8 @@ def _tiers(rule: Rule, tiers: Sequence[Tier]) -> Iterator[str]:
         )
         if tier.spill is not None:
             yield _line(f"{_spill(tier.spill)[0].upper()}{_spill(tier.spill)[1:]}.")
+        if tier.host is not None:
+            yield _line(f"{_host(tier.host).capitalize()}.")
         return
     yield _line("They are offered, in this order, to")
     for place, tier in enumerate(tiers):
@@ -136,6 +139,8 @@ def _tiers(rule: Rule, tiers: Sequence[Tier]) -> Iterator[str]:
             parts[0] += ", while a slot is free"
         if tier.spill is not None:
             parts.append(_spill(tier.spill))
+        if tier.host is not None:
+            parts.append(_host(tier.host))
         if tier.pick is not None:
             parts.append(_chosen_by(tier.pick))
         letter = chr(ord("a") + place) if place < 26 else str(place + 1)
@@ -146,6 +151,22 @@ def _tiers(rule: Rule, tiers: Sequence[Tier]) -> Iterator[str]:
     if shared:
         where = "In each" if shared == len(tiers) else "Otherwise"
         yield _line(f"{where}, {_chosen_by(rule.pick)}.")
+
+
+def _host(host: Host) -> str:
+    """`only while its host has gpu_utilisation at most 0.9 (as far as that is known)`."""
+    words = [
+        f"{name} {' and '.join(limits)}"
+        for name, bounds in host
+        if bounds is not None
+        and (
+            limits := [
+                *([f"at least {bounds.min:g}"] if bounds.min is not None else []),
+                *([f"at most {bounds.max:g}"] if bounds.max is not None else []),
+            ]
+        )
+    ]
+    return f"only while its host has {listed(words, 'and')} (as far as that is known)"
 
 
 def _spill(spill: Spill) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import resources
+from math import inf
 from random import Random
 
 from policies import PolicyError, filechecks, load
@@ -17,6 +18,7 @@ from policies.filechecks import KnownNames, selector
 from policies.fileschema import PolicyFile, When, offset_seconds, weekday_numbers, window_minutes
 from policies.fileschema import Rule as RuleSection
 from policies.fileschema import Tier as TierSection
+from policies.host import HostBounds
 from policies.match import NO_LABELS, Hours, Match
 from policies.rules import Queue, Rule, RuleSet, Spill, Tier
 from policies.weights import WithWeights
@@ -175,4 +177,16 @@ def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: lis
 
 def _tier(section: TierSection, policy: Policy | None, policy_name: str) -> Tier:
     spill = Spill(section.spill.enter, section.spill.leave) if section.spill else None
-    return Tier(selector(section), spill, policy, policy_name)
+    return Tier(selector(section), spill, policy, policy_name, _host(section))
+
+
+def _host(section: TierSection) -> HostBounds | None:
+    if section.host is None:
+        return None
+    return HostBounds(
+        tuple(
+            (name, -inf if bounds.min is None else bounds.min, inf if bounds.max is None else bounds.max)
+            for name, bounds in section.host
+            if bounds is not None
+        )
+    )

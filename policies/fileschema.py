@@ -244,6 +244,23 @@ Saturation = Annotated[
 ]
 
 
+class Bounds(FileModel):
+    """Bounds of a figure, both inclusive: a number, or a percentage where it is a fraction."""
+
+    min: Annotated[float, BeforeValidator(parse_fraction)] | None = None
+    """At least this."""
+    max: Annotated[float, BeforeValidator(parse_fraction)] | None = None
+    """At most this."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Bounds:
+        if self.min is None and self.max is None:
+            raise BadValueError("expected bounds such as {max: 90%}, got none")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise BadValueError(f"min ({self.min:g}) is above max ({self.max:g}): nothing fits", at=("min",))
+        return self
+
+
 # --- the file ------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +328,40 @@ class Spill(FileModel):
         return self
 
 
+class Host(FileModel):
+    """Bounds on what the machine of a backend's site says of itself (`sites.NAME.host` in the configuration)."""
+
+    gpu_utilisation: Bounds | None = None
+    """Share of their time that its GPUs work, the mean over them."""
+    gpu_memory: Bounds | None = None
+    """Share of its GPUs' memory in use."""
+    gpu_temperature: Bounds | None = None
+    """Of the hottest GPU, degrees Celsius."""
+    gpu_power: Bounds | None = None
+    """Of all GPUs, watts."""
+    cpu: Bounds | None = None
+    """Share of their time that its processors work."""
+    memory: Bounds | None = None
+    """Share of its memory in use."""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Host:
+        if not self.model_fields_set:
+            raise BadValueError("say which figure: gpu_utilisation, for one", "{gpu_utilisation: {max: 90%}}")
+        for name in ("gpu_utilisation", "gpu_memory", "cpu", "memory"):
+            bounds: Bounds | None = getattr(self, name)
+            for bound in ("min", "max"):
+                value = None if bounds is None else getattr(bounds, bound)
+                if value is not None and not 0.0 <= value <= 1.0:
+                    meant = f"{value:g}%" if 1.0 < value <= 100.0 else None
+                    raise BadValueError(
+                        f"{name} is a fraction from 0 to 1, or a percentage, not {value:g}",
+                        meant,
+                        at=(name, bound),
+                    )
+        return self
+
+
 class Tier(FileModel):
     """Backends that are asked together: those of a site, those named, or those with labels."""
 
@@ -324,6 +375,8 @@ class Tier(FileModel):
     """When the tier begins and ends to spill. Without it, it takes a request when it has a free slot."""
     pick: PickOrName | None = None
     """Policy that chooses in this tier, instead of the rule's."""
+    host: Host | None = None
+    """A backend whose host is outside of these bounds has no free slot in this tier. Stale figures are ignored."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> Tier:

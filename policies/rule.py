@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from policies.base import BackendView, Policy
 from policies.guarded import Guarded
+from policies.host import HostBounds
 from policies.match import Match, Selector
 
 
@@ -27,6 +28,8 @@ class Tier:
     policy: Policy | None = None
     """Chooses in this tier instead of the rule's policy."""
     policy_name: str = ""
+    host: HostBounds | None = None
+    """A backend whose host is outside of them has no free slot here."""
 
 
 @dataclass(frozen=True, slots=True)

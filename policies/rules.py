@@ -11,6 +11,8 @@ open, it still takes a request whenever one of its backends has a free slot. A t
 request only with a free slot. The flag itself is what sessions, waking and alerts go by. Requests move it, and so
 do polls, both ways: a tier that is full spills, whether or not the next request has come.
 
+A backend whose host is outside of its tier's `host` has no free slot, whatever its saturation.
+
 Saturation is taken over the backends that may serve the request at hand: one model being full says nothing
 about another. So the flag is kept per tier and set of feasible backends, which in a fleet with one model is
 one flag per tier.
@@ -18,7 +20,7 @@ one flag per tier.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from math import inf
 
 from policies.base import Hold, Reject, RequestFacts, Send
@@ -61,6 +63,11 @@ class RuleSet:
         """Every spill flag there is, for `/state`, metrics and alerts."""
         return tuple(self._sets.spills.values())
 
+    @property
+    def in_spite(self) -> Set[str]:
+        """Backends that are used although they look sick, since too few others are left."""
+        return self._sets.in_spite
+
     def rule_for(self, request: RequestFacts) -> Rule:
         """The first rule that matches."""
         for rule in self.rules:
@@ -99,13 +106,14 @@ class RuleSet:
         for tier in candidates.tiers:
             free = []
             figures = []
+            host = tier.host
             load = 0.0
             slots = 0
             for backend in tier.backends:
                 saturation = backend.saturation(now)
                 load += saturation * backend.slots
                 slots += backend.slots
-                if saturation < 1.0:
+                if saturation < 1.0 and (host is None or host.accept(backend, now)):
                     free.append(backend)
                     figures.append(copy_figures(backend, saturation))
             mean = load / slots if slots else inf
@@ -116,7 +124,7 @@ class RuleSet:
                     spill.move(mean, now)
                 spilling = spilling or spill.open
                 if not free and slots and not spill.open:
-                    free = list(tier.backends)
+                    free = [one for one in tier.backends if host is None or host.accept(one, now)]
                     figures = [copy_figures(backend, backend.saturation(now)) for backend in free]
             if free:
                 routing = self._choose(request, candidates, tier.tier, free, figures, now)

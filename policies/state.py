@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from math import exp, inf
 from typing import Final
 
+from policies.adaptive import AdaptiveSlots
 from policies.base import BackendView, Finished, Outcome, Policy, RequestFacts
 from policies.breaker import Breaker
+from policies.health import Health, slots_in_slow_start
 
 AVERAGE_TAU_S = 10.0
 """Time constant of the TTFT, TPOT and RTT averages, seconds."""
@@ -29,10 +31,29 @@ NOT_ASKED: Final = "not asked yet"
 
 @dataclass(slots=True)
 class Backend(BackendView):
-    """One backend with what changes it. Policies see it as a `BackendView`."""
+    """One backend with what changes it. Policies see it as a `BackendView`.
 
+    `slots` follows from `full_slots` with every `Fleet.refresh`; whoever learns how many there are sets the latter.
+    """
+
+    full_slots: int = 0
+    """All of its slots; 0 at first: as many as `slots`."""
+    adaptive: AdaptiveSlots | None = None
+    """Takes fewer of them where it would queue."""
+    starting: bool = False
+    """It has fewer of them since it has only just come back."""
     probed_up: bool = True
     """What the active probes say; True until they have said otherwise."""
+    connects: bool = True
+    """Whether the last probe could connect."""
+    silent: bool = False
+    """Its last attempt had no answer: refused, not connected in time, or no first token."""
+    doubtful: bool = False
+    """Not available, for its probes or its breaker alone, and somebody answers there (`policies/panic.py`)."""
+    out: bool = False
+    """Its probes or its breaker hold it for sick, or it has only just been added."""
+    back_at: float = -inf
+    """When it was last found well again: from then on its slots come back."""
     draining: bool = False
     """Removed from the configuration: finishes what it has, gets nothing new."""
     backoff_until: float = -inf
@@ -46,6 +67,10 @@ class Backend(BackendView):
     ignored: int = 0
     """Attempts by outcome since start."""
 
+    def __post_init__(self) -> None:
+        if not self.full_slots:
+            self.full_slots = self.slots
+
     def probed(self, up: bool, now: float) -> None:
         """What the active probes say now; call `Fleet.refresh` afterwards.
 
@@ -54,6 +79,7 @@ class Backend(BackendView):
         """
         if up and not self.probed_up:
             self.breaker.up_again(now)
+            self.silent = False
         self.probed_up = up
 
     def observe_ttft(self, seconds: float, now: float) -> None:
@@ -83,9 +109,11 @@ class Lease:
         "backend",
         "decided_by",
         "first_token_at",
+        "in_flight",
         "policy",
         "released",
         "request",
+        "silent",
         "started",
         "tokens",
     )
@@ -100,13 +128,18 @@ class Lease:
         self.started = now
         self.first_token_at: float | None = None
         self.tokens = request.tokens
+        self.in_flight = backend.in_flight + 1
+        """On its backend when it was dispatched, itself included."""
         self.released = False
+        self.silent = False
+        """It failed without an answer; whoever releases it says so before."""
 
 
 class Fleet:
     """All backends by name, in configured order. The only place that counts load."""
 
-    def __init__(self, backends: Sequence[Backend] = ()) -> None:
+    def __init__(self, backends: Sequence[Backend] = (), health: Health | None = None) -> None:
+        self.health = health or Health()
         self.backends: dict[str, Backend] = {backend.name: backend for backend in backends}
         self.version = 0
         """Changes when what a backend is, serves or whether it is available changes: key for caches."""
@@ -121,27 +154,62 @@ class Fleet:
         return len(self.backends)
 
     def replace(self, backends: Sequence[Backend]) -> None:
-        """Take a new set; a backend that stays the same object keeps its counts."""
+        """Take a new set; a backend that stays the same object keeps its counts, a new one starts slowly."""
+        if self.backends:
+            for backend in backends:
+                backend.out = backend.out or self.backends.get(backend.name) is not backend
         self.backends = {backend.name: backend for backend in backends}
         self.version += 1
 
     def refresh(self, now: float) -> bool:
-        """Recompute who is available (after a probe, an outcome, or time). True: something has changed."""
+        """Recompute who is available and with how many slots (after a probe, an outcome, or time). True:
+        something has changed."""
         changed = False
+        slow_start_s = self.health.slow_start_s
         for backend in self.backends.values():
-            available = (
-                backend.probed_up
-                and bool(backend.models)  # one without answers its probes, and no request
+            breaker = backend.breaker
+            usable = (
+                bool(backend.models)  # one without answers its probes, and no request
                 and not backend.draining
                 and now >= backend.backoff_until
-                and backend.breaker.allows(now)
             )
-            if available != backend.available:
-                backend.available = available
+            allowed = breaker.allows(now)
+            available = usable and backend.probed_up and allowed
+            doubtful = usable and backend.probed_up != allowed and backend.connects and not backend.silent
+            if available != backend.available or doubtful != backend.doubtful:
+                backend.available, backend.doubtful = available, doubtful
+                changed = True
+            out = breaker.is_open or not backend.probed_up
+            if out != backend.out:
+                backend.out = out
+                if not out:
+                    backend.back_at = now
+        for backend in self.backends.values():
+            slots = backend.full_slots
+            if backend.adaptive is not None:
+                slots = backend.adaptive.slots(slots)
+            starting = now - backend.back_at < slow_start_s and self._has_others(backend, now)
+            if starting:
+                slots = min(
+                    slots, slots_in_slow_start(backend.full_slots, now - backend.back_at, slow_start_s)
+                )
+            if slots != backend.slots or starting != backend.starting:
+                backend.slots, backend.starting = slots, starting
                 changed = True
         if changed:
             self.version += 1
         return changed
+
+    def _has_others(self, backend: Backend, now: float) -> bool:
+        """Whether another one can take what is held back from a backend that starts slowly."""
+        for other in self.backends.values():
+            if (
+                other.available
+                and now - other.back_at >= self.health.slow_start_s
+                and not other.models.isdisjoint(backend.models)
+            ):
+                return True
+        return False
 
     def back_off(self, name: str, seconds: float, now: float) -> bool:
         """Send a backend nothing new for a while, because it said that it is full. True: something changed.
@@ -171,8 +239,14 @@ class Fleet:
         if lease.first_token_at is not None:
             return
         lease.first_token_at = now
-        lease.backend.observe_ttft(now - lease.started, now)
-        if lease.backend.breaker.first_token(lease.started, now):
+        backend = lease.backend
+        backend.silent = False
+        backend.observe_ttft(now - lease.started, now)
+        moved = backend.breaker.first_token(lease.started, now)
+        if backend.adaptive is not None:
+            ttft_s, full_slots = now - lease.started, backend.full_slots
+            moved |= backend.adaptive.first_token(ttft_s, lease.in_flight, lease.started, full_slots, now)
+        if moved:
             self.refresh(now)
         if lease.policy is not None:
             lease.policy.first_token(lease.request, lease.backend, now)
@@ -203,11 +277,13 @@ class Fleet:
                 backend.observe_tpot((now - lease.first_token_at) / (completion - 1), now)
         if outcome is Outcome.OK:
             backend.ok += 1
+            backend.silent = False
         elif outcome is Outcome.FAILED:
             backend.failed += 1
+            backend.silent = lease.silent
         else:
             backend.ignored += 1
-        if backend.breaker.record(outcome, lease.started, now):
+        if backend.breaker.record(outcome, lease.started, now) or lease.silent:
             self.refresh(now)
         finished = Finished(
             request=lease.request,

@@ -109,6 +109,9 @@ class BackendView:
     kv_use: float = 0.0
     """What the engine said of itself (`waiting`: requests in its queue; `kv_use`: 0 to 1) at `sampled_at`."""
     sampled_at: float = -inf
+    host: Mapping[str, float] = field(default_factory=dict)
+    """Figures of its site's machine by name (`policies/host.py`), as they were at `host_at`."""
+    host_at: float = -inf
 
     def saturation(self, now: float) -> float:
         """How full it is: 0 empty, 1 full, above 1 queueing.

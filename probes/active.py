@@ -1,6 +1,7 @@
 """Questions over HTTP: is it alive, and what does it serve?
 
-Never a completion: a probe must cost an engine nothing. Each question has its own connection, so that a
+A probe must cost an engine nothing, so none is a completion, but for `Generate`, which is asked only where the
+configuration wants it. Each question has its own connection, so that a
 probe finds out whether new connections work and never meets a pooled one that is about to close.
 """
 
@@ -14,10 +15,18 @@ import aiohttp
 import orjson
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from probes.base import ModelsSeen, ProbeError, Target, certificate_reason, os_reason
+from probes.base import (
+    Generated,
+    ModelsSeen,
+    ProbeError,
+    Target,
+    certificate_reason,
+    os_reason,
+)
 from probes.resolver import Resolver
 
 HEALTH_LIMIT: Final = 64 * 1024
+GENERATED_LIMIT: Final = 64 * 1024
 MODELS_LIMIT: Final = 1024 * 1024
 """Longest answers that are read, bytes."""
 
@@ -79,33 +88,42 @@ async def fetch(
     path: str,
     limit: int,
     headers: Mapping[str, str] | None = None,
+    body: bytes | None = None,
 ) -> bytes:
-    """The body of a 2xx answer, at most `limit` bytes. ProbeError for everything else."""
+    """The body of a 2xx answer, at most `limit` bytes. ProbeError for everything else. With a `body` it is a
+    POST."""
     if target.socket_path:
         async with _session(aiohttp.UnixConnector(target.socket_path, force_close=True)) as own:
-            return await _fetch(own, target, "http://localhost" + path, limit, headers)
-    return await _fetch(session, target, target.url.rstrip("/") + path, limit, headers)
+            return await _fetch(own, target, "http://localhost" + path, limit, headers, body)
+    return await _fetch(session, target, target.url.rstrip("/") + path, limit, headers, body)
 
 
 async def _fetch(
-    session: aiohttp.ClientSession, target: Target, url: str, limit: int, headers: Mapping[str, str] | None
+    session: aiohttp.ClientSession,
+    target: Target,
+    url: str,
+    limit: int,
+    headers: Mapping[str, str] | None,
+    body: bytes | None,
 ) -> bytes:
     try:
-        async with session.get(
+        async with session.request(
+            "GET" if body is None else "POST",
             url,
             headers=headers,
+            data=body,
             ssl=target.tls or True,
             server_hostname=target.server_name,
             allow_redirects=False,
         ) as response:
             if not 200 <= response.status < 300:
                 raise ProbeError(str(response.status), response.status)
-            body = bytearray()
+            answer = bytearray()
             async for piece in response.content.iter_any():
-                body += piece
-                if len(body) > limit:
+                answer += piece
+                if len(answer) > limit:
                     raise ProbeError(f"answer longer than {limit} bytes")
-            return bytes(body)
+            return bytes(answer)
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise ProbeError(_describe(error)) from error
 
@@ -184,3 +202,38 @@ def parse_models(body: bytes) -> ModelsSeen:
         name: length for name in names if (length := lengths.get(name) or lengths.get(parents.get(name, "")))
     }
     return ModelsSeen(frozenset(names), context_tokens, parents)
+
+
+class Generate:
+    """`POST /v1/chat/completions` for one token: does the engine still compute?"""
+
+    asks = "POST /v1/chat/completions"
+
+    def __init__(self, session: aiohttp.ClientSession, model: str) -> None:
+        self._session = session
+        self._model = model
+
+    async def __call__(self, target: Target) -> Generated:
+        message = {"role": "user", "content": "."}
+        body = orjson.dumps({"model": self._model, "messages": [message], "max_tokens": 1})
+        headers = {**target.headers, "Content-Type": "application/json"}
+        return parse_generated(
+            await fetch(self._session, target, self.asks[5:], GENERATED_LIMIT, headers, body)
+        )
+
+
+def parse_generated(body: bytes) -> Generated:
+    """What a complete answer has used. ProbeError if it is none."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ProbeError("not JSON") from error
+    if not isinstance(document, dict) or not document.get("choices"):
+        raise ProbeError("no answer in it")
+    usage = document.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    prompt, completion = (counts.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    return Generated(
+        prompt if type(prompt) is int and prompt > 0 else 0,
+        completion if type(completion) is int and completion > 0 else 0,
+    )

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from ssl import SSLContext
 from time import perf_counter
 from typing import Final, Generic, Protocol, TypeAlias, TypeVar
@@ -98,12 +99,14 @@ class Timing:
     """The same while nothing runs on it: scraping costs the engine time."""
     metrics_max_s: float = 60.0
     """Longest pause after failed scrapes, which double it each time."""
+    generate_s: float = inf
+    """After so long without a token a check asks for one; inf: never."""
     jitter: float = 0.1
     """Each pause is stretched or shortened by up to this share, so that backends are not asked in step."""
 
     def __post_init__(self) -> None:
         seconds = (self.interval_s, self.retry_s, self.timeout_s, self.models_s, self.metrics_s)
-        if min(*seconds, self.metrics_idle_s, self.metrics_max_s) <= 0:
+        if min(*seconds, self.metrics_idle_s, self.metrics_max_s, self.generate_s) <= 0:
             raise ValueError("probe times must be positive")
         if self.timeout_s >= self.interval_s:
             raise ValueError("the probe timeout must be shorter than the interval")
@@ -143,6 +146,14 @@ class ModelsSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class Generated:
+    """What one token of an answer cost, tokens; 0 where the backend does not say."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeResult(Generic[T]):
     """One question and what came of it."""
 
@@ -154,6 +165,8 @@ class ProbeResult(Generic[T]):
     """What was learnt; None unless ok."""
     status: int | None = None
     """HTTP status that made it fail, if one did."""
+    connected: bool = True
+    """False: no connection came about."""
 
 
 class ProbeError(Exception):

@@ -38,13 +38,19 @@ _CACHE_CONFIG: Final = b"cache_config_info"
 
 _WANTED: Final = (*_RUNNING, *_WAITING, *_KV_USE, *_PREFIX_QUERIES, *_PREFIX_HITS, _CACHE_CONFIG)
 
-# It begins with plain bytes, not with `^`: so the search skips to the next candidate, five times as fast.
-_LINE: Final = re.compile(
-    rb"\nvllm:(" + b"|".join(_WANTED) + rb")"
-    rb'(\{(?:[^"}\n]|"(?:[^"\\\n]|\\.)*+")*+\})?+'  # labels; quoted values may hold braces and escaped quotes
-    rb"[ \t]++([0-9.eE+-]{1,40}+)"  # NaN and Inf don't match
-    rb"(?:[ \t][^\n]*+|\r)?+(?=\n)"  # a timestamp, an exemplar
-)
+
+def line_pattern(prefix: bytes, names: tuple[bytes, ...]) -> re.Pattern[bytes]:
+    """Finds lines of Prometheus text behind a line end: the name without `prefix`, labels (or None), value."""
+    # It begins with plain bytes, not with `^`: so the search skips to the next candidate, five times as fast.
+    return re.compile(
+        rb"\n" + prefix + rb"(" + b"|".join(names) + rb")"
+        rb'(\{(?:[^"}\n]|"(?:[^"\\\n]|\\.)*+")*+\})?+'  # labels; quoted values may hold braces and escaped quotes
+        rb"[ \t]++([0-9.eE+-]{1,40}+)"  # NaN and Inf don't match
+        rb"(?:[ \t][^\n]*+|\r)?+(?=\n)"  # a timestamp, an exemplar
+    )
+
+
+_LINE: Final = line_pattern(b"vllm:", _WANTED)
 _MAX_CONCURRENCY: Final = re.compile(rb'[{,]kv_cache_max_concurrency="([0-9.eE+-]{1,40})"')
 
 
@@ -56,8 +62,8 @@ def parse_metrics(page: bytes, at: float) -> Sample | None:
         name, labels, text = line.groups()
         if name == _CACHE_CONFIG:
             if labels and (found := _MAX_CONCURRENCY.search(labels)):
-                max_concurrency += _number(found[1]) or 0.0
-        elif (value := _number(text)) is not None:
+                max_concurrency += number(found[1]) or 0.0
+        elif (value := number(text)) is not None:
             rows.setdefault(name, []).append(value)
     running, waiting = _newest(rows, _RUNNING), _newest(rows, _WAITING)
     kv_use = _newest(rows, _KV_USE)
@@ -82,7 +88,8 @@ def _newest(rows: dict[bytes, list[float]], names: tuple[bytes, ...]) -> list[fl
     return next((rows[name] for name in names if name in rows), [])
 
 
-def _number(text: bytes) -> float | None:
+def number(text: bytes) -> float | None:
+    """A value of a line; None: it makes no sense."""
     try:
         value = float(text)
     except ValueError:

@@ -63,6 +63,8 @@ _BLAMELESS: Final = frozenset(
     }
 )
 
+_SILENT: Final = frozenset({AttemptError.CONNECT, AttemptError.TLS, AttemptError.FIRST_TOKEN_TIMEOUT})
+
 BACKOFF_DEFAULT_S: Final = 1.0
 BACKOFF_MAX_S: Final = 30.0
 """A backend may ask for more; a probe of its own would be the only other way to find out that it lied."""
@@ -89,6 +91,11 @@ def tried_elsewhere(status: int) -> bool:
     403 are about our key, not the client's; 408 and 429 about this backend's time.
     """
     return status >= 500 or 300 <= status < 400 or status in (401, 403, 408, 429)
+
+
+def is_silent(ended: AttemptError | int) -> bool:
+    """Whether an attempt failed without any answer: nothing speaks for trying this backend in spite of it."""
+    return isinstance(ended, AttemptError) and ended in _SILENT
 
 
 def backoff_s(status: int, retry_after: str | None, wall: float) -> float:

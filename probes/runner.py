@@ -23,9 +23,10 @@ from typing import Any, Final, TypeAlias
 import aiohttp
 
 from policies.state import Fleet
-from probes.active import NO_HEALTH_ENDPOINT, Health, Models, new_session
+from probes.active import NO_HEALTH_ENDPOINT, Generate, Health, Models, new_session
 from probes.base import Clock, ProbeResult, Target, Timing, ask
 from probes.engine import Metrics
+from probes.host import Hosts, HostTarget
 from probes.network import Connect
 from probes.resolver import Resolver
 from probes.status import Liveness, TargetStatus
@@ -39,6 +40,10 @@ TICK_S: Final = 0.25
 """Longest time between two looks at what is due; also how late the end of a back-off is seen."""
 
 
+GENERATE_TIMEOUT_S: Final = 10.0
+"""For one token, on an engine that may be at work for others."""
+
+
 class Questions:
     """All the questions there are, over one HTTP client."""
 
@@ -49,12 +54,16 @@ class Questions:
         self._health = Health(session)
         self.models = Models(session)
         self.metrics = Metrics(session, clock)
+        self._session = session
+
+    def generate(self, model: str) -> Generate:
+        return Generate(self._session, model)
 
     async def alive(self, target: Target, timeout_s: float) -> ProbeResult[Liveness]:
         """TCP, then `/health`; where there is no `/health`, `/v1/models` answers for it. One timeout each."""
         connected = await ask(self._connect, target, timeout_s)
         if connected.value is None:
-            return ProbeResult(False, connected.reason, connected.duration_s)
+            return ProbeResult(False, connected.reason, connected.duration_s, connected=False)
         healthy = await ask(self._health, target, timeout_s)
         seconds = connected.duration_s + healthy.duration_s
         if healthy.ok:
@@ -68,8 +77,10 @@ class Questions:
         return ProbeResult(True, "", seconds, Liveness(connected.value, listed.value))
 
 
-async def _check(questions: Questions, status: TargetStatus, timing: Timing, clock: Clock) -> bool:
-    """Is it alive, and what does it serve? True: it came up or went down."""
+async def _check(
+    questions: Questions, status: TargetStatus, timing: Timing, clock: Clock, token_at: float = -inf
+) -> bool:
+    """Is it alive, and what does it serve? True: it came up or went down. `token_at`: its last to a client."""
     target, asked = status.target, clock()
     result = await questions.alive(target, timing.timeout_s)
     if result.value is not None:
@@ -83,7 +94,30 @@ async def _check(questions: Questions, status: TargetStatus, timing: Timing, clo
             or asked - status.models_at >= timing.models_s
         ):
             status.learn_models(await ask(questions.models, target, timing.timeout_s), asked)
+        if timing.generate_s < inf and status.served:
+            if status.generated_at == -inf:
+                status.generated_at = asked  # a start is not to wait for it
+            elif asked - max(status.generated_at, token_at) >= timing.generate_s:
+                result = await _generate(questions, status, timing, result, clock)
     return status.learn_check(result, clock())
+
+
+async def _generate(
+    questions: Questions,
+    status: TargetStatus,
+    timing: Timing,
+    alive: ProbeResult[Liveness],
+    clock: Clock,
+) -> ProbeResult[Liveness]:
+    """Let a check depend on a token. Until one comes every check asks again, so that failures are in a row."""
+    asked = clock()
+    question = questions.generate(min(status.served))
+    generated = await ask(question, status.target, max(timing.timeout_s, GENERATE_TIMEOUT_S))
+    status.learn_generation(generated, asked)
+    if generated.ok or generated.status == 429:  # full is well
+        return alive
+    seconds = alive.duration_s + generated.duration_s
+    return ProbeResult(False, generated.reason, seconds, None, generated.status)
 
 
 async def _look_at_engine(questions: Questions, status: TargetStatus, timing: Timing) -> None:
@@ -150,6 +184,7 @@ class Prober:
         session: Callable[[Resolver | None], aiohttp.ClientSession] = new_session,
         random: Random | None = None,
         resolver: Resolver | None = None,
+        hosts: Iterable[HostTarget] = (),
     ) -> None:
         self._resolver = resolver
         self._fleet = fleet
@@ -164,7 +199,8 @@ class Prober:
         self._questions: Questions | None = None
         self._loop_task: asyncio.Task[Any] | None = None
         self._watched: dict[str, _Watched] = {}
-        self.replace(targets)
+        self._hosts = Hosts(fleet, clock)
+        self.replace(targets, hosts)
 
     async def start(self, patience_s: float = 2.5) -> None:
         """Ask everybody once, all at the same time, and then go on for ever.
@@ -179,6 +215,7 @@ class Prober:
     async def close(self) -> None:
         """End all probes and the HTTP client."""
         tasks = [watched.task for watched in self._watched.values() if watched.task is not None]
+        tasks += self._hosts.tasks
         if self._loop_task is not None:
             tasks.append(self._loop_task)
         for task in tasks:
@@ -187,12 +224,13 @@ class Prober:
         if self._session is not None:
             await self._session.close()
 
-    def replace(self, targets: Iterable[Target]) -> None:
+    def replace(self, targets: Iterable[Target], hosts: Iterable[HostTarget] = ()) -> None:
         """Watch other targets from now on, after a reload of the configuration and of the fleet.
 
         A target with the name and URL of an old one keeps all that is known, also when its backend is a new
         object; what else changed (models, key, certificates) is tried at once.
         """
+        self._hosts.replace(hosts)
         before, self._watched = self._watched, {}
         for target in targets:
             watched = before.get(target.name)
@@ -216,6 +254,10 @@ class Prober:
         now = self._clock()
         return {name: watched.status.snapshot(now) for name, watched in self._watched.items()}
 
+    def hosts(self) -> dict[str, dict[str, Any]]:
+        """What the hosts say, by site (`Hosts.snapshot`)."""
+        return self._hosts.snapshot()
+
     def step(self, now: float) -> list[asyncio.Task[Any]]:
         """Start the rounds that are due, and let the fleet see that time has passed. The tasks started."""
         if self._fleet.refresh(now):
@@ -228,6 +270,10 @@ class Prober:
             if check or self._metrics_due(watched, now):
                 watched.task = self._spawn(self._round(watched, check), f"probe {name}")
                 started.append(watched.task)
+        for site in self._hosts.due(now):
+            task = self._spawn(self._host_round(site), f"probe host of {site}")
+            self._hosts.start(site, task)
+            started.append(task)
         return started
 
     async def _run(self) -> None:
@@ -242,7 +288,9 @@ class Prober:
         if check:
             began, stretch = self._clock(), self._stretch()
             watched.check_due = began + self._timing.interval_s * stretch
-            flipped = await _check(questions, status, self._timing, self._clock)
+            backend = self._fleet.backends.get(status.target.name)
+            token_at = -inf if backend is None else backend.ttft_at
+            flipped = await _check(questions, status, self._timing, self._clock, token_at)
             if not status.up:
                 pause = min(self._timing.retry_s, self._timing.interval_s)
                 watched.check_due = began + pause * stretch
@@ -252,6 +300,13 @@ class Prober:
             await _look_at_engine(questions, status, self._timing)
             self._apply([watched])
         self._say_news(watched)
+
+    async def _host_round(self, site: str) -> None:
+        self._ask()
+        assert self._session is not None
+        await self._hosts.ask(site, self._session)
+        if self._fleet.refresh(self._clock()):
+            self._tell()
 
     def _metrics_due(self, watched: _Watched, now: float) -> bool:
         """Whether to look at its engine's figures: often while it works, rarely where that fails."""
@@ -307,7 +362,7 @@ class Prober:
         backend = self._fleet.backends.get(watched.status.target.name)
         if watched.news and backend is not None and backend.models:  # that it serves none is a complaint
             models = ", ".join(sorted(backend.models))
-            log.info("backend %s serves %s on %d slots", backend.name, models, backend.slots)
+            log.info("backend %s serves %s on %d slots", backend.name, models, backend.full_slots)
         watched.news = False
 
     def _tell(self) -> None:

@@ -12,7 +12,7 @@ from math import inf
 from typing import Any, Final
 
 from policies.state import NOT_ASKED, Backend
-from probes.base import Hysteresis, ModelsSeen, ProbeResult, Sample, Target, Timing
+from probes.base import Generated, Hysteresis, ModelsSeen, ProbeResult, Sample, Target, Timing
 from probes.network import MinFilter
 
 WRONG_KEY: Final = frozenset({401, 403})
@@ -51,6 +51,11 @@ class TargetStatus:
     metrics_result: ProbeResult[Sample] | None = None
     metrics_failures: int = 0
     """In a row."""
+    generated_at: float = -inf
+    """When it last gave the token that it was asked for, or was first checked."""
+    generations: int = 0
+    """Tokens that it was asked for, successfully or not, and what they have used, as far as it says so."""
+    generated: Generated = field(default_factory=lambda: Generated(0, 0))
 
     @classmethod
     def new(cls, target: Target, timing: Timing) -> TargetStatus:
@@ -81,6 +86,15 @@ class TargetStatus:
             self.sample, self.metrics_failures = result.value, 0
         else:
             self.metrics_failures += 1
+
+    def learn_generation(self, result: ProbeResult[Generated], now: float) -> None:
+        self.generations += 1
+        if result.value is not None:
+            before, more = self.generated, result.value
+            self.generated_at = now
+            self.generated = Generated(
+                before.prompt_tokens + more.prompt_tokens, before.completion_tokens + more.completion_tokens
+            )
 
     @property
     def slots(self) -> int | None:
@@ -154,17 +168,19 @@ class TargetStatus:
         """
         if self.health.decided:
             backend.probed(self.health.is_up, now)
+        if self.checked is not None:
+            backend.connects = self.checked.connected
         sample = self.sample
         if sample is not None and sample.at > backend.sampled_at:
             backend.running, backend.waiting = sample.running, sample.waiting
             backend.kv_use, backend.sampled_at = sample.kv_use, sample.at
         served, context_tokens = self.served, self.context_tokens
-        slots, unknown, awaited = self.slots or backend.slots, self.models_unknown, self.models_awaited
-        before = (backend.models, backend.context_tokens, backend.slots)
+        slots, unknown, awaited = self.slots or backend.full_slots, self.models_unknown, self.models_awaited
+        before = (backend.models, backend.context_tokens, backend.full_slots)
         before_unknown = (backend.models_unknown, backend.models_awaited)
         if (served, context_tokens, slots) == before and (unknown, awaited) == before_unknown:
             return False
-        backend.models, backend.context_tokens, backend.slots = served, context_tokens, slots
+        backend.models, backend.context_tokens, backend.full_slots = served, context_tokens, slots
         backend.models_unknown, backend.models_awaited = unknown, awaited
         return True
 
@@ -186,6 +202,11 @@ class TargetStatus:
             "misconfigured": self.misconfigured,
             "slots_reported": self.slots,
             "engine": _engine(sample, now) if sample else None,
+            "generation": {
+                "requests": self.generations,
+                "prompt_tokens": self.generated.prompt_tokens,
+                "completion_tokens": self.generated.completion_tokens,
+            },
             "metrics_reason": metrics.reason if metrics else "not asked yet",
         }
 

@@ -8,15 +8,19 @@ import shlex
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import TypeVar
 
+from policies.adaptive import AdaptiveSlots
 from policies.files import CompiledPolicy, KnownNames, library_policy, read_policy
+from policies.health import Health
 from policies.profile import read_profile
 from policies.state import NOT_ASKED, Backend
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
 from probes.base import Target, Timing
+from probes.host import HostTarget
 from probes.resolver import Resolver
 from proxy.certificates import Certificate, load_certificates, load_chain, not_for_tls
 from proxy.config import DEFAULT_FILE, BackendConfig, Config, SiteConfig, Tls, backend_key, is_policy_file
@@ -68,6 +72,8 @@ class Built:
     targets: list[Target]
     prices: Prices
     policy: CompiledPolicy
+    health: Health
+    hosts: list[HostTarget]
     certificates: tuple[Certificate, ...] = ()
     """What clients are shown; empty: they speak plain HTTP."""
 
@@ -114,7 +120,9 @@ def build(
     slots_before = {} if before is None else {target.name: target.slots for target in before.targets}
     for old, fresh, section, slots in changes:
         _update(old, fresh, section, slots, slots_before[section.name])
-    return Built(config, backends, endpoints, targets, prices, policy, certificates)
+    return Built(
+        config, backends, endpoints, targets, prices, policy, health(config), hosts_of(config), certificates
+    )
 
 
 def make_backends(config: Config) -> list[Backend]:
@@ -168,7 +176,22 @@ def timing(config: Config) -> Timing:
         timeout_s=probing.timeout,
         up=probing.up,
         down=probing.down,
+        generate_s=inf if probing.generate is None else probing.generate,
     )
+
+
+def health(config: Config) -> Health:
+    """How carefully backends are taken out and back in."""
+    return Health(config.health.slow_start, config.health.panic, config.health.most_ejected)
+
+
+def hosts_of(config: Config) -> list[HostTarget]:
+    """The exporters to ask, by site."""
+    return [
+        HostTarget(name, site.host.dcgm, site.host.node)
+        for name, site in config.sites.items()
+        if site.host.dcgm is not None or site.host.node is not None
+    ]
 
 
 def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Backend:
@@ -193,6 +216,7 @@ def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Bac
         price_input=float(price.input) if price else None,
         price_output=float(price.output) if price else None,
         carbon_gco2_kwh=site.carbon_gco2_kwh,
+        adaptive=AdaptiveSlots.of(section.name) if section.adaptive else None,
     )
 
 
@@ -201,12 +225,14 @@ def _update(
 ) -> None:
     """Take over what the configuration says; what was measured, counted and learnt stays."""
     if slots is not None:
-        old.slots = slots
+        old.full_slots = slots
     elif slots_before is not None:
-        old.slots = DEFAULT_SLOTS  # as at a start: the engine has not been asked yet
+        old.full_slots = DEFAULT_SLOTS  # as at a start: the engine has not been asked yet
     if section.models != "auto":
         old.models = frozenset(section.models)
         old.models_unknown, old.models_awaited = "", False
+    if (old.adaptive is None) != (fresh.adaptive is None):
+        old.adaptive = fresh.adaptive
     for name in (
         "site",
         "weight",

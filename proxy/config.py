@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from policies.units import BadValueError, Duration, Size
+from policies.units import BadValueError, Duration, Fraction, Size
 from policies.yamlfile import FileModel, FileProblems, Problem, read_yaml
 from proxy import prices
 from proxy.config_values import (
@@ -122,6 +122,9 @@ class BackendConfig(FileModel):
         description="Requests it serves at once inside its SLA. `auto`: what its profile says, else what the "
         "engine reports, else 32.",
     )
+    adaptive: bool = Field(
+        False, description="Take fewer than `slots` while its times to the first token say that it queues."
+    )
     profile: Path | None = Field(
         None, description="What was measured of it: a file of `tidegate bench --profile`."
     )
@@ -160,6 +163,17 @@ class BackendConfig(FileModel):
         return self
 
 
+class HostConfig(FileModel):
+    """Exporters that tell how a site's machine is."""
+
+    dcgm: Url | None = Field(
+        None, description="NVIDIA's DCGM exporter, without `/metrics`: `http://10.0.0.5:9400`."
+    )
+    node: Url | None = Field(
+        None, description="Prometheus' node exporter, without `/metrics`: `http://10.0.0.5:9100`."
+    )
+
+
 class SiteConfig(FileModel):
     """A place where backends stand."""
 
@@ -175,6 +189,7 @@ class SiteConfig(FileModel):
         description="Data classes it may see. Default: `[public]`; the site `local` may see all.",
     )
     labels: dict[str, str] = Field(default_factory=dict, description="Marks of every backend there.")
+    host: HostConfig = Field(default_factory=HostConfig, description="Where its machine tells how it is.")
 
     @model_validator(mode="after")
     def _check(self) -> SiteConfig:
@@ -250,6 +265,11 @@ class Probing(FileModel):
     up: int = Field(2, ge=1, description="Successes in a row that bring a backend up.")
     down: int = Field(3, ge=1, description="Failures in a row that take it down.")
     metrics: bool = Field(True, description="Read the engine's own figures from `/metrics`.")
+    generate: Duration | None = Field(
+        None,
+        gt=0,
+        description="After so long without a token for a client, ask for one; none is a failure. Default: never.",
+    )
     enabled: bool = Field(True, description="Probe at all; without, only real traffic tells.")
 
     @model_validator(mode="after")
@@ -257,6 +277,24 @@ class Probing(FileModel):
         if self.timeout >= self.interval:
             raise BadValueError("timeout must be shorter than interval", at=("timeout",))
         return self
+
+
+class HealthConfig(FileModel):
+    """How carefully backends are taken out and back in."""
+
+    slow_start: Duration = Field(
+        10.0,
+        ge=0,
+        description="A backend that comes back, or is new, gets its slots in ten steps over this time.",
+    )
+    panic: Fraction = Field(
+        0.01,
+        description="When less than this share of the backends that may serve a request is available, those that "
+        "look sick are used too. `1%`: when none is; 0: never.",
+    )
+    most_ejected: Fraction = Field(
+        0.5, description="Circuit breakers take out at most this share of the backends; one in any case."
+    )
 
 
 class Config(FileModel):
@@ -318,6 +356,9 @@ class Config(FileModel):
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Sizes and counts.")
     retries: Retries = Field(default_factory=Retries, description="Attempts on other backends.")
     probing: Probing = Field(default_factory=Probing, description="Health checks and engine figures.")
+    health: HealthConfig = Field(
+        default_factory=HealthConfig, description="Coming back slowly, and how many are out at most."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Config:

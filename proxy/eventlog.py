@@ -121,7 +121,7 @@ class RecordedRuntime(Runtime):
         self.events = events = EventLog(
             self._early.append, source, float(int(self.now())), self._salted_session, self._finish_file
         )
-        self.fleet = fleet = RecordedFleet(built.backends, events)
+        self.fleet = fleet = RecordedFleet(built.backends, events, built.health)
         self.valve = RecordedValve(built.policy.rules, fleet, events)
         observer = RecordedObserver(self.config.recent, self.observer.log)
         observer.events = events

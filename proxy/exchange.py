@@ -25,7 +25,7 @@ from policies.base import Hold, Outcome, Reject, RequestFacts, Send
 from policies.routing import Routing
 from policies.rules import NOTHING_TRIED
 from probes.base import os_reason
-from probes.passive import AttemptError, backoff_s, outcome_of
+from probes.passive import AttemptError, backoff_s, is_silent, outcome_of
 from proxy import records
 from proxy.access.keys import Key
 from proxy.access.limits import Refusal, Reservation
@@ -489,6 +489,7 @@ class Exchange(Relay):
             retry_after = self.reply.retry_after.decode("latin-1")
         outcome = outcome_of(error, retry_after is not None)
         name = lease.backend.name
+        lease.silent = is_silent(error)
         self._release(outcome, now)
         pause = backoff_s(error, retry_after, runtime.wall()) if isinstance(error, int) else 0.0
         if pause > 0 and name in runtime.fleet.backends:  # a reload may have removed it

@@ -24,13 +24,17 @@ def condition(row: Mapping[str, Any]) -> Text:
     """One word on whether requests go there."""
     if row["draining"]:
         return Text("draining", "yellow")
+    if row["in_spite"]:
+        return Text("used in spite", "red")
     if not row["probed_up"]:
         return Text("down", "red")
     if row["breaker"] != "closed":
         return Text(f"breaker {row['breaker']}", "red")
     if not row["models"]:
         return Text("no models", "red")
-    return Text("up", "green") if row["available"] else Text("away", "red")
+    if not row["available"]:
+        return Text("away", "red")
+    return Text("slow start", "yellow") if row["slow_start"] else Text("up", "green")
 
 
 def levels(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -42,13 +42,21 @@ class Metrics:
 
     def _backends(self) -> Iterator[Metric]:
         runtime = self._runtime
-        now = runtime.now()
+        now, in_spite = runtime.now(), runtime.valve.rules.in_spite
         gauges: dict[str, tuple[str, Callable[[Backend], float]]] = {
             "tidegate_backend_available": ("1: requests may be sent to it.", lambda b: float(b.available)),
             "tidegate_backend_in_flight": ("Requests leased to it.", lambda b: float(b.in_flight)),
             "tidegate_backend_slots": (
                 "Requests it serves at once inside its SLA.",
                 lambda b: float(b.slots),
+            ),
+            "tidegate_backend_full_slots": (
+                "The same without slow start and adaptive slots.",
+                lambda b: float(b.full_slots),
+            ),
+            "tidegate_backend_in_spite": (
+                "1: it looks sick and is used, since too few others are left.",
+                lambda b: float(b.name in in_spite),
             ),
             "tidegate_backend_saturation": ("How full it is, 1: full.", lambda b: b.saturation(now)),
             "tidegate_backend_rtt_seconds": ("Average network round trip.", lambda b: b.rtt_s),
@@ -62,6 +70,16 @@ class Metrics:
             for backend in runtime.fleet:
                 gauge.add_metric([backend.name, backend.site], read(backend))
             yield gauge
+        probed = CounterMetricFamily(
+            "tidegate_probe_tokens",
+            "Tokens that probes have used (`probing.generate`); in no ledger.",
+            labels=["backend", "gen_ai_token_type"],
+        )
+        for name, known in runtime.probes().items():
+            if (generation := known.get("generation")) and generation["requests"]:
+                probed.add_metric([name, "input"], generation["prompt_tokens"])
+                probed.add_metric([name, "output"], generation["completion_tokens"])
+        yield probed
         failed = CounterMetricFamily(
             "tidegate_failed_attempts", "Attempts on a backend that failed.", labels=["backend", "error"]
         )

@@ -131,7 +131,9 @@ class Runtime:
         """Fewer than configured where the system allows fewer open files."""
         self.probes: Callable[[], Mapping[str, Any]] = dict
         """What the probes know, by backend, for `/state`."""
-        self.fleet = Fleet(built.backends)
+        self.hosts: Callable[[], Mapping[str, Any]] = dict
+        """What the hosts say, by site, likewise."""
+        self.fleet = Fleet(built.backends, built.health)
         self.valve = Valve(built.policy.rules, self.fleet)
         retries = config.retries
         self.retry_budget = RetryBudget(retries.ratio, retries.per_second)
@@ -143,6 +145,8 @@ class Runtime:
         self._cache_salts: dict[str, str] = {}
         self._breakers: dict[str, str] = {}
         """State of each backend's circuit breaker, as last told in the log."""
+        self._in_spite: frozenset[str] = frozenset()
+        """Backends that are used although they look sick, as last told in the log."""
         self.use(built)
 
     def use(self, built: Built) -> None:
@@ -150,6 +154,7 @@ class Runtime:
         config = built.config
         self.built = built
         self.config = config
+        self.fleet.health = built.health
         self._fleet_looked_at = -1
         self.endpoints: dict[str, Endpoint] = built.endpoints
         self.prices = built.prices
@@ -412,6 +417,7 @@ class Runtime:
         self._write_responses()
         self.fleet.refresh(now)
         self._tell_breakers(now)
+        self._tell_in_spite()
         self._tell_aliases()
         self.poll(now)
 
@@ -447,3 +453,18 @@ class Runtime:
             if state != self._breakers.get(backend.name, "closed"):
                 log.warning("backend %s: circuit breaker is %s", backend.name, state)
             self._breakers[backend.name] = state
+
+    def _tell_in_spite(self) -> None:
+        """Say in the log which backends are used although they look sick."""
+        now_used = self.valve.rules.in_spite
+        if not now_used and not self._in_spite:
+            return
+        fleet = self.fleet.backends
+        for name in sorted(now_used - self._in_spite):
+            log.warning("backend %s looks sick and is used: too few others are left", name)
+        # Only a request finds out that it needs one: until then those that are still doubtful stay.
+        self._in_spite = frozenset(
+            name
+            for name in self._in_spite | now_used
+            if name in now_used or (name in fleet and fleet[name].doubtful)
+        )

@@ -184,8 +184,9 @@ class Service:
             metrics=self.config.probing.metrics,
             changed=lambda: runtime.poll(runtime.now()),
             resolver=self._resolver,
+            hosts=built.hosts,
         )
-        runtime.probes = self._prober.snapshot
+        runtime.probes, runtime.hosts = self._prober.snapshot, self._prober.hosts
         await self._prober.start()
 
     async def _listen(self) -> None:
@@ -328,7 +329,7 @@ class Service:
         runtime.fleet.replace(built.backends)
         runtime.valve.swap(built.policy.rules, runtime.now())
         if self._prober is not None:
-            self._prober.replace(built.targets)
+            self._prober.replace(built.targets, built.hosts)
         runtime.poll(runtime.now())
         runtime.observer.reloads_ok += 1
         runtime.observer.reload_ok = True

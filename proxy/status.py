@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from policies.host import HOST_FIGURES_VALID_S
 from proxy.levels import bar, called, condition, levels
 from proxy.prices import amount
 
@@ -79,6 +80,7 @@ def _lines(state: State) -> Iterator[str]:
     yield ""
     yield f"queue     {_queue(state['queue'])}"
     yield from _spill(state["spill"])
+    yield from _hosts(state["hosts"])
     requests, tokens = state["requests"], state["tokens"]
     yield (
         f"requests  {requests['total']:,}: {requests['ok']:,} ok, {requests['rejected']:,} turned away, "
@@ -141,6 +143,28 @@ def _spill(entries: Sequence[State]) -> Iterator[str]:
             f"time{'' if openings == 1 else 's'}: {', '.join(entry['backends'])} (tier {entry['tier'] + 1} "
             f"of '{entry['rule']}')"
         )
+
+
+_FIGURES = (
+    ("gpu_utilisation", "GPU {:.0%}"),
+    ("gpu_memory", "GPU memory {:.0%}"),
+    ("gpu_temperature", "{:.0f} °C"),
+    ("gpu_power", "{:.0f} W"),
+    ("cpu", "CPU {:.0%}"),
+    ("memory", "memory {:.0%}"),
+)
+
+
+def _hosts(hosts: Mapping[str, State]) -> Iterator[str]:
+    for site, host in hosts.items():
+        words = [form.format(host[name]) for name, form in _FIGURES if name in host]
+        age_s = host["age_s"]
+        said = ", ".join(words) or "nothing yet"
+        if age_s is not None and age_s > HOST_FIGURES_VALID_S:
+            said += f" ({duration(age_s)} ago, ignored)"
+        yield f"host      {site}: {said}"
+        for exporter, reason in host["reasons"].items():
+            yield f"          ! {exporter}: {reason}"
 
 
 def duration(seconds: float) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from policies.base import RequestFacts
 from policies.eventlog import EventLog
+from policies.health import Health
 from policies.rules import RuleSet
 from probes.base import Timing
 from probes.passive import AttemptError
@@ -71,6 +72,7 @@ class Cluster(Router):
         retry_ratio: float = 0.2,
         retries_per_s: float = 10.0,
         attempts: int = ATTEMPTS,
+        health: Health | None = None,
         log: EventLog | None = None,
     ) -> None:
         """`patience_s`: after which a client leaves that has not had its first token; no router knows of it.
@@ -85,6 +87,7 @@ class Cluster(Router):
             retry_ratio=retry_ratio,
             retries_per_s=retries_per_s,
             attempts=attempts,
+            health=health,
             log=log,
         )
         self.timing = timing or Timing()
@@ -415,6 +418,7 @@ class Cluster(Router):
         """Ask whether it is alive."""
         now, timing, backend = self.now / SECOND, self.timing, node.backend
         node.health.record(node.up)
+        backend.connects = node.up
         if node.health.decided:
             backend.probed(node.health.is_up, now)
         if node.up:

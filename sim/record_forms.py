@@ -25,6 +25,8 @@ Location = Annotated[
     Field(strict=False),
 ]
 Usage = Annotated[tuple[Count, Count, Count], Field(strict=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+HealthForm = Annotated[tuple[NotNegative, Share, Share], Field(strict=False)]
 BreakerForm = Annotated[tuple[AtLeastOne, NotNegative, NotNegative], Field(strict=False)]
 OutcomeForm = Annotated[Outcome, Field(strict=False)]
 ErrorForm = Annotated[AttemptError, Field(strict=False)]
@@ -50,7 +52,10 @@ class FiguresForm(Form):
     """What probes have found of a backend."""
 
     probed_up: bool = True
-    slots: AtLeastOne = 1
+    connects: bool = True
+    full_slots: AtLeastOne = 1
+    host: dict[str, float] = Field(default_factory=dict)
+    host_at: Seconds = 0.0
     models: list[str] = Field(default_factory=list)
     models_unknown: str = ""
     models_awaited: bool = False
@@ -80,6 +85,7 @@ class BackendForm(Form):
     price_output: NotNegative | None = None
     carbon_gco2_kwh: NotNegative | None = None
     probed_up: bool = True
+    adaptive: Literal[True] = True
     breaker: BreakerForm
 
 
@@ -114,6 +120,7 @@ class Start(Record):
     start: Seconds
     policy: PolicyForm
     retries: RetriesForm
+    health: HealthForm
     backends: list[BackendForm]
 
 

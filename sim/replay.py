@@ -147,6 +147,7 @@ class Replay(Router):
             retry_ratio=retries.ratio,
             retries_per_s=retries.per_second,
             attempts=retries.attempts,
+            health=Health(*first["health"]),
             log=EventLog(reader.compare, source, self._start),
         )
 

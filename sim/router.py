@@ -17,12 +17,13 @@ from typing import Final
 
 from policies.base import Hold, Outcome, Reject, RequestFacts, Send
 from policies.eventlog import EventLog, RecordedFleet, RecordedValve, Retries
+from policies.health import Health
 from policies.retries import RetryBudget
 from policies.routing import Routing
 from policies.rules import RuleSet
 from policies.state import Backend, Fleet, Lease
 from policies.valve import Valve
-from probes.passive import BACKOFF_MAX_S, AttemptError, backoff_s, outcome_of, tried_elsewhere
+from probes.passive import BACKOFF_MAX_S, AttemptError, backoff_s, is_silent, outcome_of, tried_elsewhere
 
 ATTEMPTS: Final = 3
 """Backends that one request is sent to at most, as configured by default."""
@@ -110,15 +111,16 @@ class Router(ABC):
         retry_ratio: float = 0.2,
         retries_per_s: float = 10.0,
         attempts: int = ATTEMPTS,
+        health: Health | None = None,
         log: EventLog | None = None,
     ) -> None:
         """`log`: hears of everything, from the first record on."""
         self.log = log
         if log is None:
-            self.fleet = Fleet(backends)
+            self.fleet = Fleet(backends, health)
             self.valve = Valve(rules, self.fleet)
         else:
-            self.fleet = recorded = RecordedFleet(backends, log)
+            self.fleet = recorded = RecordedFleet(backends, log, health)
             self.valve = RecordedValve(rules, recorded, log)
             log.begin(recorded, Retries(retry_ratio, retries_per_s, attempts))
         self.retry_budget = RetryBudget(retry_ratio, retries_per_s)
@@ -177,6 +179,7 @@ class Router(ABC):
         if isinstance(error, int) and not tried_elsewhere(error):
             self.settled(request, End.CLIENT_ERROR, outcome, now, usage, reason)
             return
+        request.lease.silent = is_silent(error)
         self._release(request, outcome, now, usage)
         if isinstance(error, int):
             pause = _pause_s(error, retry_after_s)

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import policies
-from policies.units import Duration, Size
+from policies.units import Duration, Fraction, Size
 from proxy import config, config_values, exchange
 from proxy.endpoints import TABLE
 from proxy.metrics import Metrics
@@ -34,16 +34,19 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "tls": config.Tls,
     "certificate": config.CertificateConfig,
     "site": config.SiteConfig,
+    "host": config.HostConfig,
     "timeouts": config.Timeouts,
     "limits": config.LimitsConfig,
     "retries": config.Retries,
     "probing": config.Probing,
+    "health": config.HealthConfig,
 }
 """Sections of the configuration file, each with a table of its keys."""
 
 _TYPES: tuple[tuple[Any, str], ...] = (
     (Duration, "duration"),
     (Size, "size"),
+    (Fraction, "fraction"),
     (config_values.Name, "name"),
     (config_values.SiteName, "name"),
     (config_values.DataClass, "word"),
@@ -157,6 +160,8 @@ def _default(field: FieldInfo, hint: Any) -> str:
         return ""
     if hint is Duration or hint == Duration:
         return f"`{value / 3600:g}h`" if value >= 3600 else f"`{value:g}s`"
+    if hint is Fraction or hint == Fraction:
+        return f"`{value:.0%}`"
     if hint is Size or hint == Size:
         return f"`{value // 2**20}MiB`" if value % 2**20 == 0 else f"`{value // 1024}KiB`"
     if isinstance(value, bool):

@@ -10,6 +10,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
+from policies.state import Backend
 from proxy.admin.explain import explanation, unavailable
 from proxy.metrics import Metrics
 from proxy.runtime import Runtime
@@ -68,7 +69,8 @@ def unready(runtime: Runtime) -> str:
         return f"usage cannot be recorded: {failed}"
     if not any(backend.models for backend in runtime.fleet):
         return "no backend serves any model"
-    if not any(backend.available for backend in runtime.fleet):
+    panics = runtime.fleet.health.panic > 0
+    if not any(backend.available or (panics and backend.doubtful) for backend in runtime.fleet):
         return "no backend is available"
     return ""
 
@@ -83,6 +85,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         for index, value in enumerate((series.prompt, series.cached, series.completion, series.cost_nano)):
             sums[index] += value
     probes = runtime.probes()
+    in_spite = runtime.valve.rules.in_spite
     backends = []
     for backend in runtime.fleet:
         prompt, cached, completion, cost = totals.get(backend.name, (0, 0, 0, 0))
@@ -100,6 +103,10 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
                 "in_flight": backend.in_flight,
                 "in_flight_tokens": backend.in_flight_tokens,
                 "slots": backend.slots,
+                "full_slots": backend.full_slots,
+                "slow_start": backend.starting,
+                "adaptive": _adaptive(backend),
+                "in_spite": backend.name in in_spite,
                 "saturation": round(backend.saturation(now), 4),
                 "ttft_s": backend.ttft_s,
                 "tpot_s": backend.tpot_s,
@@ -137,6 +144,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             }
             for certificate in runtime.built.certificates
         ],
+        "hosts": runtime.hosts(),
         "queue": {
             "waiting": runtime.valve.queued,
             "oldest_s": runtime.valve.oldest_age(now),
@@ -153,6 +161,17 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         "currency": runtime.prices.currency,
         "ledger": {"lag_rows": runtime.ledger.lag, "failed": runtime.ledger.failed or runtime.journal.failed},
         "connections": {"clients": len(runtime.clients), "open_exchanges": len(runtime.exchanges)},
+    }
+
+
+def _adaptive(backend: Backend) -> dict[str, Any] | None:
+    adaptive = backend.adaptive
+    if adaptive is None:
+        return None
+    return {
+        "slots": adaptive.slots(backend.full_slots),
+        "minimum_ttft_s": adaptive.minimum_s or None,
+        "measuring": adaptive.measuring,
     }
 
 

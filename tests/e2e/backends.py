@@ -179,6 +179,8 @@ class Backend:
     models: tuple[str, ...] = ("m",)
     refuses_models: int = 0
     """Status that `/v1/models` is answered with instead."""
+    health: int = 200
+    """Status that `/health` is answered with."""
     received: list[Request] = field(default_factory=list)
     raw: bytearray = field(default_factory=bytearray)
     """Every byte that ever came in."""
@@ -279,7 +281,7 @@ class Backend:
 
     async def _probe(self, wire: Wire) -> None:
         if wire.request.target == "/health":
-            await wire.whole(200, b"")
+            await wire.whole(self.health, b"")
         elif wire.request.target == "/v1/models" and self.refuses_models:
             await wire.whole(self.refuses_models, b"")
         elif wire.request.target == "/v1/models":

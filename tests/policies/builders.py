@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 from policies.base import BackendView, Decision, Finished, Outcome, Policy, RequestFacts, Send
+from policies.health import Health
 from policies.routing import Routing
 from policies.rules import Queue, Rule, RuleSet, Selector, Spill, Tier
 from policies.state import Backend, Fleet
@@ -114,8 +115,12 @@ def local_first(
     return RuleSet([rule(policy=policy, tiers=tiers, queue=Queue(**queue))])
 
 
-def fleet(*backends: Backend) -> Fleet:
-    return Fleet(backends)
+STRICT = Health(slow_start_s=0.0, panic=0.0, most_ejected=1.0)
+"""Sick is out, and back is back."""
+
+
+def fleet(*backends: Backend, health: Health = STRICT) -> Fleet:
+    return Fleet(backends, health)
 
 
 def decided(routing: Any) -> str:

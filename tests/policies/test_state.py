@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.base import BackendView, Decision, Finished, Outcome, Policy, RequestFacts, Send
+from policies.health import Health
 from policies.state import AVERAGE_TAU_S, Backend, Fleet, Lease
 from tests.policies.driver import request
 
@@ -292,8 +293,10 @@ class TestAvailability:
 
     def test_needs_probes_breaker_and_no_drain(self) -> None:
         backends = fleet()
+        backends.health = Health(slow_start_s=0.0)
         backend = backends["a"]
         backend.probed(False, 1.0)
+        backend.connects = False
         assert backends.refresh(1.0)
         backend.draining = True
         backend.probed(True, 2.0)

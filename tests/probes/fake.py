@@ -46,10 +46,15 @@ class FakeBackend:
     health: Answer = 200
     models: Answer = field(default_factory=lambda: model_list("m"))
     metrics: Answer = field(default_factory=metrics_page)
+    generate: Answer = field(
+        default_factory=lambda: {"choices": [{}], "usage": {"prompt_tokens": 5, "completion_tokens": 1}}
+    )
     listening: bool = True
     """False: its port refuses connections until `listen` is called."""
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     """Path and header fields (lower case) of each request."""
+    posted: list[Any] = field(default_factory=list)
+    """Bodies of completions that were asked for."""
     open: int = 0
     most_open: int = 0
     """Requests being answered, and the most there ever were at once."""
@@ -63,6 +68,7 @@ class FakeBackend:
         self.url = f"http://127.0.0.1:{self.port}"
         application = web.Application()
         application.router.add_get("/{path:.*}", self._answer)
+        application.router.add_post("/{path:.*}", self._answer)
         self._runner = web.AppRunner(application, access_log=None)
         await self._runner.setup()
         if self.listening:
@@ -88,7 +94,14 @@ class FakeBackend:
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         try:
-            answers = {"/health": self.health, "/v1/models": self.models, "/metrics": self.metrics}
+            answers = {
+                "/health": self.health,
+                "/v1/models": self.models,
+                "/metrics": self.metrics,
+                "/v1/chat/completions": self.generate,
+            }
+            if request.method == "POST":
+                self.posted.append(await request.json())
             match answers.get(request.path, 404):
                 case int(status):
                     return web.Response(status=status)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from policies.state import NOT_ASKED, Backend
+from policies.state import NOT_ASKED, Backend, Fleet
 from probes.base import ModelsSeen, ProbeResult, Sample, Target, Timing
 from probes.status import Liveness, TargetStatus
 
@@ -125,7 +125,8 @@ def test_slots_come_from_the_engine_unless_the_configuration_gives_them() -> Non
         status.apply(backend, 0.0)
         status.learn_metrics(sampled(0.0, max_concurrency=reported))
         assert status.apply(backend, 0.0) == (slots != (configured or 32))
-        assert backend.slots == slots
+        Fleet([backend]).refresh(0.0)
+        assert backend.slots == backend.full_slots == slots
 
 
 def test_figures_reach_the_backend_with_their_age() -> None:

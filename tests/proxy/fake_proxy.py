@@ -26,6 +26,9 @@ class FakeProxy:
                 "available": True,
                 "probed_up": True,
                 "breaker": "closed",
+                "in_spite": False,
+                "slow_start": False,
+                "full_slots": 8,
                 "draining": False,
                 "in_flight": 0,
                 "in_flight_tokens": 0,
@@ -56,6 +59,7 @@ class FakeProxy:
             {
                 "backends": self.backends,
                 "queue": {"waiting": 0, "oldest_s": 0.0},
+                "hosts": {},
                 "spill": [{"rule": "all", "tier": 0, "open": remote, "openings": self.openings}],
                 "requests": {"total": 0, "ok": 0, "rejected": 0, "failed": 0, "client_gone": 0},
                 "tokens": {

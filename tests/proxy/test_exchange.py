@@ -622,7 +622,7 @@ def test_a_backend_that_says_it_is_full_gets_nothing_new_for_a_while() -> None:
 
 def test_without_any_backend_left_it_is_no_backend() -> None:
     world = World("a")
-    world.backend("a").probed_up = False
+    world.backend("a").probed_up = world.backend("a").connects = False
     world.runtime.fleet.refresh(world.loop.now)
     found = read(world.start())
     assert (found.status, found.error["code"]) == (503, "no_backend")

@@ -139,6 +139,17 @@ def test_spill_is_told_by_tier() -> None:
     assert "spill     no request has met a tier with thresholds yet" in shown(now)
 
 
+def test_hosts_are_told_with_their_age_and_what_is_wrong() -> None:
+    _, now = busy()
+    assert "host " not in shown(now)
+    figures = {"gpu_utilisation": 0.874, "gpu_temperature": 71.0, "gpu_power": 300.4, "cpu": 0.3}
+    fresh = {**figures, "age_s": 2.0, "reasons": {"node": "GET /metrics: 503"}}
+    text = shown({**now, "hosts": {"home": fresh, "away": {"age_s": None, "reasons": {}}}})
+    assert "host      home: GPU 87%, 71 °C, 300 W, CPU 30%\n          ! node: GET /metrics: 503" in text
+    assert "host      away: nothing yet" in text
+    assert "CPU 30% (40 s ago, ignored)" in shown({**now, "hosts": {"home": {**fresh, "age_s": 40.0}}})
+
+
 def test_names_of_people_are_no_markup() -> None:
     _, now = busy()
     now["backends"][0]["unavailable"] = "down: [red]x[/red]"

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policies.adaptive import AdaptiveSlots
 from policies.eventlog import EventLog, PolicySource
 from policies.files import KnownNames, read_policy
 from policies.rules import RuleSet
@@ -41,8 +42,11 @@ rules:
 """
 
 
-def member(name: str, site: str = "local", slots: int = 4, **values: object) -> Member:
-    backend = Backend(name, site=site, slots=slots, models=frozenset({"m"}))
+def member(
+    name: str, site: str = "local", slots: int = 4, adaptive: bool = False, **values: object
+) -> Member:
+    limit = AdaptiveSlots.of(name) if adaptive else None
+    backend = Backend(name, site=site, slots=slots, models=frozenset({"m"}), adaptive=limit)
     return replace(Member(backend, ENGINE), **values)  # type: ignore[arg-type]
 
 
@@ -75,6 +79,7 @@ def scenes(draw: st.DrawFn) -> dict[str, object]:
             "name": name,
             "site": draw(st.sampled_from(["local", "away"])),
             "slots": draw(st.integers(1, 5)),
+            "adaptive": draw(st.booleans()),
             "rtt": draw(st.sampled_from([0, 1, 30_000])),
             "overhead": draw(st.sampled_from([0, 2_000])),
             "starts": draw(st.sampled_from([0, 0, 4 * SECOND])),

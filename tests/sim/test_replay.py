@@ -26,7 +26,7 @@ from policies.eventlog import (
     facts_from,
 )
 from policies.files import read_policy
-from policies.state import Backend
+from policies.state import Backend, Fleet
 from sim.cluster import SECOND, Cluster
 from sim.members import Change, Incident
 from sim.recording import BadLogError, Recording
@@ -61,7 +61,7 @@ def eventful() -> Records:
         Incident(12 * SECOND, "a", Change.FULL, retry_after_s=1.5),
         Incident(14 * SECOND, "a", Change.MENDED),
         Incident(20 * SECOND, "b", Change.DOWN),
-        Incident(28 * SECOND, "b", Change.UP),
+        Incident(29 * SECOND, "b", Change.UP),
     ]
     arrivals = every(0.08, 400, output=40)
     scene = {"members": members, "arrivals": arrivals, "incidents": incidents, "patience_s": 3.0}
@@ -224,7 +224,7 @@ def test_backends_come_back() -> None:
     )
     lines: list[bytes] = []
     log = EventLog(lambda one: lines.append(orjson.dumps(one)), PolicySource("", "", 0))
-    log.begin([backend, Backend("b")], Retries())
+    log.begin(Fleet([backend, Backend("b")]), Retries())
     first = orjson.loads(lines[0])
     assert [backend_from(one, 0.0) for one in first["backends"]] == [backend, Backend("b")]
 
