@@ -25,6 +25,7 @@ from policies.eventlog import (
     plain_back,
 )
 from policies.files import read_policy
+from policies.health import Health
 from policies.yamlfile import FileProblems
 from probes.passive import AttemptError
 from sim.record_forms import damage

@@ -246,7 +246,7 @@ def test_why_models_are_unknown_is_not_told() -> None:
     records: Records = []
     log = EventLog(records.append, PolicySource("", "", 0))
     backends = [Backend("a", models_unknown="no certificate for gpu.example"), Backend("b")]
-    log.begin(backends, Retries())
+    log.begin(Fleet(backends), Retries())
     assert [backend_from(one, 0.0).models_unknown for one in records[0]["backends"]] == ["unknown", ""]
     backends[0].models_unknown = "gpu.example refuses"
     log.figures(backends, 1.0)

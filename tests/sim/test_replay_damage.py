@@ -67,7 +67,7 @@ def test_the_log_that_is_damaged_here_has_every_kind_of_record() -> None:
     ("form", "names"),
     [
         (FactsForm, {field.name for field in fields(RequestFacts)}),
-        (BackendForm, {*CONFIGURED, "breaker"}),
+        (BackendForm, {*CONFIGURED, "breaker", "adaptive"}),
         (FiguresForm, set(OBSERVED)),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_request_that_arrives_twice_a_backend_that_is_none_and_a_second_log_ar
         problem(twice, arrival)
         == f"line {twice + 1}: the request '{arrival['request']['id']}' has arrived already"
     )
-    figures = {"event": "figures", "at": 0.0, "backends": {"z": {"slots": 2}}}
+    figures = {"event": "figures", "at": 0.0, "backends": {"z": {"full_slots": 2}}}
     assert problem(1, figures) == "line 2: its first line has no backend 'z'"
     assert problem(1, RECORDS[0]) == "line 2: another log begins"
     assert problem(len(RECORDS), RECORDS[-1]).endswith(": the log goes on behind its end")
