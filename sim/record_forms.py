@@ -100,6 +100,7 @@ class FactsForm(Form):
     expected_tokens: Count = 0
     session: str = ""
     priority: int = 0
+    backend: str = ""
     labels: dict[str, str] = Field(default_factory=dict)
     prefix: list[int] = Field(default_factory=list)
 
