@@ -14,7 +14,6 @@ complete.
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import logging
 import socket
@@ -31,20 +30,16 @@ from proxy.access.keys import Key
 from proxy.access.limits import Refusal, Reservation
 from proxy.answers import error_answer
 from proxy.errors import RequestError, error_event
+from proxy.hedge import Hedge
 from proxy.http1 import LAST_CHUNK, RequestHead, chunk
 from proxy.openai import RequestBody, body_for_backend, is_slow_to_read, read_body
 from proxy.relay import EVENTS, RAW, WHOLE, Client, Relay
-from proxy.upstream import BackendConnection, Endpoint, connect_failure
+from proxy.upstream import OUR_SHORTAGE, BackendConnection, Endpoint, connect_failure
 
 if TYPE_CHECKING:
     from proxy.runtime import Runtime
 
 log = logging.getLogger("tidegate")
-
-OUR_SHORTAGE: Final = frozenset(
-    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
-)
-"""Why no connection can be had that says nothing about a backend."""
 
 STALE_S: Final = 1.0
 """A backend that closed a connection while our request was on its way is heard of sooner than this."""
@@ -104,6 +99,10 @@ class Exchange(Relay):
     target: Endpoint | None = None
     connecting: asyncio.Task[Any] | None = None
     tried: frozenset[str]
+    hedge: Hedge | None = None
+    """Waits for the first token too, and may have an attempt of its own."""
+    wasted = 0
+    """Attempts that were aborted because another one was first."""
     # The client's side
     blocked_since: float | None = None
     quiet_since = 0.0
@@ -118,6 +117,9 @@ class Exchange(Relay):
         self.state = State.RECEIVED
         self.tried = NOTHING_TRIED
         self.routings: list[Routing] = []
+        """All decisions, in order."""
+        self.routing: Routing | None = None
+        """That of the present attempt."""
 
     def __repr__(self) -> str:
         backend = self.lease.backend.name if self.lease else "-"
@@ -131,6 +133,11 @@ class Exchange(Relay):
     def _begun(self) -> None:
         if self.state is State.SENT:
             self._move(State.RELAYING)
+        hedge = self.hedge
+        if hedge is not None:
+            if self.mode == EVENTS:
+                hedge.first_token(self.runtime.now())
+            hedge.end()
 
     # Deciding
 
@@ -275,6 +282,7 @@ class Exchange(Relay):
     def _routed(self, routing: Routing) -> None:
         """The valve has decided."""
         self.routings.append(routing)
+        self.routing = routing
         decision = routing.decision
         if type(decision) is Send:
             self._dispatch(routing, decision)
@@ -313,12 +321,28 @@ class Exchange(Relay):
 
     def _dispatch(self, routing: Routing, decision: Send) -> None:
         runtime, row = self.runtime, self.row
+        row.attempts += 1
+        self._go_to(routing, decision)
+        if row.attempts == 1:
+            self.dispatched = runtime.now()
+            runtime.exchanges.add(self)
+            if runtime.hedging is not None and self.facts is not None and self.facts.stream:
+                self.hedge = Hedge(self, runtime.hedging)
+                runtime.hedging.sent(self.dispatched)
+            if runtime.strict:
+                self._move(State.CONNECTING)
+                self.connecting = runtime.tasks.spawn(self._after_sync(), "journal sync")
+                return
+        self._connect()
+
+    def _go_to(self, routing: Routing, decision: Send) -> None:
+        """The present attempt is the one that was decided so."""
+        runtime, row = self.runtime, self.row
         lease = routing.lease
         assert lease is not None
         self.lease = lease
         backend = lease.backend
         self.target = runtime.endpoints[backend.name]
-        row.attempts += 1
         row.backend = backend.name
         row.site = backend.site
         row.served_model = routing.request.model
@@ -329,14 +353,6 @@ class Exchange(Relay):
         row.candidates = [tuple(candidate) for candidate in routing.candidates]
         self.quiet_since = routing.at
         runtime.journal.open(row)
-        if row.attempts == 1:
-            self.dispatched = runtime.now()
-            runtime.exchanges.add(self)
-            if runtime.strict:
-                self._move(State.CONNECTING)
-                self.connecting = runtime.tasks.spawn(self._after_sync(), "journal sync")
-                return
-        self._connect()
 
     async def _after_sync(self) -> None:
         """`durability: strict`: nothing is sent before the journal says that it will be remembered."""
@@ -353,6 +369,8 @@ class Exchange(Relay):
 
     def _connect(self) -> None:
         assert self.target is not None
+        if self.hedge is not None:
+            self.hedge.wait(self.runtime.now())
         connection = self.target.pool.take()
         if connection is not None:
             self._send(connection)
@@ -392,10 +410,14 @@ class Exchange(Relay):
             self._send(connection)
 
     def _send(self, connection: BackendConnection) -> None:
-        endpoint = connection.endpoint
-        head = self.request
         self._move(State.SENT)
         self.connection = connection
+        request = self.request_for(connection.endpoint)
+        connection.send(self, request, to_head_request=self.request.method == b"HEAD")
+
+    def request_for(self, endpoint: Endpoint) -> bytes:
+        """The request as a backend gets it."""
+        head = self.request
         if self.body_read is not None:
             assert self.facts is not None
             salt = self.runtime.cache_salt(self.facts.tenant) if endpoint.cache_salt else ""
@@ -405,12 +427,42 @@ class Exchange(Relay):
                 continuous=endpoint.continuous_usage,
                 cache_salt=salt if self.endpoint in ("chat", "completions") else "",
             )
-            request = endpoint.request(
+            return endpoint.request(
                 b"POST", self.runtime.targets[self.endpoint], head.forward, body, self.row.op.encode("ascii")
             )
-        else:
-            request = self.runtime.forward_request(endpoint, head, self.raw_body or b"", self.id)
-        connection.send(self, request, to_head_request=head.method == b"HEAD")
+        return self.runtime.forward_request(endpoint, head, self.raw_body or b"", self.id)
+
+    @property
+    def _may_send_again(self) -> bool:
+        """Whether nothing was sent yet, or a second time is harmless (which RFC 9110 9.2.2 wants declared)."""
+        return (
+            self.state is not State.SENT
+            or self.endpoint in ("tokenize", "detokenize")
+            or self.runtime.config.retries.idempotent
+        )
+
+    # A second attempt (proxy.hedge)
+
+    def give_up_attempt(self, now: float) -> None:
+        """The second attempt was first: abort the present one."""
+        if self.state is State.SENT:
+            self.wasted += 1
+        self._drop_connection()
+        self._release(Outcome.IGNORED, now)
+        self._forget_answer()
+
+    def adopt(self, routing: Routing, connection: BackendConnection | None, *, waiting: bool) -> None:
+        """Go on with the second attempt, as it is; `waiting`: for more of its answer."""
+        decision = routing.decision
+        assert type(decision) is Send
+        self.hedge = None
+        self.routing = routing
+        self._go_to(routing, decision)
+        if connection is None and waiting:
+            self._connect()
+            return
+        self._move(State.SENT)
+        self.connection = connection
 
     # Losing the backend
 
@@ -423,7 +475,7 @@ class Exchange(Relay):
             self._cut(error, message)
         elif error is not AttemptError.STALE_CONNECTION:
             self._attempt_failed(error, message)
-        elif self.runtime.now() - self.quiet_since < STALE_S:
+        elif self.runtime.now() - self.quiet_since < STALE_S and self._may_send_again:
             # No byte of an answer: the backend closed it as our request was on its way. Once, on a new one.
             self._connect_anew()
         else:  # it may have worked on it
@@ -437,6 +489,7 @@ class Exchange(Relay):
         assert lease is not None
         assert self.facts is not None
         now = runtime.now()
+        may_send_again = self._may_send_again
         self._drop_connection()
         meter, row = self.meter, self.row
         row.overhead_prompt_tokens += meter.prompt
@@ -451,18 +504,30 @@ class Exchange(Relay):
         if pause > 0 and name in runtime.fleet.backends:  # a reload may have removed it
             runtime.fleet.back_off(name, pause, now)
         runtime.observer.attempt_failed(name, error)
-        self.routings[-1].failure = message
+        routing = self.routing
+        assert routing is not None
+        routing.failure = message
         self.tried |= {name}
-        self.meter, self.reader, self.reply, self.parts_bytes = self._new_meter(), None, None, 0
-        if self.mode != RAW or self.endpoint != "forward":
-            self.mode = WHOLE
+        self._forget_answer()
+        if self.hedge is not None and self.hedge.lease is not None:
+            self.hedge.take_over()
+            return
+        if not may_send_again:
+            self._give_up(error, message)
+            return
         others = runtime.valve.rules.candidates(self.facts, runtime.fleet).without(self.tried).order
         if others and row.attempts < runtime.config.retries.attempts and runtime.retry_budget.withdraw(now):
-            routing = runtime.valve.retry(self.facts, self.routings[-1], self.tried, now)
+            routing = runtime.valve.retry(self.facts, routing, self.tried, now)
             if type(routing.decision) is Send:
                 self._routed(routing)
                 return
         self._give_up(error, message)
+
+    def _forget_answer(self) -> None:
+        """What the failed attempt has brought."""
+        self.meter, self.reader, self.reply, self.parts_bytes = self._new_meter(), None, None, 0
+        if self.mode != RAW or self.endpoint != "forward":
+            self.mode = WHOLE
 
     def _give_up(self, error: AttemptError | int, message: str) -> None:
         """No other backend: the backend's own error if it is well-formed, else ours."""
@@ -652,6 +717,8 @@ class Exchange(Relay):
         self._move(State.ENDED)
         runtime, row, meter = self.runtime, self.row, self.meter
         now = runtime.now()
+        if self.hedge is not None:
+            self.hedge.end()
         row.outcome = outcome
         row.status = status
         row.total_s = now - self.arrived
@@ -662,6 +729,9 @@ class Exchange(Relay):
             row.prompt_tokens = self.facts.prompt_tokens
             row.completion_tokens = meter.estimate_completion()
             row.usage_source = "estimated"
+        if self.wasted and self.facts is not None:
+            # Its engine has reported nothing. The prompt is the same, so this is the most it can have read.
+            row.overhead_prompt_tokens += self.wasted * (row.prompt_tokens or self.facts.prompt_tokens)
         if row.usage_source != "none":
             row.cost_nano, row.currency = runtime.prices.cost(
                 row.backend, row.served_model, row.prompt_tokens, row.cached_tokens, row.completion_tokens

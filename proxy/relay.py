@@ -23,7 +23,7 @@ from proxy.http1 import LAST_CHUNK, RequestHead, ResponseHead, chunk
 from proxy.meter import ABORTED, Meter
 from proxy.openai import RequestBody
 from proxy.records import Row
-from proxy.sse import MAX_EVENT_BYTES, EventReader
+from proxy.sse import MAX_EVENT_BYTES, Event, EventReader
 from proxy.upstream import BackendConnection, Receiver
 
 if TYPE_CHECKING:
@@ -37,7 +37,12 @@ UNTIL_CLOSE_BYTES: Final = 8 * 1024 * 1024
 """The same for an answer that only its connection's end delimits: it has to be parsed to know that it is whole."""
 
 _NO_DATA: Final = (None, b"", b"[DONE]")
-"""Events that commit nothing at the beginning of a stream: heartbeats, and an end of what never began."""
+
+
+def commits_nothing(event: Event) -> bool:
+    """Whether an event at the beginning of a stream is no data: a heartbeat, or an end of what never began."""
+    return event.data in _NO_DATA and len(event.raw) <= MAX_EVENT_BYTES
+
 
 EVENTS: Final = 0
 WHOLE: Final = 1
@@ -176,7 +181,7 @@ class Relay(Receiver):
                     done = True  # nothing may follow `[DONE]` or an error
                     break
                 if not started:
-                    if event.data in _NO_DATA and len(event.raw) <= MAX_EVENT_BYTES:
+                    if commits_nothing(event):
                         continue
                     started = True
                 pieces.append(

@@ -15,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 import orjson
 
 from policies.base import Outcome, RequestFacts
+from policies.hedging import Hedging
 from policies.retries import RetryBudget
 from policies.state import Fleet
 from policies.valve import Valve
@@ -22,6 +23,7 @@ from proxy.access.keys import Key, KeyStore
 from proxy.access.limits import AuthFailures, Limits
 from proxy.answers import answer
 from proxy.build import Built
+from proxy.config import HedgingConfig
 from proxy.errors import RequestError
 from proxy.http1 import HeadLimits, RequestGrammar, RequestHead, chunk
 from proxy.journal import Journal
@@ -143,6 +145,9 @@ class Runtime:
         self.valve = Valve(built.policy.rules, self.fleet)
         retries = config.retries
         self.retry_budget = RetryBudget(retries.ratio, retries.per_second)
+        self.hedging: Hedging | None = None
+        self._hedging_as: object = None
+        """The configuration that it was made of."""
         self._polling = False
         self._poll_again = False
         self._wake: asyncio.TimerHandle | None = None
@@ -163,6 +168,9 @@ class Runtime:
         self._dangling: set[str] = set()
         """Aliases of models that nobody serves, as far as the log has them."""
         self.strict = config.durability == "strict"
+        if config.hedging != self._hedging_as:
+            self._hedging_as = config.hedging
+            self.hedging = self._new_hedging(config.hedging)
         limits = config.limits
         # What every request asks for: an attribute of a pydantic model costs fifty times as much as one of ours.
         timeouts = config.timeouts
@@ -182,6 +190,12 @@ class Runtime:
         self.grammar = RequestGrammar(
             HeadLimits(limits.head, limits.target, limits.fields), tuple(config.forward_headers)
         )
+
+    def _new_hedging(self, config: HedgingConfig) -> Hedging | None:
+        """None: it is off."""
+        if config.after == "off":
+            return None
+        return Hedging(None if isinstance(config.after, str) else config.after, config.ratio)
 
     # What a head alone decides
 

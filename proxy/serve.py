@@ -41,7 +41,6 @@ from proxy.changes import changes
 from proxy.config import Config, is_policy_file, load_config, override
 from proxy.config_values import split_address, time_zone
 from proxy.database import open_database
-from proxy.exchange import OUR_SHORTAGE
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.masking import database_shown
@@ -51,6 +50,7 @@ from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
 from proxy.runtime import Runtime
 from proxy.server import ClientConnection
+from proxy.upstream import OUR_SHORTAGE
 from proxy.watched import WatchedFiles
 
 if TYPE_CHECKING:

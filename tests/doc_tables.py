@@ -34,6 +34,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "timeouts": config.Timeouts,
     "limits": config.LimitsConfig,
     "retries": config.Retries,
+    "hedging": config.HedgingConfig,
     "probing": config.Probing,
 }
 """Sections of the configuration file, each with a table of its keys."""
