@@ -28,7 +28,7 @@ from probes.passive import AttemptError, backoff_s, outcome_of
 from proxy import records
 from proxy.access.keys import Key
 from proxy.access.limits import Refusal, Reservation
-from proxy.answers import error_answer
+from proxy.answers import error_answer, kept_answer
 from proxy.errors import RequestError, error_event
 from proxy.hedge import Hedge
 from proxy.http1 import LAST_CHUNK, RequestHead, chunk
@@ -153,6 +153,8 @@ class Exchange(Relay):
                 return
             else:
                 facts = self._read(read_body(self.endpoint, raw, media_urls=media_urls))
+            if self.request.idempotency_key and self._answered_before(raw):
+                return
             self._admit(facts)
         except Exception as error:
             self._not_started(error)
@@ -166,6 +168,8 @@ class Exchange(Relay):
             if self.state is not State.RECEIVED:
                 return  # the client has left meanwhile, or the proxy stops
             facts = self._read(body)
+            if self.request.idempotency_key and self._answered_before(raw):
+                return
             self._admit(facts)
         except Exception as error:
             if self.state is State.RECEIVED:
@@ -262,6 +266,31 @@ class Exchange(Relay):
         row.expected_tokens = facts.expected_tokens
         self.facts = facts
         return facts
+
+    def _answered_before(self, raw: bytes) -> bool:
+        """Take the client's Idempotency-Key. True: its request had been answered, and is so again. Raises
+        RequestError when it is not to be sent."""
+        runtime, row, head = self.runtime, self.row, self.request
+        claim = runtime.idempotency.take(
+            row.tenant, head.idempotency_key, self.endpoint, raw, row.op, row.arrived
+        )
+        if claim.op == row.op:
+            self.claim = claim
+            return False
+        assert claim.answer is not None
+        status, fields, body = claim.answer
+        row.reason = f"answered before, as {claim.op}"
+        self.client.write(
+            kept_answer(
+                status,
+                body,
+                fields=b"%bx-request-id: %b\r\nidempotent-replayed: true\r\n" % (fields, self.id.encode()),
+                keep_alive=self._keeps_alive(),
+                version=head.version,
+            )
+        )
+        self._end(records.OK, status, keep_alive=True)
+        return True
 
     def _admit(self, facts: RequestFacts) -> None:
         """Reserve within the key's limits. Raises RequestError."""
@@ -583,6 +612,8 @@ class Exchange(Relay):
             fields += b"x-tidegate-backend: %b\r\n" % row.backend.encode("ascii")
         if self.key is not None:
             fields += self.runtime.limits.headers(self.key, self.arrived)
+        if error.code == "idempotency_spent":
+            fields += b"x-should-retry: false\r\n"  # OpenAI's clients try again after any other 409
         self.client.write(
             error_answer(
                 error,
@@ -742,6 +773,9 @@ class Exchange(Relay):
             )
         if self.body_read is not None and len(self.body_read.raw) >= PREFIX_BLOCK_BYTES:
             row.prefix = _prefix_hashes(self.body_read.raw, runtime.salt)
+        if self.claim is not None:
+            charged = outcome == records.OK or row.usage_source != "none"
+            runtime.idempotency.end(self.claim, charged, self.kept)
         runtime.exchanges.discard(self)
         if (
             row.attempts or row.code != "ledger_unavailable"

@@ -20,6 +20,7 @@ from proxy.access.keys import Key
 from proxy.answers import answer
 from proxy.errors import REASON_PHRASES
 from proxy.http1 import LAST_CHUNK, RequestHead, ResponseHead, chunk
+from proxy.idempotency import Claim
 from proxy.meter import ABORTED, Meter
 from proxy.openai import RequestBody
 from proxy.records import Row
@@ -88,6 +89,10 @@ class Relay(Receiver):
     committed = False
     include_usage = False
     every_event = False
+    claim: Claim | None = None
+    """Of the client's `Idempotency-Key`."""
+    kept: tuple[int, bytes, bytes] | None = None
+    """The answer, for who comes with that key again."""
     alive = False
     """A token has come since the last sweep, or a piece of another answer."""
 
@@ -336,6 +341,8 @@ class Relay(Receiver):
         status = reply.status
         if 200 <= status < 300:
             self.meter.body(body)
+        if self.claim is not None:
+            self.kept = (status, reply.fields, body)
         head = self._commit(b"content-length: %b\r\n" % str(len(body)).encode())
         self.client.write(head + body)
         self._release(outcome_of(status))

@@ -26,6 +26,7 @@ from proxy.build import Built
 from proxy.config import HedgingConfig
 from proxy.errors import RequestError
 from proxy.http1 import HeadLimits, RequestGrammar, RequestHead, chunk
+from proxy.idempotency import IdempotencyKeys
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.observe import Observer
@@ -128,6 +129,7 @@ class Runtime:
         self.forward_model = forward_model
         self.instance = journal.instance
         self.operation_ids = OperationIds()
+        self.idempotency = IdempotencyKeys()
         self.auth_failures = AuthFailures()
         self.tasks = Tasks()
         self.clients: set[ClientConnection] = set()

@@ -64,6 +64,7 @@ KEYS_S = 0.5
 FLUSH_S = 1.0
 """At least so long, when the proxy stops, clients may take to read the ends of their answers."""
 BACKLOG = 2048
+IDEMPOTENCY_FILE = "idempotency.jsonl"
 OWN_FILES = 100
 """Open files besides those of clients and backends: journal, ledger, log, probes, admin port."""
 NEXT_START = (
@@ -153,6 +154,7 @@ class Service:
         )
         if self._record is not None:
             cast("RecordedRuntime", runtime).record(self._record, self._seed)
+        runtime.idempotency.open(config.state / IDEMPOTENCY_FILE, runtime.tasks, runtime.wall())
         runtime.most_clients = _most_clients(config.limits.connections)
         self._watched.watch(self._files(config))
         if config.probing.enabled:
@@ -276,6 +278,7 @@ class Service:
         if self._prober is not None:
             await self._prober.close()
         await runtime.tasks.cancel_all()
+        await asyncio.to_thread(runtime.idempotency.close)
         for client in list(runtime.clients):
             client.abort()
         for endpoint in runtime.endpoints.values():

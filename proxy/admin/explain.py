@@ -21,6 +21,9 @@ from proxy.runtime import Runtime
 
 _WHY: Final[dict[str, str]] = {
     "model_not_allowed": "the key does not list this model",
+    "idempotency_running": "the first request with its Idempotency-Key was still running",
+    "idempotency_spent": "a request with its Idempotency-Key had been done, and its answer is not kept",
+    "idempotency_mismatch": "its Idempotency-Key had been sent with another request",
     "model_not_found": "no backend that the rule allows serves this model",
     "data_class": "no site that serves this model accepts the request's data class",
     "context_length": "it is longer than the context of every backend that could serve it",

@@ -493,11 +493,13 @@ class World:
         endpoint: str = "chat",
         raw: bytes | None = None,
         keep_alive: bool = True,
+        idempotency_key: bytes = b"",
         **fields: Any,
     ) -> Exchange:
         """A request arrives."""
         document = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream, **fields}
         head = RequestHead(b"POST", b"/v1/chat/completions", version, keep_alive=keep_alive)
+        head.idempotency_key = idempotency_key
         exchange = Exchange(self.runtime, FakeClient(), head, endpoint, self.key, self.loop.now)
         self.all.append(exchange)
         exchange.start(orjson.dumps(document) if raw is None else raw)
