@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from policies.base import BackendView, Decision, Finished, Policy, RequestFacts
+from policies.files import KnownNames, read_policy
 from policies.hedging import LEAST_SAMPLES
 from proxy.access.keys import Key
 from proxy.exchange import Exchange, State
@@ -450,3 +453,51 @@ def test_it_is_explained() -> None:
         ("b", "hedge"),
     ]
     assert shown["decisions"][1]["reason"].startswith("first token late")
+
+
+class Hearing(Policy):
+    """Writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
+        raise NotImplementedError
+
+    def dispatched(self, request: RequestFacts, backend: BackendView, now: float) -> None:
+        self.heard.append(f"dispatched to {backend.name}")
+
+    def first_token(self, request: RequestFacts, backend: BackendView, now: float) -> None:
+        self.heard.append(f"first token of {backend.name}")
+
+    def finished(self, finished: Finished) -> None:
+        self.heard.append(f"finished at {finished.backend}")
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_a_policy_hears_of_a_second_attempt_only_if_it_has_won(wins: bool) -> None:
+    world = hedging_world()
+    exchange, first, second = both(world)
+    assert exchange.hedge is not None
+    assert exchange.hedge.lease is not None
+    assert exchange.hedge.lease.policy is None
+    hearing = exchange.routings[1].policy = Hearing()
+    (second if wins else first).data_received(BEGINNING + END)
+    expected = ["dispatched to b", "first token of b", "finished at b"]
+    assert hearing.heard == (expected if wins else [])
+
+
+def test_a_tier_that_lets_its_engines_queue_takes_no_second_attempt_beyond_its_slots() -> None:
+    spill = '{site: "*", spill: {enter: 3.0, leave: 2.0}}'
+    text = f"rules: [{{name: all, prefer: [{{site: local}}, {spill}], pick: least-load}}]"
+    for full in (True, False):
+        world = hedging_world(slots=1)
+        known = KnownNames(world.runtime.built.backends, frozenset({"away"}))
+        world.runtime.valve.swap(read_policy(text, "test", known, 0).rules, world.loop.now)
+        exchange, on_b = world.start(), world.start()
+        world.relaying(on_b, "b")
+        world.answers(exchange, "a")
+        if not full:
+            on_b.client_gone()
+        world.wait(1.0)
+        assert exchange.row.attempts == (1 if full else 2)
