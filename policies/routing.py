@@ -16,6 +16,9 @@ from policies.state import Lease
 AVAILABILITY = "availability"
 """`decided_by` when no backend that may serve the request is available."""
 
+HEDGE = "hedge"
+"""`decided_by` of a second attempt for a first token that is late."""
+
 TIERS = "tiers"
 """`decided_by` when no tier has room."""
 
@@ -89,7 +92,8 @@ class Routing:
     decided_by: str
     """The policy's name; or `constraints` (nothing may serve it), `availability` (nothing is up), `tiers`
     (no tier has room), `queue` (full, or others wait), `wait over` (held long enough: to any backend),
-    `fallback` (after a failed attempt), `policy failed` (the least loaded instead)."""
+    `fallback` (after a failed attempt), `hedge` (besides one that is late), `policy failed` (the least loaded
+    instead)."""
     policy: Policy | None = None
     """Hears how it goes; the lease carries it too."""
     tier: int = -1

@@ -26,7 +26,7 @@ from policies.base import Decision, Hold, Reject, RequestFacts, Send
 from policies.candidates import Candidates
 from policies.constraints import RETRY_AFTER_S
 from policies.fairness import FairQueue, Held
-from policies.routing import AVAILABILITY, TIERS, Routing, copy_figures
+from policies.routing import AVAILABILITY, HEDGE, TIERS, Routing, copy_figures
 from policies.rules import RuleSet
 from policies.state import Fleet
 
@@ -134,6 +134,38 @@ class Valve:
             again = self._to_any(request, candidates, "fallback", "no tier has room for another attempt", now)
         self._lease(again, now)
         return again
+
+    def hedge(self, request: RequestFacts, tried: frozenset[str], now: float) -> Routing | None:
+        """Where a request whose first token is late may be sent besides, its lease included; None: nowhere.
+
+        To a backend that its rule would choose now without those in `tried`, with a free slot, and only while
+        nobody is held: a place that others wait for is theirs. The policy hears of it by `hedge_won` alone, or a
+        session would follow an attempt that lost.
+        """
+        self._now = now
+        if now >= self._back_at or self.fleet.version != self._version:
+            self._follow_fleet(now)
+        if self._held:
+            return None
+        routing = self.rules.route(request, self.fleet, now, tried)
+        decision = routing.decision
+        if type(decision) is not Send or not self.fleet[decision.backend].has_free_slot(now):
+            return None
+        reason = f"first token late, so here too: {decision.reason}"
+        routing.decision = Send(
+            decision.backend, decision.fallbacks, reason, decision.scores, decision.propensity
+        )
+        routing.decided_by = HEDGE
+        routing.lease = self.fleet.lease(request, decision.backend, now, None, HEDGE)
+        return routing
+
+    def hedge_won(self, routing: Routing, now: float) -> None:
+        """The attempt that `hedge` led to goes on alone: its policy hears of it from here on."""
+        lease = routing.lease
+        assert lease is not None
+        lease.policy = routing.policy
+        if lease.policy is not None:
+            lease.policy.dispatched(lease.request, lease.backend, now)
 
     def poll(self, now: float) -> list[Routing]:
         """Answer held requests: those that capacity has come free for, and those whose hold has ended."""

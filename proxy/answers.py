@@ -47,6 +47,20 @@ def answer(
     )
 
 
+def kept_answer(
+    status: int, body: bytes, *, fields: bytes, keep_alive: bool = True, version: int = 1
+) -> bytes:
+    """A backend's answer once more. `fields`: its own field lines and further ones."""
+    connection = b""
+    if not keep_alive:
+        connection = b"connection: close\r\n"
+    elif version == 0:
+        connection = b"connection: keep-alive\r\n"
+    phrase = REASON_PHRASES.get(status, "OK").encode("ascii")
+    head = b"HTTP/1.1 %d %b\r\n%bcontent-length: %d\r\n%b\r\n"
+    return head % (status, phrase, fields, len(body), connection) + body
+
+
 def error_answer(
     error: RequestError,
     *,

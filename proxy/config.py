@@ -255,6 +255,30 @@ class Retries(FileModel):
     ratio: float = Field(0.2, ge=0, le=1, description="Retries allowed per request of the last 10 seconds.")
     per_second: float = Field(10.0, ge=0, description="Retries allowed per second besides.")
     attempts: int = Field(3, ge=1, le=10, description="Attempts per request at most, the first included.")
+    idempotent: bool = Field(
+        True,
+        description="A generation has no effect but its cost, so it may be sent again. `false`: never once a "
+        "backend may have read it.",
+    )
+
+
+class HedgingConfig(FileModel):
+    """A second attempt on another backend, while the first token is late."""
+
+    after: Literal["off", "p95"] | Duration = Field(
+        "off",
+        description="When a first token is late: a duration, or `p95`: when 95 % of the model's requests with "
+        "prompts of such length had theirs. `off`: never.",
+    )
+    ratio: float = Field(
+        0.05, ge=0, le=1, description="Second attempts allowed per streaming request of the last minute."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> HedgingConfig:
+        if isinstance(self.after, float) and self.after <= 0:
+            raise BadValueError("a duration above 0, `p95` or `off`", at=("after",))
+        return self
 
 
 class Probing(FileModel):
@@ -355,6 +379,9 @@ class Config(FileModel):
     timeouts: Timeouts = Field(default_factory=Timeouts, description="Deadlines.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Sizes and counts.")
     retries: Retries = Field(default_factory=Retries, description="Attempts on other backends.")
+    hedging: HedgingConfig = Field(
+        default_factory=HedgingConfig, description="Second attempts for late first tokens."
+    )
     probing: Probing = Field(default_factory=Probing, description="Health checks and engine figures.")
     health: HealthConfig = Field(
         default_factory=HealthConfig, description="Coming back slowly, and how many are out at most."
@@ -389,6 +416,11 @@ class Config(FileModel):
         for alias, model in self.aliases.items():
             if model in self.aliases:
                 raise BadValueError(f"'{model}' is itself an alias", at=("aliases", alias))
+        if self.hedging.after != "off" and not self.retries.idempotent:
+            raise BadValueError(
+                "hedging sends a request twice, which `retries.idempotent: false` forbids: leave one out",
+                at=("hedging", "after"),
+            )
         self._check_currencies()
         return self
 

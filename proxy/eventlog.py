@@ -16,9 +16,10 @@ import orjson
 
 from policies.eventlog import EventLog, PolicySource, RecordedFleet, RecordedValve, Retries
 from policies.files import library_policy
+from policies.hedging import Hedging
 from probes.passive import AttemptError
 from proxy.build import Built, ConfigError
-from proxy.config import is_policy_file
+from proxy.config import HedgingConfig, is_policy_file
 from proxy.exchange import Exchange
 from proxy.linewriter import INTERVAL_S, PATIENCE_S, LineWriter
 from proxy.observe import Observer
@@ -135,6 +136,12 @@ class RecordedRuntime(Runtime):
             file.record(record)
         self._early.clear()
         self.events.write = file.record
+
+    def _new_hedging(self, config: HedgingConfig) -> Hedging | None:
+        """A record has one attempt of a request at a time."""
+        if config.after != "off":
+            log.warning("hedging is off while an event log is recorded")
+        return None
 
     def end_record(self) -> None:
         """The proxy has stopped: wait until all is written."""

@@ -14,7 +14,6 @@ complete.
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import logging
 import socket
@@ -29,25 +28,21 @@ from probes.passive import AttemptError, backoff_s, is_silent, outcome_of
 from proxy import records
 from proxy.access.keys import Key
 from proxy.access.limits import Refusal, Reservation
-from proxy.answers import error_answer
+from proxy.answers import error_answer, kept_answer
 from proxy.dialects import event_of, status_in
 from proxy.endpoints import INPUT, stored_id
 from proxy.errors import RequestError
+from proxy.hedge import Hedge
 from proxy.http1 import LAST_CHUNK, RequestHead, chunk
 from proxy.meters import ResponsesMeter
 from proxy.openai import RequestBody, body_for_backend, is_slow_to_read, read_body
 from proxy.relay import EVENTS, RAW, WHOLE, Client, Relay
-from proxy.upstream import BackendConnection, Endpoint, connect_failure
+from proxy.upstream import OUR_SHORTAGE, BackendConnection, Endpoint, connect_failure
 
 if TYPE_CHECKING:
     from proxy.runtime import Runtime
 
 log = logging.getLogger("tidegate")
-
-OUR_SHORTAGE: Final = frozenset(
-    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
-)
-"""Why no connection can be had that says nothing about a backend."""
 
 STALE_S: Final = 1.0
 """A backend that closed a connection while our request was on its way is heard of sooner than this."""
@@ -107,6 +102,10 @@ class Exchange(Relay):
     target: Endpoint | None = None
     connecting: asyncio.Task[Any] | None = None
     tried: frozenset[str]
+    hedge: Hedge | None = None
+    """Waits for the first token too, and may have an attempt of its own."""
+    wasted = 0
+    """Attempts that were aborted because another one was first."""
     # The client's side
     blocked_since: float | None = None
     quiet_since = 0.0
@@ -121,6 +120,9 @@ class Exchange(Relay):
         self.state = State.RECEIVED
         self.tried = NOTHING_TRIED
         self.routings: list[Routing] = []
+        """All decisions, in order."""
+        self.routing: Routing | None = None
+        """That of the present attempt."""
 
     def __repr__(self) -> str:
         backend = self.lease.backend.name if self.lease else "-"
@@ -134,6 +136,11 @@ class Exchange(Relay):
     def _begun(self) -> None:
         if self.state is State.SENT:
             self._move(State.RELAYING)
+        hedge = self.hedge
+        if hedge is not None:
+            if self.mode == EVENTS:
+                hedge.first_token(self.runtime.now())
+            hedge.end()
 
     # Deciding
 
@@ -151,6 +158,8 @@ class Exchange(Relay):
                 return
             else:
                 facts = self._read(read_body(self.endpoint, raw, media_urls=media_urls))
+            if self.request.idempotency_key and self._answered_before(raw):
+                return
             self._admit(facts)
         except Exception as error:
             self._not_started(error)
@@ -164,6 +173,8 @@ class Exchange(Relay):
             if self.state is not State.RECEIVED:
                 return  # the client has left meanwhile, or the proxy stops
             facts = self._read(body)
+            if self.request.idempotency_key and self._answered_before(raw):
+                return
             self._admit(facts)
         except Exception as error:
             if self.state is State.RECEIVED:
@@ -294,6 +305,31 @@ class Exchange(Relay):
         self.facts = facts
         return facts
 
+    def _answered_before(self, raw: bytes) -> bool:
+        """Take the client's Idempotency-Key. True: its request had been answered, and is so again. Raises
+        RequestError when it is not to be sent."""
+        runtime, row, head = self.runtime, self.row, self.request
+        claim = runtime.idempotency.take(
+            row.tenant, head.idempotency_key, self.endpoint, raw, row.op, row.arrived
+        )
+        if claim.op == row.op:
+            self.claim = claim
+            return False
+        assert claim.answer is not None
+        status, fields, body = claim.answer
+        row.reason = f"answered before, as {claim.op}"
+        self.client.write(
+            kept_answer(
+                status,
+                body,
+                fields=b"%bx-request-id: %b\r\nidempotent-replayed: true\r\n" % (fields, self.id.encode()),
+                keep_alive=self._keeps_alive(),
+                version=head.version,
+            )
+        )
+        self._end(records.OK, status, keep_alive=True)
+        return True
+
     def _admit(self, facts: RequestFacts) -> None:
         """Reserve within the key's limits. Raises RequestError."""
         key = self.key
@@ -313,6 +349,7 @@ class Exchange(Relay):
     def _routed(self, routing: Routing) -> None:
         """The valve has decided."""
         self.routings.append(routing)
+        self.routing = routing
         decision = routing.decision
         if type(decision) is Send:
             self._dispatch(routing, decision)
@@ -351,12 +388,28 @@ class Exchange(Relay):
 
     def _dispatch(self, routing: Routing, decision: Send) -> None:
         runtime, row = self.runtime, self.row
+        row.attempts += 1
+        self._go_to(routing, decision)
+        if row.attempts == 1:
+            self.dispatched = runtime.now()
+            runtime.exchanges.add(self)
+            if runtime.hedging is not None and self.facts is not None and self.facts.stream:
+                self.hedge = Hedge(self, runtime.hedging)
+                runtime.hedging.sent(self.dispatched)
+            if runtime.strict:
+                self._move(State.CONNECTING)
+                self.connecting = runtime.tasks.spawn(self._after_sync(), "journal sync")
+                return
+        self._connect()
+
+    def _go_to(self, routing: Routing, decision: Send) -> None:
+        """The present attempt is the one that was decided so."""
+        runtime, row = self.runtime, self.row
         lease = routing.lease
         assert lease is not None
         self.lease = lease
         backend = lease.backend
         self.target = runtime.endpoints[backend.name]
-        row.attempts += 1
         row.backend = backend.name
         row.site = backend.site
         row.served_model = routing.request.model
@@ -367,14 +420,6 @@ class Exchange(Relay):
         row.candidates = [tuple(candidate) for candidate in routing.candidates]
         self.quiet_since = routing.at
         runtime.journal.open(row)
-        if row.attempts == 1:
-            self.dispatched = runtime.now()
-            runtime.exchanges.add(self)
-            if runtime.strict:
-                self._move(State.CONNECTING)
-                self.connecting = runtime.tasks.spawn(self._after_sync(), "journal sync")
-                return
-        self._connect()
 
     async def _after_sync(self) -> None:
         """`durability: strict`: nothing is sent before the journal says that it will be remembered."""
@@ -391,6 +436,8 @@ class Exchange(Relay):
 
     def _connect(self) -> None:
         assert self.target is not None
+        if self.hedge is not None:
+            self.hedge.wait(self.runtime.now())
         connection = self.target.pool.take()
         if connection is not None:
             self._send(connection)
@@ -430,10 +477,14 @@ class Exchange(Relay):
             self._send(connection)
 
     def _send(self, connection: BackendConnection) -> None:
-        endpoint = connection.endpoint
-        head = self.request
         self._move(State.SENT)
         self.connection = connection
+        request = self.request_for(connection.endpoint)
+        connection.send(self, request, to_head_request=self.request.method == b"HEAD")
+
+    def request_for(self, endpoint: Endpoint) -> bytes:
+        """The request as a backend gets it."""
+        head = self.request
         if self.body_read is not None:
             assert self.facts is not None
             salt = self.runtime.cache_salt(self.facts.tenant) if endpoint.cache_salt else ""
@@ -445,15 +496,45 @@ class Exchange(Relay):
             )
             # A path of the table, without the query.
             target = head.target.partition(b"?")[0]
-            request = endpoint.request(b"POST", target, head.forward, body, self.row.op.encode("ascii"))
-        elif self.route.stored:
+            return endpoint.request(b"POST", target, head.forward, body, self.row.op.encode("ascii"))
+        if self.route.stored:
             nothing = b"" if head.method == b"POST" else None
-            request = endpoint.request(
+            return endpoint.request(
                 head.method, head.target, head.forward, nothing, self.row.op.encode("ascii")
             )
-        else:
-            request = self.runtime.forward_request(endpoint, head, self.raw_body or b"", self.id)
-        connection.send(self, request, to_head_request=head.method == b"HEAD")
+        return self.runtime.forward_request(endpoint, head, self.raw_body or b"", self.id)
+
+    @property
+    def _may_send_again(self) -> bool:
+        """Whether nothing was sent yet, or a second time is harmless (which RFC 9110 9.2.2 wants declared)."""
+        return (
+            self.state is not State.SENT
+            or self.endpoint in ("tokenize", "detokenize")
+            or self.runtime.config.retries.idempotent
+        )
+
+    # A second attempt (proxy.hedge)
+
+    def give_up_attempt(self, now: float) -> None:
+        """The second attempt was first: abort the present one."""
+        if self.state is State.SENT:
+            self.wasted += 1
+        self._drop_connection()
+        self._release(Outcome.IGNORED, now)
+        self._forget_answer()
+
+    def adopt(self, routing: Routing, connection: BackendConnection | None, *, waiting: bool) -> None:
+        """Go on with the second attempt, as it is; `waiting`: for more of its answer."""
+        decision = routing.decision
+        assert type(decision) is Send
+        self.hedge = None
+        self.routing = routing
+        self._go_to(routing, decision)
+        if connection is None and waiting:
+            self._connect()
+            return
+        self._move(State.SENT)
+        self.connection = connection
 
     # Losing the backend
 
@@ -466,7 +547,7 @@ class Exchange(Relay):
             self._cut(error, message)
         elif error is not AttemptError.STALE_CONNECTION:
             self._attempt_failed(error, message)
-        elif self.runtime.now() - self.quiet_since < STALE_S:
+        elif self.runtime.now() - self.quiet_since < STALE_S and self._may_send_again:
             # No byte of an answer: the backend closed it as our request was on its way. Once, on a new one.
             self._connect_anew()
         else:  # it may have worked on it
@@ -480,6 +561,7 @@ class Exchange(Relay):
         assert lease is not None
         assert self.facts is not None
         now = runtime.now()
+        may_send_again = self._may_send_again
         self._drop_connection()
         meter, row = self.meter, self.row
         row.overhead_prompt_tokens += meter.prompt
@@ -495,18 +577,30 @@ class Exchange(Relay):
         if pause > 0 and name in runtime.fleet.backends:  # a reload may have removed it
             runtime.fleet.back_off(name, pause, now)
         runtime.observer.attempt_failed(name, error)
-        self.routings[-1].failure = message
+        routing = self.routing
+        assert routing is not None
+        routing.failure = message
         self.tried |= {name}
-        self.meter, self.reader, self.reply, self.parts_bytes = self._new_meter(), None, None, 0
-        if self.mode != RAW or self.endpoint != "forward":
-            self.mode = WHOLE
+        self._forget_answer()
+        if self.hedge is not None and self.hedge.lease is not None:
+            self.hedge.take_over()
+            return
+        if not may_send_again:
+            self._give_up(error, message)
+            return
         others = runtime.valve.rules.candidates(self.facts, runtime.fleet).without(self.tried).order
         if others and row.attempts < runtime.config.retries.attempts and runtime.retry_budget.withdraw(now):
-            routing = runtime.valve.retry(self.facts, self.routings[-1], self.tried, now)
+            routing = runtime.valve.retry(self.facts, routing, self.tried, now)
             if type(routing.decision) is Send:
                 self._routed(routing)
                 return
         self._give_up(error, message)
+
+    def _forget_answer(self) -> None:
+        """What the failed attempt has brought."""
+        self.meter, self.reader, self.reply, self.parts_bytes = self._new_meter(), None, None, 0
+        if self.mode != RAW or self.endpoint != "forward":
+            self.mode = WHOLE
 
     def _give_up(self, error: AttemptError | int, message: str) -> None:
         """No other backend: the backend's own error if it is well-formed, else ours."""
@@ -563,6 +657,8 @@ class Exchange(Relay):
             fields += b"x-tidegate-backend: %b\r\n" % row.backend.encode("ascii")
         if self.key is not None:
             fields += self.runtime.limits.headers(self.key, self.arrived)
+        if error.code == "idempotency_spent":
+            fields += b"x-should-retry: false\r\n"  # OpenAI's clients try again after any other 409
         self.client.write(
             error_answer(
                 error,
@@ -699,6 +795,8 @@ class Exchange(Relay):
         self._move(State.ENDED)
         runtime, row, meter = self.runtime, self.row, self.meter
         now = runtime.now()
+        if self.hedge is not None:
+            self.hedge.end()
         row.outcome = outcome
         row.status = status
         row.total_s = now - self.arrived
@@ -716,6 +814,9 @@ class Exchange(Relay):
         elif route.metering == INPUT and outcome == records.OK and self.facts is not None:
             row.prompt_tokens = self.facts.prompt_tokens
             row.usage_source = "estimated"
+        if self.wasted and self.facts is not None:
+            # Its engine has reported nothing. The prompt is the same, so this is the most it can have read.
+            row.overhead_prompt_tokens += self.wasted * (row.prompt_tokens or self.facts.prompt_tokens)
         if row.usage_source != "none":
             row.cost_nano, row.currency = runtime.prices.cost(
                 row.backend, row.served_model, row.prompt_tokens, row.cached_tokens, row.completion_tokens
@@ -726,6 +827,9 @@ class Exchange(Relay):
             )
         if self.body_read is not None and len(self.body_read.raw) >= PREFIX_BLOCK_BYTES:
             row.prefix = _prefix_hashes(self.body_read.raw, runtime.salt)
+        if self.claim is not None:
+            charged = outcome == records.OK or row.usage_source != "none"
+            runtime.idempotency.end(self.claim, charged, self.kept)
         runtime.exchanges.discard(self)
         if (
             row.attempts or row.code != "ledger_unavailable"

@@ -29,6 +29,10 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
     if record["why"]:
         yield f"  why: {record['why']}"
     yield f"  tenant {record['tenant']}, model {record['model']}, data class {record['data_class']}"
+    if record["hedge"]:
+        yield f"  its first token was late; a second attempt {record['hedge']}"
+    if overhead := record["overhead_prompt_tokens"] + record["overhead_completion_tokens"]:
+        yield f"  overhead: {overhead} tokens of attempts that failed or lost"
     for number, decision in enumerate(record["decisions"], 1):
         yield from _decision(number, decision)
     happened = record["happened"]

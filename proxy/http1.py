@@ -85,7 +85,7 @@ _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x0c\x0e-\x1f\x7f]|\r(?!\Z)")
 
 _FORBIDDEN_TRAILERS: Final = frozenset(
     b"host content-length transfer-encoding authorization connection te trailer upgrade expect cookie set-cookie "
-    b"content-encoding content-range x-api-key x-request-id x-session-id".split()
+    b"content-encoding content-range x-api-key x-request-id x-session-id idempotency-key".split()
 )
 _KNOWN_CODINGS: Final = frozenset((b"gzip", b"x-gzip", b"deflate", b"compress", b"x-compress", b"identity"))
 
@@ -123,6 +123,7 @@ class RequestHead:
     """Value of `Authorization`, or of `x-api-key`."""
     request_id: bytes = b""
     session: bytes = b""
+    idempotency_key: bytes = b""
     origin: bytes = b""
     """The web page that sends it, as browsers say; empty: none does."""
     content_encoding: bytes = b""
@@ -135,7 +136,7 @@ class RequestHead:
 NEVER_FORWARDED: Final = frozenset(
     b"host content-length transfer-encoding connection keep-alive proxy-connection proxy-authorization te trailer "
     b"upgrade expect authorization x-api-key x-request-id x-session-id content-encoding accept-encoding "
-    b"origin".split()
+    b"origin idempotency-key".split()
 )
 """Fields that frame the message, belong to one connection, or are ours to set or to judge."""
 
@@ -150,7 +151,7 @@ class RequestGrammar:
     FORWARDED: Final = ("accept", "content-type", "traceparent", "tracestate", "user-agent")
     _OWN: Final = (
         "host|content-length|transfer-encoding|connection|expect|authorization|x-api-key|x-request-id|"
-        "x-session-id|origin|content-encoding|content[_-]++length|transfer[_-]++encoding"
+        "x-session-id|origin|idempotency-key|content-encoding|content[_-]++length|transfer[_-]++encoding"
     )
 
     def __init__(
@@ -240,6 +241,10 @@ class RequestGrammar:
                 head.session = value.rstrip(b" \t")
             elif name == b"origin":
                 head.origin = value.rstrip(b" \t")
+            elif name == b"idempotency-key":
+                if head.idempotency_key:
+                    raise RequestError("malformed_request", "more than one Idempotency-Key field")
+                head.idempotency_key = value.rstrip(b" \t")
             elif name == b"expect":
                 if value.rstrip(b" \t").lower() != b"100-continue":
                     raise RequestError("expectation_failed", "only Expect: 100-continue is understood")

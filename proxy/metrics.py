@@ -86,6 +86,12 @@ class Metrics:
         for (backend_name, error), count in runtime.observer.failed_attempts.items():
             failed.add_metric([backend_name, error], count)
         yield failed
+        hedges = CounterMetricFamily(
+            "tidegate_hedges", "Second attempts for late first tokens: won, lost, failed.", labels=["outcome"]
+        )
+        for outcome, count in runtime.observer.hedges.items():
+            hedges.add_metric([outcome], count)
+        yield hedges
 
     def _process(self) -> Iterator[Metric]:
         runtime = self._runtime
@@ -108,6 +114,11 @@ class Metrics:
         )
         yield CounterMetricFamily(
             "tidegate_retries_refused", "Retries over the budget.", value=runtime.retry_budget.refused
+        )
+        yield CounterMetricFamily(
+            "tidegate_hedges_refused",
+            "Second attempts over the budget.",
+            value=runtime.hedging.refused if runtime.hedging is not None else 0,
         )
         yield CounterMetricFamily(
             "tidegate_log_lines_dropped",

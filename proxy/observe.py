@@ -100,6 +100,8 @@ class Observer:
         """By error code: requests that were answered without a backend."""
         self.failed_attempts: dict[tuple[str, str], int] = {}
         """By backend and kind of failure."""
+        self.hedges: dict[str, int] = {}
+        """Second attempts for late first tokens, by what became of them."""
         self.queue = Histogram(SECONDS)
         self.overhead = Histogram(OVERHEAD_SECONDS)
         self.spilled: dict[str, int] = {}
@@ -131,7 +133,8 @@ class Observer:
                     series.tpot.observe((row.total_s - row.ttft_s) / (row.completion_tokens - 1))
             self.overhead.observe(row.overhead_s)
             # inf: none of that tier's backends was available, so it was down and not full.
-            if any(saturation != inf for saturation in exchange.routings[-1].passed):
+            routing = exchange.routing
+            if routing is not None and any(saturation != inf for saturation in routing.passed):
                 self.spilled[backend] = self.spilled.get(backend, 0) + 1
         if row.code:
             self.refusals[row.code] = self.refusals.get(row.code, 0) + 1
@@ -253,6 +256,9 @@ class Record:
             "backend": row.backend,
             "site": row.site,
             "attempts": row.attempts,
+            "hedge": row.hedge,
+            "overhead_prompt_tokens": row.overhead_prompt_tokens,
+            "overhead_completion_tokens": row.overhead_completion_tokens,
             "decisions": decisions,
             "forecast": {"ttft_s": forecast, "completion_tokens": row.expected_tokens},
             "happened": {

@@ -105,6 +105,8 @@ class Row:
     """Nano-units (1e-9) of `currency`."""
     currency: str = ""
     """Empty: no price was known, the cost is 0 and nobody invented it."""
+    hedge: str = ""
+    """What became of a second attempt for a late first token: `won at NAME`, `lost at NAME`, `failed at NAME`."""
 
 
 COLUMNS = (
@@ -150,6 +152,7 @@ DETAIL = (
     "body_bytes",
     "queue_s",
     "overhead_s",
+    "hedge",
 )
 """The rest: elements of the JSON array in the column `detail`."""
 
@@ -300,6 +303,7 @@ def _detail(row: Row) -> tuple[Any, ...]:
         row.body_bytes,
         (row.queue_s * 1e6 + INTEGER - INTEGER) / 1e6,
         (row.overhead_s * 1e6 + INTEGER - INTEGER) / 1e6,
+        row.hedge,
     )
 
 

@@ -22,12 +22,13 @@ from proxy.dialects import translated
 from proxy.endpoints import BY_NAME, RESPONSE_ID, RUNNING
 from proxy.errors import REASON_PHRASES
 from proxy.http1 import LAST_CHUNK, RequestHead, ResponseHead, chunk
+from proxy.idempotency import Claim
 from proxy.meter import ABORTED, Meter
 from proxy.meters import ResponsesMeter, new_meter
 from proxy.openai import RequestBody
 from proxy.records import Row
 from proxy.responses import StoredResponse
-from proxy.sse import MAX_EVENT_BYTES, EventReader
+from proxy.sse import MAX_EVENT_BYTES, Event, EventReader
 from proxy.upstream import BackendConnection, Receiver
 
 if TYPE_CHECKING:
@@ -41,7 +42,12 @@ UNTIL_CLOSE_BYTES: Final = 8 * 1024 * 1024
 """The same for an answer that only its connection's end delimits: it has to be parsed to know that it is whole."""
 
 _NO_DATA: Final = (None, b"", b"[DONE]")
-"""Events that commit nothing at the beginning of a stream: heartbeats, and an end of what never began."""
+
+
+def commits_nothing(event: Event) -> bool:
+    """Whether an event at the beginning of a stream is no data: a heartbeat, or an end of what never began."""
+    return event.data in _NO_DATA and len(event.raw) <= MAX_EVENT_BYTES
+
 
 EVENTS: Final = 0
 WHOLE: Final = 1
@@ -87,6 +93,10 @@ class Relay(Receiver):
     committed = False
     include_usage = False
     every_event = False
+    claim: Claim | None = None
+    """Of the client's `Idempotency-Key`."""
+    kept: tuple[int, bytes, bytes] | None = None
+    """The answer, for who comes with that key again."""
     alive = False
     """A token has come since the last sweep, or a piece of another answer."""
 
@@ -182,7 +192,7 @@ class Relay(Receiver):
                     done = True  # nothing may follow `[DONE]` or an error
                     break
                 if not started:
-                    if event.data in _NO_DATA and len(event.raw) <= MAX_EVENT_BYTES:
+                    if commits_nothing(event):
                         continue
                     if withholds and meter.withholds(event):
                         continue
@@ -344,6 +354,8 @@ class Relay(Receiver):
             self.meter.body(body)
         else:
             body = translated(self.route.dialect, status, body)
+        if self.claim is not None:
+            self.kept = (status, reply.fields, body)
         head = self._commit(b"content-length: %b\r\n" % str(len(body)).encode())
         self.client.write(head + body)
         self._release(outcome_of(status))

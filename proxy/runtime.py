@@ -15,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 import orjson
 
 from policies.base import Outcome, RequestFacts
+from policies.hedging import Hedging
 from policies.retries import RetryBudget
 from policies.state import Fleet
 from policies.valve import Valve
@@ -23,9 +24,11 @@ from proxy.access.limits import AuthFailures, Limits
 from proxy.answers import answer
 from proxy.build import Built
 from proxy.client_address import TrustedProxies
+from proxy.config import HedgingConfig
 from proxy.endpoints import BY_PATH, TABLE, Route, find
 from proxy.errors import RequestError
 from proxy.http1 import HeadLimits, RequestGrammar, RequestHead, chunk
+from proxy.idempotency import IdempotencyKeys
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.observe import Observer
@@ -118,6 +121,7 @@ class Runtime:
         self.forward_model = forward_model
         self.instance = journal.instance
         self.operation_ids = OperationIds()
+        self.idempotency = IdempotencyKeys()
         self.auth_failures = AuthFailures()
         self.tasks = Tasks()
         self.clients: set[ClientConnection] = set()
@@ -139,6 +143,9 @@ class Runtime:
         self.retry_budget = RetryBudget(retries.ratio, retries.per_second)
         self.responses = StoredResponses()
         self._writing_responses = False
+        self.hedging: Hedging | None = None
+        self._hedging_as: object = None
+        """The configuration that it was made of."""
         self._polling = False
         self._poll_again = False
         self._wake: asyncio.TimerHandle | None = None
@@ -162,6 +169,9 @@ class Runtime:
         self._dangling: set[str] = set()
         """Aliases of models that nobody serves, as far as the log has them."""
         self.strict = config.durability == "strict"
+        if config.hedging != self._hedging_as:
+            self._hedging_as = config.hedging
+            self.hedging = self._new_hedging(config.hedging)
         limits = config.limits
         # What every request asks for: an attribute of a pydantic model costs fifty times as much as one of ours.
         timeouts = config.timeouts
@@ -188,6 +198,12 @@ class Runtime:
         self.grammar = RequestGrammar(
             HeadLimits(limits.head, limits.target, limits.fields), tuple(config.forward_headers), addresses
         )
+
+    def _new_hedging(self, config: HedgingConfig) -> Hedging | None:
+        """None: it is off."""
+        if config.after == "off":
+            return None
+        return Hedging(None if isinstance(config.after, str) else config.after, config.ratio)
 
     # What a head alone decides
 

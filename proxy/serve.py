@@ -41,7 +41,6 @@ from proxy.changes import changes
 from proxy.config import Config, is_policy_file, load_config, override
 from proxy.config_values import is_metadata, time_zone
 from proxy.database import open_database
-from proxy.exchange import OUR_SHORTAGE
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.listen import Ports, ProxiedServer, address_of, open_admin, open_listener
@@ -52,6 +51,7 @@ from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
 from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
+from proxy.upstream import OUR_SHORTAGE
 from proxy.watched import WatchedFiles
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ KEYS_S = 0.5
 """How often the keys are looked at: a revoked one is refused within this time."""
 FLUSH_S = 1.0
 """At least so long, when the proxy stops, clients may take to read the ends of their answers."""
+IDEMPOTENCY_FILE = "idempotency.jsonl"
 OWN_FILES = 100
 """Open files besides those of clients and backends: journal, ledger, log, probes, admin port."""
 NEXT_START = (
@@ -149,6 +150,7 @@ class Service:
         if self._record is not None:
             cast("RecordedRuntime", runtime).record(self._record, self._seed)
         runtime.responses = StoredResponses(config.state / "responses.jsonl")
+        runtime.idempotency.open(config.state / IDEMPOTENCY_FILE, runtime.tasks, runtime.wall())
         runtime.most_clients = _most_clients(config.limits.connections)
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
@@ -265,6 +267,7 @@ class Service:
             await self._prober.close()
         await runtime.tasks.cancel_all()
         await self._resolver.close()
+        await asyncio.to_thread(runtime.idempotency.close)
         for client in list(runtime.clients):
             client.abort()
         for endpoint in runtime.endpoints.values():

@@ -8,6 +8,7 @@ arrive while nobody asked anything are a reason to close it too.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 import ssl
@@ -31,6 +32,11 @@ from proxy.http1 import (
 from proxy.pool import Pool
 
 log = logging.getLogger("tidegate")
+
+OUR_SHORTAGE: Final = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
+)
+"""Why no connection can be had that says nothing about a backend."""
 
 MAX_INFORMATIONAL: Final = 16
 """1xx responses in front of one reply; more is a flood."""
@@ -116,6 +122,12 @@ class BackendConnection:
     def closed(self) -> bool:
         """Whether nothing can be sent on it any more."""
         return self._state == _CLOSED
+
+    def hand_over(self, receiver: Receiver) -> None:
+        """Somebody else hears of the rest of the reply; for its present receiver to call, from `body`, or from
+        outside."""
+        assert self._receiver is not None
+        self._receiver = receiver
 
     def pause(self) -> None:
         """Stop reading: the client is slow."""

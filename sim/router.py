@@ -5,7 +5,7 @@ The fleet, the valve, the policies, the breakers and the retry budget are the ob
 What the proxy does around them at each point of a request's life stands here once more, without sockets:
 whoever inherits from `Router` sends requests somewhere and tells what became of them (`sim/cluster.py` to
 simulated engines, `sim/replay.py` as a log says). Times are seconds, monotonic, as everywhere in
-`policies/`.
+`policies/`. Hedging is left out: a simulated request is on one backend at a time.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "timeouts": config.Timeouts,
     "limits": config.LimitsConfig,
     "retries": config.Retries,
+    "hedging": config.HedgingConfig,
     "probing": config.Probing,
     "health": config.HealthConfig,
 }

@@ -21,6 +21,9 @@ from proxy.runtime import Runtime
 
 _WHY: Final[dict[str, str]] = {
     "model_not_allowed": "the key does not list this model",
+    "idempotency_running": "the first request with its Idempotency-Key was still running",
+    "idempotency_spent": "a request with its Idempotency-Key had been done, and its answer is not kept",
+    "idempotency_mismatch": "its Idempotency-Key had been sent with another request",
     "model_not_found": "no backend that the rule allows serves this model",
     "data_class": "no site that serves this model accepts the request's data class",
     "context_length": "it is longer than the context of every backend that could serve it",
@@ -44,11 +47,12 @@ _WHY: Final[dict[str, str]] = {
 def explanation(runtime: Runtime, record: Record) -> dict[str, Any]:
     """What `GET /explain/{id}` answers."""
     shown = record.explain()
-    tried: set[str] = set()
+    tried: dict[str, str] = {}
     for routing, decision in zip(record.routings, shown["decisions"], strict=True):
         decision["tiers"] = list(_tiers(runtime, routing))
         decision["others"] = dict(_others(runtime, routing, tried))
-        tried.add(decision["backend"])
+        if decision["backend"]:
+            tried[decision["backend"]] = "had failed before" if routing.failure else "was at it already"
     return {**shown, "why": why(runtime, record.row, record.routings)}
 
 
@@ -123,7 +127,7 @@ def _tier_of(runtime: Runtime, routing: Routing) -> Mapping[str, int]:
 # Backends that might have served it
 
 
-def _others(runtime: Runtime, routing: Routing, tried: set[str]) -> Iterator[tuple[str, str]]:
+def _others(runtime: Runtime, routing: Routing, tried: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Backends that may serve the request and were no candidates, with the reason in words."""
     if routing.decided_by in ("fallback", "queue"):
         return  # nobody was compared
@@ -133,7 +137,7 @@ def _others(runtime: Runtime, routing: Routing, tried: set[str]) -> Iterator[tup
         if name in candidates:
             continue
         if name in tried:
-            yield name, "had failed before"
+            yield name, tried[name]
         elif tier > routing.tier >= 0 and not everybody_available:
             yield name, "of a later tier"
         elif routing.waits and tier in routing.waits:

@@ -22,6 +22,7 @@ from proxy.access.limits import Limits
 from proxy.build import build
 from proxy.config import Config
 from proxy.exchange import Exchange, State
+from proxy.hedge import Hedge
 from proxy.http1 import RequestHead
 from proxy.journal import Journal
 from proxy.ledger import Ledger
@@ -494,11 +495,13 @@ class World:
         keep_alive: bool = True,
         method: bytes = b"POST",
         target: bytes = b"/v1/chat/completions",
+        idempotency_key: bytes = b"",
         **fields: Any,
     ) -> Exchange:
         """A request arrives."""
         document = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream, **fields}
         head = RequestHead(method, target, version, keep_alive=keep_alive)
+        head.idempotency_key = idempotency_key
         exchange = Exchange(self.runtime, FakeClient(), head, endpoint, self.key, self.loop.now)
         self.all.append(exchange)
         exchange.start(orjson.dumps(document) if raw is None else raw)
@@ -556,9 +559,11 @@ class World:
         """The books balance at every moment."""
         running = [exchange for exchange in self.all if exchange.state is not State.ENDED]
         for name in self.endpoints:
-            leased = [e for e in running if e.lease is not None and e.lease.backend.name == name]
+            second = [e.hedge for e in running if e.hedge is not None]
+            leases = [e.lease for e in [*running, *second] if e.lease is not None]
+            leased = [lease for lease in leases if lease.backend.name == name]
             assert self.backend(name).in_flight == len(leased)
-            assert self.backend(name).in_flight_tokens == sum(e.lease.tokens for e in leased if e.lease)
+            assert self.backend(name).in_flight_tokens == sum(lease.tokens for lease in leased)
         closed = [row.op for row in self.journal.closed]
         assert len(set(closed)) == len(closed)
         ended = [e for e in self.all if e.state is State.ENDED]
@@ -585,6 +590,11 @@ class World:
             assert exchange.lease is None
             assert exchange.connection is None
             assert exchange.connecting is None
+            if exchange.hedge is not None:
+                assert exchange.hedge.lease is None
+                assert exchange.hedge.connection is None
+                assert exchange.hedge.connecting is None
+                assert exchange.hedge.timer is None
             assert (exchange.row in self.journal.closed) == is_recorded(exchange)
             assert exchange.row.outcome != "ok" or 200 <= read.status < 300
             if exchange.client.ended != "abort":
@@ -610,10 +620,10 @@ class World:
     def _target(task: FakeTask) -> str:
         assert isinstance(task.coroutine, CoroutineType)
         assert task.coroutine.cr_frame is not None
-        exchange = task.coroutine.cr_frame.f_locals["self"]
-        assert isinstance(exchange, Exchange)
-        assert exchange.target is not None
-        return exchange.target.name
+        attempt = task.coroutine.cr_frame.f_locals["self"]
+        assert isinstance(attempt, Exchange | Hedge)
+        assert attempt.target is not None
+        return attempt.target.name
 
     @staticmethod
     def _resolve(task: FakeTask, error: Exception | None) -> None:

@@ -543,6 +543,70 @@ def test_a_retry_that_has_nowhere_to_go_costs_nothing() -> None:
     assert world.runtime.retry_budget.balance(world.loop.now) == before
 
 
+def fails_unsent(world: World, exchange: Exchange) -> None:
+    world.refuses("a")
+
+
+def fails_at_once(world: World, exchange: Exchange) -> None:
+    world.endpoints["a"].next_is_dead = True
+    world.connects("a")
+
+
+def fails_silently(world: World, exchange: Exchange) -> None:
+    close(world.answers(exchange, "a"))
+
+
+def fails_with_500(world: World, exchange: Exchange) -> None:
+    world.answers(exchange, "a").data_received(whole(500, b"{}"))
+
+
+def is_late(world: World, exchange: Exchange) -> None:
+    world.answers(exchange, "a")
+    world.wait(121.0)
+
+
+@pytest.mark.parametrize(
+    ("fails", "unsent"),
+    [
+        (fails_unsent, True),
+        (fails_at_once, True),
+        (fails_silently, False),
+        (fails_with_500, False),
+        (is_late, False),
+    ],
+)
+def test_what_is_not_declared_idempotent_is_sent_to_one_backend_only(fails: Any, unsent: bool) -> None:
+    for idempotent in (True, False):
+        world = World("a", "b", retries={"idempotent": idempotent})
+        exchange = world.start()
+        fails(world, exchange)
+        assert (world.dialled() == ["b"]) == (idempotent or unsent)
+        if world.dialled():
+            world.answers(exchange, "b")
+            end_well(world, exchange)
+        assert exchange.row.outcome == ("ok" if idempotent or unsent else "backend_failed")
+        world.check()
+
+
+def test_what_is_not_declared_idempotent_is_not_sent_again_on_a_new_connection() -> None:
+    world = World("a", "b", retries={"idempotent": False})
+    first = world.start()
+    world.connects("a")
+    end_well(world, first)
+    second = world.start()
+    close(world.endpoints["a"].connections[0])
+    assert (read(second).status, read(second).error["code"]) == (502, "backend_reset")
+    assert world.dialled() == []
+    world.check()
+
+
+def test_counting_tokens_is_idempotent_whatever_is_declared() -> None:
+    world = World("a", "b", retries={"idempotent": False})
+    exchange = world.start(endpoint="tokenize", stream=False)
+    close(world.answers(exchange, "a"))
+    assert world.dialled() == ["b"]
+
+
 def test_every_request_earns_a_share_of_a_retry() -> None:
     world = World("a", "b", retries={"ratio": 0.5, "per_second": 0})
     first = world.start()

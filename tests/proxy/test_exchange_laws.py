@@ -70,14 +70,20 @@ class ExchangeMachine(RuleBasedStateMachine):
         """Completion tokens, summed over the answers of backends."""
         self.answering: dict[BackendConnection, Answering] = {}
 
-    @initialize(strict=st.booleans(), attempts=st.integers(1, 3))
-    def begin(self, strict: bool, attempts: int) -> None:
+    @initialize(
+        strict=st.booleans(),
+        attempts=st.integers(1, 3),
+        idempotent=st.booleans(),
+        hedge=st.sampled_from(["off", "200ms", "1s"]),
+    )
+    def begin(self, strict: bool, attempts: int, idempotent: bool, hedge: str) -> None:
         self.world = World(
             *NAMES,
             slots=2,
             key=Key("k", "acme", rpm=1000, tpm=10**6, concurrency=1000, budget_nano=10**12),
             durability="strict" if strict else "normal",
-            retries={"attempts": attempts},
+            retries={"attempts": attempts, "idempotent": idempotent or hedge != "off"},
+            hedging={"after": hedge, "ratio": 1.0},
             timeouts={"first_token": 20, "between_tokens": 10, "total": 60, "client_write": 15},
         )
 
@@ -91,7 +97,8 @@ class ExchangeMachine(RuleBasedStateMachine):
 
     def waiting(self) -> list[BackendConnection]:
         """Connections whose answer is not complete."""
-        return [e.connection for e in self.world.all if e.connection is not None]
+        second = [e.hedge for e in self.world.all if e.hedge is not None]
+        return [e.connection for e in [*self.world.all, *second] if e.connection is not None]
 
     # The client
 
@@ -108,7 +115,7 @@ class ExchangeMachine(RuleBasedStateMachine):
         exchange = self.world.start(stream=stream, version=version, keep_alive=keep_alive, **options)
         if far:
             self.world.syncs()
-            if exchange.state is State.CONNECTING and exchange.target is not None:
+            if exchange.state is State.CONNECTING and exchange.connecting is not None:
                 while exchange.state is State.CONNECTING:
                     self.world.connects(exchange.target.name)
         connection = exchange.connection
