@@ -141,10 +141,14 @@ def slots_of(section: BackendConfig) -> int | None:
     capacity = read_profile(text, str(file)).capacity
     if capacity is not None and capacity.users:
         return capacity.users
-    why = "does not say how many users an SLA allows" if capacity is None else "serves nobody inside its SLA"
+    why = (
+        "does not say how many users an SLA allows: give `slots`, or measure with one (`tidegate bench --profile` "
+        "with --ttft, --tpot or --tokens-per-s; `tidegate calibrate` keeps it from files of `bench --json`)"
+        if capacity is None
+        else "serves nobody inside its SLA: give `slots`, or measure again with another SLA (`bench --profile`)"
+    )
     raise BadValueError(
-        f"backend {section.name}: {file} {why}: give `slots`, or measure again with another SLA "
-        "(`tidegate bench --profile`)",
+        f"backend {section.name}: {file} {why}",
         at=("profile",),
     )
 

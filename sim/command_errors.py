@@ -13,7 +13,7 @@ def fail(message: str, status: int = 2) -> NoReturn:
     raise typer.Exit(status)
 
 
-def in_words(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """What is wrong, as in `plan.yaml: no such file or directory`."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"

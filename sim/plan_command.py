@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from sim.command_errors import fail, in_words
+from sim.command_errors import error_text, fail
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,7 +82,7 @@ def plan(
     except DemandError as error:
         fail(f"{_OPTIONS.get(error.field) or '--' + error.field.replace('_', '-')} {error.message}")
     except (ValueError, OSError, FileProblems) as error:
-        fail(in_words(error))
+        fail(error_text(error))
     if not any(model.lower() in one.model.lower() for one in profiles):
         models = ", ".join(sorted({one.model for one in profiles}))
         fail(f"no profile is of a model like {model!r}; there are {models}")

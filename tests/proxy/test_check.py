@@ -119,7 +119,7 @@ def test_slots_are_those_of_a_profile_unless_they_are_given(folder: Path) -> Non
         (b"\xff", "a.yaml: not UTF-8 text"),
         (
             PROFILE.encode(),
-            "a.yaml does not say how many users an SLA allows: give `slots`, or measure again",
+            "a.yaml does not say how many users an SLA allows: give `slots`, or measure with one",
         ),
         (
             (PROFILE + CAPACITY.replace("17", "0")).encode(),
