@@ -185,6 +185,13 @@ def _csv(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]
         raise TimingsError(Problem(name, max(reader.line_num, 1), "", f"is not CSV: {error}")) from error
 
 
+def _json_problem(error: ValueError) -> str:
+    """Without the line of its own, which is ever the first."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON: {error.msg[:1].lower()}{error.msg[1:]}, at character {error.colno}"
+    return f"is not JSON: {error}"
+
+
 def _json_lines(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, text in enumerate(lines, 1):
         if not text.strip():
@@ -192,7 +199,7 @@ def _json_lines(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise TimingsError(Problem(name, line, "", f"is not JSON: {error}")) from error
+            raise TimingsError(Problem(name, line, "", _json_problem(error))) from error
         if not isinstance(values, dict):
             raise TimingsError(Problem(name, line, "", "is not a JSON object"))
         yield line, values

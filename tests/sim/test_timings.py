@@ -119,7 +119,7 @@ def test_lines_of_a_csv_count_its_header(tmp_path: Path) -> None:
     [
         ("a.jsonl", b"", "line 1: the file has no rows"),
         ("a.csv", b"concurrency\n", "line 1: the file has no rows"),
-        ("a.jsonl", b"\n{}x\n", "line 2: is not JSON"),
+        ("a.jsonl", b"\n{}x\n", "line 2: is not JSON: extra data, at character 3"),
         ("a.jsonl", b"[1]\n", "line 1: is not a JSON object"),
         ("a.csv", b'queued_ts\n"1\n', "is not CSV"),
         ("a.jsonl", b"\xff", "line 1: is not UTF-8 text"),
