@@ -244,7 +244,7 @@ def _read(files: Sequence[Path]) -> tuple[list[Timing] | list[Level], dict[str, 
     """-> requests, or the levels of all files; and the reports among these, by file. Raises OSError, ValueError."""
     from sim.measure.fit import to_sweep
     from sim.measure.saved import is_report, read_report
-    from sim.timings import Level, Timing, read_measured
+    from sim.timings import Level, Timing, looks_like_milliseconds, read_measured
 
     levels: list[Level] = []
     reports: dict[str, Report] = {}
@@ -259,6 +259,8 @@ def _read(files: Sequence[Path]) -> tuple[list[Timing] | list[Level], dict[str, 
             levels += found
             continue
         rows = read_measured(file)
+        if doubt := looks_like_milliseconds(rows):
+            typer.echo(f"{file}: {doubt}", err=True)
         timings = [row for row in rows if isinstance(row, Timing)]
         if timings and len(files) > 1:
             raise ValueError(

@@ -153,6 +153,15 @@ def test_limits_that_nobody_knows_are_said_to_be_defaults(tmp_path: Path) -> Non
     assert "max_num_seqs: as given" in limits.source.text
 
 
+def test_milliseconds_are_asked_about(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.csv"
+    lines = "".join(f"{users},50,20,100,20,16\n" for users in (2, 4, 8))
+    file.write_text(f"concurrency,prompt_tokens,output_tokens,ttft_s,tpot_s,requests\n{lines}")
+    done = run(file, *QUICK)
+    assert done.exit_code == 0
+    assert f"{file}: the level of 2 users has 20 s for each token: are these milliseconds?" in done.stderr
+
+
 def refusal(*words: str | Path) -> str:
     done = run(*words, *QUICK)
     assert done.exit_code == 2, done.output
