@@ -137,6 +137,15 @@ def test_a_profile_that_says_no_slots_is_a_mistake(folder: Path, profile: bytes 
     assert said in found.stderr
 
 
+def test_a_profile_is_a_file_and_its_path_is_plain(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("slots: 24", "profile: h20-8-32b"))
+    found = check()
+    assert found.exit_code == 1
+    assert f"{folder}/h20-8-32b: no such file or directory; here a profile is a file" in found.stderr
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("slots: 24", "profile: sub/../a.yaml"))
+    assert f"{folder}/a.yaml: no such file or directory" in check().stderr
+
+
 def test_no_password_is_read_back(folder: Path) -> None:
     (folder / "tidegate.yaml").write_text(CONFIG + "database: postgresql://tide:s3cret@db/ledger\n")
     text = check().stdout
