@@ -46,6 +46,15 @@ def flag(document: dict[str, Any], name: str) -> bool:
     return bool(value)
 
 
+def session(document: dict[str, Any]) -> str:
+    """By which field of OpenAI's APIs requests belong together; empty: by none."""
+    for name in ("prompt_cache_key", "user"):
+        value = document.get(name)
+        if type(value) is str and value:
+            return value[:LONGEST_SESSION]
+    return ""
+
+
 def _read_responses(body: RequestBody, document: dict[str, Any]) -> None:
     given = document.get("input")
     if given is None:
@@ -61,11 +70,7 @@ def _read_responses(body: RequestBody, document: dict[str, Any]) -> None:
                 "invalid_value", "previous_response_id must be the id of a response", "previous_response_id"
             )
         body.previous_response = previous
-    for name in ("prompt_cache_key", "user"):
-        value = document.get(name)
-        if type(value) is str and value:
-            body.session = value[:LONGEST_SESSION]
-            break
+    body.session = session(document)
     # With it a client could take the name of somebody else's response.
     body.must_rewrite = "request_id" in document
     _refuse_servers(document.get("tools"))

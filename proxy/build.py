@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import shlex
 import ssl
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from policies.health import Health
 from policies.profile import read_profile
 from policies.state import NOT_ASKED, Backend
 from policies.units import BadValueError
-from policies.yamlfile import FileProblems
+from policies.yamlfile import FileProblems, parse_yaml
 from probes.base import Target, Timing
 from probes.host import HostTarget
 from probes.resolver import Resolver
@@ -84,21 +85,26 @@ def build(
     seed: int,
     before: Built | None = None,
     resolver: Resolver | None = None,
+    path: Path | None = None,
 ) -> Built:
-    """Make everything, or raise ConfigError and leave all as it was.
+    """Make everything, or raise ConfigError and leave all as it was. `path`: of the configuration, for messages.
 
     Without a `resolver` the system is asked for each connection.
 
     With `before`, a backend at the same address keeps its counts, averages and connections.
     """
+    at: tuple[str | int, ...] = ()
+    """What is being read, in the configuration."""
     try:
         certificates = load_certificates(config.tls)
         backends, configured, endpoints, targets, changes = [], [], {}, [], []
-        for section in config.backends:
+        for number, section in enumerate(config.backends):
+            at = ("backends", number)
             site = config.sites.get(section.site) or SiteConfig()
             key, slots = backend_key(section), slots_of(section)
             # First, so that what changes between the two is seen by the next reload.
             tls_files = _tls_files(section.tls)
+            at = ("backends", number, "tls")
             tls = tls_context(section)
             fresh = _backend(section, site, slots)
             configured.append(fresh)
@@ -110,12 +116,15 @@ def build(
                 changes.append((old, fresh, section, slots))
             endpoints[section.name] = _endpoint(section, key, tls, tls_files, config, loop, resolver)
             targets.append(_target(section, slots, key, tls))
+        at = ()
         prices = _prices(config)
         # The present backends still stand where the old configuration had them.
         policy = load_policy(config, configured, seed)
         if before is not None and before.policy.text_hash == policy.text_hash:
             policy = replace(policy, rules=before.policy.rules)  # spill flags, turns and bookings go on
-    except (BadValueError, ValueError, OSError, FileProblems) as error:
+    except BadValueError as error:
+        raise ConfigError(_placed(error, (*at, *error.at), path)) from None
+    except (ValueError, OSError, FileProblems) as error:
         raise ConfigError(str(error)) from None
     slots_before = {} if before is None else {target.name: target.slots for target in before.targets}
     for old, fresh, section, slots in changes:
@@ -123,6 +132,17 @@ def build(
     return Built(
         config, backends, endpoints, targets, prices, policy, health(config), hosts_of(config), certificates
     )
+
+
+def _placed(error: BadValueError, at: tuple[str | int, ...], path: Path | None) -> str:
+    """What is wrong, with line and column if that can be: the file may have changed since it was read."""
+    if path is None or not at:
+        return str(error)
+    try:
+        document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, ValueError, FileProblems):
+        return str(error)
+    return str(document.failed([document.problem(at, error.message)]))
 
 
 def make_backends(config: Config) -> list[Backend]:
@@ -139,20 +159,31 @@ def slots_of(section: BackendConfig) -> int | None:
     """
     if section.slots != "auto":
         return section.slots
-    file = section.profile
-    if file is None:
+    profile = section.profile
+    if profile is None:
         return None
+    file = Path(os.path.normpath(profile))  # without the `..` of a path beside the configuration
+    if not profile.exists() and file.suffix not in (".yaml", ".yml"):
+        raise BadValueError(
+            f"backend {section.name}: {file}: no such file or directory; here a profile is a file, as "
+            "`tidegate bench --profile` writes it, and no name as for `tidegate plan`",
+            at=("profile",),
+        )
     try:
-        text = _with_file(section, "profile", file, lambda: file.read_text("utf-8"))
+        text = _with_file(section, "profile", file, lambda: profile.read_text("utf-8"))
     except UnicodeDecodeError:
         raise BadValueError(f"backend {section.name}: {file}: not UTF-8 text", at=("profile",)) from None
     capacity = read_profile(text, str(file)).capacity
     if capacity is not None and capacity.users:
         return capacity.users
-    why = "does not say how many users an SLA allows" if capacity is None else "serves nobody inside its SLA"
+    why = (
+        "does not say how many users an SLA allows: give `slots`, or measure with one (`tidegate bench --profile` "
+        "with --ttft, --tpot or --tokens-per-s; `tidegate calibrate` keeps it from files of `bench --json`)"
+        if capacity is None
+        else "serves nobody inside its SLA: give `slots`, or measure again with another SLA (`bench --profile`)"
+    )
     raise BadValueError(
-        f"backend {section.name}: {file} {why}: give `slots`, or measure again with another SLA "
-        "(`tidegate bench --profile`)",
+        f"backend {section.name}: {file} {why}",
         at=("profile",),
     )
 

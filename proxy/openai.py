@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import orjson
 
-from proxy.bodies import MEDIA_FIELDS, count, read_other
+from proxy.bodies import MEDIA_FIELDS, count, read_other, session
 from proxy.endpoints import ANY_BODY, BY_NAME, CHAT_BODY, PROMPT_BODY
 from proxy.errors import RequestError
 from proxy.meter import BYTES_PER_TOKEN
@@ -239,11 +239,7 @@ def _read_generation(body: RequestBody, document: dict[str, Any]) -> None:
         several = max(count(document, "n", 1, MOST_CHOICES), count(document, "best_of", 1, MOST_CHOICES))
         body.choices = body.prompts * several
         body.max_tokens = count(document, "max_completion_tokens", 0) or count(document, "max_tokens", 0)
-    for name in ("prompt_cache_key", "user"):
-        value = document.get(name)
-        if type(value) is str and value:
-            body.session = value[:256]
-            break
+    body.session = session(document)
 
 
 _COUNTS: Final = frozenset(("n", "best_of", "max_tokens", "max_completion_tokens"))

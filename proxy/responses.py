@@ -5,7 +5,8 @@ the response, since no other has it; and only its own tenant may name it. The la
 ones are forgotten, as if they had never been.
 
 A file of JSON lines in the state directory keeps them over a restart. A thread adds to its end a few times a
-second, and a start writes it anew. What a crash takes are the ids of the last moment: those are not found any more.
+second, and writes it anew, as a start does, when most of it is about forgotten ones. What a crash takes are the
+ids of the last moment: those are not found any more.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import orjson
 log = logging.getLogger("tidegate")
 
 MOST_RESPONSES: Final = 100_000
-"""About 30 MB in memory, and as much on the disk."""
+"""About 30 MB in memory, and twice as much on the disk."""
 
 
 @dataclass(slots=True)
@@ -46,8 +47,11 @@ class StoredResponses:
         self._known: dict[str, StoredResponse] = {}
         self._unwritten: list[bytes] = []
         self._failed = False
+        self._lines = 0
+        """In the file."""
         if path is not None:
-            self._read(path)
+            self._known = _read(path, most)
+            self._write_anew(path, self._known)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -89,45 +93,61 @@ class StoredResponses:
 
     def write(self, lines: bytes) -> None:
         """Write to the end of the file. May run in a thread. What fails is said once and costs no request."""
-        if self._path is None or not lines:
+        path = self._path
+        if path is None or not lines:
             return
+        if self._failed:
+            lines = b"\n" + lines  # the last line may be cut
         try:
-            # Opened each time: another process may have written the file anew.
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(descriptor, lines)
-            finally:
-                os.close(descriptor)
+            # Opened each time: it may have been written anew.
+            with open(path, "ab", opener=_private) as file:
+                file.write(lines)
+            self._lines += lines.count(b"\n")
+            if self._lines > 2 * self._most:
+                self._write_anew(path, _read(path, self._most))
             self._failed = False
         except OSError as error:
             if not self._failed:
                 self._failed = True
                 log.error("stored responses will not be found after a restart: %s", error)
 
+    def _write_anew(self, path: Path, known: dict[str, StoredResponse]) -> None:
+        """Only what is known. Raises OSError."""
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb", opener=_private) as file:
+            file.writelines(_line(name, stored) + b"\n" for name, stored in known.items())
+        temporary.replace(path)
+        self._lines = len(known)
+
     def _note(self, name: str, stored: StoredResponse) -> None:
         if self._path is not None:
-            fields = [name, stored.backend, stored.tenant, stored.model, stored.metered]
-            self._unwritten.append(orjson.dumps(fields))
+            self._unwritten.append(_line(name, stored))
 
-    def _read(self, path: Path) -> None:
+
+def _line(name: str, stored: StoredResponse) -> bytes:
+    return orjson.dumps([name, stored.backend, stored.tenant, stored.model, stored.metered])
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def _read(path: Path, most: int) -> dict[str, StoredResponse]:
+    """The last `most` of a file, by id. Raises OSError."""
+    known: dict[str, StoredResponse] = {}
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return known
+    for line in lines:
         try:
-            lines = path.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return
-        for line in lines:
-            try:
-                match orjson.loads(line):
-                    case [str(name)]:
-                        self._known.pop(name, None)
-                    case [str(name), str(backend), str(tenant), str(model), bool(metered)]:
-                        self._known[name] = StoredResponse(backend, tenant, model, metered)
-            except orjson.JSONDecodeError:
-                continue  # the end of a line that a crash has cut, or nothing
-        for name in list(self._known)[: max(len(self._known) - self._most, 0)]:
-            del self._known[name]
-        for name, stored in self._known.items():
-            self._note(name, stored)
-        temporary = path.with_suffix(".tmp")
-        temporary.touch(mode=0o600)
-        temporary.write_bytes(self.take_unwritten())
-        temporary.replace(path)
+            match orjson.loads(line):
+                case [str(name)]:
+                    known.pop(name, None)
+                case [str(name), str(backend), str(tenant), str(model), bool(metered)]:
+                    known[name] = StoredResponse(backend, tenant, model, metered)
+        except orjson.JSONDecodeError:
+            continue  # the end of a line that a crash has cut, or nothing
+    for name in list(known)[: max(len(known) - most, 0)]:
+        del known[name]
+    return known

@@ -119,7 +119,7 @@ class Service:
         """Open everything. Raises ConfigError, OSError and the ledger's own errors with readable messages."""
         config = self.config
         loop = asyncio.get_running_loop()
-        built = build(config, loop, self._seed, resolver=self._resolver)
+        built = build(config, loop, self._seed, resolver=self._resolver, path=self.path)
         _warn(built)
         config.state.mkdir(parents=True, exist_ok=True)
         self._engine = open_database(config.database or config.state)
@@ -298,7 +298,7 @@ class Service:
             config = load_config(self.path) if self.path is not None else self.config
             config = override(config, self.overrides)
             self._watched.watch(self._files(config))
-            built = build(config, runtime.loop, self._seed, runtime.built, self._resolver)
+            built = build(config, runtime.loop, self._seed, runtime.built, self._resolver, self.path)
         except (ConfigError, FileProblems, OSError, ValueError) as error:
             if _is_our_shortage(error):
                 self._watched.forget()  # nothing is wrong with the files: the next look tries again

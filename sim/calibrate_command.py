@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from sim.command_errors import error_text, fail
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
     from rich.table import Table
 
-    from policies.profile import Limits
+    from policies.profile import Capacity, Limits
     from sim.calibrate import Calibration, Fitted, Search, SweepCalibration
     from sim.measure.sweep import Report
     from sim.timings import Level, Timing
@@ -47,8 +49,12 @@ def calibrate(
             min=16,
         ),
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="vLLM's option of this name.", min=1)] = 256,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="vLLM's option of this name.", min=1)] = 2048,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="vLLM's option of this name. Default: vLLM's, 256.", min=1)
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="vLLM's option of this name. Default: vLLM's, 2048.", min=1)
+    ] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -96,42 +102,45 @@ def calibrate(
 
     from policies.profile import Limits, Origin, Profile, Source
     from sim.calibrate import Calibration, Search
+    from sim.measure.fit import limits_in_words
     from sim.profile import dump_profile
 
     if published and not source:
-        _fail("--published needs --source: who measured it")
+        fail("--published needs --source: who measured it")
+    if output is not None and not output.absolute().parent.is_dir():
+        fail(f"{output}: there is no such folder")
     origin = Origin.PUBLISHED if published else Origin.MEASURED
     said = f"{source}; " if source else ""
     try:
         rows, reports = _read(measured)
-        given = {"kv_tokens": kv_tokens, "max_model_len": max_model_len, "prefix_cache": prefix_cache}
-        told = _told(reports, given)
+        asked = {"kv_tokens": kv_tokens, "max_model_len": max_model_len, "prefix_cache": prefix_cache}
+        told = _told(reports, asked)
     except (OSError, ValueError) as error:
-        _fail(_in_words(error))
+        fail(error_text(error))
     files = ", ".join(file.name for file in measured)
-    limits_said = f"{said}options of the engine behind {files}"
-    if told:
-        limits_said += f"; {', '.join(told)}: as the server says"
+    asked |= {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+    given = {name: value for name, value in asked.items() if value is not None}
+    limits_said = f"{said}options of the engine behind {files}; {limits_in_words(list(told), list(given))}"
     search = Search(starts, evaluations, seed, bool(reports) if overhead is None else overhead)
     try:
         limits = Limits.model_validate(
             {
-                "max_num_batched_tokens": max_num_batched_tokens,
-                "max_num_seqs": max_num_seqs,
                 **told,
-                **{name: value for name, value in given.items() if value is not None},
+                **given,
                 "source": Source(origin=origin, text=limits_said),
             }
         )
     except ValidationError as error:
-        _fail(_invalid(error))
+        fail(_invalid(error))
     try:
         found = _search(rows, limits, search, test_half=test_half)
     except ValueError as error:
-        _fail(f"{', '.join(map(str, measured))}: {error}")
+        fail(f"{', '.join(map(str, measured))}: {error}")
     console = Console()
     console.print(coefficients(found))
     console.print(errors(found) if isinstance(found, Calibration) else level_errors(found))
+    for doubt in _doubts(found, rows, limits):
+        typer.echo(doubt, err=True)
     if output is None:
         return
     text = said + in_words(found, files, search) + _left_out(reports)
@@ -145,13 +154,14 @@ def calibrate(
             overhead_us=round(found.overhead_us, 1),
             step=found.step(Source(origin=origin, text=text)),
             limits=limits,
+            capacity=_capacity(reports),
         )
         output.write_text(dump_profile(profile), encoding="utf-8")
     except ValidationError as error:
-        _fail(_invalid(error))
+        fail(_invalid(error))
     except OSError as error:
-        _fail(_in_words(error))
-    typer.echo(f"profile {profile.name} written to {output}", err=True)
+        fail(error_text(error))
+    typer.echo(f"profile {profile.name} written to {output}{_slots(profile.capacity)}", err=True)
 
 
 def coefficients(found: Fitted) -> Table:
@@ -234,7 +244,7 @@ def _read(files: Sequence[Path]) -> tuple[list[Timing] | list[Level], dict[str, 
     """-> requests, or the levels of all files; and the reports among these, by file. Raises OSError, ValueError."""
     from sim.measure.fit import to_sweep
     from sim.measure.saved import is_report, read_report
-    from sim.timings import Level, Timing, read_measured
+    from sim.timings import Level, Timing, looks_like_milliseconds, read_measured
 
     levels: list[Level] = []
     reports: dict[str, Report] = {}
@@ -249,6 +259,8 @@ def _read(files: Sequence[Path]) -> tuple[list[Timing] | list[Level], dict[str, 
             levels += found
             continue
         rows = read_measured(file)
+        if doubt := looks_like_milliseconds(rows):
+            typer.echo(f"{file}: {doubt}", err=True)
         timings = [row for row in rows if isinstance(row, Timing)]
         if timings and len(files) > 1:
             raise ValueError(
@@ -275,6 +287,43 @@ def _told(reports: dict[str, Report], given: dict[str, Any]) -> dict[str, Any]:
         if values:
             told[name] = values.pop()
     return told
+
+
+def _capacity(reports: dict[str, Report]) -> Capacity | None:
+    """What the runs with an SLA allow: the fewest users of any; None: none had one."""
+    from sim.measure.fit import sla_capacity
+
+    found = {Path(file).name: one for file, report in reports.items() if (one := sla_capacity(report))}
+    if not found:
+        return None
+    fewest = min(found, key=lambda file: found[file].users)
+    capacity = found[fewest]
+    text = f"{fewest}: {capacity.source.text}"
+    if len(found) > 1:
+        others = ", ".join(f"{file} {one.users}" for file, one in found.items() if file != fewest)
+        text += f"; the fewest users of all runs with an SLA (others: {others})"
+    return capacity.model_copy(update={"source": capacity.source.model_copy(update={"text": text})})
+
+
+def _slots(capacity: Capacity | None) -> str:
+    """What a profile is to `slots: auto`, in words."""
+    if capacity is None:
+        return "; it says no slots: no file of bench in it had an SLA"
+    return f"; `slots: auto` takes {capacity.users or 'nothing'} from it"
+
+
+def _doubts(found: Fitted, rows: list[Timing] | list[Level], limits: Limits) -> list[str]:
+    """Why not to believe the profile."""
+    from sim.calibrate import Calibration, SweepCalibration
+    from sim.measure.fit import doubts
+    from sim.timings import Level
+
+    errors: list[float] = []
+    if isinstance(found, SweepCalibration):
+        errors += found.errors.worst
+    elif isinstance(found, Calibration):
+        errors += [*found.fit.mean, *(found.test.mean if found.test else ())]
+    return doubts([row for row in rows if isinstance(row, Level)], limits, errors)
 
 
 def _left_out(reports: dict[str, Report]) -> str:
@@ -320,14 +369,3 @@ def _invalid(error: ValidationError) -> str:
     problem = error.errors()[0]
     option = str(problem["loc"][0]).replace("_", "-")
     return f"--{option}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
-
-
-def _in_words(error: OSError | ValueError) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
-    return str(error)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"tidegate: {message}", err=True)
-    raise typer.Exit(2)

@@ -11,6 +11,7 @@ result, byte for byte.
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from math import ceil, inf
@@ -78,9 +79,14 @@ class Cluster(Router):
         """`patience_s`: after which a client leaves that has not had its first token; no router knows of it.
         `first_token_s`, `between_tokens_s`, `total_s`: the router's own patience (`timeouts` of the proxy).
         `limited`: clients set `max_tokens`, to what their answers have; else they set none. `metrics`: the proxy
-        reads the engines' figures (`probing.metrics`). `log`: as of `Router`. Raises ValueError for an incident
-        of a backend that is no member."""
+        reads the engines' figures (`probing.metrics`). `log`: as of `Router`. Raises ValueError for no member, two
+        of one name, and an incident of a backend that is no member."""
         self.members = list(members)
+        if not self.members:
+            raise ValueError("a cluster has one member at least")
+        named = Counter(member.backend.name for member in self.members)
+        if twice := [name for name, count in named.items() if count > 1]:
+            raise ValueError(f"two members are named {twice[0]}: each has a name of its own")
         super().__init__(
             [member.backend for member in self.members],
             rules,
@@ -95,6 +101,7 @@ class Cluster(Router):
         """Microseconds."""
         self.nodes = {member.backend.name: Node(member, self.timing) for member in self.members}
         self.result = Result()
+        self._ran = False
         self._patience = patience_s
         self._timeouts = Timeouts(first_token_s, between_tokens_s, total_s)
         self._limited = limited
@@ -126,7 +133,19 @@ class Cluster(Router):
             self._at(0, _CHECK, node)
 
     def run(self, workload: Workload, progress: Callable[[int], None] | None = None) -> Result:
-        """Play a workload and let everything end. `progress` hears of every thousandth arrival."""
+        """Play a workload and let everything end. `progress` hears of every thousandth arrival.
+
+        Raises ValueError for an arrival that cannot be, and RuntimeError the second time: time does not begin anew.
+        """
+        if self._ran:
+            raise RuntimeError("a cluster runs once: make a new one, of new members, for another run")
+        for index, arrival in enumerate(workload):
+            if arrival.at < 0 or arrival.prompt_tokens < 1 or arrival.output_tokens < 1:
+                raise ValueError(
+                    f"arrival {index} comes at {arrival.at} with {arrival.prompt_tokens} prompt and "
+                    f"{arrival.output_tokens} output tokens: times are zero or more, tokens one or more"
+                )
+        self._ran = True
         collects = gc.isenabled()
         gc.disable()  # it would walk over all that was kept, again and again, and find nothing
         try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from sim.command_errors import error_text, fail
 
 if TYPE_CHECKING:
     from policies.profile import Profile
@@ -116,14 +118,17 @@ def emulate(
         else:
             many = _on_ports(common, port or [8000], backends or 1)
     except (OSError, FileProblems) as error:
-        _fail(str(error))
+        fail(error_text(error), 1)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    run(many)
+    hint = "choose another with --port" if fleet is None else f"choose another in {fleet}"
+    run(many, hint)
 
 
-def run(many: list[EmulatorSettings]) -> None:
-    """Serve until SIGINT or SIGTERM, saying where on standard output; SIGUSR1 ends all faults."""
+def run(many: list[EmulatorSettings], hint: str) -> None:
+    """`hint`: what to do where a port is taken.
+
+    Serve until SIGINT or SIGTERM, saying where on standard output; SIGUSR1 ends all faults."""
     import asyncio
     import signal
 
@@ -159,8 +164,8 @@ def run(many: list[EmulatorSettings]) -> None:
     try:
         uvloop.run(main())
     except OSError as error:
-        ports = ", ".join(str(settings.port) for settings in many)
-        _fail(f"cannot listen on {many[0].host} port {ports}: {error.strerror}; choose another with --port")
+        where, reason = error.filename or many[0].host, (error.strerror or str(error)).lower()
+        fail(f"cannot listen on {where}: {reason}; {hint}", 1)
 
 
 def _profile(name: str | None, plain: dict[str, float | None], max_model_len: int | None) -> Profile:
@@ -193,14 +198,11 @@ def _on_ports(common: EmulatorSettings, ports: list[int], backends: int) -> list
         if len(ports) > 1:
             raise ValueError("either --port several times or --backends")
         ports = [ports[0] + number if ports[0] else 0 for number in range(backends)]
+    if twice := [port for port in ports if port and ports.count(port) > 1]:
+        raise ValueError(f"--port {twice[0]} is given twice; 0 takes a free one")
     if not all(0 <= port <= 65535 for port in ports):
         raise ValueError("ports are between 0 and 65535")
     return [replace(common, port=port) for port in ports]
-
-
-def _fail(text: str) -> NoReturn:
-    typer.echo(text, err=True)
-    raise typer.Exit(1)
 
 
 if __name__ == "__main__":

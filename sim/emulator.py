@@ -257,8 +257,9 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
-    except OSError:
+    except OSError as error:
         bound.close()
+        error.filename = f"{host} port {port}"  # which of several it was
         raise
     return bound
 

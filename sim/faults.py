@@ -17,6 +17,7 @@ from typing import Annotated, Final, Protocol
 from pydantic import Field, ValidationError, model_validator
 
 from policies.yamlfile import FileModel
+from policies.yamlproblems import dotted, explain
 
 
 class FaultKind(StrEnum):
@@ -97,9 +98,10 @@ def parse_fault(text: str) -> Fault:
     try:
         return Fault.model_validate_strings({"kind": kind, **values})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{text!r}: {where + ': ' if where else ''}{first['msg']}") from error
+        first = explain(error, Fault, {"kind": kind, **values})[0]
+        where = f"{dotted(first.path)}: " if first.path else ""
+        hint = f" (did you mean {first.suggestion!r}?)" if first.suggestion else ""
+        raise ValueError(f"{text!r}: {where}{first.message}{hint}") from error
 
 
 class CallLater(Protocol):

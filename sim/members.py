@@ -18,11 +18,25 @@ class Member:
     """As the router sees it; its models must be set."""
     settings: EngineSettings
     rtt: int = 0
-    """Network round trip from the router."""
+    """Network round trip from the router: 30 ms are 30_000."""
     overhead: int = 0
     """Between the server's door and the engine's queue."""
     starts: int = 0
     """When it is up for the first time: a cold start."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        for name in ("rtt", "overhead", "starts"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"backend {self.backend.name}: {name} is microseconds, zero or more, not {getattr(self, name)}"
+                )
+        if self.backend.slots is not None and self.backend.slots < 1:
+            raise ValueError(f"backend {self.backend.name}: slots are one or more, not {self.backend.slots}")
+        if not self.backend.models:
+            raise ValueError(
+                f"backend {self.backend.name}: it serves no model, so nothing is ever sent to it: give it `models`"
+            )
 
 
 class Change(Enum):
@@ -45,11 +59,16 @@ class Incident:
     """Something that is to happen."""
 
     at: int
-    """Microseconds."""
+    """Microseconds since the simulation began."""
     backend: str
     change: Change
     retry_after_s: float = 1.0
     """For `FULL`."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if self.at < 0:
+            raise ValueError(f"an incident of {self.backend} is at {self.at}: times are zero or more")
 
 
 class Node:

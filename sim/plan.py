@@ -18,15 +18,25 @@ from sim.closed_loop import LoopFigures, most_users, worst_figures
 from sim.engine import EngineSettings
 from sim.profile import engine_settings
 
-MOST_COPIES = 64
+MOST_CONCURRENCY = 1_000_000
+"""Users that can be asked for."""
 MOST_USERS = 1024
-"""Of one engine that are tried, or twice those that are asked for. vLLM has 256 in a batch, the others wait."""
+"""Of one engine that are tried: vLLM has 256 in a batch, the others wait. More users are for more copies."""
 SECONDS_PER_HOUR = 3600.0
+
+
+class DemandError(ValueError):
+    """One field of a demand makes no sense."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field = field
+        self.message = message
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is asked for. Raises ValueError."""
+    """What is asked for. Raises DemandError."""
 
     concurrency: int
     """Users at once."""
@@ -46,27 +56,35 @@ class Demand:
     def __post_init__(self) -> None:
         for name in ("concurrency", "prompt_tokens", "output_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', ' ')} must be at least 1")
+                raise DemandError(name, "must be at least 1")
+        if self.concurrency > MOST_CONCURRENCY:
+            raise DemandError("concurrency", f"must be at most {MOST_CONCURRENCY:,}")
         for name in ("ttft_s", "tpot_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above zero")
+                raise DemandError(name, "must be above zero")
         for name in ("tokens_per_s", "carbon_gco2_kwh"):
             value = getattr(self, name) or 0.0
             if not (isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be zero or more, not {value}")
+                raise DemandError(name, f"must be zero or more, not {value}")
 
     @property
     def tokens(self) -> int:
         """Of a prompt and its answer."""
         return self.prompt_tokens + self.output_tokens
 
-    def met_by(self, figures: LoopFigures) -> bool:
-        """Whether these means are good enough."""
-        return (
-            figures.ttft_mean <= self.ttft_s
-            and figures.tpot_mean <= self.tpot_s
-            and figures.tokens_per_s_per_user >= self.tokens_per_s
-        )
+    @property
+    def has_level(self) -> bool:
+        """Whether it asks for any speed at all."""
+        return isfinite(self.ttft_s) or isfinite(self.tpot_s) or self.tokens_per_s > 0
+
+    def missed_by(self, figures: LoopFigures) -> frozenset[str]:
+        """Which of `ttft_s`, `tpot_s` and `tokens_per_s` these means miss."""
+        missed = {
+            "ttft_s": figures.ttft_mean > self.ttft_s,
+            "tpot_s": figures.tpot_mean > self.tpot_s,
+            "tokens_per_s": figures.tokens_per_s_per_user < self.tokens_per_s,
+        }
+        return frozenset(name for name, is_missed in missed.items() if is_missed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +101,8 @@ class Option:
     """Users that one engine serves within the service level: the `slots` of a backend. 0: not even one."""
     at_least: bool
     """No more were tried: `slots`, `most` and `margin` are that or more."""
-    meets: bool
+    missed: frozenset[str]
+    """What it misses: `ttft_s`, `tpot_s`, `tokens_per_s`."""
     per_hour: float | None
     """None: the price is unknown."""
     currency: str
@@ -92,6 +111,10 @@ class Option:
     shortfall: float
     """How far it is from the service level: the worst ratio of a figure to what is asked, 1 or less: it is
     met."""
+
+    @property
+    def meets(self) -> bool:
+        return not self.missed
 
     @property
     def cards(self) -> int:
@@ -189,8 +212,7 @@ def _does_not_fit(demand: Demand, profile: Profile, engine: EngineSettings) -> s
 
 
 def _option(demand: Demand, profile: Profile, engine: EngineSettings) -> Option:
-    """The fewest copies of a profile that meet a demand; where no number does, those with the fewest users."""
-    limit = max(MOST_USERS, 2 * demand.concurrency)
+    """The fewest copies of a profile that meet a demand; where no number does, one for each user."""
     slots = most_users(
         engine,
         demand.prompt_tokens,
@@ -199,12 +221,11 @@ def _option(demand: Demand, profile: Profile, engine: EngineSettings) -> Option:
         ttft_s=demand.ttft_s,
         tpot_s=demand.tpot_s,
         overhead_us=profile.overhead_us,
-        limit=limit,
+        limit=MOST_USERS,
         all_rounds=True,
     )
-    copies = ceil(demand.concurrency / slots) if slots else MOST_COPIES
-    users = ceil(demand.concurrency / min(copies, MOST_COPIES))
-    copies = ceil(demand.concurrency / users)
+    copies = ceil(demand.concurrency / max(slots, 1))
+    users = ceil(demand.concurrency / copies)
     figures = worst_figures(
         engine, users, demand.prompt_tokens, demand.output_tokens, overhead_us=profile.overhead_us
     )
@@ -217,8 +238,8 @@ def _option(demand: Demand, profile: Profile, engine: EngineSettings) -> Option:
         copies=copies,
         figures=figures,
         slots=slots,
-        at_least=slots == limit,
-        meets=demand.met_by(figures),
+        at_least=slots == MOST_USERS,
+        missed=demand.missed_by(figures),
         per_hour=None if price is None else price.per_hour * copies,
         currency="" if price is None else price.currency,
         watts=watts,

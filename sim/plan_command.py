@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from sim.command_errors import error_text, fail
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from policies.profile import Profile
-    from sim.plan import Option, Plan
+    from sim.plan import Demand, Option, Plan
 
 SHOWN_NEAREST = 3
+MISSED = "!"
+"""Behind a figure that misses the service level."""
 WIDTH = 110
 """Columns of the table at least: no figure is cut off."""
 
@@ -58,7 +62,7 @@ def plan(
     from rich.console import Console
 
     from policies.yamlfile import FileProblems
-    from sim.plan import Demand
+    from sim.plan import Demand, DemandError
     from sim.plan import plan as make_plan
     from sim.profile import load_profile, profile_names
 
@@ -75,25 +79,28 @@ def plan(
         )
         profiles = [load_profile(name) for name in profile or profile_names()]
         profiles = list(_with_given(profiles, price or [], watts or []))
+    except DemandError as error:
+        fail(f"{_OPTIONS.get(error.field) or '--' + error.field.replace('_', '-')} {error.message}")
     except (ValueError, OSError, FileProblems) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
+        fail(error_text(error))
     if not any(model.lower() in one.model.lower() for one in profiles):
         models = ", ".join(sorted({one.model for one in profiles}))
-        typer.echo(f"no profile is of a model like {model!r}; there are {models}", err=True)
-        raise typer.Exit(2)
+        fail(f"no profile is of a model like {model!r}; there are {models}")
     try:
         with Console(stderr=True).status("simulating ..."):
             found = make_plan(demand, profiles)
     except ValueError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
+        fail(str(error))
     if as_json:
         typer.echo(json.dumps(_as_json(found), indent=2))
     else:
-        _show(found, carbon is not None)
+        _show(found, demand)
     if not found.options:
         raise typer.Exit(1)
+
+
+_OPTIONS = {"ttft_s": "--ttft", "tpot_s": "--tpot", "carbon_gco2_kwh": "--carbon"}
+"""Where an option is not named as the field of a demand is."""
 
 
 class _Given(NamedTuple):
@@ -150,17 +157,22 @@ def _by_card(option: str, texts: list[str], cards: Iterable[str], form: str) -> 
     return found
 
 
-def _show(found: Plan, carbon: bool) -> None:
+def _show(found: Plan, demand: Demand) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console()
     console = Console(width=max(console.width, WIDTH))
     rows = found.options or found.nearest[:SHOWN_NEAREST]
+    if rows and not demand.has_level:
+        said = "no service level was given, so any speed will do: --ttft, --tpot and --tokens-per-s say one"
+        console.print(said)
     if not found.options:
-        console.print("Nothing meets this. Nearest:" if rows else "Nothing meets this.")
+        nearest = f"Nothing meets this. Nearest ({MISSED} misses the service level):"
+        console.print(nearest if rows else "Nothing meets this.")
     if rows:
         console.print(_table(rows))
+    carbon = demand.carbon_gco2_kwh is not None
     for line in (*_unknown(found, rows, carbon), *_left_out(found)):
         console.print(Text(line))
 
@@ -191,14 +203,15 @@ def _cells(one: Option) -> list[str]:
     figures = one.figures
     name = one.profile.name if one.copies == 1 else f"{one.copies} x {one.profile.name}"
     least = ">=" if one.at_least else ""
+    marks = {name: MISSED if name in one.missed else "" for name in ("ttft_s", "tpot_s", "tokens_per_s")}
     per_hour, per_million = one.per_hour, one.per_million_tokens
     return [
         name,
         str(one.cards),
         f"{least}{one.slots}",
-        f"{figures.ttft_mean:.2f}",
-        f"{figures.tpot_mean * 1e3:.1f}",
-        f"{one.tokens_per_s:.0f}",
+        f"{figures.ttft_mean:.2f}{marks['ttft_s']}",
+        f"{figures.tpot_mean * 1e3:.1f}{marks['tpot_s']}",
+        f"{one.tokens_per_s:.0f}{marks['tokens_per_s']}",
         f"{least}{one.margin:+.0%}",
         "unknown" if per_hour is None else f"{per_hour:.2f} {one.currency}",
         "unknown" if per_million is None else f"{per_million:.2f} {one.currency}",
@@ -237,6 +250,7 @@ def _as_json(found: Plan) -> dict[str, Any]:
             "copies": one.copies,
             "cards": one.cards,
             "meets": one.meets,
+            "missed": sorted(one.missed),
             "users_per_copy": one.figures.users,
             "figures": asdict(one.figures),
             "tokens_per_s": one.tokens_per_s,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sim.command_errors import error_text, fail
+
 
 def replay(
     file: Annotated[Path, typer.Argument(help="An event log, as `tidegate serve --record` writes it.")],
@@ -28,11 +30,9 @@ def replay(
             task = bar.add_task("replaying", total=recording.size or None)
             found = compare(recording, lambda _: bar.update(task, completed=recording.position))
     except BadLogError as error:
-        typer.echo(f"{file} cannot be replayed: {error}", err=True)
-        raise typer.Exit(2) from error
+        fail(f"{file} cannot be replayed: {error}")
     except OSError as error:
-        typer.echo(f"{file}: {(error.strerror or str(error)).lower()}", err=True)
-        raise typer.Exit(2) from error
+        fail(error_text(error))
     typer.echo(f"{found.decisions} decisions over {found.requests} requests are equal")
     if found.difference is not None:
         typer.echo(f"record {found.difference.number} is not:\n{found.difference.text}")
@@ -41,3 +41,5 @@ def replay(
         typer.echo(f"the log ends because {found.end}")
     else:
         typer.echo(f"the log breaks off in line {recording.torn}" if recording.torn else "the log breaks off")
+    if not found.decisions:
+        fail("nothing was compared: the log has no decision", 1)

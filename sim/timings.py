@@ -23,9 +23,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sim.workload import Problem
+
+SLOW_TPOT: Final = 1e6
+SLOW_TTFT: Final = 1e9
+"""Microseconds that nobody waits."""
 
 
 class Timing(NamedTuple):
@@ -55,6 +59,14 @@ class Level(NamedTuple):
     """Behind these means, from the first ones on, which all came at once; 0: the loop was under way before."""
 
 
+_FORMS: Final = {
+    "arrival_s": ("arrival_s", "prompt_tokens", "output_tokens", "ttft_s", "e2e_s"),
+    "queued_ts": ("queued_ts", "input_toks", "output_toks", "first_token_ts", "last_token_ts"),
+    "concurrency": ("concurrency", "prompt_tokens", "output_tokens", "ttft_s", "tpot_s"),
+}
+"""Columns of each form, by the one that tells it from the others."""
+
+
 class TimingsError(ValueError):
     """A file that cannot be used; the text says where: file, line, column."""
 
@@ -75,6 +87,11 @@ class _Row:
 
     def __contains__(self, column: str) -> bool:
         return column in self._values
+
+    @property
+    def columns(self) -> list[str]:
+        """Their names."""
+        return [str(name) for name in self._values if name is not None]
 
     def error(self, column: str, message: str) -> TimingsError:
         return TimingsError(Problem(self._file, self.line, column, message))
@@ -118,12 +135,36 @@ def read_measured(path: Path) -> list[Timing] | list[Level]:
     rows = list(_rows(path))
     if not rows:
         raise TimingsError(Problem(str(path), 1, "", "the file has no rows"))
+    if not any(name in rows[0] for name in _FORMS):
+        forms = "; ".join(", ".join(columns) for columns in _FORMS.values())
+        found = ", ".join(map(repr, rows[0].columns))
+        said = f"its columns are those of none of these forms: {forms}; it has {found}"
+        raise TimingsError(Problem(str(path), 1 if _is_csv(path) else rows[0].line, "", said))
     if "concurrency" in rows[0]:
         return [_level(row) for row in rows]
     read = _by_vllm if "queued_ts" in rows[0] else _by_client
     timed = sorted((read(row) for row in rows), key=lambda one: one[0])
     first = timed[0][0]
     return [timing._replace(at=round((arrived - first) * 1e6)) for arrived, timing in timed]
+
+
+def looks_like_milliseconds(rows: list[Timing] | list[Level]) -> str:
+    """What is too slow to be believed, in words; empty: nothing is."""
+    for row in rows:
+        if isinstance(row, Level):
+            what, tpot = f"the level of {row.concurrency} users", row.tpot
+        else:
+            what, tpot = (
+                f"the request at {row.at / 1e6:g} s",
+                (row.e2e - row.ttft) / max(row.output_tokens - 1, 1),
+            )
+        if row.output_tokens > 1 and tpot > SLOW_TPOT:
+            return (
+                f"{what} has {tpot / 1e6:g} s for each token: are these milliseconds? All times are seconds"
+            )
+        if row.ttft > SLOW_TTFT:
+            return f"{what} has a TTFT of {row.ttft / 1e6:g} s: are these milliseconds? All times are seconds"
+    return ""
 
 
 def _level(row: _Row) -> Level:
@@ -171,9 +212,13 @@ def text_lines(path: Path) -> Iterator[str]:
 
 def _rows(path: Path) -> Iterator[_Row]:
     name = str(path)
-    read = _csv if ".csv" in path.suffixes else _json_lines
+    read = _csv if _is_csv(path) else _json_lines
     for line, values in read(name, text_lines(path)):
         yield _Row(name, line, values)
+
+
+def _is_csv(path: Path) -> bool:
+    return ".csv" in path.suffixes
 
 
 def _csv(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -185,6 +230,13 @@ def _csv(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]
         raise TimingsError(Problem(name, max(reader.line_num, 1), "", f"is not CSV: {error}")) from error
 
 
+def _json_problem(error: ValueError) -> str:
+    """Without the line of its own, which is ever the first."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON: {error.msg[:1].lower()}{error.msg[1:]}, at character {error.colno}"
+    return f"is not JSON: {error}"
+
+
 def _json_lines(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, text in enumerate(lines, 1):
         if not text.strip():
@@ -192,7 +244,7 @@ def _json_lines(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise TimingsError(Problem(name, line, "", f"is not JSON: {error}")) from error
+            raise TimingsError(Problem(name, line, "", _json_problem(error))) from error
         if not isinstance(values, dict):
             raise TimingsError(Problem(name, line, "", "is not a JSON object"))
         yield line, values

@@ -28,6 +28,21 @@ class Trip(Request):
         self.cached_tokens = 0
         self.preemptions = 0
 
+    def __repr__(self) -> str:
+        times = ", ".join(
+            f"{name} {value:.3f}"
+            for name, value in (
+                ("ttft_s", self.ttft_s),
+                ("tpot_s", self.tpot_s),
+                ("held_s", self.held_s or None),
+            )
+            if value is not None
+        )
+        end = "under way" if self.end is None else self.end.value
+        reason = f" ({self.reason})" if self.reason else ""
+        where = f" at {self.backend}" if self.backend else ""
+        return f"<Trip {self.index}: {end}{reason}{where}{', ' if times else ''}{times}>"
+
     @property
     def tpot_s(self) -> float | None:
         """Seconds per token after the first; None: there is no such token, or no complete answer."""

@@ -14,6 +14,7 @@ class Arrival(NamedTuple):
     """One request. Tokens are counts, times microseconds since the beginning of the trace."""
 
     at: int
+    """Microseconds: 1_500_000 is a second and a half after the beginning."""
     prompt_tokens: int
     output_tokens: int
     hashes: tuple[int, ...] = ()

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from sim.command_errors import error_text, fail
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,6 +75,7 @@ def show(
     """
     from sim.traces import read_workload
 
+    _refuse_own(file, output, plot)
     with _readable_errors(), _working("reading"):
         workload = read_workload(file, form, strict=strict, span=_span(start, duration, seed, borrow_lengths))
     if output is not None:
@@ -101,12 +104,14 @@ def generate(
     from sim.generator import generate as generated
     from sim.generator_spec import load_spec
 
+    _refuse_own(spec, output)
+    _refuse_workload(spec)
     with _readable_errors(), Progress(console=Console(stderr=True), transient=True) as bar:
         loaded = load_spec(spec)
         task = bar.add_task("generating", total=len(loaded.clients))
         workload = generated(loaded, seed, lambda done, _: bar.update(task, completed=done))
     if not len(workload):
-        _fail("no request came: take a higher rate or a longer duration", 1)
+        fail("no request came: take a higher rate or a longer duration", 1)
     _write(workload, output)
     _print(workload, json_output)
 
@@ -114,9 +119,21 @@ def generate(
 # Errors
 
 
-def _fail(message: str, status: int = 2) -> NoReturn:
-    typer.echo(f"tidegate: {message}", err=True)
-    raise typer.Exit(status)
+def _refuse_workload(file: Path) -> None:
+    """It is made already."""
+    from sim.traces.forms import VERSION_KEY
+    from sim.traces.lines import open_trace
+
+    with _readable_errors(), open_trace(file) as lines:
+        if lines.readline(256).lstrip().startswith(b'{"%s"' % VERSION_KEY.encode()):
+            fail(f"{file} is a workload already: `tidegate workload show {file}` shows it")
+
+
+def _refuse_own(file: Path, *outputs: Path | None) -> None:
+    """What is read must not be written over."""
+    for output in outputs:
+        if output is not None and output.exists() and file.exists() and output.samefile(file):
+            fail(f"{output} is the file that is read: give another one to write")
 
 
 @contextmanager
@@ -126,12 +143,8 @@ def _readable_errors() -> Iterator[None]:
 
     try:
         yield
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except UnicodeDecodeError:
-        _fail("the file is not UTF-8 text")
-    except (FileProblems, ValueError) as error:
-        _fail(str(error))
+    except (OSError, FileProblems, ValueError) as error:
+        fail(error_text(error))
 
 
 def _span(start: str, duration: str, seed: int, borrow_lengths: bool) -> Span:
@@ -169,7 +182,7 @@ def _plot(workload: Workload, path: Path) -> None:
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("matplotlib"):
             raise
-        _fail("--plot needs matplotlib: pip install 'tidegate[plot]'")
+        fail("--plot needs matplotlib: pip install 'tidegate[plot]'")
 
 
 def _print(workload: Workload, json_output: bool) -> None:
@@ -206,7 +219,7 @@ def _table(summary: Summary) -> Table:
         "requests": f"{summary.requests:,}",
         "span": f"{summary.span_s:,.1f} s",
         "rate": f"{summary.rate_rps:.3g} requests/s",
-        "CV of gaps": f"{summary.gap_cv:.2f}",
+        "CV of gaps": f"{summary.gap_cv:.2f}" if summary.requests > 2 else "needs three requests",
         "prompt tokens": _lengths(summary.prompt_tokens),
         "output tokens": _lengths(summary.output_tokens),
         "tenants": _counted(summary.tenants),

@@ -6,10 +6,11 @@ import asyncio
 import secrets
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from sim.command_errors import error_text, fail
 from sim.measure.wire import Api
 
 if TYPE_CHECKING:
@@ -90,6 +91,13 @@ def bench(
     ] = None,
     card: Annotated[str, typer.Option(help="Name of the server's cards, for the profile.")] = "unknown",
     cards: Annotated[int, typer.Option(help="How many there are, for the profile.", min=1)] = 1,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(
+            help="vLLM's option of this name as the server was started, for the profile. Default: vLLM's, 256.",
+            min=1,
+        ),
+    ] = None,
 ) -> None:
     """Measure TTFT, TPOT and throughput of an OpenAI-compatible server by concurrency.
 
@@ -102,10 +110,12 @@ def bench(
     from sim.measure.sweep import Plan
     from sim.measure.table import WIDTH, shown
 
+    if not url.startswith(("http://", "https://")):
+        fail(f"{url!r} is no address of a server: begin it with http://")
     _check_outputs(json_file, plots, profile)
     cold, warm = both or cold_prefix or not warm_prefix, both or warm_prefix
     if profile is not None and not cold:
-        _fail("--profile needs a cold prefix: add --cold-prefix")
+        fail("--profile needs a cold prefix: add --cold-prefix")
     try:
         plan = Plan(
             concurrency=_levels(concurrency),
@@ -117,30 +127,58 @@ def bench(
             search=search,
             seed=secrets.randbits(32) if seed is None else seed,
         )
+        if profile is not None:
+            _check_levels(plan)
         report = _measured(url, {"model": model, "key": key, "api": api, "timeout_s": timeout}, plan)
     except (ValueError, MeasureError) as error:
-        _fail(str(error), 1 if isinstance(error, MeasureError) else 2)
+        fail(str(error), 1 if isinstance(error, MeasureError) else 2)
     console = Console()
     Console(width=max(console.width, WIDTH)).print(shown(report))
+    wanted = _Wanted(json_file, plots, profile, card, cards, max_num_seqs)
     try:
-        _write(report, json_file, plots, profile, card, cards)
+        _write(report, wanted)
     except (OSError, MeasureError) as error:
-        _fail(str(error), 1)
+        fail(error_text(error), INTERRUPTED if report.interrupted else 1)
     if report.interrupted:
         raise typer.Exit(INTERRUPTED)
     if not any(level.completed for level in report.levels):
-        _fail("every request failed", 1)
+        fail("every request failed", 1)
     if any(series.never_warmed for series in report.series):
-        _fail("every warming request failed: these are no figures of a warm prefix", 1)
+        fail("every warming request failed: these are no figures of a warm prefix", 1)
 
 
 def _check_outputs(json_file: Path | None, plots: Path | None, profile: Path | None) -> None:
     """Before an hour of measuring, not after it."""
     for file in (json_file, profile):
         if file is not None and not file.absolute().parent.is_dir():
-            _fail(f"{file}: there is no such folder")
+            fail(f"{file}: there is no such folder")
+    if plots is not None and not plots.absolute().parent.is_dir():
+        fail(f"{plots}: there is no folder {plots.parent} for it")
     if plots is not None and find_spec("matplotlib") is None:
-        _fail("--plots needs matplotlib: install tidegate[plot]")
+        fail("--plots needs matplotlib: install tidegate[plot]")
+
+
+def _check_levels(plan: Plan) -> None:
+    """Whether they can be enough for a profile."""
+    from sim.calibrate import LEAST_LEVELS
+
+    if len(set(plan.concurrency)) < LEAST_LEVELS and not plan.search:
+        fail(
+            "--profile needs three levels at least: name more with --concurrency, or add --search and an SLA"
+        )
+    if plan.output_tokens < 2:
+        fail("--profile needs answers of two tokens at least: --output-tokens")
+
+
+class _Wanted(NamedTuple):
+    """What to write, and what is said for a profile."""
+
+    json_file: Path | None
+    plots: Path | None
+    profile: Path | None
+    card: str
+    cards: int
+    max_num_seqs: int | None
 
 
 def _levels(text: str) -> tuple[int, ...]:
@@ -181,24 +219,44 @@ def _measured(url: str, server: dict[str, Any], plan: Plan) -> Report:
             raise typer.Exit(INTERRUPTED) from None  # before there was anything to tell
 
 
-def _write(
-    report: Report, json_file: Path | None, plots: Path | None, profile: Path | None, card: str, cards: int
-) -> None:
-    """The files that were asked for. Raises OSError, and MeasureError: the levels are too few for a profile."""
-    if json_file is not None:
+def _write(report: Report, wanted: _Wanted) -> None:
+    """The files that were asked for. Raises OSError, and MeasureError: the levels are too few for a profile.
+
+    After Ctrl-C it says what was written, and leaves older files alone if no level was measured to its end.
+    """
+    complete = sum(len(series.complete) for series in report.series)
+    if report.interrupted and not complete:
+        files = [file for file in (wanted.json_file, wanted.plots, wanted.profile) if file is not None]
+        if files:
+            said = f"interrupted before a level was measured to its end: {', '.join(map(str, files))} not written"
+            typer.echo(said, err=True)
+        return
+    if wanted.json_file is not None:
         import orjson
 
-        json_file.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
-    if plots is not None:
+        wanted.json_file.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
+        if report.interrupted:
+            typer.echo(
+                f"interrupted: {wanted.json_file} has {complete} whole level{'s' * (complete > 1)}", err=True
+            )
+    if wanted.plots is not None:
         from sim.measure.plots import write_plots
 
-        write_plots(report, plots)
-    if profile is not None:
-        _write_profile(report, profile, card, cards)
+        write_plots(report, wanted.plots)
+    if wanted.profile is not None:
+        try:
+            _write_profile(report, wanted.profile, wanted)
+        except KeyboardInterrupt:
+            file = wanted.json_file or "FILE.json"
+            how = f"tidegate calibrate {file} --card {wanted.card} --model {report.model} -o {wanted.profile}"
+            after = "" if wanted.json_file else ", after a run with --json FILE.json"
+            fail(
+                f"{wanted.profile} not written: the fit was interrupted; `{how}` fits it{after}", INTERRUPTED
+            )
 
 
-def _write_profile(report: Report, file: Path, card: str, cards: int) -> None:
-    """With a progress bar; then what is in it for `slots: auto`."""
+def _write_profile(report: Report, file: Path, wanted: _Wanted) -> None:
+    """With a progress bar; then what is in it for `slots: auto`, and why not to believe it."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -208,13 +266,18 @@ def _write_profile(report: Report, file: Path, card: str, cards: int) -> None:
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("fitting a profile", total=SEARCH.simulations)
-        profile = to_profile(report, card, cards, lambda done: bar.update(task, completed=done))
+        doubts: list[str] = []
+        profile = to_profile(
+            report,
+            wanted.card,
+            wanted.cards,
+            lambda done: bar.update(task, completed=done),
+            max_num_seqs=wanted.max_num_seqs,
+            warn=doubts.append,
+        )
     file.write_text(dump_profile(profile), encoding="utf-8")
+    for doubt in doubts:
+        typer.echo(doubt, err=True)
     found = cold_capacity(report)
     said = slots(found) if found else "it says no slots: measure with --ttft, --tpot or --tokens-per-s"
     typer.echo(f"profile {profile.name} written to {file}; {said}", err=True)
-
-
-def _fail(message: str, status: int = 2) -> NoReturn:
-    typer.echo(f"tidegate: {message}", err=True)
-    raise typer.Exit(status)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import aiohttp
 import orjson
@@ -16,6 +17,14 @@ from sim.measure.wire import Answer, Api, message_of
 
 IDLE_S = 4.0
 """How long an idle connection is kept: uvicorn closes its own after 5 seconds."""
+
+
+TRIES: Final = 4
+"""Of a request without which nothing can be measured."""
+PAUSE_S: Final = 0.5
+"""Before the second try; twice as long before each further one."""
+LONGEST_PAUSE_S: Final = 30.0
+"""Whatever Retry-After says."""
 
 
 class MeasureError(Exception):
@@ -75,11 +84,17 @@ class Endpoint:
 
     async def ask(self, body: bytes, began_at: float = 0.0) -> RequestRecord:
         """Send a request and read its answer; whatever goes wrong is in the record. `began_at`: by perf_counter."""
+        answer, sent_at = await self._send(body)
+        return RequestRecord.of(answer, sent_at, began_at)
+
+    async def _send(self, body: bytes) -> tuple[Answer, float]:
+        """-> its answer, and when it was asked for."""
         answer = Answer()
         sent_at = time.perf_counter()
         try:
             async with self._session.post(self.url + self.api.path, data=body) as response:
                 if response.status != 200:
+                    answer.retry_after = response.headers.get("Retry-After", "")
                     answer.error = await _refusal(response)
                 elif response.content_type != "text/event-stream":
                     answer.error = f"the answer is no stream but {response.content_type}"
@@ -95,15 +110,24 @@ class Endpoint:
             answer.error = f"cannot connect: {error.os_error.strerror or error.os_error}"
         except aiohttp.ClientError as error:
             answer.error = message_of(str(error) or type(error).__name__)
-        return RequestRecord.of(answer, sent_at, began_at)
+        return answer, sent_at
+
+    async def _insist(self, body: bytes) -> Answer:
+        """Ask a few times, unless the server finds fault with the request itself."""
+        for tried in range(1, TRIES + 1):
+            answer, _ = await self._send(body)
+            if not answer.error or tried == TRIES or not _may_pass(answer.error):
+                break
+            await asyncio.sleep(pause_s(tried, answer.retry_after))
+        return answer
 
     async def prepare(self) -> Facts:
         """Find the model and what the server takes. Raises MeasureError: it cannot be measured."""
         row = await self._model_row()
-        probe = await self.ask(self.body("Hello", 2))
+        probe = await self._insist(self.body("Hello", 2))
         if probe.error.startswith(("status 400", "status 422")):
             self.exact_length = False
-            probe = await self.ask(self.body("Hello", 2))
+            probe = await self._insist(self.body("Hello", 2))
         if probe.error:
             raise MeasureError(f"{self.url}{self.api.path}: {probe.error}")
         version = await self._get("/version")
@@ -126,10 +150,10 @@ class Endpoint:
 
     async def reported(self, text: str) -> int:
         """Tokens of a prompt as a request reports them. Raises MeasureError."""
-        record = await self.ask(self.body(text, 1))
-        if record.error or record.prompt_tokens is None:
-            raise MeasureError(f"{self.url}{self.api.path}: {record.error}")
-        return record.prompt_tokens
+        answer = await self._insist(self.body(text, 1))
+        if answer.error or answer.prompt_tokens is None:
+            raise MeasureError(f"{self.url}{self.api.path}: {answer.error}")
+        return answer.prompt_tokens
 
     async def _model_row(self) -> dict[str, Any]:
         """What /v1/models says of the model, which is the first one where none was named."""
@@ -164,6 +188,21 @@ class Endpoint:
             raise MeasureError(f"{self.url} is no URL: write http://HOST:PORT") from None
         except (aiohttp.ClientError, OSError, ValueError):
             return ""
+
+
+def pause_s(tried: int, retry_after: str) -> float:
+    """Seconds before the next try. `retry_after`: that header; a date, or anything else, is as none."""
+    pause = float(PAUSE_S * 2 ** (tried - 1))
+    if retry_after.isascii() and retry_after.isdigit():
+        pause = float(retry_after)
+    return min(pause, LONGEST_PAUSE_S)
+
+
+def _may_pass(error: str) -> bool:
+    """Whether another try may succeed: not after a status that finds fault with the request, or a long silence."""
+    return error != "timeout" and (
+        not error.startswith("status 4") or error.startswith(("status 408", "status 429"))
+    )
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> str:

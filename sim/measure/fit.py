@@ -8,6 +8,9 @@ joins reports of several lengths, which can.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Final
 
 from policies.profile import Capacity, Limits, Origin, Profile, Source
 from sim.calibrate import LEAST_LEVELS, Progress, Search, calibrate_sweep
@@ -20,6 +23,13 @@ from sim.timings import Level
 
 SEARCH = Search(starts=2, evaluations=400, overhead=True)
 """A client's times have HTTP and tokenising in them."""
+
+POOR: Final = 0.2
+"""A fit with a larger error is announced: something that it does not know was at work."""
+FLAT: Final = 1.15
+FLAT_TPOT: Final = 1.1
+LONGER: Final = 1.5
+"""Throughput and TPOT that grow no more than so, while TTFT grows at least so: more users only wait."""
 
 
 def to_sweep(report: Report) -> list[Level]:
@@ -56,21 +66,33 @@ def cold_capacity(report: Report) -> verdict.Capacity | None:
     return next((series.capacity for series in report.series if series.prefix is Prefix.COLD), None)
 
 
-def to_profile(report: Report, card: str, cards: int, progress: Progress | None = None) -> Profile:
+def to_profile(
+    report: Report,
+    card: str,
+    cards: int,
+    progress: Progress | None = None,
+    *,
+    max_num_seqs: int | None = None,
+    warn: Callable[[str], object] | None = None,
+) -> Profile:
     """A profile of what was measured, after `SEARCH.simulations` simulations.
 
-    Raises MeasureError: the levels do not say enough.
+    `max_num_seqs`: with which the server was started; None: nobody knows. `warn` is told why not to believe
+    it. Raises MeasureError: the levels do not say enough.
     """
     levels = to_sweep(report)
     if len({level.concurrency for level in levels}) < LEAST_LEVELS:
         raise MeasureError(
             "a profile needs three levels with a cold prefix, without failures, and answers of two tokens or more"
         )
-    limits, plan = _limits(report), report.plan
+    limits, plan = _limits(report, max_num_seqs), report.plan
     try:
         found = calibrate_sweep(levels, limits, SEARCH, progress=progress)
     except ValueError as error:
         raise MeasureError(f"no profile says these levels: {error}") from None
+    if warn is not None:
+        for doubt in doubts(levels, limits, found.errors.worst):
+            warn(doubt)
     span = f"{levels[0].concurrency} to {levels[-1].concurrency}"
     failed = ", ".join(map(str, left_out(report)))
     source = Source(
@@ -90,13 +112,70 @@ def to_profile(report: Report, card: str, cards: int, progress: Progress | None 
         overhead_us=round(found.overhead_us, 1),
         step=found.step(source),
         limits=limits,
-        capacity=_capacity(report),
+        capacity=sla_capacity(report),
     )
 
 
-def _limits(report: Report) -> Limits:
+def doubts(levels: Sequence[Level], limits: Limits, errors: Sequence[float]) -> list[str]:
+    """Why a profile that was fitted to `levels` may not be believed, in words. `errors`: relative, of the fit."""
+    found = []
+    for below, above in queues(levels):
+        room = limits.max_num_seqs
+        if limits.kv_tokens is not None:
+            room = min(room, limits.kv_tokens // (above.prompt_tokens + above.output_tokens))
+        if room >= above.concurrency:
+            found.append(
+                f"from {below.concurrency} to {above.concurrency} users throughput and TPOT stay while TTFT grows: "
+                f"that looks like a queue before a full engine, and the profile says that {room} run at once; say "
+                "with --max-num-seqs what the server was started with"
+            )
+            break
+    if (worst := max(map(abs, errors))) > POOR:
+        found.append(
+            f"the fit is poor: at worst {worst:.0%} off; if the engine was full, --max-num-seqs, or --kv-tokens of "
+            "`tidegate calibrate`, say how many it takes"
+        )
+    return found
+
+
+def queues(levels: Sequence[Level]) -> list[tuple[Level, Level]]:
+    """Neighbouring levels of one length between which more users only wait."""
+    lengths = {(level.prompt_tokens, level.output_tokens) for level in levels}
+    found = []
+    for length in sorted(lengths):
+        alike = [level for level in levels if (level.prompt_tokens, level.output_tokens) == length]
+        for below, above in pairwise(sorted(alike, key=lambda level: level.concurrency)):
+            if (
+                _throughput(above) <= FLAT * _throughput(below)
+                and above.tpot <= FLAT_TPOT * below.tpot
+                and above.ttft >= LONGER * below.ttft
+            ):
+                found.append((below, above))
+    return found
+
+
+def _throughput(level: Level) -> float:
+    """Requests a microsecond, by Little's law."""
+    return level.concurrency / (level.ttft + (level.output_tokens - 1) * level.tpot)
+
+
+def limits_in_words(told: Sequence[str], given: Sequence[str]) -> str:
+    """Where limits come from: the server, whoever ran the command, or nobody."""
+    known = {*told, *given}
+    defaults = ("max_num_batched_tokens", "max_num_seqs", "prefix_cache")
+    parts = (
+        ("as the server says", told),
+        ("as given", given),
+        ("vLLM's default, not measured", [name for name in defaults if name not in known]),
+        ("a guess, not measured", [name for name in ("max_model_len",) if name not in known]),
+        ("unknown, taken as never full", [name for name in ("kv_tokens",) if name not in known]),
+    )
+    return "; ".join(f"{', '.join(words)}: {said}" for said, words in parts if words)
+
+
+def _limits(report: Report, max_num_seqs: int | None) -> Limits:
     facts = report.facts
-    told: dict[str, object] = {
+    told: dict[str, Any] = {
         key: value
         for key, value in (
             ("kv_tokens", facts.kv_tokens),
@@ -105,14 +184,13 @@ def _limits(report: Report) -> Limits:
         )
         if value is not None
     }
-    text = (
-        f"the server says {', '.join(told) or 'nothing'}; what it does not say is vLLM's default, or left out"
-    )
-    return Limits.model_validate(told | {"source": Source(origin=Origin.MEASURED, text=text)})
+    given = {} if max_num_seqs is None else {"max_num_seqs": max_num_seqs}
+    text = limits_in_words(list(told), list(given))
+    return Limits.model_validate(told | given | {"source": Source(origin=Origin.MEASURED, text=text)})
 
 
-def _capacity(report: Report) -> Capacity | None:
-    """None: no SLA was asked about."""
+def sla_capacity(report: Report) -> Capacity | None:
+    """How many users its SLA allows, for a profile; None: no SLA was asked about."""
     plan, found = report.plan, cold_capacity(report)
     if plan.sla is None or found is None:
         return None

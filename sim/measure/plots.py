@@ -34,10 +34,10 @@ _PLOTS = (
 
 
 def write_plots(report: Report, folder: Path) -> list[Path]:
-    """Write four PNG files into a folder, which is made. -> their paths. Raises ImportError and OSError."""
+    """Write four PNG files into a folder,, which is made. -> their paths. Raises ImportError and OSError."""
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     written = []
     for plot in _PLOTS:
         figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import orjson
+
+MOST_SAID: Final = 200
+"""Characters of what a server says of an error."""
 
 
 class Api(StrEnum):
@@ -36,6 +39,7 @@ class Answer:
         "last_at",
         "output_tokens",
         "prompt_tokens",
+        "retry_after",
     )
 
     def __init__(self) -> None:
@@ -52,6 +56,8 @@ class Answer:
         """Whether the end of the stream was announced."""
         self.error = ""
         """What is wrong with it; empty: nothing so far."""
+        self.retry_after = ""
+        """The header, where the server refused."""
         self._rest = b""
 
     def feed(self, data: bytes, at: float) -> None:
@@ -111,4 +117,8 @@ def message_of(body: object) -> str:
     for key in ("error", "message", "detail"):
         if isinstance(found, dict):
             found = found.get(key, found)
-    return " ".join(str(found).split())[:200]
+    text = " ".join(str(found).split())
+    if len(text) <= MOST_SAID:
+        return text
+    words, _, _ = text[: MOST_SAID - 3].rpartition(" ")
+    return f"{words} ..." if words else text[:MOST_SAID]

@@ -93,7 +93,10 @@ def json_records(file: Iterable[bytes]) -> Iterator[tuple[range, Record]]:
         try:
             value = orjson.loads(text)
         except orjson.JSONDecodeError as error:
-            yield range(number, number + 1), FieldError("", f"not JSON: {error}")
+            yield (
+                range(number, number + 1),
+                FieldError("", f"not JSON: {error.msg}, at character {error.colno}"),
+            )
             continue
         yield (
             range(number, number + 1),

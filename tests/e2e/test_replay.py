@@ -456,12 +456,13 @@ async def test_the_command_says_what_is_equal_and_what_is_not(
     assert out.startswith("0 decisions over 1 requests are equal")
     assert '"send":"b"' in out
     run.file.write_text(whole[: whole.index('"fallbacks"')])
-    code, out, _ = await command("replay", str(run.file))
-    assert (code, out) == (0, "0 decisions over 1 requests are equal\nthe log breaks off in line 3\n")
+    code, out, complaint = await command("replay", str(run.file))
+    assert (code, out) == (1, "0 decisions over 1 requests are equal\nthe log breaks off in line 3\n")
+    assert complaint == "tidegate: nothing was compared: the log has no decision\n"
     run.file.write_text(whole.replace('"request":{', '"request":7,"was":{', 1))
     code, _, complaint = await command("replay", str(run.file))
     assert code == 2
-    assert complaint.startswith(f"{run.file} cannot be replayed: line 2: ")
+    assert complaint.startswith(f"tidegate: {run.file} cannot be replayed: line 2: ")
     for bad in ("", "{", "7", '{"event":"start","format":0}', "{}\n{\n{}"):
         run.file.write_text(bad)
         code, _, complaint = await command("replay", str(run.file))

@@ -119,7 +119,7 @@ def test_slots_are_those_of_a_profile_unless_they_are_given(folder: Path) -> Non
         (b"\xff", "a.yaml: not UTF-8 text"),
         (
             PROFILE.encode(),
-            "a.yaml does not say how many users an SLA allows: give `slots`, or measure again",
+            "a.yaml does not say how many users an SLA allows: give `slots`, or measure with one",
         ),
         (
             (PROFILE + CAPACITY.replace("17", "0")).encode(),
@@ -135,6 +135,15 @@ def test_a_profile_that_says_no_slots_is_a_mistake(folder: Path, profile: bytes 
     found = check()
     assert found.exit_code == 1
     assert said in found.stderr
+
+
+def test_a_profile_is_a_file_and_its_path_is_plain(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("slots: 24", "profile: h20-8-32b"))
+    found = check()
+    assert found.exit_code == 1
+    assert f"{folder}/h20-8-32b: no such file or directory; here a profile is a file" in found.stderr
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("slots: 24", "profile: sub/../a.yaml"))
+    assert f"{folder}/a.yaml: no such file or directory" in check().stderr
 
 
 def test_no_password_is_read_back(folder: Path) -> None:

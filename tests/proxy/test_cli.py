@@ -132,7 +132,7 @@ def test_messages_have_a_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         ),
         (
             ("--remote", "nj=nj.example"),
-            "--remote: a URL begins with http:// or https:// and names a host, got 'nj.example'",
+            "--remote: a URL begins with http:// or https:// and names a host, or is unix:/PATH, got 'nj.example'",
         ),
         (("--policy", "nowhere.yaml"), "nowhere.yaml: no such file or directory"),
     ],

@@ -81,8 +81,36 @@ def test_a_cut_line_costs_only_itself(tmp_path: Path) -> None:
     assert [again.find(name, "acme") is not None for name in "ab"] == [True, False]
 
 
+def test_the_file_does_not_grow_with_what_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    responses = StoredResponses(path, most=10)
+    for number in range(95):
+        responses.add(str(number), stored())
+        responses.write(responses.take_unwritten())
+        assert len(path.read_bytes().splitlines()) <= 20
+    again = StoredResponses(path, most=10)
+    assert [name for name in map(str, range(95)) if again.find(name, "acme")] == [
+        str(n) for n in range(85, 95)
+    ]
+
+
+def test_what_is_written_after_a_failure_stands_on_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    responses = StoredResponses(path)
+    path.unlink()
+    path.mkdir()
+    responses.add("a", stored())
+    responses.write(responses.take_unwritten())
+    path.rmdir()
+    path.write_bytes(b'["a","b')  # as far as the disk had room
+    responses.add("c", stored())
+    responses.write(responses.take_unwritten())
+    assert StoredResponses(path).find("c", "acme") == stored()
+
+
 def test_a_file_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     responses = StoredResponses(tmp_path / "responses.jsonl")
+    (tmp_path / "responses.jsonl").unlink()
     (tmp_path / "responses.jsonl").mkdir()
     for _ in range(2):
         responses.write(b"x\n")

@@ -286,7 +286,7 @@ def test_the_command_fits_a_sweep(app: typer.Typer, tmp_path: Path) -> None:
         (["--max-num-seqs", "512", "--max-num-batched-tokens", "256"], "must be at least max_num_seqs"),
         (["--published"], "--published needs --source"),
         (["--name", "No Name", "-o", "x.yaml"], "--name: string should match"),
-        (["-o", "missing/x.yaml"], "missing/x.yaml: no such file or directory"),
+        (["-o", "missing/x.yaml"], "missing/x.yaml: there is no such folder"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(
@@ -297,6 +297,7 @@ def test_what_cannot_be_is_said_in_one_line(
     assert done.exit_code == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("tidegate: ")]
     assert message in line
+    assert ("Errors" in done.stdout) is ("--name" in options)
 
 
 def test_a_bad_row_is_named(app: typer.Typer, file: Path) -> None:

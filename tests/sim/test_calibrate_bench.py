@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -13,10 +14,12 @@ from typer.testing import CliRunner, Result
 from sim.calibrate_command import calibrate
 from sim.closed_loop import closed_loop
 from sim.engine import EngineSettings, StepCost
+from sim.measure import fit
 from sim.measure.endpoint import Facts
 from sim.measure.level import Level
 from sim.measure.prompts import Prefix
 from sim.measure.sweep import Plan, Report, Series
+from sim.measure.verdict import Capacity, Sla
 from sim.measure.wire import Api
 from sim.profile import load_profile
 from tests.sim.measure.fake_server import record
@@ -41,8 +44,10 @@ def bench(
     facts: Facts | None = None,
     prefix: Prefix = Prefix.COLD,
     model: str = "m",
+    allowed: int | None = None,
 ) -> Path:
-    """A file as bench would have written it of this engine. `failing`: users of whom a request failed."""
+    """A file as bench would have written it of this engine. `failing`: users of whom a request failed.
+    `allowed`: users that its SLA allows; None: it had none."""
     levels = []
     for users in (*USERS, *failing):
         figures = closed_loop(EngineSettings(TRUTH), users, prompt, 20, overhead_us=OVERHEAD, rounds=ROUNDS)
@@ -51,6 +56,9 @@ def bench(
         levels.append(Level.of(users, answers + [record(error="timeout")] * (users in failing), 1.0))
     report = Report("http://x", model, Api.CHAT, True, facts or Facts(), Plan(USERS, prompt, 20))
     report.series = [Series(prefix, levels)]
+    if allowed is not None:
+        report.plan = replace(report.plan, sla=Sla(ttft_s=2.0))
+        report.series[0].capacity = Capacity(allowed, allowed + 1)
     file.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
     return file
 
@@ -102,6 +110,56 @@ def test_levels_of_other_tools_are_joined(tmp_path: Path) -> None:
     done = run(bench(tmp_path / "a.json", 50), other, *QUICK)
     assert done.exit_code == 0, done.output
     assert "Errors of 4 levels" in done.stdout
+
+
+def test_the_capacity_that_bench_measured_is_kept(tmp_path: Path) -> None:
+    output = tmp_path / "out.yaml"
+    plain = bench(tmp_path / "a.json", 50)
+    done = run(plain, *QUICK, "-o", output)
+    assert load_profile(output).capacity is None
+    assert "it says no slots: no file of bench in it had an SLA" in done.stderr
+    long, short = bench(tmp_path / "b.json", 60, allowed=5), bench(tmp_path / "c.json", 40, allowed=7)
+    done = run(plain, short, *QUICK, "-o", output)
+    assert "`slots: auto` takes 7 from it" in done.stderr
+    one = load_profile(output).capacity
+    assert one is not None
+    assert (one.users, one.prompt_tokens, one.ttft_s) == (7, 40, 2.0)
+    assert one.source.text.startswith("c.json: tidegate bench, ")
+    assert run(short, plain, long, *QUICK, "-o", output).exit_code == 0
+    fewest = load_profile(output).capacity
+    assert fewest is not None
+    assert (fewest.users, fewest.prompt_tokens) == (5, 60)
+    assert fewest.source.text.startswith("b.json: ")
+    assert "the fewest users of all runs with an SLA (others: c.json 7)" in fewest.source.text
+
+
+def test_doubts_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = bench(tmp_path / "a.json", 50)
+    monkeypatch.setattr(fit, "POOR", -1.0)
+    assert "the fit is poor: at worst" in run(file, *QUICK).stderr
+    monkeypatch.setattr(fit, "POOR", 1e9)
+    assert "the fit is poor" not in run(file, *QUICK).stderr
+
+
+def test_limits_that_nobody_knows_are_said_to_be_defaults(tmp_path: Path) -> None:
+    output = tmp_path / "out.yaml"
+    file = bench(tmp_path / "a.json", 50)
+    assert run(file, *QUICK, "-o", output).exit_code == 0
+    said = load_profile(output).limits.source.text
+    assert "max_num_batched_tokens, max_num_seqs, prefix_cache: vLLM's default, not measured" in said
+    assert run(file, *QUICK, "--max-num-seqs", "99", "-o", output).exit_code == 0
+    limits = load_profile(output).limits
+    assert limits.max_num_seqs == 99
+    assert "max_num_seqs: as given" in limits.source.text
+
+
+def test_milliseconds_are_asked_about(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.csv"
+    lines = "".join(f"{users},50,20,100,20,16\n" for users in (2, 4, 8))
+    file.write_text(f"concurrency,prompt_tokens,output_tokens,ttft_s,tpot_s,requests\n{lines}")
+    done = run(file, *QUICK)
+    assert done.exit_code == 0
+    assert f"{file}: the level of 2 users has 20 s for each token: are these milliseconds?" in done.stderr
 
 
 def refusal(*words: str | Path) -> str:

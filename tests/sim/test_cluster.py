@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -385,3 +386,64 @@ def test_sessions_of_two_tenants_do_not_wait_for_each_other() -> None:
     assert next_quick.facts.arrived == pytest.approx(quick.ended)
     assert next_slow.facts.arrived == pytest.approx(slow.ended)
     assert next_quick.ended < slow.ended
+
+
+# What cannot be
+
+
+def test_a_cluster_runs_once() -> None:
+    members = [member("a")]
+    cluster = Cluster(members, rules(members))
+    first = cluster.run(Workload("w", [Arrival(0, 10, 5)]))
+    with pytest.raises(RuntimeError, match="a cluster runs once: make a new one"):
+        cluster.run(Workload("w", [Arrival(0, 10, 5)]))
+    assert len(first.trips) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"rtt": -5}, "backend a: rtt is microseconds, zero or more, not -5"),
+        ({"overhead": -1}, "overhead is microseconds"),
+        ({"starts": -1}, "starts is microseconds"),
+        ({"slots": -4}, "backend a: slots are one or more, not -4"),
+    ],
+)
+def test_a_member_that_cannot_be_is_refused(values: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        member("a", **values)
+
+
+def test_a_member_without_models_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend a: it serves no model"):
+        Member(Backend("a", slots=4), ENGINE)
+
+
+def test_a_cluster_has_members_of_different_names() -> None:
+    members = [member("a"), member("a")]
+    with pytest.raises(ValueError, match="two members are named a"):
+        Cluster(members, rules(members))
+    with pytest.raises(ValueError, match="one member at least"):
+        Cluster([], rules(members))
+
+
+def test_times_before_the_beginning_are_refused() -> None:
+    with pytest.raises(ValueError, match="an incident of a is at -1"):
+        Incident(-1, "a", Change.DOWN)
+    members = [member("a")]
+    for wrong in (Arrival(-1, 1, 5), Arrival(0, 0, 5), Arrival(0, 5, 0)):
+        with pytest.raises(ValueError, match="arrival 1 comes at"):
+            Cluster(members, rules(members)).run(Workload("w", [Arrival(0, 1, 1), wrong]))
+
+
+def test_a_trip_says_what_became_of_it() -> None:
+    members = [member("a")]
+    cluster = Cluster(members, rules(members))
+    (trip,) = cluster.run(Workload("w", [Arrival(0, 10, 5)])).trips
+    assert repr(trip) == f"<Trip 0: ok at a, ttft_s {trip.ttft_s:.3f}, tpot_s {trip.tpot_s:.3f}>"
+    (refused,) = (
+        Cluster(members, rules(members), incidents=[Incident(0, "a", Change.DOWN)])
+        .run(Workload("w", [Arrival(SECOND, 10, 5)]))
+        .trips
+    )
+    assert re.fullmatch(r"<Trip 0: \w+ \(.+\).*>", repr(refused))

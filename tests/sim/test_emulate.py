@@ -31,7 +31,7 @@ from tests.pages import page
 def served(monkeypatch: pytest.MonkeyPatch) -> list[EmulatorSettings]:
     """What would have been served."""
     found: list[EmulatorSettings] = []
-    monkeypatch.setattr(module, "run", found.extend)
+    monkeypatch.setattr(module, "run", lambda many, _: found.extend(many))
     return found
 
 
@@ -55,6 +55,21 @@ def test_a_profile_by_file(served: list[EmulatorSettings], tmp_path: Path) -> No
     done = invoke("--profile", str(tmp_path / "mine.yaml"), "--port", "8001", "--port", "8003")
     assert done.exit_code == 0, done.output
     assert [(settings.port, settings.profile) for settings in served] == [(8001, profile), (8003, profile)]
+
+
+def test_a_port_given_twice_is_told(served: list[EmulatorSettings]) -> None:
+    done = invoke("--port", "8001", "--port", "8001")
+    assert done.exit_code == 2
+    assert "--port 8001 is given twice" in " ".join(done.output.replace("│", " ").split())
+    assert served == []
+    assert invoke("--port", "0", "--port", "0").exit_code == 0
+
+
+@pytest.mark.parametrize("option", ["--profile", "--fleet"])
+def test_a_file_that_is_not_there_is_named(option: str, tmp_path: Path) -> None:
+    done = invoke(option, str(tmp_path / "no.yaml"))
+    assert done.exit_code == 1
+    assert done.stderr == f"tidegate: {tmp_path}/no.yaml: no such file or directory\n"
 
 
 @pytest.mark.parametrize(("port", "ports"), [("8001", [8001, 8002, 8003]), ("0", [0, 0, 0])])
@@ -205,7 +220,7 @@ async def start(*arguments: str) -> asyncio.subprocess.Process:
 
 
 @pytest.mark.e2e
-async def test_the_process_says_where_it_listens_and_stops_on_request() -> None:
+async def test_the_process_says_where_it_listens_and_stops_on_request(tmp_path: Path) -> None:
     process = await start("--port", "0", "--model", "one", "--model", "two", "--speed", "100")
     assert process.stdout is not None
     line = (await process.stdout.readline()).decode()
@@ -217,7 +232,18 @@ async def test_the_process_says_where_it_listens_and_stops_on_request() -> None:
         taken = await start("--port", url.rpartition(":")[2])
         _, complaint = await taken.communicate()
         assert taken.returncode == 1
-        assert b"choose another with --port" in complaint
+        port = url.rpartition(":")[2]
+        said = f"tidegate: cannot listen on 127.0.0.1 port {port}: address already in use"
+        assert complaint.decode() == f"{said}; choose another with --port\n"
+        taken = await start("--port", "0", "--port", port, "--speed", "100")
+        _, complaint = await taken.communicate()
+        assert complaint.decode() == f"{said}; choose another with --port\n"
+        (tmp_path / "mine.yaml").write_text(dump_profile(plain_profile()))
+        fleet = tmp_path / "fleet.yaml"
+        fleet.write_text(f"backends:\n  - {{port: {port}, profile: mine.yaml}}\n")
+        taken = await start("--fleet", str(fleet))
+        _, complaint = await taken.communicate()
+        assert complaint.decode() == f"{said}; choose another in {fleet}\n"
     process.send_signal(signal.SIGTERM)
     _, complaint = await process.communicate()
     assert (process.returncode, complaint) == (0, b"")

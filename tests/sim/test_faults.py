@@ -34,10 +34,12 @@ def test_faults_as_text(text: str, fault: Fault) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("explode", "kind: Input should be 'error'"),
-        ("cut,share=2", "share: Input should be less than or equal to 1"),
-        ("cut,share", "share: Input should be a valid number"),
-        ("cut,often=1", "often: Extra inputs"),
+        ("explode", "kind: expected 'error', 'garbage'"),
+        ("cut,share=2", "share: must be at most 1, got '2'"),
+        ("cut,share", "share: expected a number, got"),
+        ("cut,often=1", "often: unknown key; known here: kind, share"),
+        ("cut,shar=1", r"shar: unknown key \(did you mean 'share'\?\)"),
+        ("cutt", r"kind: expected .*\(did you mean 'cut'\?\)"),
         ("slow,share=0.5", "slow has no share"),
         ("stall,factor=2", "stall has no factor"),
         ("error,status=200", "status"),

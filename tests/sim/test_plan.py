@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from policies.profile import Origin, Power, Price, Profile, Source
 from sim.closed_loop import closed_loop, most_users, worst_figures
 from sim.engine import EngineSettings, StepCost
-from sim.plan import MOST_COPIES, MOST_USERS, Demand, plan
+from sim.plan import MOST_CONCURRENCY, MOST_USERS, Demand, plan
 from sim.plan_command import plan as command
 from sim.profile import dump_profile, engine_settings, load_profile, profile_names
 
@@ -136,12 +136,28 @@ def test_margin_and_slots_are_not_cut_off_by_what_is_asked_for() -> None:
     assert option.margin == option.slots - 1
 
 
-@pytest.mark.parametrize(("concurrency", "most"), [(1, MOST_USERS), (3000, 6000)])
-def test_a_number_that_was_not_looked_beyond_is_marked(concurrency: int, most: int) -> None:
+@pytest.mark.parametrize(("concurrency", "copies"), [(1, 1), (3000, 3), (MOST_CONCURRENCY, 977)])
+def test_a_number_that_was_not_looked_beyond_is_marked(concurrency: int, copies: int) -> None:
+    """And no engine is simulated with more, however many are asked for."""
     (option,) = plan(Demand(concurrency), [H20]).options
     assert option.at_least
-    assert option.slots == option.most == most
-    assert option.copies == 1
+    assert option.slots == MOST_USERS >= option.figures.users
+    assert option.copies == copies
+
+
+def test_as_many_copies_as_it_takes_are_an_option() -> None:
+    """One with many small engines may be the cheapest."""
+    profiles = [priced("l40-2-32b", 1.6), priced("h20-8-32b", 15.2)]
+    first, second = plan(Demand(5000, tokens_per_s=15.0), profiles).options
+    assert (first.profile.name, second.profile.name) == ("h20-8-32b", "l40-2-32b")
+    assert second.slots * (second.copies - 1) < 5000 <= second.slots * second.copies
+    assert second.copies > 64
+    assert second.per_hour == pytest.approx(1.6 * second.copies)
+
+
+def test_more_users_than_anybody_has_are_refused() -> None:
+    with pytest.raises(ValueError, match="concurrency must be at most 1,000,000"):
+        Demand(MOST_CONCURRENCY + 1)
 
 
 def test_the_cheapest_is_first_and_an_unknown_price_last() -> None:
@@ -172,13 +188,13 @@ def test_none_says_what_is_nearest() -> None:
     assert distances[0] > 1
 
 
-@pytest.mark.parametrize("concurrency", [32, 100, 200])
-def test_the_distance_is_that_of_engines_with_as_few_users_as_copies_allow(concurrency: int) -> None:
+@pytest.mark.parametrize("concurrency", [32, 200])
+def test_the_distance_is_that_of_engines_with_one_user_each(concurrency: int) -> None:
     (option,) = plan(Demand(concurrency, ttft_s=0.01), [H20]).nearest
-    users = -(-concurrency // MOST_COPIES)
-    assert option.figures == worst_figures(engine_settings(H20), users, 1024, 1024)
+    assert option.figures == worst_figures(engine_settings(H20), 1, 1024, 1024)
     assert option.shortfall == pytest.approx(option.figures.ttft_mean / 0.01)
-    assert option.figures.users * (option.copies - 1) < concurrency <= option.figures.users * option.copies
+    assert option.copies == concurrency
+    assert option.missed == {"ttft_s"}
     assert option.slots == 0
     assert option.margin == -1
 
@@ -242,7 +258,22 @@ def test_the_command() -> None:
     assert found["left_out"] == []
     result = run("--model", "32B", "--concurrency", "32", "--ttft", "0.001")
     assert result.exit_code == 1
-    assert "Nothing meets this. Nearest:" in result.output
+    assert "Nothing meets this. Nearest (! misses the service level):" in result.output
+    _, head, row, *_ = result.output.splitlines()
+    assert row.split()[head.replace("TTFT s", "TTFT").split().index("TTFT") + 2].endswith("!")
+    assert row.count("!") == 1
+
+
+def test_no_service_level_is_told() -> None:
+    asked = ("--profile", "h20-8-32b", "--concurrency", "1")
+    assert run(*asked).output.startswith("no service level was given, so any speed will do: --ttft,")
+    assert "no service level" not in run(*asked, "--tokens-per-s", "1").output
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    result = run("--concurrency", "1", "--profile", str(tmp_path / "no.yaml"))
+    assert result.exit_code == 2
+    assert result.stderr == f"tidegate: {tmp_path}/no.yaml: no such file or directory\n"
 
 
 def test_slots_of_a_backend_are_shown() -> None:
@@ -258,7 +289,7 @@ def test_slots_of_a_backend_are_shown() -> None:
 
 def test_what_was_not_looked_beyond_is_shown_so() -> None:
     asked = ("--profile", "h20-8-32b", "--concurrency", "1")
-    _, row, _ = run(*asked).output.splitlines()
+    _, _, row, _ = run(*asked).output.splitlines()
     assert f">={MOST_USERS}" in row
     assert f">=+{MOST_USERS - 1}00%" in row
     assert json.loads(run(*asked, "--json").output)["options"][0]["at_least"] is True
@@ -336,11 +367,12 @@ def test_carbon_without_power_is_said_to_be_unknown() -> None:
         (("--watts", "H20=400CNY"), "--watts is CARD=NUMBER, as in H20=400; not 'H20=400CNY'"),
         (("--watts", "X=1"), "--watts X=1: no profile has the card 'X'"),
         (("--watts", "H20=1", "--watts", "H20=1"), "--watts is given twice for H20"),
+        (("--concurrency", "999999999"), "--concurrency must be at most 1,000,000"),
         (("--profile", "h200"), "no profile is named 'h200'"),
-        (("--ttft", "0"), "ttft_s must be above zero"),
-        (("--tpot", "nan"), "tpot_s must be above zero"),
-        (("--tokens-per-s", "inf"), "tokens_per_s must be zero or more"),
-        (("--carbon", "inf"), "carbon_gco2_kwh must be zero or more"),
+        (("--ttft", "0"), "tidegate: --ttft must be above zero"),
+        (("--tpot", "nan"), "--tpot must be above zero"),
+        (("--tokens-per-s", "inf"), "--tokens-per-s must be zero or more"),
+        (("--carbon", "inf"), "--carbon must be zero or more"),
     ],
 )
 def test_what_is_wrong_is_said(arguments: tuple[str, ...], said: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sim.timings import Level, Timing, TimingsError, read_measured
+from sim.timings import Level, Timing, TimingsError, looks_like_milliseconds, read_measured
 
 REQUEST: dict[str, Any] = {
     "arrival_s": 5.0,
@@ -115,14 +115,38 @@ def test_lines_of_a_csv_count_its_header(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (Level(4, 10, 10, 1e6, 25e6), "the level of 4 users has 25 s for each token"),
+        (Level(4, 10, 10, 1.2e9, 1e5), "the level of 4 users has a TTFT of 1200 s"),
+        (Timing(3_000_000, 10, 10, 1e6, 19.1e6), "the request at 3 s has 2.01111 s for each token"),
+        (Level(4, 10, 10, 9e8, 9e5), ""),
+        (Level(4, 10, 1, 1e6, 25e6), ""),
+        (Timing(0, 10, 10, 9e8, 9.01e8), ""),
+    ],
+)
+def test_milliseconds_that_were_taken_for_seconds_are_seen(row: Level | Timing, said: str) -> None:
+    found = looks_like_milliseconds([row])  # type: ignore[list-item]
+    assert found.startswith(said)
+    assert ("are these milliseconds?" in found) is bool(said)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", b"", "line 1: the file has no rows"),
         ("a.csv", b"concurrency\n", "line 1: the file has no rows"),
-        ("a.jsonl", b"\n{}x\n", "line 2: is not JSON"),
+        ("a.jsonl", b"\n{}x\n", "line 2: is not JSON: extra data, at character 3"),
         ("a.jsonl", b"[1]\n", "line 1: is not a JSON object"),
         ("a.csv", b'queued_ts\n"1\n', "is not CSV"),
         ("a.jsonl", b"\xff", "line 1: is not UTF-8 text"),
+        (
+            "a.csv",
+            b"Arrival_s,prompt_tokens\n1,2\n",
+            "line 1: its columns are .*arrival_s, .*'Arrival_s', 'prompt_tokens'",
+        ),
+        ("a.csv", b"concurrency;ttft_s\n1;2\n", "none of these forms: .*tpot_s; it has 'concurrency;ttft_s'"),
+        ("a.jsonl", b'\n{"users": 1}\n', "line 2: its columns are .*'users'"),
         ("a.jsonl", b"\n" * 9000 + b"\xe6\xbd\n{}", "line 9001: is not UTF-8 text"),
         ("a.jsonl.gz", gzip.compress(b"\n\n\xff"), "line 3: is not UTF-8 text"),
         ("a.csv", b"queued_ts\n1\n\xff\n2\n", "line 3: is not UTF-8 text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,28 @@ def spec(tmp_path: Path) -> Path:
     path = tmp_path / "spec.yaml"
     path.write_text(SPEC)
     return path
+
+
+@pytest.mark.parametrize("name", ["trace.csv", "./trace.csv", "link.csv"])
+def test_what_is_read_is_not_written_over(trace: Path, spec: Path, name: str) -> None:
+    (trace.parent / "link.csv").symlink_to(trace)
+    (spec.parent / "link.yaml").symlink_to(spec)
+    for command, file in (("show", trace), ("generate", spec)):
+        output = f"{file.parent}/{name.replace('trace.csv', file.name).replace('.csv', file.suffix)}"
+        done = run(command, file, "-o", output)
+        assert done.exit_code == 2
+        assert "is the file that is read: give another one to write" in done.stderr
+    assert (trace.read_text(), spec.read_text()) == (AZURE, SPEC)
+    assert run("show", trace, "--plot", trace).exit_code == 2
+    assert trace.read_text() == AZURE
+
+
+def test_a_workload_is_not_taken_for_a_specification(spec: Path) -> None:
+    made = spec.with_name("made.jsonl")
+    assert run("generate", spec, "-o", made).exit_code == 0
+    done = run("generate", made, "-o", spec.with_name("other.jsonl"))
+    assert done.exit_code == 2
+    assert done.stderr.endswith(f"{made} is a workload already: `tidegate workload show {made}` shows it\n")
 
 
 # Figures
@@ -147,12 +170,12 @@ def test_any_trace_becomes_one_of_our_own(trace: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere.csv"], "nowhere.csv: No such file or directory"),
+        (["nowhere.csv"], "nowhere.csv: no such file or directory"),
         (["--strict"], "trace.csv, line 3, TIMESTAMP: expected a date and time"),
         (["--form", "vidur"], "there is no form 'vidur': azure, "),
         (["--duration", "long"], "expected a duration such as 10s"),
         (["--duration", "0s"], "lasts longer than zero seconds"),
-        (["-o", "nowhere/x.jsonl"], "nowhere/x.jsonl: No such file or directory"),
+        (["-o", "nowhere/x.jsonl"], "nowhere/x.jsonl: no such file or directory"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
@@ -230,3 +253,19 @@ def test_a_picture_is_drawn(trace: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     wrong = run(trace, "--plot", tmp_path / "out.txt")
     assert (wrong.exit_code, wrong.stderr.count("\n")) == (2, 1)
+
+
+def test_two_requests_have_no_variation(trace: Path) -> None:
+    assert "needs three requests" in run("show", trace).stdout
+    trace.write_text(AZURE + "2023-11-16 18:15:51,4,4\n")
+    assert "needs three requests" not in run("show", trace).stdout
+
+
+def test_a_line_that_is_no_json_is_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    row = '{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": [1]}'
+    path.write_text(f'{row}\n{{"timestamp": }}\n')
+    (line,) = [line for line in run("show", path).stdout.splitlines() if line.startswith("left out: ")]
+    assert len(re.findall(r"\bline\b", line)) == 1
+    assert "trace.jsonl, line 2: not JSON: " in line
+    assert line.endswith(", at character 15")

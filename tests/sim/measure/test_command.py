@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,17 @@ import typer
 from aiohttp import web
 from typer.testing import CliRunner, Result
 
-from sim.measure import connections
+from sim.calibrate import Search
+from sim.measure import command, connections, fit
 from sim.measure.command import bench
+from sim.measure.endpoint import Facts
+from sim.measure.level import Level
+from sim.measure.prompts import Prefix
+from sim.measure.sweep import Plan, Report, Series
+from sim.measure.wire import Api
 from sim.profile import load_profile
 from tests.sim.emulated import client
-from tests.sim.measure.fake_server import DONE, serving, stream, token, usage
+from tests.sim.measure.fake_server import DONE, record, serving, stream, token, usage
 
 APP = typer.Typer()
 APP.command()(bench)
@@ -128,6 +135,13 @@ def test_users_that_do_not_fit_are_refused_before_anything_is_asked(monkeypatch:
     assert "tidegate: 1000 users need 1064 open files, and 1024 are allowed here" in result.stderr
 
 
+@pytest.mark.parametrize("url", ["127.0.0.1:18000", "localhost", "ftp://x", ""])
+def test_an_address_without_a_scheme_is_told_what_to_begin_with(url: str) -> None:
+    result = run(url)
+    assert result.exit_code == 2
+    assert f"tidegate: {url!r} is no address of a server: begin it with http://" in result.stderr
+
+
 def test_a_server_that_is_not_there_is_one_line() -> None:
     result = run("http://127.0.0.1:9", "--concurrency", "1", *SMALL)
     assert result.exit_code == 1
@@ -143,6 +157,10 @@ def test_a_server_that_is_not_there_is_one_line() -> None:
         (("--search",), "a search needs an SLA"),
         (("--json", "/nowhere/out.json"), "there is no such folder"),
         (("--profile", "out.yaml", "--warm-prefix"), "--profile needs a cold prefix"),
+        (("--profile", "out.yaml", "--concurrency", "1,2"), "--profile needs three levels at least"),
+        (("--profile", "out.yaml", "--concurrency", "2,2,2"), "--profile needs three levels at least"),
+        (("--profile", "out.yaml", "--output-tokens", "1"), "--profile needs answers of two tokens"),
+        (("--plots", "/nowhere/plots"), "/nowhere/plots: there is no folder /nowhere"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_asked(words: tuple[str, ...], message: str) -> None:
@@ -152,8 +170,55 @@ def test_what_cannot_be_is_refused_before_anything_is_asked(words: tuple[str, ..
     assert "Traceback" not in result.output
 
 
-async def test_a_profile_of_too_few_levels_is_refused(tmp_path: Path) -> None:
-    result = await against({}, "--concurrency", "1", *SMALL, "--profile", str(tmp_path / "out.yaml"))
-    assert result.exit_code == 1
-    assert "a profile needs three levels" in result.stderr
-    assert "cold prefix" in result.stdout
+async def test_doubts_about_a_profile_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "POOR", -1.0)
+    monkeypatch.setattr(fit, "SEARCH", Search(1, 12, overhead=True))
+    file = tmp_path / "out.yaml"
+    words = ("--concurrency", "1,2,3", *SMALL, "--profile", str(file), "--max-num-seqs", "8")
+    result = await against({"speed": 20.0}, *words)
+    assert result.exit_code == 0, result.output
+    assert "the fit is poor" in result.stderr
+    assert load_profile(file).limits.max_num_seqs == 8
+
+
+def interrupted(*levels: Level) -> Report:
+    plan = Plan((1, 2, 4), 100, 10)
+    series = [Series(Prefix.COLD, list(levels))]
+    return Report("http://x", "m", Api.CHAT, True, Facts(), plan, series=series, interrupted=True)
+
+
+def test_ctrl_c_before_a_level_is_whole_leaves_files_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "out.json"
+    file.write_text("of yesterday")
+    torn = Level.of(1, [record()], 1.0, interrupted=True)
+    for report in (interrupted(), interrupted(torn)):
+        monkeypatch.setattr(command, "_measured", lambda *_, report=report: report)
+        result = run("http://127.0.0.1:9", "--concurrency", "1", *SMALL, "--json", str(file))
+        assert result.exit_code == 130
+        assert file.read_text() == "of yesterday"
+        assert f"interrupted before a level was measured to its end: {file} not written" in result.stderr
+    monkeypatch.setattr(command, "_measured", lambda *_: interrupted(Level.of(1, [record()], 1.0), torn))
+    result = run("http://127.0.0.1:9", "--concurrency", "1", *SMALL, "--json", str(file))
+    assert result.exit_code == 130
+    assert f"interrupted: {file} has 1 whole level\n" in result.stderr
+    assert len(json.loads(file.read_text())["series"][0]["levels"]) == 2
+
+
+def test_ctrl_c_while_a_profile_is_fitted_says_what_fits_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    report = replace(interrupted(Level.of(1, [record()], 1.0)), interrupted=False)
+    monkeypatch.setattr(command, "_measured", lambda *_: report)
+    monkeypatch.setattr(fit, "to_profile", stopped)
+    file, profile = tmp_path / "out.json", tmp_path / "out.yaml"
+    words = ("--json", str(file), "--profile", str(profile), "--card", "H20")
+    result = run("http://127.0.0.1:9", "--concurrency", "1,2,4", "--output-tokens", "10", *words)
+    assert result.exit_code == 130
+    assert f"tidegate calibrate {file} --card H20 --model m -o {profile}" in result.stderr
+    assert file.exists()
+    assert not profile.exists()

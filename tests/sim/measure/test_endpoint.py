@@ -6,6 +6,7 @@ import pytest
 from aiohttp import web
 
 from sim.faults import Fault, FaultKind
+from sim.measure import endpoint as module
 from sim.measure.endpoint import Endpoint, Facts, MeasureError
 from sim.measure.level import RequestRecord
 from sim.measure.wire import Api
@@ -84,6 +85,39 @@ async def test_a_port_where_nobody_listens() -> None:
         assert (await endpoint.ask(endpoint.body("Hello", 1))).error.startswith("cannot connect: ")
         with pytest.raises(MeasureError, match="cannot connect to"):
             await endpoint.prepare()
+
+
+async def test_a_request_that_everything_hangs_on_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses = [500, 429, 503, 200]
+    pauses = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        status = statuses.pop(0)
+        if status != 200:
+            return web.json_response({"error": "busy"}, status=status, headers={"Retry-After": "0"})
+        return await stream(request, token("a"), usage(7, 1), DONE)
+
+    def pause(tried: int, retry_after: str) -> float:
+        pauses.append((tried, retry_after))
+        return 0.0
+
+    monkeypatch.setattr(module, "pause_s", pause)
+    async with serving(answer) as url, Endpoint(url, model="m") as endpoint:
+        assert await endpoint.reported("Hello") == 7
+        assert pauses == [(1, "0"), (2, "0"), (3, "0")]
+        statuses.extend([503] * 4)
+        with pytest.raises(MeasureError, match="status 503: busy"):
+            await endpoint.reported("Hello")
+        statuses.append(404)  # which would be the same again
+        with pytest.raises(MeasureError, match="status 404: busy"):
+            await endpoint.reported("Hello")
+    assert not statuses
+
+
+def test_a_server_says_how_long_to_wait_within_bounds() -> None:
+    assert [module.pause_s(1, text) for text in ("7", "0", "3600")] == [7.0, 0.0, 30.0]
+    for text in ("", "soon", "-1", "Wed, 21 Oct 2026 07:28:00 GMT", "²"):
+        assert [module.pause_s(tried, text) for tried in (1, 2, 3)] == [0.5, 1.0, 2.0]
 
 
 async def test_what_is_no_url_is_said_so() -> None:

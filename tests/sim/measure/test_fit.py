@@ -13,7 +13,7 @@ from sim.closed_loop import closed_loop
 from sim.engine import EngineSettings, StepCost
 from sim.measure import fit
 from sim.measure.endpoint import Facts, MeasureError
-from sim.measure.fit import to_profile, to_sweep
+from sim.measure.fit import doubts, queues, to_profile, to_sweep
 from sim.measure.level import Level
 from sim.measure.prompts import Prefix
 from sim.measure.sweep import Plan, Report, Series
@@ -58,12 +58,17 @@ def test_a_sweep_has_what_was_measured_cold_and_to_the_end() -> None:
     assert to_sweep(report([level(1)], Prefix.WARM)) == []
 
 
-def levels_of(cost: StepCost, overhead_us: float, *levels: int) -> list[Level]:
+def levels_of(cost: StepCost, overhead_us: float, *levels: int, slots: int = 256) -> list[Level]:
     """As an engine of this cost, and a server before it, would be measured: the first requests all at once."""
     made = []
     for users in levels:
         figures = closed_loop(
-            EngineSettings(cost), users, PROMPT, OUTPUT, overhead_us=overhead_us, rounds=ROUNDS
+            EngineSettings(cost, max_num_seqs=slots),
+            users,
+            PROMPT,
+            OUTPUT,
+            overhead_us=overhead_us,
+            rounds=ROUNDS,
         )
         answer = record(ttft=figures.ttft_mean, e2e=figures.total_mean, tokens=OUTPUT, prompt=PROMPT)
         made.append(Level.of(users, [answer] * (ROUNDS * users), 1.0))
@@ -77,6 +82,42 @@ def test_a_profile_says_of_an_engine_what_was_measured() -> None:
         level = SweepLevel(users, PROMPT, OUTPUT, 1, 1)
         guessed = loop_times(settings, level, profile.overhead_us)
         assert guessed == pytest.approx(loop_times(EngineSettings(COST), level, 5_000), rel=0.1)
+
+
+def test_users_who_only_wait_are_told_unless_it_is_known_how_many_run() -> None:
+    full = report(levels_of(COST, 5_000, 1, 2, 4, 8, 16, slots=4))
+    told: list[str] = []
+    profile = to_profile(full, "H20", 1, warn=told.append)
+    assert told[0].startswith("from 4 to 8 users throughput and TPOT stay while TTFT grows")
+    assert "says that 256 run at once; say with --max-num-seqs" in told[0]
+    assert profile.limits.max_num_seqs == 256
+    told.clear()
+    profile = to_profile(full, "H20", 1, max_num_seqs=4, warn=told.append)
+    assert not told
+    assert profile.limits.max_num_seqs == 4
+    assert profile.limits.source.text.startswith("max_num_seqs: as given; ")
+
+
+@pytest.mark.parametrize("cost", [COST, StepCost(2_000, 20, 0.5, 500), StepCost(20_000, 1, 0, 1)])
+def test_an_engine_with_room_has_no_queue(cost: StepCost) -> None:
+    """Also where prompts are most of the work, so that first tokens are ever later."""
+    assert not queues(to_sweep(report(levels_of(cost, 5_000, 1, 2, 4, 8, 16, 32))))
+
+
+def test_a_cache_that_is_known_to_be_full_explains_a_queue() -> None:
+    levels = to_sweep(report(levels_of(COST, 5_000, 1, 2, 4, 8, slots=4)))
+    limits = to_profile(report([level(1), level(2), level(4)]), "H20", 1).limits
+    assert doubts(levels, limits, [0.0])
+    assert not doubts(levels, limits.model_copy(update={"kv_tokens": 4 * (PROMPT + OUTPUT)}), [0.0])
+
+
+def test_a_poor_fit_is_told() -> None:
+    limits = to_profile(report([level(1), level(2), level(4)]), "H20", 1).limits
+    (said,) = doubts([], limits, [0.1, -0.31, 0.2])
+    assert said.startswith(
+        "the fit is poor: at worst 31% off; if the engine was full, --max-num-seqs, or --kv"
+    )
+    assert not doubts([], limits, [0.19, -0.19])
 
 
 def test_its_capacity_is_what_the_sla_allows() -> None:
@@ -128,7 +169,10 @@ def test_a_profile_says_what_was_measured_and_what_the_server_told() -> None:
     made = to_profile(report(levels, facts=Facts("0.32.0", 5000, 65536, None)), "H20", 2)
     assert (made.name, made.card, made.cards, made.model) == ("org-model-7b-h20x2", "H20", 2, "Org/Model-7B")
     assert (made.limits.kv_tokens, made.limits.max_model_len) == (65536, 5000)
-    assert "kv_tokens, max_model_len;" in made.limits.source.text
+    assert "kv_tokens, max_model_len: as the server says;" in made.limits.source.text
+    assert (
+        "max_num_batched_tokens, max_num_seqs, prefix_cache: vLLM's default, not" in made.limits.source.text
+    )
     assert "vLLM 0.32.0: 3 levels of 1 to 4 users" in made.step.source.text
     assert "failed" not in made.step.source.text
     assert read_profile(dump_profile(made), "p.yaml") == made

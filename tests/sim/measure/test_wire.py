@@ -99,6 +99,8 @@ def test_pieces_do_not_matter(cuts: set[int], crlf: bool) -> None:
         ({"detail": "Not Found"}, "Not Found"),
         ("busy", "busy"),
         ("x" * 1000, "x" * 200),
+        ("word " * 40, ("word " * 40).strip()),
+        ("word " * 41, "word " * 39 + "..."),
     ],
 )
 def test_errors_in_any_shape(body: object, text: str) -> None:
