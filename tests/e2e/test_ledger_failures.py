@@ -75,6 +75,7 @@ async def test_a_failed_disk_refuses_what_is_new_and_ends_what_runs(
     client = await proxy.connect()
     await client.send(chat(stream=True))
     await eventually(lambda: backend.running)
+    await proxy.runtime.journal.synced()  # so that it is `last` whose rows the disk fails on
     monkeypatch.setattr(broken_disk, "error", error)
     monkeypatch.setattr(broken_disk, "failing", failing)
     last = await proxy.chat()
