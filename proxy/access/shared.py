@@ -83,11 +83,12 @@ class SharedBudgets:
             return Elsewhere(self._end, nano, others)
 
     async def watch(
-        self, limits: Limits, keys: KeyStore, currency: Callable[[], str], pause_s: float = PAUSE_S
+        self, limits: Limits, keys: KeyStore, currency: Callable[[], str], pause_s: float | None = None
     ) -> None:
         """Tell the limits, again and again, as long as some key has a budget."""
         unread = False
-        pause = pause_s
+        least = PAUSE_S if pause_s is None else pause_s
+        pause = least
         while True:
             await asyncio.sleep(pause)
             if not keys.has_budgets:
@@ -106,7 +107,7 @@ class SharedBudgets:
                 log.warning("budgets: what other proxies spend can be read again")
             if asked == currency():
                 limits.spent_elsewhere(found.nano, found.month_end)
-            pause = max(pause_s, SHARE * (time.monotonic() - began))
+            pause = max(least, SHARE * (time.monotonic() - began))
 
 
 def limits_of_this_month(
