@@ -1,8 +1,8 @@
 """What PostgreSQL needs beyond what it shares with SQLite: its URLs, its sessions, and how rows are put into it.
 
-A batch goes over as one JSON text and is taken apart by the database. That costs this process 3 µs a row, most of
-it without the interpreter lock, where a parameter per column costs a hundred; and the statement is prepared once
-for any number of rows.
+Rows go over as one JSON text to a block and are taken apart by the database: the driver would have to convert a
+parameter per column, in the interpreter that serves requests, and its statement would be another one for every
+number of rows and every size of their integers, so that none stayed prepared.
 
 Sessions wait for a lock no longer than SQLite would, so that whoever is locked out says so and tries again. They
 never commit asynchronously: the journal gives up what the database has called committed. `jsonb` and `text` have no
