@@ -34,7 +34,7 @@ from probes.runner import Prober
 from proxy import server
 from proxy.access.keys import KeyStore
 from proxy.access.pepper import load_pepper
-from proxy.access.shared import SharedBudgets, limits_of_this_month
+from proxy.access.shared import limits_of_this_month, shared_budgets
 from proxy.admin.http import admin_app
 from proxy.build import Built, ConfigError, build, files_of, first_key, refused_without_keys, timing
 from proxy.changes import changes
@@ -46,7 +46,6 @@ from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.masking import database_shown
 from proxy.observe import Observer
-from proxy.postgres import is_postgres
 from proxy.readable import in_words
 from proxy.requestlog import RequestLog
 from proxy.runtime import Runtime
@@ -62,7 +61,6 @@ log = logging.getLogger("tidegate")
 SWEEP_S = 0.25
 KEYS_S = 0.5
 """How often the keys are looked at: a revoked one is refused within this time."""
-FILES_S = 1.0  # the same for files
 FLUSH_S = 1.0
 """At least so long, when the proxy stops, clients may take to read the ends of their answers."""
 BACKLOG = 2048
@@ -136,7 +134,7 @@ class Service:
             raise ConfigError(refusal)
         journal = Journal(config.state / "journal")
         zone = time_zone(config.budget_zone)
-        budgets = SharedBudgets(self._engine, time.time(), zone) if is_postgres(self._engine.url) else None
+        budgets = shared_budgets(self._engine, zone)
         self._ledger = ledger = Ledger(self._engine, journal, built.prices, budgets=budgets)
         await asyncio.to_thread(ledger.start, loop, self._ledger_failed)
         limits = limits_of_this_month(self._engine, config.ledger_currency, zone, budgets)
@@ -378,7 +376,7 @@ class Service:
     async def _watch_files(self) -> None:
         """Apart from the keys: a database that does not answer must not hold up a reload."""
         while True:
-            await asyncio.sleep(FILES_S)
+            await asyncio.sleep(2 * KEYS_S)
             try:
                 if self._watched.changed:
                     self.reload()
@@ -395,8 +393,7 @@ class Service:
         except Exception as error:
             if not self._keys_unread:
                 self._keys_unread = True
-                words = "keys cannot be read, the known ones go on and no revocation is seen: %s"
-                log.error(words, said(error))
+                log.error("keys cannot be read, the known ones go on, no revocation is seen: %s", said(error))
             return
         if self._keys_unread:
             self._keys_unread = False

@@ -24,6 +24,7 @@ import sqlalchemy as sa
 from proxy.access.keys import KeyStore
 from proxy.access.limits import Limits, month_bounds
 from proxy.database import said
+from proxy.postgres import is_postgres
 from proxy.records import COLUMNS, Values
 from proxy.reports import spent_by_key
 
@@ -108,6 +109,11 @@ class SharedBudgets:
             if asked == currency():
                 limits.spent_elsewhere(found.nano, found.month_end)
             pause = max(least, SHARE * (time.monotonic() - began))
+
+
+def shared_budgets(engine: sa.Engine, zone: tzinfo) -> SharedBudgets | None:
+    """None: the database is a file, which belongs to one proxy."""
+    return SharedBudgets(engine, time.time(), zone) if is_postgres(engine.url) else None
 
 
 def limits_of_this_month(
