@@ -1,6 +1,7 @@
 """Kills Tidegate with SIGKILL under load, again and again, and compares its ledger with what was really delivered.
 
     python -m benchmarks.crash --rounds 200
+    python -m benchmarks.crash --rounds 20 --database postgresql://tidegate@/crash?host=/run/postgresql
 
 Each round: streams and plain requests run, the proxy is killed at a random moment, started again on the same state,
 and its export is compared with what the clients had read and what the backends had sent. Promised:
@@ -8,6 +9,9 @@ and its export is compared with what the clients had read and what the backends 
 * no token read by a client more than a second before the kill is missing from the ledger;
 * no operation is in it twice, and nothing of earlier rounds changes;
 * it never holds more tokens than the backends sent.
+
+`--database` keeps the ledger there, in a database that must be empty; `--database new` in a PostgreSQL that is
+started for this run.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from rich.progress import Progress
 
 from benchmarks.client import Connection, Heard
 from benchmarks.compare import TOKENS_PER_S
+from benchmarks.databases import database_of
 from benchmarks.load import Plan
 from benchmarks.peers import configure_tidegate, create_key, tidegate_command, wait_for_chat
 from benchmarks.processes import Service, Services, StartError, ask_mock, raise_open_files
@@ -144,12 +149,15 @@ def _compare_delivered(verdict: Verdict, request: Heard, kept: int, killed_at: f
 class Crashes:
     """One Tidegate on one state directory, killed and started again."""
 
-    def __init__(self, services: Services, mock: Service, draw: random.Random) -> None:
+    def __init__(self, services: Services, mock: Service, draw: random.Random, database: str = "") -> None:
         self._services = services
         self._mock = mock
         self._draw = draw
         self._command = tidegate_command()
         self._configuration, self._port = configure_tidegate(services.folder, mock.ports)
+        if database:
+            with self._configuration.open("a") as file:
+                file.write(f"database: {json.dumps(database)}\n")
         self._key = create_key(self._command, self._configuration)
         self._rows: dict[str, dict[str, Any]] = {}
         self._seed = 1
@@ -226,12 +234,12 @@ class Crashes:
         return verdict
 
 
-def run_rounds(rounds: int, seed: int) -> tuple[Verdict, list[float]]:
+def run_rounds(rounds: int, seed: int, database: str = "") -> tuple[Verdict, list[float]]:
     """Kill and compare `rounds` times; returns the sum of the verdicts and how long the restarts took."""
     total = Verdict()
     with tempfile.TemporaryDirectory(prefix="tidegate-crash-") as folder, Services(Path(folder)) as services:
         mock = services.start_mock("--backends", "2", "--rate", str(TOKENS_PER_S), "--record")
-        crashes = Crashes(services, mock, random.Random(seed))
+        crashes = Crashes(services, mock, random.Random(seed), database)
         with Progress() as progress:
             task = progress.add_task("kill -9", total=rounds)
             service = crashes.start()
@@ -265,13 +273,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="kill -9 under load; the ledger against what was delivered.")
     parser.add_argument("--rounds", type=int, default=200, help="kills (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="for the moments of the kills (default: drawn)")
+    parser.add_argument(
+        "--database", default="", metavar="URL", help="of the ledger; `new`: of a PostgreSQL started for this"
+    )
     parser.add_argument("--no-result", action="store_true", help="write no file into benchmarks/results")
     arguments = parser.parse_args()
     raise_open_files(4096)
     seed = arguments.seed or random.randrange(1, 1 << 30)
     print(f"seed {seed}")
     try:
-        verdict, restarts = run_rounds(arguments.rounds, seed)
+        with database_of(arguments.database) as database:
+            verdict, restarts = run_rounds(arguments.rounds, seed, database)
     except StartError as error:
         print(error)
         return 2
@@ -282,6 +294,7 @@ def main() -> int:
             "benchmark": "crash",
             "rounds": arguments.rounds,
             "seed": seed,
+            "database": "postgresql" if arguments.database else "sqlite",
             **asdict(verdict),
             "restart_s": {"p50": quantile(restarts, 0.5), "max": quantile(restarts, 1.0)},
         }

@@ -346,7 +346,7 @@ class Config(FileModel):
     )
     state: Path = Field(Path("tidegate-data"), description="Directory of journal, ledger and keys.")
     database: str | None = Field(
-        None, description="SQLAlchemy URL of the ledger. Default: an SQLite file in `state`."
+        None, description="URL of the ledger: `postgresql://…`. Default: an SQLite file in `state`."
     )
     policy: str = Field("local-first", description="A policy of the library, or a policy file.")
     backends: list[BackendConfig] = Field(min_length=1, description="The endpoints to serve from.")

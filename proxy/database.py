@@ -2,7 +2,7 @@
 
 SQLite stands in the state directory, in WAL mode so that reports read while the proxy writes, and with
 `synchronous=FULL`: with NORMAL, a power loss takes commits with it that were already acknowledged
-(https://www.sqlite.org/pragma.html#pragma_synchronous). Any other database comes as a SQLAlchemy URL.
+(https://www.sqlite.org/pragma.html#pragma_synchronous). PostgreSQL comes as a URL; see `postgres.py`.
 
 Python's sqlite3 would begin transactions on its own, late and only before some statements. That is switched
 off: a transaction begins where SQLAlchemy begins it. It is deferred, which is right for readers and for
@@ -21,9 +21,10 @@ from pathlib import Path
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, select, table, text
 from sqlalchemy import column as sql_column
-from sqlalchemy.exc import ArgumentError, DatabaseError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+from proxy import postgres
 from proxy.masking import database_shown
 from proxy.migrations import REVISIONS
 
@@ -44,17 +45,18 @@ class OpenError(RuntimeError):
     """The database cannot be used; the message says why and what to do."""
 
 
+class AwayError(OpenError):
+    """Nobody answers where the database should be, or it only starts: it may be there later."""
+
+
 def open_database(target: str | Path, *, check: bool = True) -> Engine:
     """Open and migrate. `target`: a directory (SQLite in it, made if missing) or a SQLAlchemy URL.
 
     `check` reads an SQLite file whole to see that it is sound (a second per gigabyte or so); reports do
-    without. Raises OpenError: not reachable, damaged, written by a newer version.
+    without. Raises OpenError: not reachable (AwayError), damaged, written by a newer version.
     """
     url = _url(target)
-    try:
-        engine = create_engine(url)
-    except (ArgumentError, ImportError) as error:
-        raise OpenError(f"database {database_shown(url)}: {error}") from None
+    engine = _engine(url)
     try:
         if url.get_backend_name() == "sqlite":
             path = Path(str(url.database))
@@ -65,10 +67,13 @@ def open_database(target: str | Path, *, check: bool = True) -> Engine:
             if check:
                 _quick_check(engine)
         else:
+            postgres.set_up_sessions(engine, BUSY_TIMEOUT_S)
             _migrate(engine)
-    except (DatabaseError, sqlite3.Error, OSError) as error:
+    except (DBAPIError, sqlite3.Error, OSError) as error:
         engine.dispose()
-        raise OpenError(f"database {database_shown(url)}: {_plain(error)}") from error
+        reason = said(error) if isinstance(error, DBAPIError) else str(error)
+        kind = AwayError if postgres.is_postgres(url) and postgres.is_away(error) else OpenError
+        raise kind(f"database {database_shown(url)}: {reason}") from error
     except BaseException:
         engine.dispose()
         raise
@@ -81,8 +86,8 @@ def has_keys(target: str | Path) -> bool | None:
     Neither makes nor migrates a database. Raises OpenError: `target` is no URL.
     """
     url = _url(target)
-    if url.get_backend_name() != "sqlite":
-        return None
+    if postgres.is_postgres(url):
+        return _postgres_has_keys(url)
     path = Path(str(url.database)).absolute()
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
@@ -104,10 +109,49 @@ def _url(target: str | Path) -> URL:
             url = make_url(target)
         except (ArgumentError, ValueError):  # what is wrong may be the password: it is not repeated
             raise OpenError(f"database: {database_shown(target)} is not a SQLAlchemy URL") from None
-        if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
-            raise OpenError("database: SQLite needs a file, since what is in memory survives nothing")
-        return url
+        return _known(url)
     return URL.create("sqlite", database=str(Path(target) / DATABASE_FILE))
+
+
+def _known(url: URL) -> URL:
+    """The URL of a database that we know, with our driver."""
+    if postgres.is_postgres(url):
+        if url.drivername not in postgres.NAMES:
+            raise OpenError(f"database: write postgresql://…, not {url.drivername}://…")
+        return postgres.with_defaults(url)
+    if url.drivername not in ("sqlite", "sqlite+pysqlite"):
+        raise OpenError(
+            f"database {database_shown(url)}: the ledger is kept in SQLite or PostgreSQL; "
+            "write sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME"
+        )
+    if url.database in (None, "", ":memory:"):
+        raise OpenError("database: SQLite needs a file, since what is in memory survives nothing")
+    return url
+
+
+def _engine(url: URL) -> Engine:
+    try:
+        return create_engine(url)
+    except ImportError as error:
+        if postgres.is_postgres(url):
+            raise OpenError(
+                f"database {database_shown(url)}: PostgreSQL needs a driver: pip install 'tidegate[postgres]', "
+                "or '.[postgres]' in a checkout"
+            ) from None
+        raise OpenError(f"database {database_shown(url)}: {error}") from None
+    except ArgumentError as error:
+        raise OpenError(f"database {database_shown(url)}: {error}") from None
+
+
+def _postgres_has_keys(url: URL) -> bool | None:
+    engine = _engine(url)
+    try:
+        with engine.connect() as connection:
+            return bool(connection.execute(text("SELECT EXISTS (SELECT FROM keys)")).scalar())
+    except DBAPIError:
+        return None
+    finally:
+        engine.dispose()
 
 
 def _prepare_sqlite(engine: Engine, path: Path) -> None:
@@ -145,10 +189,18 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _migrate(engine: Engine) -> None:
+    is_postgres = postgres.is_postgres(engine.url)
     with engine.connect() as connection:
         revision = _revision(connection)
+        if is_postgres and (encoding := postgres.encoding(connection)) != "UTF8":
+            raise OpenError(
+                f"database {database_shown(engine.url)} keeps text in {encoding}, which has not every character: "
+                "make one with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+            )
     if revision is None or _is_old(revision):
         with writing(engine) as connection:
+            if is_postgres:
+                postgres.lock_migrations(connection)
             revision = _revision(connection)  # another process may have been faster
             if revision is None or _is_old(revision):
                 _upgrade(connection)
@@ -201,6 +253,6 @@ def _quick_check(engine: Engine) -> None:
         raise OpenError(f"database {engine.url.database} is damaged: {problem}; restore it from a backup")
 
 
-def _plain(error: Exception) -> str:
-    """What the driver said, without SQLAlchemy's frame around it."""
-    return str(error.orig) if isinstance(error, DatabaseError) else str(error)
+def said(error: Exception) -> str:
+    """What the driver said, in one line and without SQLAlchemy's frame; of other errors, what they are."""
+    return " ".join(str(error.orig).split()) if isinstance(error, DBAPIError) else repr(error)

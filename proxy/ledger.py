@@ -29,10 +29,12 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, Engine, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
-from proxy.database import BUSY_TIMEOUT_S, writing
+from proxy import postgres
+from proxy.access.shared import SharedBudgets
+from proxy.database import BUSY_TIMEOUT_S, said, writing
 from proxy.journal import Journal
 from proxy.prices import Prices
 from proxy.records import CLIENT_GONE, COLUMNS, FAILED, OK, Values, as_json, from_values
@@ -74,8 +76,12 @@ class Ledger:
         *,
         interval_s: float = 0.5,
         most_waiting: int = 100_000,
+        budgets: SharedBudgets | None = None,
     ) -> None:
-        """`most_waiting`: rows (about 1 KB each) that may wait in memory before `failed` is set."""
+        """`most_waiting`: rows (about 1 KB each) that may wait in memory before `failed` is set.
+
+        `budgets`: to be told which rows of ours are in the database.
+        """
         self.engine = engine
         self.journal = journal
         self.prices = prices
@@ -85,7 +91,9 @@ class Ledger:
         """Rows that the database would not take, written to the log instead: a bug if not 0."""
         self._interval_s = interval_s
         self._most_waiting = most_waiting
+        self._budgets = budgets
         self._insert = _Insert(engine)
+        self._may_pass = postgres.may_pass if postgres.is_postgres(engine.url) else _may_pass
         self._queue: SimpleQueue[list[Values]] = SimpleQueue()
         self._taken = 0
         self._moved = 0
@@ -194,21 +202,29 @@ class Ledger:
             except Empty:
                 return
 
+    def _put(self, rows: list[Values]) -> None:
+        if self._budgets is None:
+            self._insert.rows(rows)
+            return
+        with self._budgets.lock:
+            self._insert.rows(rows)
+            self._budgets.count(rows)
+
     def _move(self, rows: list[Values]) -> bool:
         """Insert, however often it takes. False: it will not succeed any more."""
         pause_s = 0.05
         while True:
             try:
-                self._insert.rows(rows)
+                self._put(rows)
             except Exception as error:
-                self.trouble = str(error.orig) if isinstance(error, DBAPIError) else repr(error)
+                self.trouble = said(error)
                 if _is_final(error):
                     self._broken = True
                     log.critical(
                         "ledger: %s; rows stay in the journal, new requests are refused", self.trouble
                     )
                     return False
-                if not _may_pass(error):
+                if not self._may_pass(error):
                     if len(rows) > 1:  # one of them is the cause: the others must not wait for it
                         return all(self._move([row]) for row in rows)
                     self.refused += 1
@@ -239,14 +255,18 @@ class _Insert:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._blocks = [(size, _insert_text(engine, size)) for size in BLOCKS]
-        self._add_up = _add_up_text(engine)
+        self._is_postgres = postgres.is_postgres(engine.url)
+        self._blocks = [] if self._is_postgres else [(size, _insert_text(size)) for size in BLOCKS]
+        self._add_up = _add_up_text()
 
     def rows(self, rows: list[Values]) -> None:
         """Insert rows that are not there yet, in one transaction. Raises SQLAlchemy's errors."""
         while rows:
             try:
                 with writing(self._engine) as connection:
+                    if self._is_postgres:
+                        postgres.add_sums(connection, self._put_json(connection, rows))
+                        return
                     sums = self._put(connection, rows)
                     connection.exec_driver_sql(
                         self._add_up, [(*group, *figures) for group, figures in sums.items()]
@@ -269,6 +289,16 @@ class _Insert:
                     raise _KnownError
                 add_up(block, sums)
                 start += size
+        return sums
+
+    def _put_json(self, connection: Connection, rows: list[Values]) -> Sums:
+        """The same on PostgreSQL, where one statement takes any number of rows."""
+        sums: Sums = {}
+        for start in range(0, len(rows), BLOCKS[0]):
+            document, block = postgres.storable(rows[start : start + BLOCKS[0]])
+            if postgres.insert_rows(connection, document) != len(block):
+                raise _KnownError
+            add_up(block, sums)
         return sums
 
     def _unknown(self, rows: list[Values]) -> list[Values]:
@@ -313,30 +343,23 @@ def add_up(rows: list[Values], groups: Sums) -> None:
         sums[8] += cost_nano
 
 
-def _insert_text(engine: Engine, rows: int) -> str:
+def _insert_text(rows: int) -> str:
     """`INSERT ... VALUES (...), (...) ON CONFLICT (op) DO NOTHING` with positional parameters."""
     names = (*COLUMNS, "detail")
-    insert = _dialect_insert(engine)(ledger).values([dict.fromkeys(names, "")] * rows)
-    return _positional(engine, insert.on_conflict_do_nothing(index_elements=["op"]))
+    insert = sqlite.insert(ledger).values([dict.fromkeys(names, "")] * rows)
+    return _positional(insert.on_conflict_do_nothing(index_elements=["op"]))
 
 
-def _add_up_text(engine: Engine) -> str:
+def _add_up_text() -> str:
     """Add one group's sums to its hour, with positional parameters."""
     names = (*HOURLY_GROUPS, *HOURLY_SUMS)
-    insert = _dialect_insert(engine)(usage_hourly).values(dict.fromkeys(names, ""))
+    insert = sqlite.insert(usage_hourly).values(dict.fromkeys(names, ""))
     add = {name: usage_hourly.c[name] + insert.excluded[name] for name in HOURLY_SUMS}
-    return _positional(engine, insert.on_conflict_do_update(index_elements=list(HOURLY_GROUPS), set_=add))
+    return _positional(insert.on_conflict_do_update(index_elements=list(HOURLY_GROUPS), set_=add))
 
 
-def _positional(engine: Engine, statement: Any) -> str:
-    style = "qmark" if engine.dialect.name == "sqlite" else "format"
-    dialect: Any = type(engine.dialect)
-    return str(statement.compile(dialect=dialect(paramstyle=style)))
-
-
-def _dialect_insert(engine: Engine) -> Any:
-    """`insert` with `ON CONFLICT`, which both databases have and SQLAlchemy spells twice."""
-    return postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
+def _positional(statement: Any) -> str:
+    return str(statement.compile(dialect=sqlite.dialect(paramstyle="qmark")))
 
 
 def _is_final(error: Exception) -> bool:

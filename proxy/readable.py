@@ -6,7 +6,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from policies.yamlfile import FileProblems
 from proxy.access.pepper import PepperError
-from proxy.database import OpenError
+from proxy.database import OpenError, said
 from proxy.segments import JournalError
 
 READABLE_ERRORS = (
@@ -31,7 +31,7 @@ def in_words(error: BaseException) -> str:
     if isinstance(error, UnicodeDecodeError):
         return "the file is not UTF-8 text"
     if isinstance(error, DBAPIError) and error.orig is not None:
-        return str(error.orig)
+        return said(error)
     text = str(error) or type(error).__name__
     cause = error.__cause__ or error.__context__
     while cause is not None:

@@ -32,26 +32,26 @@ from probes.resolver import Resolver
 from probes.runner import Prober
 from proxy import server
 from proxy.access.keys import KeyStore
-from proxy.access.limits import Limits
 from proxy.access.pepper import load_pepper
+from proxy.access.shared import limits_of_this_month, shared_budgets
 from proxy.admin.http import admin_app
 from proxy.build import Built, ConfigError, build, files_of, first_key, refused_without_keys, timing
 from proxy.certificates import ServerCertificates
 from proxy.changes import changes
 from proxy.config import Config, is_policy_file, load_config, override
 from proxy.config_values import is_metadata, time_zone
-from proxy.database import open_database
+from proxy.database import said
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.listen import Ports, ProxiedServer, address_of, open_admin, open_listener
 from proxy.masking import database_shown
 from proxy.observe import Observer
 from proxy.readable import in_words
-from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
 from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
 from proxy.upstream import OUR_SHORTAGE
+from proxy.waiting import opened_in_time
 from proxy.watched import WatchedFiles
 
 if TYPE_CHECKING:
@@ -122,16 +122,18 @@ class Service:
         built = build(config, loop, self._seed, resolver=self._resolver, path=self.path)
         _warn(built)
         config.state.mkdir(parents=True, exist_ok=True)
-        self._engine = open_database(config.database or config.state)
+        self._engine = await opened_in_time(config.database or config.state, self._stopping)
         pepper = load_pepper(config.state)
         keys = KeyStore(self._engine, pepper)
         refusal = refused_without_keys(config, self.path, self.overrides.get("state"))
         if keys.empty and refusal:
             raise ConfigError(refusal)
         journal = Journal(config.state / "journal")
-        self._ledger = ledger = Ledger(self._engine, journal, built.prices)
+        zone = time_zone(config.budget_zone)
+        budgets = shared_budgets(self._engine, zone)
+        self._ledger = ledger = Ledger(self._engine, journal, built.prices, budgets=budgets)
         await asyncio.to_thread(ledger.start, loop, self._ledger_failed)
-        limits = Limits(time.time(), self._spent, time_zone(config.budget_zone))
+        limits = limits_of_this_month(self._engine, config.ledger_currency, zone, budgets)
         new_runtime = Runtime
         if self._record is not None:
             from proxy.eventlog import RecordedRuntime as new_runtime  # noqa: N813
@@ -162,18 +164,13 @@ class Service:
             cast("RecordedRuntime", runtime).write_record()
         runtime.tasks.spawn(self._sweep(), "sweep")
         runtime.tasks.spawn(self._resolve(), "resolve")
-        runtime.tasks.spawn(self._watch(), "watch keys and files")
-        self._write_ports()
-
-    def _spent(self, since: float) -> Mapping[str, int]:
-        """What each key has spent since a Unix time, nano-units of the ledger's currency."""
-        currency = self.config.ledger_currency
-        spent, others = spent_by_key(self._engine, since, currency)
-        if others:
-            log.warning(
-                "budgets count %s only; this month there are costs in %s too", currency, ", ".join(others)
+        runtime.tasks.spawn(self._watch_keys(), "watch keys")
+        runtime.tasks.spawn(self._watch_files(), "watch files")
+        if budgets is not None:
+            runtime.tasks.spawn(
+                budgets.watch(limits, keys, lambda: runtime.prices.currency), "budgets of several proxies"
             )
-        return spent
+        self._write_ports()
 
     async def _start_probes(self, built: Built) -> None:
         runtime = self.runtime
@@ -377,18 +374,24 @@ class Service:
             if endpoint.host == host:
                 endpoint.pool.keep_to(addresses)
 
-    async def _watch(self) -> None:
-        turn = 0
+    async def _watch_keys(self) -> None:
         while True:
             await asyncio.sleep(KEYS_S)
-            turn += 1
             try:
                 await self._refresh_keys()
-                if turn % 2 == 0 and self._watched.changed:
-                    self.reload()
             except Exception:
                 # Whatever it was: revoked keys must go on being refused.
-                log.exception("watching keys and files failed this time")
+                log.exception("watching keys failed this time")
+
+    async def _watch_files(self) -> None:
+        """Apart from the keys: a database that does not answer must not hold up a reload."""
+        while True:
+            await asyncio.sleep(2 * KEYS_S)
+            try:
+                if self._watched.changed:
+                    self.reload()
+            except Exception:
+                log.exception("watching files failed this time")
 
     async def _refresh_keys(self) -> None:
         """Read the keys if they changed. What fails (the database, descriptors, memory) is told once, and tried
@@ -400,8 +403,7 @@ class Service:
         except Exception as error:
             if not self._keys_unread:
                 self._keys_unread = True
-                reason = error.orig if isinstance(error, sa.exc.DBAPIError) else repr(error)
-                log.error("keys cannot be read, the known ones go on and no revocation is seen: %s", reason)
+                log.error("keys cannot be read, the known ones go on, no revocation is seen: %s", said(error))
             return
         if self._keys_unread:
             self._keys_unread = False

@@ -10,6 +10,10 @@ from typing import Any, TypeVar
 import hypothesis
 import pytest
 
+from tests.databases import new_database, postgres
+
+__all__ = ["new_database", "postgres"]
+
 FORBID_SKIPS = os.environ.get("TIDEGATE_FORBID_SKIPS", "") not in ("", "0")
 """A skipped test fails. Set where everything must be there: a check that was skipped has found nothing."""
 

@@ -126,6 +126,8 @@ class KeyStore:
         self._keys: dict[bytes, tuple[bytes, Key | None]] = {}
         self._version: str | None = ""
         self._empty = True
+        self.has_budgets = False
+        """Whether some key that is not revoked has a budget."""
         with engine.connect() as connection:
             _check_pepper(_setting(connection, "pepper_check"), pepper)
         self.refresh()
@@ -186,6 +188,7 @@ class KeyStore:
             rows = _rows(connection, sa.select(keys_table))
         self._keys = {row.id.encode(): (row.digest, _key(row)) for row in rows if row.revoked is None}
         self._empty = not rows
+        self.has_budgets = any(row.revoked is None and row.budget_nano is not None for row in rows)
         self._version = version
         return True
 

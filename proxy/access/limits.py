@@ -113,17 +113,19 @@ class Window:
 class Month:
     """Money of one key in one calendar month, nano-units of the ledger's currency."""
 
-    __slots__ = ("end", "reserved", "spent")
+    __slots__ = ("elsewhere", "end", "reserved", "spent")
 
-    def __init__(self, end: float, spent: int = 0) -> None:
+    def __init__(self, end: float, spent: int = 0, elsewhere: int = 0) -> None:
         self.end = end
         """Unix time at which the month ends: which month it is."""
         self.spent = spent
+        self.elsewhere = elsewhere
+        """Spent by other proxies on the same database, when it was last read (`shared.py`)."""
         self.reserved = 0
 
     def allows(self, cost: int, budget: int) -> bool:
         """Whether `cost` more fits. A budget that is used up allows nothing, not even what seems free."""
-        committed = self.spent + self.reserved
+        committed = self.spent + self.elsewhere + self.reserved
         return committed < budget and committed + cost <= budget
 
 
@@ -181,6 +183,8 @@ class Limits:
         self._usage: dict[str, Usage] = {}
         self._months: dict[str, dict[str, Month]] = {}
         """By currency, other than the present one: what was counted in it before."""
+        self._elsewhere: Mapping[str, int] = {}
+        self._elsewhere_end = self._month_end
         if spent is not None:
             for key_id, nano in spent(begin).items():
                 self._usage[key_id] = Usage(Month(self._month_end, nano))
@@ -266,17 +270,32 @@ class Limits:
             _, self._month_end = month_bounds(wall, self._zone)
         usage = self._usage.get(key.id)
         if usage is None:
-            usage = self._usage[key.id] = Usage(Month(self._month_end))
+            usage = self._usage[key.id] = Usage(self._new_month(key.id))
         elif usage.month.end != self._month_end:
             # Requests still running hold the old month and settle into it.
-            usage.month = Month(self._month_end)
+            usage.month = self._new_month(key.id)
         return usage
+
+    def spent_elsewhere(self, nano: Mapping[str, int], month_end: float) -> None:
+        """What others have spent from each key's budget in the month that ends then, nano-units by key id."""
+        if month_end < self._month_end:
+            return  # of a month that is over
+        self._month_end = self._elsewhere_end = month_end
+        self._elsewhere = nano
+        for key_id, usage in self._usage.items():
+            if usage.month.end == month_end:
+                usage.month.elsewhere = nano.get(key_id, 0)
+
+    def _new_month(self, key_id: str) -> Month:
+        is_known = self._elsewhere_end == self._month_end
+        return Month(self._month_end, 0, self._elsewhere.get(key_id, 0) if is_known else 0)
 
     def change_currency(self, old: str, new: str) -> None:
         """Count money in another currency from now on: from nothing, or on from where it was last counted in it (a
         mistake that is mended grants no budget anew). What runs settles into the old."""
         self._months[old] = {key_id: usage.month for key_id, usage in self._usage.items()}
         known = self._months.pop(new, {})
+        self._elsewhere = {}  # of the old one
         for key_id, usage in self._usage.items():
             month = known.get(key_id)
             if month is None or month.end != self._month_end:
@@ -325,7 +344,8 @@ def _refusal(key: Key, usage: Usage, tokens: int, cost: int, now: float, wall: f
 def _budget_refusal(month: Month, cost: int, budget: int, wall: float) -> Refusal:
     if cost > budget:
         return Refusal("budget", "This request may cost more than the key's budget for a whole month.", None)
-    if month.spent < budget and month.spent + cost <= budget:
+    spent = month.spent + month.elsewhere
+    if spent < budget and spent + cost <= budget:
         message = "The key's budget for this month is reserved by requests that are running."
         return Refusal("budget", message, RETRY_SOON_S)
     message = "The key's budget for this month does not cover this request."

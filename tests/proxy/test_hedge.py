@@ -382,7 +382,7 @@ def test_there_is_none_where_nobody_has_a_free_slot_or_others_wait() -> None:
     world.answers(on_a, "a")
     world.relaying(on_b, "b")
     assert held.state is State.HELD
-    world.backend("b").full_slots = world.backend("b").slots = 2  # a slot comes free, and nobody has asked the valve again yet
+    world.backend("b").full_slots = world.backend("b").slots = 2  # a slot is free, the valve not yet asked
     world.loop.now += 1.0
     world.loop.run_due()
     assert (on_a.row.attempts, held.row.attempts) == (1, 0)

@@ -7,34 +7,34 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, delete, event, func, select
-from sqlalchemy.dialects.postgresql import psycopg
 from sqlalchemy.exc import OperationalError
 
 import proxy.database
 import proxy.ledger
 from proxy.database import DATABASE_FILE, writing
 from proxy.journal import Journal, JournalLockedError
-from proxy.ledger import BLOCKS, KNOWN_ROWS, Ledger, _add_up_text, _Insert, _insert_text
+from proxy.ledger import BLOCKS, KNOWN_ROWS, Ledger, _Insert
 from proxy.records import COLUMNS, OUTCOMES, Row, Values, from_values, to_values
 from proxy.segments import Disk
 from proxy.tables import HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
+from tests.databases import NewDatabase
 from tests.proxy.rows import PRICES, a_row, empty_database, eventually, segments
 
 
 class State:
     """A state directory with the ledgers that a test starts on it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, engine: Engine) -> None:
         self.directory = directory
-        self.engine = empty_database(directory)
+        self.engine = engine
         self.running: Ledger | None = None
         self.failures: list[str] = []
 
@@ -91,8 +91,21 @@ def added_up(rows: Sequence[Row]) -> list[Any]:
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Iterator[State]:
-    state = State(tmp_path)
+def state(tmp_path: Path, new_database: NewDatabase) -> Iterator[State]:
+    """On each of the databases."""
+    with using(State(tmp_path, new_database(tmp_path))) as state:
+        yield state
+
+
+@pytest.fixture
+def sqlite_state(tmp_path: Path) -> Iterator[State]:
+    """For what only SQLite does."""
+    with using(State(tmp_path, empty_database(tmp_path))) as state:
+        yield state
+
+
+@contextmanager
+def using(state: State) -> Iterator[State]:
     yield state
     state.stop()
     state.engine.dispose()
@@ -222,11 +235,13 @@ def test_any_number_of_rows_is_cut_into_blocks(state: State, count: int) -> None
     assert BLOCKS[-1] == 1
 
 
-async def test_rows_wait_while_the_database_is_locked(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rows_wait_while_the_database_is_locked(
+    sqlite_state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(proxy.database, "BUSY_TIMEOUT_S", 0.01)
-    state.engine.dispose()  # its connections wait longer
-    moved = state.start(most_waiting=150)
-    other = sqlite3.connect(state.directory / DATABASE_FILE, isolation_level=None)
+    sqlite_state.engine.dispose()  # its connections wait longer
+    moved = sqlite_state.start(most_waiting=150)
+    other = sqlite3.connect(sqlite_state.directory / DATABASE_FILE, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     rows = [a_row() for _ in range(200)]
     for row in rows[:100]:
@@ -242,48 +257,48 @@ async def test_rows_wait_while_the_database_is_locked(state: State, monkeypatch:
     other.close()
     eventually(lambda: moved.lag == 0)
     assert (moved.failed, moved.trouble) == ("", "")
-    assert state.rows() == rows
+    assert sqlite_state.rows() == rows
 
 
 async def test_what_the_database_never_took_is_there_after_a_restart(
-    state: State, monkeypatch: pytest.MonkeyPatch
+    sqlite_state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proxy.database, "BUSY_TIMEOUT_S", 0.01)
-    state.engine.dispose()
-    moved = state.start()
-    other = sqlite3.connect(state.directory / DATABASE_FILE, isolation_level=None)
+    sqlite_state.engine.dispose()
+    moved = sqlite_state.start()
+    other = sqlite3.connect(sqlite_state.directory / DATABASE_FILE, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     rows = [a_row() for _ in range(100)]
     for row in rows:
         moved.journal.close(row)
-    state.stop(timeout_s=0.2)
+    sqlite_state.stop(timeout_s=0.2)
     assert moved.lag == 100
     other.execute("ROLLBACK")
     other.close()
-    state.start()
-    assert state.replayed.rows == 100
-    assert state.rows() == rows
+    sqlite_state.start()
+    assert sqlite_state.replayed.rows == 100
+    assert sqlite_state.rows() == rows
 
 
-async def test_a_full_database_takes_the_rows_when_there_is_room_again(state: State) -> None:
+async def test_a_full_database_takes_the_rows_when_there_is_room_again(sqlite_state: State) -> None:
     room = 0
 
-    @event.listens_for(state.engine, "connect")
+    @event.listens_for(sqlite_state.engine, "connect")
     def limit(dbapi: sqlite3.Connection, _: object) -> None:
         if not room:
             dbapi.execute("PRAGMA max_page_count = 1")
 
-    state.engine.dispose()
-    moved = state.start()
+    sqlite_state.engine.dispose()
+    moved = sqlite_state.start()
     rows = [a_row() for _ in range(300)]
     for row in rows:
         moved.journal.close(row)
     eventually(lambda: "full" in moved.trouble)
     room = 1
-    state.engine.dispose()
+    sqlite_state.engine.dispose()
     eventually(lambda: moved.lag == 0)
-    assert state.rows() == rows
-    assert hourly(state.engine) == added_up(rows)
+    assert sqlite_state.rows() == rows
+    assert hourly(sqlite_state.engine) == added_up(rows)
 
 
 class FailingInsert:
@@ -316,20 +331,20 @@ def sqlite_error(code: int, message: str) -> Exception:
     ],
 )
 async def test_a_broken_disk_is_not_tried_again(
-    state: State, monkeypatch: pytest.MonkeyPatch, code: int, message: str
+    sqlite_state: State, monkeypatch: pytest.MonkeyPatch, code: int, message: str
 ) -> None:
-    moved = state.start()
-    failing = FailingInsert(_Insert(state.engine), sqlite_error(code, message))
+    moved = sqlite_state.start()
+    failing = FailingInsert(_Insert(sqlite_state.engine), sqlite_error(code, message))
     monkeypatch.setattr(moved, "_insert", failing)
     moved.journal.close(row := a_row())
     eventually(lambda: message in moved.failed)
     moved.journal.close(late := a_row())
     await moved.journal.synced()
     assert moved._queue.empty(), "what nobody will take is not kept in memory"
-    state.stop()
+    sqlite_state.stop()
     assert (failing.calls, moved.lag) == (1, 2)
-    state.start()
-    assert state.rows() == [row, late], "they were in the journal"
+    sqlite_state.start()
+    assert sqlite_state.rows() == [row, late], "they were in the journal"
 
 
 class FullDisk(Disk):
@@ -345,14 +360,16 @@ class FullDisk(Disk):
 
 @pytest.mark.parametrize("broken", [False, True], ids=["locked", "broken"])
 async def test_rows_that_nobody_took_are_in_the_log(
-    state: State, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: bool
+    sqlite_state: State, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: bool
 ) -> None:
     disk = FullDisk()
-    moved = state.start(disk=disk)
+    moved = sqlite_state.start(disk=disk)
     moved.journal.close(first := a_row())
     eventually(lambda: moved.lag == 0)
     code = sqlite3.SQLITE_IOERR_FSYNC if broken else sqlite3.SQLITE_FULL
-    monkeypatch.setattr(moved, "_insert", FailingInsert(_Insert(state.engine), sqlite_error(code, "no room")))
+    monkeypatch.setattr(
+        moved, "_insert", FailingInsert(_Insert(sqlite_state.engine), sqlite_error(code, "no room"))
+    )
     moved.journal.close(kept := a_row())
     await moved.journal.synced()
     disk.full = True
@@ -360,13 +377,13 @@ async def test_rows_that_nobody_took_are_in_the_log(
     for row in rows:
         moved.journal.close(row)
         eventually(lambda: not moved.journal._queue)
-    state.stop(timeout_s=0.2)
+    sqlite_state.stop(timeout_s=0.2)
     assert "1 rows are not in the ledger yet: the next start takes them from the journal" in caplog.text
     assert "3 rows are neither in the ledger nor in the journal" in caplog.text
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("{")]
     assert [Row(**json.loads(line)) for line in lines] == rows
-    state.start()
-    assert state.rows() == [first, kept]
+    sqlite_state.start()
+    assert sqlite_state.rows() == [first, kept]
 
 
 async def test_rows_that_only_the_ledger_took_are_not_in_the_log(
@@ -409,10 +426,10 @@ async def test_an_error_that_nobody_expected_is_seen(
     ids=repr,
 )
 async def test_an_error_that_passes_is_tried_again(
-    state: State, monkeypatch: pytest.MonkeyPatch, error: Exception
+    sqlite_state: State, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    moved = state.start()
-    failing = FailingInsert(_Insert(state.engine), error, times=2)
+    moved = sqlite_state.start()
+    failing = FailingInsert(_Insert(sqlite_state.engine), error, times=2)
     monkeypatch.setattr(moved, "_insert", failing)
     rows = [a_row(), a_row()]
     for row in rows:
@@ -420,7 +437,7 @@ async def test_an_error_that_passes_is_tried_again(
     await moved.journal.synced()
     eventually(lambda: moved.lag == 0)
     assert (failing.calls, moved.refused, moved.failed) == (3, 0, "")
-    assert state.rows() == rows
+    assert sqlite_state.rows() == rows
 
 
 async def test_a_row_that_sql_refuses_keeps_none_of_the_others(
@@ -437,16 +454,6 @@ async def test_a_row_that_sql_refuses_keeps_none_of_the_others(
     assert state.rows() == rows[:79]
     assert hourly(state.engine) == added_up(state.rows())
     assert rows[79].op in caplog.text, "it is in the log whole"
-
-
-def test_statements_are_ones_that_postgresql_has() -> None:
-    engine: Any = SimpleNamespace(dialect=psycopg.dialect())
-    text = _insert_text(engine, 2)
-    assert text.count("%s") == 2 * (len(COLUMNS) + 1)
-    assert "ON CONFLICT (op) DO NOTHING" in text
-    sums = _add_up_text(engine)
-    assert sums.count("%s") == len(HOURLY_GROUPS) + len(HOURLY_SUMS)
-    assert "ON CONFLICT (hour, tenant, key_id, model, backend, site, currency) DO UPDATE SET" in sums
 
 
 def test_columns_stand_in_the_order_of_the_values() -> None:

@@ -37,7 +37,8 @@ from proxy.reports import (
     usage_json,
     usage_table,
 )
-from tests.proxy.rows import PRICES, a_row, empty_database, eventually
+from tests.databases import NewDatabase, url_of
+from tests.proxy.rows import PRICES, a_row, eventually
 
 BEGIN = 1_700_000_000.0
 HOURS = 60.0 * 60
@@ -48,8 +49,8 @@ def put(engine: Engine, *rows: Row) -> None:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    engine = empty_database(tmp_path)
+def engine(tmp_path: Path, new_database: NewDatabase) -> Iterator[Engine]:
+    engine = new_database(tmp_path)
     yield engine
     engine.dispose()
 
@@ -80,8 +81,10 @@ def random_rows(count: int) -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, list[Row]]]:
-    engine = empty_database(tmp_path_factory.mktemp("many"))
+def many(
+    tmp_path_factory: pytest.TempPathFactory, new_database: NewDatabase
+) -> Iterator[tuple[Engine, list[Row]]]:
+    engine = new_database(tmp_path_factory.mktemp("many"))
     rows = random_rows(400)
     put(engine, *rows)
     yield engine, rows
@@ -149,9 +152,11 @@ def test_usage_is_the_sum_of_the_rows_in_the_span(
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, list[Row]]]:
+def mixed(
+    tmp_path_factory: pytest.TempPathFactory, new_database: NewDatabase
+) -> Iterator[tuple[Engine, list[Row]]]:
     """A ledger whose currency was changed, and changed back."""
-    engine = empty_database(tmp_path_factory.mktemp("mixed"))
+    engine = new_database(tmp_path_factory.mktemp("mixed"))
     rows = random_rows(200)
     for row in rows[::3]:
         row.currency = row.currency and "USD"
@@ -430,7 +435,7 @@ def test_export_needs_the_memory_of_a_page(engine: Engine, monkeypatch: pytest.M
 async def test_usage_and_export_while_the_proxy_writes(engine: Engine, tmp_path: Path) -> None:
     moved = Ledger(engine, Journal(tmp_path / "journal"), PRICES, interval_s=0.0)
     moved.start(asyncio.get_running_loop(), print)
-    reader = open_database(tmp_path, check=False)
+    reader = open_database(url_of(engine), check=False)
     seen = 0
     for _ in range(40):
         for _ in range(25):

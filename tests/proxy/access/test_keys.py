@@ -29,6 +29,7 @@ from proxy.access.pepper import PepperError
 from proxy.database import open_database
 from proxy.tables import keys as keys_table
 from proxy.tables import settings as settings_table
+from tests.databases import NewDatabase, url_of
 
 PEPPER = bytes(range(32))
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
@@ -45,16 +46,18 @@ def key_text(key_id: str, secret: str) -> str:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[sa.Engine]:
-    engine = open_database(tmp_path)
+def engine(tmp_path: Path, new_database: NewDatabase) -> Iterator[sa.Engine]:
+    engine = new_database(tmp_path)
     yield engine
     engine.dispose()
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[KeyStore, str]]:
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, new_database: NewDatabase
+) -> Iterator[tuple[KeyStore, str]]:
     """A store with one key, for tests that change nothing."""
-    engine = open_database(tmp_path_factory.mktemp("state"))
+    engine = new_database(tmp_path_factory.mktemp("state"))
     text, _ = create_key(engine, PEPPER, tenant="acme")
     yield KeyStore(engine, PEPPER), text
     engine.dispose()
@@ -190,8 +193,8 @@ def test_a_digest_copied_to_another_row_is_worth_nothing(engine: sa.Engine) -> N
 # -- changes by another process
 
 
-def test_a_revocation_is_seen_by_another_store_on_the_same_database(tmp_path: Path) -> None:
-    ours, theirs = open_database(tmp_path), open_database(tmp_path)
+def test_a_revocation_is_seen_by_another_store_on_the_same_database(engine: sa.Engine) -> None:
+    ours, theirs = open_database(url_of(engine)), open_database(url_of(engine))
     text, key = create_key(theirs, PEPPER, tenant="acme")
     store = KeyStore(ours, PEPPER)
     assert store.authenticate(text.encode(), 0.0) == key
