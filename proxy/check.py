@@ -150,7 +150,7 @@ def _unusable(config: Config, document: Document) -> Iterator[Problem]:
             slots_of(section)
         except BadValueError as error:
             yield document.problem(("backends", number, *error.at), error.message)
-    refusal = refused_without_keys(config, Path(document.name), None)
+    refusal = refused_without_keys(config.listen, Path(document.name), None)
     if refusal and _has_keys(config) is False:
         yield document.problem(("listen",), refusal)
 
@@ -166,7 +166,7 @@ def _has_keys(config: Config) -> bool | None:
 def _unused(config: Config, document: Document) -> Iterator[Problem]:
     """What is written in a configuration and does nothing, or cannot work as things stand."""
     yield from _unknown_models(config, document)
-    refusal = refused_without_keys(config, Path(document.name), None)
+    refusal = refused_without_keys(config.listen, Path(document.name), None)
     if refusal and _has_keys(config) is None:
         message = f"whether there are keys cannot be seen from here: {refusal}"
         yield document.problem(("listen",), message)

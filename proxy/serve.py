@@ -4,7 +4,7 @@ Start: ledger and keys are opened, the journal of the last run is replayed, back
 port opens. A reload builds the whole new configuration first and swaps it in at once; if anything in it is wrong,
 the old one runs on and says so. On SIGTERM or SIGINT the proxy first says that it is not ready, takes no new
 connections, lets running requests end within `timeouts.drain`, ends the rest with an error, and empties the
-journal.
+journal. It ends in the same way when another process has taken over from it (`upgrade.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import os
 import resource
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -31,7 +31,7 @@ from aiohttp import web
 
 from policies.yamlfile import FileProblems
 from probes.runner import Prober
-from proxy import server
+from proxy import listeners, server
 from proxy.access.keys import KeyStore
 from proxy.access.limits import Limits
 from proxy.access.pepper import load_pepper
@@ -39,18 +39,22 @@ from proxy.admin.http import admin_app
 from proxy.build import Built, ConfigError, build, files_of, first_key, refused_without_keys, timing
 from proxy.changes import changes
 from proxy.config import Config, is_policy_file, load_config, override
-from proxy.config_values import split_address, time_zone
+from proxy.config_values import time_zone
 from proxy.database import open_database
 from proxy.exchange import OUR_SHORTAGE
-from proxy.journal import Journal
 from proxy.ledger import Ledger
+from proxy.listeners import Listeners, Listening
 from proxy.masking import database_shown
+from proxy.notify import READY, STOPPING, notify, reloading
 from proxy.observe import Observer
 from proxy.readable import in_words
 from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
 from proxy.runtime import Runtime
 from proxy.server import ClientConnection
+from proxy.state_lock import adopt_when_left, lock_state, open_journal, other_journals
+from proxy.successor import own_stderr, successor_command
+from proxy.upgrade import SOCKET_FILE, Predecessor, UpgradeSocket
 from proxy.watched import WatchedFiles
 
 if TYPE_CHECKING:
@@ -63,7 +67,10 @@ KEYS_S = 0.5
 """How often the keys are looked at: a revoked one is refused within this time."""
 FLUSH_S = 1.0
 """At least so long, when the proxy stops, clients may take to read the ends of their answers."""
-BACKLOG = 2048
+IDLE_GRACE_S = 5.0
+"""After a hand-over, how long an idle connection stays for a request that may be on its way."""
+SETTLE_S = 0.1
+"""After a hand-over, how long connections may take to appear that had been accepted."""
 OWN_FILES = 100
 """Open files besides those of clients and backends: journal, ledger, log, probes, admin port."""
 NEXT_START = (
@@ -92,10 +99,14 @@ class Service:
         *,
         forward_model: str = "",
         record: Path | None = None,
+        take_over: bool = False,
+        command: list[str] | None = None,
     ) -> None:
         """`path`: the configuration file, watched for changes; None: there is none.
 
         `overrides`: values given by flags, which hold over every reload. `record`: where to write the event log.
+        `take_over`: from the process that serves on the state directory, if there is one. `command`: what starts
+        a process that takes over from this one.
         """
         self.config = config
         self._started_with = config
@@ -106,7 +117,13 @@ class Service:
         self.ports: Ports
         self._forward_model = forward_model
         self._record = record
-        self._server: asyncio.Server | None = None
+        self.command = command or []
+        self._take_over = take_over
+        self._lock = -1
+        self._upgrades: UpgradeSocket
+        self._handed_over = False
+        self._drain_until = inf
+        self._listening = Listening()
         self._admin: web.AppRunner | None = None
         self._prober: Prober | None = None
         self._ledger: Ledger
@@ -126,15 +143,25 @@ class Service:
         built = build(config, loop, self._seed)
         _warn(built)
         config.state.mkdir(parents=True, exist_ok=True)
+        predecessor = await asyncio.to_thread(Predecessor.of, config.state) if self._take_over else None
+        if predecessor is None:
+            given = listeners.from_systemd(os.environ)
+        else:
+            self._lock, given = predecessor.lock, predecessor.sockets(config)
         self._engine = open_database(config.database or config.state)
         pepper = load_pepper(config.state)
         keys = KeyStore(self._engine, pepper)
-        refusal = refused_without_keys(config, self.path, self.overrides.get("state"))
-        if keys.empty and refusal:
-            raise ConfigError(refusal)
-        journal = Journal(config.state / "journal")
+        for address in [*map(listeners.host_port, given.get("listen", ())), config.listen]:
+            refusal = refused_without_keys(address, self.path, self.overrides.get("state"))
+            if keys.empty and refusal:
+                raise ConfigError(refusal)
+        if predecessor is None:
+            self._lock = lock_state(config.state)
+        journal = open_journal(config.state)
         self._ledger = ledger = Ledger(self._engine, journal, built.prices)
         await asyncio.to_thread(ledger.start, loop, self._ledger_failed)
+        left = other_journals(config.state, journal)
+        written = [folder for folder in left if await asyncio.to_thread(ledger.adopt, folder) is None]
         limits = Limits(time.time(), self._spent, time_zone(config.budget_zone))
         new_runtime = Runtime
         if self._record is not None:
@@ -157,10 +184,16 @@ class Service:
         self._watched.watch(self._files(config))
         if config.probing.enabled:
             await self._start_probes(built)
-        await self._listen()
+        await self._listen(given)
         runtime.tasks.spawn(self._sweep(), "sweep")
         runtime.tasks.spawn(self._watch(), "watch keys and files")
-        self._write_ports()
+        if written:
+            runtime.tasks.spawn(adopt_when_left(ledger, written), "journals of others")
+        self._upgrades = UpgradeSocket(self, runtime.tasks.spawn)
+        self.publish()
+        if predecessor is not None and (reason := await asyncio.to_thread(predecessor.ready)):
+            log.error("not taking over: the process before %s", reason)
+            self._stopping.set()
 
     def _spent(self, since: float) -> Mapping[str, int]:
         """What each key has spent since a Unix time, nano-units of the ledger's currency."""
@@ -186,31 +219,65 @@ class Service:
         runtime.probes = self._prober.snapshot
         await self._prober.start()
 
-    async def _listen(self) -> None:
-        runtime = self.runtime
-        host, port = split_address(self.config.listen)
-        try:
-            self._server = await runtime.loop.create_server(
-                lambda: cast("asyncio.Protocol", ClientConnection(runtime)),
-                host,
-                port,
-                backlog=BACKLOG,
-                reuse_address=True,
-            )
-        except OSError as error:
-            raise _cannot_listen("listen", self.config.listen, error) from None
-        app = admin_app(runtime, self._started)
-        self._admin = web.AppRunner(app, access_log=None, handle_signals=False)
-        await self._admin.setup()
-        admin_host, admin_port = split_address(self.config.admin)
-        site = web.TCPSite(self._admin, admin_host, admin_port)
-        try:
-            await site.start()
-        except OSError as error:
-            raise _cannot_listen("admin", self.config.admin, error) from None
-        self.ports = Ports(
-            _address(self._server.sockets[0]), "{}:{}".format(*_host_port(self._admin.addresses[0]))
+    async def _listen(self, given: Listeners) -> None:
+        runtime, config = self.runtime, self.config
+        self._admin = admin = web.AppRunner(
+            admin_app(runtime, self._started), access_log=None, handle_signals=False
         )
+        await admin.setup()
+        listening = self._listening
+        await listening.open(
+            "listen", config.listen, given.get("listen", ()), lambda: ClientConnection(runtime)
+        )
+        await listening.open(
+            "admin", config.admin, given.get("admin", ()), lambda: cast("Any", admin.server)()
+        )
+        self.ports = Ports(**listening.addresses)
+
+    # Being replaced: `proxy.upgrade.Host`
+
+    def refuses_upgrade(self) -> str:
+        """Why no other process may take over now; empty: it may."""
+        if self.runtime.draining or self._stopping.is_set():
+            return "it is stopping"
+        if self._record is not None:
+            return "it records an event log (--record), which one process writes from its start to its end"
+        if not self.command:
+            return "it was not started by a command"
+        return ""
+
+    def offered(self) -> tuple[int, list[tuple[str, str, int]]]:
+        """The lock; key, configured address and descriptor of each listening socket."""
+        configured = self._started_with
+        handles = self._listening.descriptors()
+        return self._lock, [(name, getattr(configured, name), handle) for name, handle in handles]
+
+    def publish(self) -> None:
+        """Be the process that the state directory tells of."""
+        self._write_ports()
+        try:
+            self._upgrades.open()
+        except OSError as error:
+            log.warning("`tidegate upgrade` will not reach this process: %s", in_words(error))
+
+    def hand_over(self, pid: int, drain_s: float | None) -> dict[str, Any]:
+        """Process `pid` accepts connections: accept none any more, and end when what runs has ended."""
+        runtime = self.runtime
+        self._handed_over = runtime.draining = True
+        for name in listeners.NAMES:
+            self._listening.close(name)
+        self._upgrades.close()
+        self._unlock()
+        notify(f"MAINPID={pid}")
+        drain_s = runtime.config.timeouts.drain if drain_s is None else drain_s
+        self._drain_until = runtime.now() + drain_s
+        self._stopping.set()
+        return {"running": sum(client.exchange is not None for client in runtime.clients), "drain": drain_s}
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _write_ports(self) -> None:
         """For scripts that let the system choose: real ports, in the state directory."""
@@ -238,7 +305,9 @@ class Service:
             self.reload()
 
     def _signalled(self) -> None:
-        if self._stopping.is_set():
+        if self._handed_over and self._drain_until > (soon := self._soon()):
+            self._drain_until = soon  # it may have been given longer than a stop is
+        elif self._stopping.is_set():
             log.warning("stopping at once")
             for exchange in [*self.runtime.exchanges, *self.runtime.held.values()]:
                 exchange.stop()
@@ -254,24 +323,30 @@ class Service:
         runtime = self.runtime
         runtime.draining = True
         clients = runtime.clients
+        if not self._handed_over:
+            notify(STOPPING)
+            self._drain_until = self._soon()
         if running := sum(client.exchange is not None for client in clients):
-            log.info(
-                "draining: up to %g s for what runs, %d requests", runtime.config.timeouts.drain, running
-            )
-        if self._server is not None:
-            self._server.close()
-        for client in list(runtime.clients):
+            seconds = self._drain_until - runtime.now()
+            log.info("draining: up to %.3g s for what runs, %d requests", seconds, running)
+        self._listening.close("listen")
+        if self._handed_over:
+            await asyncio.sleep(SETTLE_S)
+            await self._while(lambda: clients, min(runtime.now() + IDLE_GRACE_S, self._drain_until))
+        for client in list(clients):
             if client.idle and client.transport is not None:
                 client.transport.close()
-        deadline = runtime.now() + runtime.config.timeouts.drain
         await self._while(
-            lambda: any(client.exchange is not None or client.receiving for client in clients), deadline
+            lambda: (
+                runtime.now() < self._drain_until
+                and any(client.exchange is not None or client.receiving for client in clients)
+            )
         )
         # Who waits goes first: the places of those who run would be given to them.
         rest = [client.exchange for client in clients if client.exchange is not None]
         for exchange in sorted(rest, key=lambda exchange: exchange in runtime.exchanges):
             exchange.stop()
-        deadline = max(deadline, runtime.now() + FLUSH_S)
+        deadline = max(self._drain_until, runtime.now() + FLUSH_S)
         await self._while(lambda: any(client.unsent for client in clients), deadline)
         if self._prober is not None:
             await self._prober.close()
@@ -280,6 +355,7 @@ class Service:
             client.abort()
         for endpoint in runtime.endpoints.values():
             endpoint.pool.close()
+        self._listening.close("admin")
         if self._admin is not None:
             await self._admin.cleanup()
         await asyncio.to_thread(self._ledger.stop)
@@ -288,9 +364,16 @@ class Service:
             runtime.observer.log.close()
         if self._record is not None:
             cast("RecordedRuntime", runtime).end_record()
-        (self.state / "ports.json").unlink(missing_ok=True)
+        if not self._handed_over:
+            (self.state / "ports.json").unlink(missing_ok=True)
+            (self.state / SOCKET_FILE).unlink(missing_ok=True)
+        self._unlock()
 
-    async def _while(self, condition: Callable[[], object], deadline: float) -> None:
+    def _soon(self) -> float:
+        """When a stop that begins now ends what runs."""
+        return self.runtime.now() + self.runtime.config.timeouts.drain
+
+    async def _while(self, condition: Callable[[], object], deadline: float = inf) -> None:
         """Return when the condition is false, or the time is over."""
         while condition() and self.runtime.now() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
@@ -299,6 +382,13 @@ class Service:
 
     def reload(self) -> bool:
         """Read configuration and policy again and swap them in; False: they are wrong, and nothing changed."""
+        reloading()
+        try:
+            return self._reload()
+        finally:
+            notify(READY)
+
+    def _reload(self) -> bool:
         runtime = self.runtime
         self._watched.read()
         try:
@@ -420,32 +510,24 @@ def _is_our_shortage(error: BaseException | None) -> bool:
     return False
 
 
-def _cannot_listen(key: str, address: str, error: OSError) -> ConfigError:
-    reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or "no such host"
-    return ConfigError(
-        f"cannot listen on {address}: {reason.lower()}; "
-        f"give another address with --{key} HOST:PORT, or `{key}` in the configuration"
-    )
-
-
-def _host_port(name: Any) -> tuple[str, int]:
-    host, port = name[0], name[1]
-    return (f"[{host}]" if ":" in host else host), port
-
-
-def _address(sock: socket.socket) -> str:
-    return "{}:{}".format(*_host_port(sock.getsockname()))
-
-
 def serve(
-    config: Config, path: Path | None, overrides: Mapping[str, Any] | None = None, record: Path | None = None
+    config: Config,
+    path: Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    record: Path | None = None,
+    *,
+    take_over: bool = False,
 ) -> None:
-    """Run a proxy until it is told to stop; `record`: where to write the event log."""
+    """Run a proxy until it is told to stop; `record`: where to write the event log, `take_over`: as `Service`."""
 
     async def main() -> None:
-        service = Service(config, path, overrides, record=record)
+        service = Service(
+            config, path, overrides, record=record, take_over=take_over, command=successor_command()
+        )
         service.handle_signals()
         await service.start()
+        own_stderr()
+        notify(READY)
         # What lives as long as the process is not looked at again, and what a request leaves behind holds no
         # cycles: collecting every 700 allocations cost 7 % of the CPU.
         gc.collect()
