@@ -81,6 +81,7 @@ def _adopt(descriptor: int) -> socket.socket:
     sock = socket.socket(fileno=descriptor)
     listening = sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if not listening or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        sock.close()
         raise ConfigError(
             f"systemd passed descriptor {descriptor}, which is no listening TCP socket: see the .socket unit"
         )
