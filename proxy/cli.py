@@ -78,7 +78,7 @@ def serve(
 
     from policies.units import BadValueError
     from proxy.config import config_from_flags
-    from proxy.serve import serve as run
+    from proxy.process import serve as run
 
     _logging()
     given = {"listen": listen, "admin": admin, "state": state, "policy": policy, "log": log}

@@ -10,6 +10,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from proxy.build import ConfigError
@@ -92,6 +93,14 @@ def host_port(sock: socket.socket) -> str:
     """`127.0.0.1:8080` or `[::1]:8080`."""
     host, port = sock.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@dataclass(slots=True)
+class Ports:
+    """Where the proxy listens, with real port numbers."""
+
+    listen: str
+    admin: str
 
 
 class Listening:

@@ -10,50 +10,45 @@ journal. It ends in the same way when another process has taken over from it (`u
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import os
-import resource
 import secrets
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import inf
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import sqlalchemy as sa
-import uvloop
 from aiohttp import web
 
 from policies.yamlfile import FileProblems
 from probes.runner import Prober
-from proxy import listeners, server
+from proxy import listeners
 from proxy.access.keys import KeyStore
 from proxy.access.limits import Limits
 from proxy.access.pepper import load_pepper
 from proxy.admin.http import admin_app
-from proxy.build import Built, ConfigError, build, files_of, first_key, refused_without_keys, timing
+from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, timing
 from proxy.changes import changes
 from proxy.config import Config, is_policy_file, load_config, override
 from proxy.config_values import time_zone
 from proxy.database import open_database
 from proxy.exchange import OUR_SHORTAGE
 from proxy.ledger import Ledger
-from proxy.listeners import Listeners, Listening
-from proxy.masking import database_shown
+from proxy.listeners import Listeners, Listening, Ports
 from proxy.notify import READY, STOPPING, notify, reloading
 from proxy.observe import Observer
+from proxy.open_files import most_clients
 from proxy.readable import in_words
 from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
 from proxy.runtime import Runtime
 from proxy.server import ClientConnection
 from proxy.state_lock import adopt_when_left, lock_state, open_journal, other_journals
-from proxy.successor import own_stderr, successor_command
 from proxy.upgrade import SOCKET_FILE, Predecessor, UpgradeSocket
 from proxy.watched import WatchedFiles
 
@@ -71,21 +66,11 @@ IDLE_GRACE_S = 5.0
 """After a hand-over, how long an idle connection stays for a request that may be on its way."""
 SETTLE_S = 0.1
 """After a hand-over, how long connections may take to appear that had been accepted."""
-OWN_FILES = 100
-"""Open files besides those of clients and backends: journal, ledger, log, probes, admin port."""
 NEXT_START = (
     *("listen", "admin", "state", "database", "log", "recent", "seed", "probing", "budget_zone"),
     *("retries.ratio", "retries.per_second"),
 )
 """What a reload does not change."""
-
-
-@dataclass(slots=True)
-class Ports:
-    """Where the proxy listens, with real port numbers."""
-
-    listen: str
-    admin: str
 
 
 class Service:
@@ -180,7 +165,7 @@ class Service:
         )
         if self._record is not None:
             cast("RecordedRuntime", runtime).record(self._record, self._seed)
-        runtime.most_clients = _most_clients(config.limits.connections)
+        runtime.most_clients = most_clients(config.limits.connections)
         self._watched.watch(self._files(config))
         if config.probing.enabled:
             await self._start_probes(built)
@@ -508,72 +493,3 @@ def _is_our_shortage(error: BaseException | None) -> bool:
             return True
         error = error.__context__
     return False
-
-
-def serve(
-    config: Config,
-    path: Path | None,
-    overrides: Mapping[str, Any] | None = None,
-    record: Path | None = None,
-    *,
-    take_over: bool = False,
-) -> None:
-    """Run a proxy until it is told to stop; `record`: where to write the event log, `take_over`: as `Service`."""
-
-    async def main() -> None:
-        service = Service(
-            config, path, overrides, record=record, take_over=take_over, command=successor_command()
-        )
-        service.handle_signals()
-        await service.start()
-        own_stderr()
-        notify(READY)
-        # What lives as long as the process is not looked at again, and what a request leaves behind holds no
-        # cycles: collecting every 700 allocations cost 7 % of the CPU.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
-        _print_banner(service)
-        await service.run()
-        log.info("stopped")
-
-    uvloop.run(main())
-
-
-def _most_clients(wanted: int) -> int:
-    """Client connections that the open files suffice for, after the limit was raised as far as it goes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard == resource.RLIM_INFINITY or hard >= 2 * wanted + OWN_FILES:
-        return wanted
-    possible = max((hard - OWN_FILES) // 2, 8)
-    log.warning(
-        "%d open files are allowed: %d client connections instead of %d; raise `ulimit -Hn`",
-        hard,
-        possible,
-        wanted,
-    )
-    return possible
-
-
-def _print_banner(service: Service) -> None:
-    runtime = service.runtime
-    log.info("OpenAI API on http://%s, admin on http://%s", service.ports.listen, service.ports.admin)
-    place = database_shown(service.config.database or service.config.state)
-    log.info("policy %s, ledger in %s", runtime.built.policy.name, place)
-    if not (server.__file__ or "").endswith(".py"):
-        log.info("the data path is compiled")
-    if runtime.keys.empty:
-        command = first_key(service.path, service.overrides.get("state"))
-        log.info("no keys: everybody on this machine may use it; `%s` makes the first", command)
-    for backend in runtime.fleet:
-        log.info(
-            "backend %s (%s) %s: %s, %d slots, models %s",
-            backend.name,
-            backend.site,
-            runtime.endpoints[backend.name].url,
-            "up" if backend.probed_up else "down",
-            backend.slots,
-            ", ".join(sorted(backend.models)) or "none yet",
-        )
