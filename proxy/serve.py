@@ -127,7 +127,7 @@ class Service:
         loop = asyncio.get_running_loop()
         built = build(config, loop, self._seed)
         _warn(built)
-        config.state.mkdir(parents=True, exist_ok=True)
+        config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         predecessor = await asyncio.to_thread(Predecessor.of, config.state) if self._take_over else None
         if predecessor is None:
             given = listeners.from_systemd(os.environ)
@@ -248,7 +248,11 @@ class Service:
     def hand_over(self, pid: int, drain_s: float | None) -> dict[str, Any]:
         """Process `pid` accepts connections: accept none any more, and end when what runs has ended."""
         runtime = self.runtime
-        self._handed_over = runtime.draining = True
+        self._handed_over = runtime.handed_over = runtime.draining = True
+        runtime.timeouts.idle = min(runtime.timeouts.idle, IDLE_GRACE_S)
+        for client in runtime.clients:
+            if client.idle:
+                client.deadline = min(client.deadline, runtime.now() + IDLE_GRACE_S)
         for name in listeners.NAMES:
             self._listening.close(name)
         self._upgrades.close()
@@ -317,7 +321,7 @@ class Service:
         self._listening.close("listen")
         if self._handed_over:
             await asyncio.sleep(SETTLE_S)
-            await self._while(lambda: clients, min(runtime.now() + IDLE_GRACE_S, self._drain_until))
+            await self._while(lambda: clients and runtime.now() < self._drain_until)
         for client in list(clients):
             if client.idle and client.transport is not None:
                 client.transport.close()

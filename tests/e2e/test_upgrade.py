@@ -20,7 +20,7 @@ from proxy.tasks import Tasks
 from tests.e2e import backends as b
 from tests.e2e.backends import answers, waits
 from tests.e2e.conftest import StartTidegate
-from tests.e2e.proxy_fixtures import HELLO, StartBackend, chat, command, eventually
+from tests.e2e.proxy_fixtures import HELLO, Answer, Client, StartBackend, chat, command, eventually
 from tests.e2e.tidegate_process import COMMAND, TidegateProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -172,7 +172,7 @@ async def test_upgrades_under_load_fail_no_request(
             assert done.returncode == 0, done.stderr
             pids.add(proxy.serving)
             await load.goes_on()
-    assert load.wrong == []
+    assert load.wrong == [], len(load.wrong)
     assert len(pids) == upgrades + 1
     assert proxy.service.process.poll() is None  # it has its stream to end
     gate.set()
@@ -186,6 +186,36 @@ async def test_upgrades_under_load_fail_no_request(
     assert len(backend.received) == len(rows)
     assert len({row["instance"] for row in rows}) == 1
     assert not list((proxy.state_folder / "journal").rglob("*.journal"))
+
+
+async def test_a_connection_that_was_promised_to_stay_serves_once_more(
+    start_backend: StartBackend, upgraded: StartTidegate
+) -> None:
+    gate = asyncio.Event()
+    backend = await start_backend(answers(), waits(gate, TOKENS), then=answers(TOKENS))
+    proxy = await asyncio.to_thread(upgraded, section(backend.url))
+    idle, running = [Client(*await asyncio.open_connection("127.0.0.1", proxy.port)) for _ in range(2)]
+    await idle.send(chat())
+    assert "connection" not in (await idle.answer()).fields
+    await running.send(chat(stream=True))
+    found = Answer()
+    parts = running.parts(found)
+    await anext(parts)
+    assert (await asyncio.to_thread(proxy.upgrade)).returncode == 0
+    gate.set()
+    async for _ in parts:
+        pass
+    assert found.complete
+    assert "connection" not in found.fields
+    for client in (idle, running):
+        await client.send(chat())
+        answer = await client.answer()
+        assert (answer.status, answer.complete, answer.fields["connection"]) == (200, True, "close")
+        assert await client.closed() == b""
+        client.close()
+    assert await asyncio.to_thread(proxy.service.process.wait, PATIENCE_S) == 0
+    await all_ended(proxy)
+    assert [row["outcome"] for row in proxy.export()] == ["ok"] * 4
 
 
 async def test_a_new_process_that_cannot_start_changes_nothing(
