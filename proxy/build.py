@@ -39,16 +39,16 @@ class ConfigError(Exception):
     """The configuration cannot be used; the message says what is wrong, for the person who wrote it."""
 
 
-def refused_without_keys(config: Config, path: Path | None, state: Path | None) -> str:
-    """What to say of a proxy that others can reach and nobody needs a key for; empty: they cannot.
+def refused_without_keys(address: str, path: Path | None, state: Path | None) -> str:
+    """What to say of a proxy that others can reach at `address` and nobody needs a key for; empty: they cannot.
 
     `path` and `state`: what it is started with.
     """
-    host, _ = split_address(config.listen)
+    host, _ = split_address(address)
     if is_loopback(host):
         return ""
     return (
-        f"without keys the proxy listens on loopback only, not on {config.listen}: "
+        f"without keys the proxy listens on loopback only, not on {address}: "
         f"make one first with `{first_key(path, state)}`"
     )
 

@@ -156,7 +156,7 @@ def _unusable(config: Config, document: Document) -> Iterator[Problem]:
             slots_of(section)
         except BadValueError as error:
             yield document.problem(("backends", number, *error.at), error.message)
-    refusal = refused_without_keys(config, Path(document.name), None)
+    refusal = refused_without_keys(config.listen, Path(document.name), None)
     if refusal and _has_keys(config) is False:
         yield document.problem(("listen",), refusal)
 
@@ -175,7 +175,7 @@ def _unused(config: Config, document: Document) -> Iterator[Problem]:
     for number, certificate in enumerate(load_certificates(config.tls)):
         if warning := certificate.warning(time.time()):
             yield document.problem(("tls", number, "certificate"), warning)
-    refusal = refused_without_keys(config, Path(document.name), None)
+    refusal = refused_without_keys(config.listen, Path(document.name), None)
     if refusal and _has_keys(config) is None:
         message = f"whether there are keys cannot be seen from here: {refusal}"
         yield document.problem(("listen",), message)

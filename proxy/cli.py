@@ -26,6 +26,7 @@ from proxy.cli_common import (
     readable_errors,
 )
 from proxy.cli_keys import keys_app
+from proxy.cli_upgrade import upgrade
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -62,6 +63,12 @@ def serve(
         Path | None,
         typer.Option(help="Write an event log for `tidegate replay` to this new file.", dir_okay=False),
     ] = None,
+    take_over: Annotated[
+        bool,
+        typer.Option(
+            "--take-over", help="Replace the process that serves on the state directory, if there is one."
+        ),
+    ] = False,
 ) -> None:
     """Run the proxy.
 
@@ -71,7 +78,7 @@ def serve(
 
     from policies.units import BadValueError
     from proxy.config import config_from_flags
-    from proxy.serve import serve as run
+    from proxy.process import serve as run
 
     _logging()
     given = {"listen": listen, "admin": admin, "state": state, "policy": policy, "log": log}
@@ -94,7 +101,7 @@ def serve(
                 "name the backends: --local URL and --remote NAME=URL, or --config FILE; or try `tidegate demo`"
             )
         loaded = _overridden(load(path), settings)
-    _run(lambda: run(loaded, path, settings, record))
+    _run(lambda: run(loaded, path, settings, record, take_over=take_over))
 
 
 def _refuse_second_state() -> None:
@@ -310,6 +317,7 @@ def export(
 
 app.command()(explain)
 app.command()(status)
+app.command()(upgrade)
 
 
 def _version(value: bool) -> None:

@@ -837,7 +837,8 @@ class Exchange(Relay):
             runtime.journal.close(row)
         runtime.observer.ended(self)
         if keep_alive is not None:
-            self.client.finished(keep_alive=keep_alive and self._keeps_alive())
+            promised = self.committed and self.request.keep_alive and self.runtime.handed_over
+            self.client.finished(keep_alive=keep_alive and (promised or self._keeps_alive()))
         else:
             self.client.abort()
         runtime.capacity_freed(now)

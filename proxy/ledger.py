@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from math import inf
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeAlias
 
@@ -35,7 +36,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from proxy import postgres
 from proxy.access.shared import SharedBudgets
 from proxy.database import BUSY_TIMEOUT_S, said, writing
-from proxy.journal import Journal
+from proxy.journal import Journal, JournalLockedError
 from proxy.prices import Prices
 from proxy.records import CLIENT_GONE, COLUMNS, FAILED, OK, Values, as_json, from_values
 from proxy.replay import Replayed, replay
@@ -124,7 +125,28 @@ class Ledger:
         `on_failed` is called on the loop when the journal fails, once. Raises JournalError, OSError and
         SQLAlchemy's errors: without its ledger the proxy must not start.
         """
-        replayed = replay(self.journal.directory, self._insert.rows, self.prices)
+        replayed = self._replay(self.journal.directory)
+        self.journal.start(loop, self.take, on_failed)
+        self._worker = threading.Thread(target=self._run, name="tidegate-ledger", daemon=True)
+        self._worker.start()
+        return replayed
+
+    def adopt(self, directory: Path) -> Replayed | None:
+        """Take over what a process that is gone left in another journal; None: it is still writing there.
+
+        From any thread, also while rows are moved. Raises as `start` does.
+        """
+        try:
+            left = Journal(directory)
+        except JournalLockedError:
+            return None
+        try:
+            return self._replay(directory)
+        finally:
+            left.release()
+
+    def _replay(self, directory: Path) -> Replayed:
+        replayed = replay(directory, self._insert.rows, self.prices)
         for damage in replayed.damages:
             log.error("journal: %s; what it held is lost", damage)
         if replayed.rows or replayed.lost:
@@ -135,9 +157,6 @@ class Ledger:
                 replayed.lost,
                 "" if replayed.lost == 1 else "s",
             )
-        self.journal.start(loop, self.take, on_failed)
-        self._worker = threading.Thread(target=self._run, name="tidegate-ledger", daemon=True)
-        self._worker.start()
         return replayed
 
     def take(self, rows: list[Values]) -> None:

@@ -402,6 +402,7 @@ class Relay(Receiver):
         if self.key is not None:
             fields += self.runtime.limits.headers(self.key, self.arrived)
         if not keep_alive:
+            self.request.keep_alive = False
             return fields + b"connection: close\r\n\r\n"
         return fields + (b"\r\n" if self.chunked else b"connection: keep-alive\r\n\r\n")
 

@@ -131,6 +131,8 @@ class Runtime:
         self.body_bytes = 0
         """Of request bodies, those that are still coming included."""
         self.draining = False
+        self.handed_over = False
+        """Another process accepts: a client that was promised its connection may use it once more."""
         self.most_clients = config.limits.connections
         """Fewer than configured where the system allows fewer open files."""
         self.probes: Callable[[], Mapping[str, Any]] = dict

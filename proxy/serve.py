@@ -4,52 +4,53 @@ Start: ledger and keys are opened, the journal of the last run is replayed, back
 port opens. A reload builds the whole new configuration first and swaps it in at once; if anything in it is wrong,
 the old one runs on and says so. On SIGTERM or SIGINT the proxy first says that it is not ready, takes no new
 connections, lets running requests end within `timeouts.drain`, ends the rest with an error, and empties the
-journal.
+journal. It ends in the same way when another process has taken over from it (`upgrade.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import os
-import resource
 import secrets
 import signal
 import time
 from collections.abc import Callable, Mapping
+from math import inf
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import sqlalchemy as sa
-import uvloop
 from aiohttp import web
 
 from policies.yamlfile import FileProblems
 from probes.resolver import Resolver
 from probes.runner import Prober
-from proxy import server
+from proxy import listeners
 from proxy.access.keys import KeyStore
 from proxy.access.pepper import load_pepper
 from proxy.access.shared import limits_of_this_month, shared_budgets
 from proxy.admin.http import admin_app
-from proxy.build import Built, ConfigError, build, files_of, first_key, refused_without_keys, timing
+from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, timing
 from proxy.certificates import ServerCertificates
 from proxy.changes import changes
 from proxy.config import Config, is_policy_file, load_config, override
 from proxy.config_values import is_metadata, time_zone
 from proxy.database import said
-from proxy.journal import Journal
 from proxy.ledger import Ledger
-from proxy.listen import Ports, ProxiedServer, address_of, open_admin, open_listener
-from proxy.masking import database_shown
+from proxy.listeners import Listeners, Listening, Ports, by_loop
+from proxy.notify import READY, STOPPING, notify, reloading
 from proxy.observe import Observer
+from proxy.open_files import most_clients
+from proxy.proxied_server import accepting
 from proxy.readable import in_words
 from proxy.requestlog import RequestLog
 from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
+from proxy.state_lock import adopt_when_left, lock_state, open_journal, other_journals
+from proxy.upgrade import SOCKET_FILE, Predecessor, UpgradeSocket
 from proxy.upstream import OUR_SHORTAGE
 from proxy.waiting import opened_in_time
 from proxy.watched import WatchedFiles
@@ -65,8 +66,10 @@ KEYS_S = 0.5
 FLUSH_S = 1.0
 """At least so long, when the proxy stops, clients may take to read the ends of their answers."""
 IDEMPOTENCY_FILE = "idempotency.jsonl"
-OWN_FILES = 100
-"""Open files besides those of clients and backends: journal, ledger, log, probes, admin port."""
+IDLE_GRACE_S = 5.0
+"""After a hand-over, how long an idle connection stays for a request that may be on its way."""
+SETTLE_S = 0.1
+"""After a hand-over, how long connections may take to appear that had been accepted."""
 NEXT_START = (
     *("listen", "admin", "admin_tls", "proxy_protocol", "state", "database", "log", "recent", "seed"),
     *("probing", "budget_zone", "retries.ratio", "retries.per_second"),
@@ -85,10 +88,14 @@ class Service:
         *,
         forward_model: str = "",
         record: Path | None = None,
+        take_over: bool = False,
+        command: list[str] | None = None,
     ) -> None:
         """`path`: the configuration file, watched for changes; None: there is none.
 
         `overrides`: values given by flags, which hold over every reload. `record`: where to write the event log.
+        `take_over`: from the process that serves on the state directory, if there is one. `command`: what starts
+        a process that takes over from this one.
         """
         self.config = config
         self._started_with = config
@@ -99,7 +106,13 @@ class Service:
         self.ports: Ports
         self._forward_model = forward_model
         self._record = record
-        self._server: asyncio.Server | ProxiedServer | None = None
+        self.command = command or []
+        self._take_over = take_over
+        self._lock = -1
+        self._upgrades: UpgradeSocket
+        self._handed_over = False
+        self._drain_until = inf
+        self._listening = Listening()
         self._certificates: ServerCertificates | None = None
         """None: clients speak plain HTTP, as long as the process lives."""
         self._admin: web.AppRunner | None = None
@@ -121,18 +134,28 @@ class Service:
         loop = asyncio.get_running_loop()
         built = build(config, loop, self._seed, resolver=self._resolver, path=self.path)
         _warn(built)
-        config.state.mkdir(parents=True, exist_ok=True)
+        config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        predecessor = await asyncio.to_thread(Predecessor.of, config.state) if self._take_over else None
+        if predecessor is None:
+            given = listeners.from_systemd(os.environ)
+        else:
+            self._lock, given = predecessor.lock, predecessor.sockets(config)
         self._engine = await opened_in_time(config.database or config.state, self._stopping)
         pepper = load_pepper(config.state)
         keys = KeyStore(self._engine, pepper)
-        refusal = refused_without_keys(config, self.path, self.overrides.get("state"))
-        if keys.empty and refusal:
-            raise ConfigError(refusal)
-        journal = Journal(config.state / "journal")
+        for address in [*map(listeners.host_port, given.get("listen", ())), config.listen]:
+            refusal = refused_without_keys(address, self.path, self.overrides.get("state"))
+            if keys.empty and refusal:
+                raise ConfigError(refusal)
+        if predecessor is None:
+            self._lock = lock_state(config.state)
+        journal = open_journal(config.state)
         zone = time_zone(config.budget_zone)
         budgets = shared_budgets(self._engine, zone)
         self._ledger = ledger = Ledger(self._engine, journal, built.prices, budgets=budgets)
         await asyncio.to_thread(ledger.start, loop, self._ledger_failed)
+        left = other_journals(config.state, journal)
+        written = [folder for folder in left if await asyncio.to_thread(ledger.adopt, folder) is None]
         limits = limits_of_this_month(self._engine, config.ledger_currency, zone, budgets)
         new_runtime = Runtime
         if self._record is not None:
@@ -153,13 +176,13 @@ class Service:
             cast("RecordedRuntime", runtime).record(self._record, self._seed)
         runtime.responses = StoredResponses(config.state / "responses.jsonl")
         runtime.idempotency.open(config.state / IDEMPOTENCY_FILE, runtime.tasks, runtime.wall())
-        runtime.most_clients = _most_clients(config.limits.connections)
+        runtime.most_clients = most_clients(config.limits.connections)
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
         self._watched.watch(self._files(config))
         if config.probing.enabled:
             await self._start_probes(built)
-        await self._listen()
+        await self._listen(given)
         if self._record is not None:  # not before: a start that fails leaves nothing behind
             cast("RecordedRuntime", runtime).write_record()
         runtime.tasks.spawn(self._sweep(), "sweep")
@@ -170,7 +193,13 @@ class Service:
             runtime.tasks.spawn(
                 budgets.watch(limits, keys, lambda: runtime.prices.currency), "budgets of several proxies"
             )
-        self._write_ports()
+        if written:
+            runtime.tasks.spawn(adopt_when_left(ledger, written), "journals of others")
+        self._upgrades = UpgradeSocket(self, runtime.tasks.spawn)
+        self.publish()
+        if predecessor is not None and (reason := await asyncio.to_thread(predecessor.ready)):
+            log.error("not taking over: the process before %s", reason)
+            self._stopping.set()
 
     async def _start_probes(self, built: Built) -> None:
         runtime = self.runtime
@@ -188,16 +217,68 @@ class Service:
         runtime.probes, runtime.hosts = self._prober.snapshot, self._prober.hosts
         await self._prober.start()
 
-    async def _listen(self) -> None:
+    async def _listen(self, given: Listeners) -> None:
         runtime, config = self.runtime, self.config
-        self._server = await open_listener(runtime, config, self._certificates)
-        front = self._certificates.front if self._certificates is not None and config.admin_tls else None
-        self._admin = await open_admin(admin_app(runtime, self._started), config, front)
-        self.ports = Ports(
-            address_of(self._server.sockets[0].getsockname()),
-            address_of(self._admin.addresses[0]),
-            config.admin_tls,
+        self._admin = admin = web.AppRunner(
+            admin_app(runtime, self._started), access_log=None, handle_signals=False
         )
+        await admin.setup()
+        front = self._certificates.front if self._certificates is not None and config.admin_tls else None
+        clients = accepting(runtime, config, self._certificates)
+        await self._listening.open("listen", config.listen, given.get("listen", ()), clients)
+        await self._listening.open(
+            "admin", config.admin, given.get("admin", ()), by_loop(lambda: cast("Any", admin.server)(), front)
+        )
+        self.ports = Ports(**self._listening.addresses, admin_tls=config.admin_tls)
+
+    # Being replaced: `proxy.upgrade.Host`
+
+    def refuses_upgrade(self) -> str:
+        """Why no other process may take over now; empty: it may."""
+        if self.runtime.draining or self._stopping.is_set():
+            return "it is stopping"
+        if self._record is not None:
+            return "it records an event log (--record), which one process writes from its start to its end"
+        if not self.command:
+            return "it was not started by a command"
+        return ""
+
+    def offered(self) -> tuple[int, list[tuple[str, str, int]]]:
+        """The lock; key, configured address and descriptor of each listening socket."""
+        configured = self._started_with
+        handles = self._listening.descriptors()
+        return self._lock, [(name, getattr(configured, name), handle) for name, handle in handles]
+
+    def publish(self) -> None:
+        """Be the process that the state directory tells of."""
+        self._write_ports()
+        try:
+            self._upgrades.open()
+        except OSError as error:
+            log.warning("`tidegate upgrade` will not reach this process: %s", in_words(error))
+
+    def hand_over(self, pid: int, drain_s: float | None) -> dict[str, Any]:
+        """Process `pid` accepts connections: accept none any more, and end when what runs has ended."""
+        runtime = self.runtime
+        self._handed_over = runtime.handed_over = runtime.draining = True
+        runtime.timeouts.idle = min(runtime.timeouts.idle, IDLE_GRACE_S)
+        for client in runtime.clients:
+            if client.idle:
+                client.deadline = min(client.deadline, runtime.now() + IDLE_GRACE_S)
+        for name in listeners.NAMES:
+            self._listening.close(name)
+        self._upgrades.close()
+        self._unlock()
+        notify(f"MAINPID={pid}")
+        drain_s = runtime.config.timeouts.drain if drain_s is None else drain_s
+        self._drain_until = runtime.now() + drain_s
+        self._stopping.set()
+        return {"running": sum(client.exchange is not None for client in runtime.clients), "drain": drain_s}
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _write_ports(self) -> None:
         """For scripts that let the system choose: real ports, in the state directory."""
@@ -225,7 +306,9 @@ class Service:
             self.reload()
 
     def _signalled(self) -> None:
-        if self._stopping.is_set():
+        if self._handed_over and self._drain_until > (soon := self._soon()):
+            self._drain_until = soon  # it may have been given longer than a stop is
+        elif self._stopping.is_set():
             log.warning("stopping at once")
             for exchange in [*self.runtime.exchanges, *self.runtime.held.values()]:
                 exchange.stop()
@@ -241,24 +324,30 @@ class Service:
         runtime = self.runtime
         runtime.draining = True
         clients = runtime.clients
+        if not self._handed_over:
+            notify(STOPPING)
+            self._drain_until = self._soon()
         if running := sum(client.exchange is not None for client in clients):
-            log.info(
-                "draining: up to %g s for what runs, %d requests", runtime.config.timeouts.drain, running
-            )
-        if self._server is not None:
-            self._server.close()
-        for client in list(runtime.clients):
+            seconds = self._drain_until - runtime.now()
+            log.info("draining: up to %.3g s for what runs, %d requests", seconds, running)
+        self._listening.close("listen")
+        if self._handed_over:
+            await asyncio.sleep(SETTLE_S)
+            await self._while(lambda: clients and runtime.now() < self._drain_until)
+        for client in list(clients):
             if client.idle and client.transport is not None:
                 client.transport.close()
-        deadline = runtime.now() + runtime.config.timeouts.drain
         await self._while(
-            lambda: any(client.exchange is not None or client.receiving for client in clients), deadline
+            lambda: (
+                runtime.now() < self._drain_until
+                and any(client.exchange is not None or client.receiving for client in clients)
+            )
         )
         # Who waits goes first: the places of those who run would be given to them.
         rest = [client.exchange for client in clients if client.exchange is not None]
         for exchange in sorted(rest, key=lambda exchange: exchange in runtime.exchanges):
             exchange.stop()
-        deadline = max(deadline, runtime.now() + FLUSH_S)
+        deadline = max(self._drain_until, runtime.now() + FLUSH_S)
         await self._while(lambda: any(client.unsent for client in clients), deadline)
         if self._prober is not None:
             await self._prober.close()
@@ -269,6 +358,7 @@ class Service:
             client.abort()
         for endpoint in runtime.endpoints.values():
             endpoint.pool.close()
+        self._listening.close("admin")
         if self._admin is not None:
             await self._admin.cleanup()
         runtime.responses.write(runtime.responses.take_unwritten())
@@ -278,9 +368,16 @@ class Service:
             runtime.observer.log.close()
         if self._record is not None:
             cast("RecordedRuntime", runtime).end_record()
-        (self.state / "ports.json").unlink(missing_ok=True)
+        if not self._handed_over:
+            (self.state / "ports.json").unlink(missing_ok=True)
+            (self.state / SOCKET_FILE).unlink(missing_ok=True)
+        self._unlock()
 
-    async def _while(self, condition: Callable[[], object], deadline: float) -> None:
+    def _soon(self) -> float:
+        """When a stop that begins now ends what runs."""
+        return self.runtime.now() + self.runtime.config.timeouts.drain
+
+    async def _while(self, condition: Callable[[], object], deadline: float = inf) -> None:
         """Return when the condition is false, or the time is over."""
         while condition() and self.runtime.now() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
@@ -289,6 +386,13 @@ class Service:
 
     def reload(self) -> bool:
         """Read configuration and policy again and swap them in; False: they are wrong, and nothing changed."""
+        reloading()
+        try:
+            return self._reload()
+        finally:
+            notify(READY)
+
+    def _reload(self) -> bool:
         runtime = self.runtime
         self._watched.read()
         try:
@@ -433,65 +537,3 @@ def _is_our_shortage(error: BaseException | None) -> bool:
             return True
         error = error.__context__
     return False
-
-
-def serve(
-    config: Config, path: Path | None, overrides: Mapping[str, Any] | None = None, record: Path | None = None
-) -> None:
-    """Run a proxy until it is told to stop; `record`: where to write the event log."""
-
-    async def main() -> None:
-        service = Service(config, path, overrides, record=record)
-        service.handle_signals()
-        await service.start()
-        # What lives as long as the process is not looked at again, and what a request leaves behind holds no
-        # cycles: collecting every 700 allocations cost 7 % of the CPU.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
-        _print_banner(service)
-        await service.run()
-        log.info("stopped")
-
-    uvloop.run(main())
-
-
-def _most_clients(wanted: int) -> int:
-    """Client connections that the open files suffice for, after the limit was raised as far as it goes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard == resource.RLIM_INFINITY or hard >= 2 * wanted + OWN_FILES:
-        return wanted
-    possible = max((hard - OWN_FILES) // 2, 8)
-    log.warning(
-        "%d open files are allowed: %d client connections instead of %d; raise `ulimit -Hn`",
-        hard,
-        possible,
-        wanted,
-    )
-    return possible
-
-
-def _print_banner(service: Service) -> None:
-    runtime = service.runtime
-    scheme = "https" if service.config.tls else "http"
-    admin = service.ports.admin_url if service.ports.admin_tls else f"http://{service.ports.admin}"
-    log.info("OpenAI API on %s://%s, admin on %s", scheme, service.ports.listen, admin)
-    place = database_shown(service.config.database or service.config.state)
-    log.info("policy %s, ledger in %s", runtime.built.policy.name, place)
-    if not (server.__file__ or "").endswith(".py"):
-        log.info("the data path is compiled")
-    if runtime.keys.empty:
-        command = first_key(service.path, service.overrides.get("state"))
-        log.info("no keys: everybody on this machine may use it; `%s` makes the first", command)
-    for backend in runtime.fleet:
-        log.info(
-            "backend %s (%s) %s: %s, %d slots, models %s",
-            backend.name,
-            backend.site,
-            runtime.endpoints[backend.name].url,
-            "up" if backend.probed_up else "down",
-            backend.slots,
-            ", ".join(sorted(backend.models)) or "none yet",
-        )

@@ -321,7 +321,7 @@ class ClientConnection(Client):
             return
         if admission.answer is not None:
             self.write(admission.answer)
-            self.finished(keep_alive=head.keep_alive)
+            self.finished(keep_alive=head.keep_alive and not self.runtime.draining)
             return
         runtime = self.runtime
         now = runtime.now()
@@ -401,7 +401,7 @@ class ClientConnection(Client):
         transport = self.transport
         if transport is None:
             return
-        if not keep_alive or self.runtime.draining:
+        if not keep_alive:
             self._close()
             return
         if self.blocked:

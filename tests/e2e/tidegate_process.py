@@ -55,6 +55,16 @@ class TidegateProcess:
         raise StartError(f"tidegate did not start:\n{self.service.log_tail(6000)}")
 
     @property
+    def serving(self) -> int:
+        """The process that the state directory tells of: after an upgrade, another than `service`."""
+        return int(json.loads((self.state_folder / "ports.json").read_text())["pid"])
+
+    def upgrade(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """`tidegate upgrade`, by the state directory: the configuration may be broken."""
+        command = [str(COMMAND), "upgrade", "--state", str(self.state_folder), *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    @property
     def port(self) -> int:
         """Of the OpenAI API."""
         return int(self.url.rpartition(":")[2])

@@ -15,7 +15,8 @@ import proxy.serve
 from proxy.access.keys import Key
 from proxy.build import DEFAULT_SLOTS
 from proxy.config import load_config
-from proxy.serve import Service, _print_banner
+from proxy.process import print_banner
+from proxy.serve import Service
 
 TEXT = """
 listen: 127.0.0.1:0
@@ -140,7 +141,7 @@ async def test_no_secret_gets_into_the_log(service: Service, caplog: pytest.LogC
     assert "sk-live" not in caplog.text
     service.config = service.config.model_copy(update={"database": "postgresql://tide:s3cret@db/ledger"})
     with caplog.at_level("INFO"):
-        _print_banner(service)
+        print_banner(service)
     assert "ledger in postgresql://tide:***@db/ledger" in caplog.text
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from proxy import listeners
 from proxy.build import ConfigError
 from proxy.cli import app
 from proxy.config import Config, load_config
@@ -50,3 +52,28 @@ async def test_a_profile_that_says_no_slots_is_told_as_check_tells_it(tmp_path: 
     assert str(caught.value) == checked.stderr.rstrip("\n")
     assert f"{file}:3:64: " in str(caught.value)
     assert f"{tmp_path.parent}/h20-8-32b: no such file" in str(caught.value)
+
+
+async def test_a_given_socket_that_others_reach_needs_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as given:
+        monkeypatch.setattr(listeners, "FIRST_DESCRIPTOR", os.dup(given.fileno()))
+        port = given.getsockname()[1]
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    settings = {
+        "listen": "127.0.0.1:0",
+        "state": str(tmp_path),
+        "backends": [{"name": "a", "url": "http://127.0.0.1:1"}],
+    }
+    service = Service(Config.model_validate(settings))
+    taken = listeners.from_systemd
+    given_to: list[listeners.Listeners] = []
+    monkeypatch.setattr(
+        listeners, "from_systemd", lambda environment: given_to.append(taken(environment)) or given_to[-1]
+    )
+    with pytest.raises(ConfigError, match=rf"listens on loopback only, not on 0\.0\.0\.0:{port}"):
+        await service.start()
+    given_to[0]["listen"][0].close()
+    service._engine.dispose()
