@@ -207,6 +207,12 @@ class LimitsConfig(FileModel):
     bodies: Size = Field(
         1024 * 1024 * 1024, ge=1024, description="Bytes of all request bodies held at once: 503."
     )
+    memory: Size | None = Field(
+        None,
+        ge=64 * 1024 * 1024,
+        description="Memory of the process: [load is shed](operations.md#when-memory-runs-short) from 92 % on. "
+        "Default: the limit of its control group, if it has one.",
+    )
     connections: int = Field(10000, ge=1, description="Client connections; further ones: 503.")
 
 

@@ -379,7 +379,7 @@ class Relay(Receiver):
         return fields + (b"\r\n" if self.chunked else b"connection: keep-alive\r\n\r\n")
 
     def _keeps_alive(self) -> bool:
-        return self.request.keep_alive and not self.runtime.draining
+        return self.request.keep_alive and not self.runtime.draining and not self.runtime.shedding
 
     @property
     def _choices(self) -> int:

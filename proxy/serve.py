@@ -46,6 +46,7 @@ from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.masking import database_shown
 from proxy.observe import Observer
+from proxy.pressure import Memory
 from proxy.readable import in_words
 from proxy.reports import spent_by_key
 from proxy.requestlog import RequestLog
@@ -68,7 +69,7 @@ OWN_FILES = 100
 """Open files besides those of clients and backends: journal, ledger, log, probes, admin port."""
 NEXT_START = (
     *("listen", "admin", "state", "database", "log", "recent", "seed", "probing", "budget_zone"),
-    *("retries.ratio", "retries.per_second"),
+    *("limits.memory", "retries.ratio", "retries.per_second"),
 )
 """What a reload does not change."""
 
@@ -154,6 +155,7 @@ class Service:
         if self._record is not None:
             cast("RecordedRuntime", runtime).record(self._record, self._seed)
         runtime.most_clients = _most_clients(config.limits.connections)
+        runtime.pressure.memory = Memory(config.limits.memory)
         self._watched.watch(self._files(config))
         if config.probing.enabled:
             await self._start_probes(built)
@@ -282,6 +284,7 @@ class Service:
             endpoint.pool.close()
         if self._admin is not None:
             await self._admin.cleanup()
+        runtime.pressure.close()
         await asyncio.to_thread(self._ledger.stop)
         self._engine.dispose()
         if runtime.observer.log is not None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from proxy.levels import bar, called, condition, levels
+from proxy.pressure import STAGES
 from proxy.prices import amount
 
 _LEAST_BAR_CELLS, _MOST_BAR_CELLS = 10, 30
@@ -71,6 +72,9 @@ def _backends(rows: Sequence[State], width: int) -> Table:
 def _lines(state: State) -> Iterator[str]:
     if not state["reload_ok"]:
         yield "! the last reload was refused: what was configured before goes on (the log says why)"
+    memory = state.get("memory")
+    if memory and memory["shedding"]:
+        yield f"! {STAGES[memory['shedding']]} ({memory['use']:.0%} of its bound)"
     for row in state["backends"]:
         yield from _complaints(row)
     yield ""
