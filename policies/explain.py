@@ -209,11 +209,12 @@ def _queue(queue: Queue) -> str:
     least_loaded = "to the least loaded backend that may serve it"
     if queue.depth == 0:
         return "When none has room, a request is answered 429 at once."
+    unless = f"unless all are {queue.overflow:.0%} full"
     if queue.wait == 0:
-        return f"When none has room, a request goes {least_loaded} at once."
+        return f"When none has room, a request goes {least_loaded} at once, {unless}."
     return (
-        f"When none has room, a request waits for up to {_seconds(queue.wait)} and then goes {least_loaded}. "
-        f"{queue.depth} may wait at once; one more is answered 429."
+        f"When none has room, a request waits for up to {_seconds(queue.wait)} and then goes {least_loaded}, "
+        f"{unless}. {queue.depth} may wait at once; one more is answered 429."
     )
 
 

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from heapq import heappop, heappush
-from math import inf
+from math import exp, inf
 
 from policies.base import RequestFacts
 
 AGEING_S = 2.0
 """Waiting this long is worth one level of priority."""
+
+RATE_TAU_S = 10.0
+"""Time constant of the rate at which a queue is served."""
 
 
 class Held:
@@ -101,6 +104,11 @@ class FairQueue:
         """Whoever asked last found no room, so nobody in it will until something changes."""
         self._levels: dict[int, Level] = {}
         self._length = 0
+        self._began = inf
+        """When the first request began to wait."""
+        self._served = 0.0
+        """Requests that were sent, each forgotten with time, as of `_served_at`."""
+        self._served_at = -inf
         self._passed: list[tuple[Level, Flow]] = []
 
     def __len__(self) -> int:
@@ -122,6 +130,7 @@ class FairQueue:
         if not flow.in_heap:
             level.push(flow)
         held.queue = self
+        self._began = min(self._began, held.since)
         self.tenants[tenant] = self.tenants.get(tenant, 0) + 1
         self._length += 1
 
@@ -142,6 +151,29 @@ class FairQueue:
             del self.tenants[tenant]
         if not level.waiting:  # tags mean nothing once nobody waits
             del self._levels[priority]
+
+    def served(self, now: float) -> None:
+        """One of it was sent, because there was room."""
+        self._served = self._served * exp(min(self._served_at - now, 0.0) / RATE_TAU_S) + 1.0
+        self._served_at = now
+
+    def expected_wait(self, request: RequestFacts, now: float) -> float:
+        """How long the request would wait, seconds: what goes before it on its level, at the rate of late.
+
+        A tenant shares the rate with the others of its level equally. One more than were sent are taken as sent, so
+        that a queue of a moment ago does not look stuck.
+        """
+        span = RATE_TAU_S * (1.0 - exp(min(self._began - now, 0.0) / RATE_TAU_S))
+        if span <= 0.0:
+            return 0.0
+        rate = (self._served * exp(min(self._served_at - now, 0.0) / RATE_TAU_S) + 1.0) / span
+        level = self._levels.get(request.priority)
+        if level is None:
+            return 1.0 / rate
+        flow = level.flows.get(request.tenant)
+        own = len(flow.waiting) if flow is not None else 0
+        lines = sum(bool(flow.waiting) for flow in level.flows.values()) + (own == 0)
+        return min(len(level.waiting) + 1, (own + 1) * lines) / rate
 
     def head(self, now: float) -> Held | None:
         """The request to ask next; None: all that are left were passed over."""

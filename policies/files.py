@@ -170,7 +170,7 @@ def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: lis
         match,
         selector(section),
         tuple(tiers) or (Tier(),),
-        Queue(section.queue.wait, section.queue.depth),
+        Queue(section.queue.wait, section.queue.depth, section.queue.overflow),
         section.weights or {},
     )
 

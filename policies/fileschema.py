@@ -309,6 +309,30 @@ class Pick(FileModel):
 PickOrName = Annotated[Pick, BeforeValidator(_as_pick)]
 
 
+def _parse_overflow(value: object) -> float:
+    level = parse_fraction(value)
+    if not 1.0 <= level <= 100.0:
+        raise BadValueError(
+            f"expected 100% (none) up to 10000%, or a number from 1 to 100, got {shown(value)}"
+        )
+    return level
+
+
+Overflow = Annotated[
+    float,
+    BeforeValidator(_parse_overflow),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 1, "maximum": 100},
+                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? ?%$"},
+            ],
+            "examples": [1.5, "150%"],
+        }
+    ),
+]
+
+
 class Spill(FileModel):
     """When a tier begins and ends to spill; while it spills it still takes what it has a free slot for.
 
@@ -389,9 +413,12 @@ class Queue(FileModel):
     """What happens when no tier has room."""
 
     wait: Duration = 10.0
-    """How long a request is held for room, at most. Then it goes to any backend, full or not."""
+    """How long a request is held for room, at most. Then it goes to any backend, full or not, up to `overflow`. One
+    that would wait for most of it is answered 429 at once."""
     depth: int = Field(200, ge=0, le=1_000_000)
     """How many requests may be held at once. One more is answered 429."""
+    overflow: Overflow = 1.5
+    """Saturation up to which backends take requests whose wait is over. Beyond, those are answered 503."""
 
 
 class Rule(FileModel):

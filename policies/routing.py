@@ -22,6 +22,12 @@ HEDGE = "hedge"
 TIERS = "tiers"
 """`decided_by` when no tier has room."""
 
+SHARES = "shares"
+"""`decided_by` when the free slots are kept for other tenants."""
+
+WAIT_OVER = "wait over"
+"""`decided_by` when a request was held long enough."""
+
 
 class Candidate(NamedTuple):
     """The changing figures of one backend at the moment of a decision; the others are in the configuration.
@@ -91,9 +97,9 @@ class Routing:
     decision: Decision
     decided_by: str
     """The policy's name; or `constraints` (nothing may serve it), `availability` (nothing is up), `tiers`
-    (no tier has room), `queue` (full, or others wait), `wait over` (held long enough: to any backend),
-    `fallback` (after a failed attempt), `hedge` (besides one that is late), `policy failed` (the least loaded
-    instead)."""
+    (no tier has room), `shares` (what is free is kept for other tenants, or others hold what is its own), `queue`
+    (full, or others wait), `wait over` (held long enough: to any backend), `fallback` (after a failed attempt),
+    `hedge` (besides one that is late), `policy failed` (the least loaded instead)."""
     policy: Policy | None = None
     """Hears how it goes; the lease carries it too."""
     tier: int = -1

@@ -39,6 +39,8 @@ class Queue:
 
     wait_s: float = 10.0
     depth: int = 200
+    overflow: float = 1.5
+    """Saturation from which a backend is not sent even requests whose wait is over."""
 
 
 @dataclass(slots=True, eq=False)

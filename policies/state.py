@@ -20,6 +20,7 @@ from policies.adaptive import AdaptiveSlots
 from policies.base import BackendView, Finished, Outcome, Policy, RequestFacts
 from policies.breaker import Breaker
 from policies.health import Health, slots_in_slow_start
+from policies.shares import Shares
 
 AVERAGE_TAU_S = 10.0
 """Time constant of the TTFT, TPOT and RTT averages, seconds."""
@@ -59,6 +60,8 @@ class Backend(BackendView):
     backoff_until: float = -inf
     """It said that it is full (429 or 503 with Retry-After): nothing new before this time."""
     breaker: Breaker = field(default_factory=Breaker)
+    shares: Shares = field(default_factory=Shares, compare=False, repr=False)
+    """Who holds its slots."""
     ttft_at: float = -inf
     tpot_at: float = -inf
     rtt_at: float = -inf
@@ -228,6 +231,7 @@ class Fleet:
         lease = Lease(request, backend, policy, decided_by, now)
         backend.in_flight += 1
         backend.in_flight_tokens += lease.tokens
+        backend.shares.take(request.tenant, request.priority, now)
         if backend.breaker.dispatched(now):
             self.refresh(now)
         if policy is not None:
@@ -268,6 +272,7 @@ class Fleet:
         backend = lease.backend
         backend.in_flight -= 1
         backend.in_flight_tokens -= lease.tokens
+        backend.shares.give_back(lease.request.tenant, now)
         prompt, cached, completion = usage
         ttft = None
         if lease.first_token_at is not None:

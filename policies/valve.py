@@ -10,7 +10,10 @@ stuck, stops no other. A poll asks at most `HEADS_PER_POLL` heads of each queue,
 fair order (`fairness.py`). Only a change of the fleet or of the policy file walks over those who wait, and
 a full queue is searched for the tenant that has most in it. The `until` of a policy's hold is when the heads
 are asked again. A hold ends with its rule's wait or the request's deadline: then the request goes to the least
-saturated backend that may serve it, whatever its tier, or is refused.
+saturated backend that may serve it, whatever its tier, if that is below the rule's `overflow`, or is refused.
+
+Who would wait for most of that anyway is refused at once, so that an overload is shed at the door. Between tenants,
+the last free slots of a backend go by shares (`shares.py`).
 
 Every request that is submitted gets exactly one answer that is not a `Hold`, by `submit` or by `poll`,
 unless it is cancelled.
@@ -20,15 +23,23 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from heapq import heapify, heappop, heappush
-from math import inf
+from math import ceil, inf
 
 from policies.base import Decision, Hold, Reject, RequestFacts, Send
 from policies.candidates import Candidates
 from policies.constraints import RETRY_AFTER_S
 from policies.fairness import FairQueue, Held
-from policies.routing import AVAILABILITY, HEDGE, TIERS, Routing, copy_figures
+from policies.routing import AVAILABILITY, HEDGE, SHARES, TIERS, WAIT_OVER, Routing, copy_figures
 from policies.rules import RuleSet
+from policies.shares import MOST_KEPT
 from policies.state import Fleet
+
+MOST_OF_WAIT = 0.6
+"""A request that would wait for more of its rule's wait than this is refused at once. The rest is for what the
+forecast does not know, and for lower priorities to come up by ageing."""
+
+MOST_ADVICE_S = 60.0
+"""Longest `Retry-After` by forecast."""
 
 HEADS_PER_POLL = 8
 """Heads of one queue that are asked in one poll; the rest in the next, which `next_wake` calls for at
@@ -98,14 +109,18 @@ class Valve:
             candidates = self.rules.candidates(request, self.fleet)
             queue = self._queues.get(candidates.key)
             if queue is not None and candidates.order:
+                owed = self._owed(request, candidates, now)
+                if owed is not None:
+                    return owed
                 if not queue.blocked:  # those before it were held for reasons of their own
                     self._unasked = True
                 until = self.rules.hold_until(request, candidates.rule)
                 waiting = _routing(request, candidates, Hold(until, "others wait for the same"), "queue", now)
                 return self._enqueue(waiting, candidates, now)
-        routing = self.rules.route(request, self.fleet, now)
+        routing = self._route(request, now)
         if type(routing.decision) is Hold:
-            return self._enqueue(routing, self.rules.candidates(request, self.fleet), now)
+            candidates = self.rules.candidates(request, self.fleet)
+            return self._owed(request, candidates, now) or self._enqueue(routing, candidates, now)
         self._lease(routing, now)
         return routing
 
@@ -217,6 +232,47 @@ class Valve:
         self._place_again(now, new_rules=True)
         self._unasked = bool(self._held)
 
+    def _route(self, request: RequestFacts, now: float) -> Routing:
+        """As the rules decide, but nowhere where the last free slots are kept for other tenants."""
+        routing = self.rules.route(request, self.fleet, now)
+        full: frozenset[str] = frozenset()
+        while type(routing.decision) is Send:
+            backend = self.fleet[routing.decision.backend]
+            free = backend.slots - backend.in_flight
+            if free > backend.slots // MOST_KEPT:
+                break  # more than are ever kept
+            kept = backend.shares.kept_from(request.tenant, request.priority, backend.slots, now)
+            if kept < 0 or free > kept:
+                break
+            full |= {backend.name}
+            again = self.rules.route(request, self.fleet, now, full)
+            if type(again.decision) is not Send:
+                until = self.rules.hold_until(request, self.rules.rule_for(request))
+                reason = "the free slots are kept for other tenants"
+                candidates = self.rules.candidates(request, self.fleet)
+                return _routing(request, candidates, Hold(until, reason), SHARES, now)
+            routing = again
+        return routing
+
+    def _owed(self, request: RequestFacts, candidates: Candidates, now: float) -> Routing | None:
+        """To the least saturated of the backends where its tenant is owed a slot, full or not; None: it has to wait
+        (as it has anyway if others of its tenant wait)."""
+        queue = self._queues.get(candidates.key)
+        if queue is not None and request.tenant in queue.tenants:
+            return None
+        others = frozenset(
+            backend.name
+            for backend in map(self.fleet.__getitem__, candidates.order)
+            if backend.saturation(now) >= candidates.rule.queue.overflow
+            or not backend.shares.owes(request.tenant, request.priority, backend.slots, now)
+        )
+        left = candidates.without(others)
+        if not left.order:
+            return None
+        routing = self._to_any(request, left, SHARES, "others hold its share of the slots", now)
+        self._lease(routing, now)
+        return routing
+
     def _lease(self, routing: Routing, now: float) -> None:
         decision = routing.decision
         if type(decision) is Send:
@@ -231,7 +287,12 @@ class Valve:
         queue = self._queues.get(candidates.key)
         if queue is None:
             queue = FairQueue(candidates.key)
-        if len(queue) >= candidates.rule.queue.depth:
+        limits = candidates.rule.queue
+        if limits.wait_s > 0.0 and len(queue) > self._overflow_room(candidates):
+            wait = queue.expected_wait(request, now)
+            if wait > limits.wait_s * MOST_OF_WAIT:
+                return _hopeless(request, candidates, wait, now)
+        if len(queue) >= limits.depth:
             displaced = queue.displaced_by(request)
             if displaced is None:
                 return _full(request, candidates, now)
@@ -264,7 +325,11 @@ class Valve:
             heapify(self._ends)
 
     def _answer(self, held: Held, routing: Routing, now: float, answers: list[Routing]) -> None:
-        self._take(held, served=type(routing.decision) is Send)
+        queue, served = held.queue, type(routing.decision) is Send
+        assert queue is not None
+        self._take(held, served)
+        if served and routing.decided_by != WAIT_OVER:
+            queue.served(now)
         routing.held_s = now - held.since
         self._lease(routing, now)
         answers.append(routing)
@@ -279,11 +344,11 @@ class Valve:
             candidates = self.rules.candidates(request, self.fleet)
             if request.deadline <= now:
                 late = Reject("queue_timeout", "its deadline passed while it was held", RETRY_AFTER_S)
-                routing = _routing(request, candidates, late, "wait over", now)
+                routing = _routing(request, candidates, late, WAIT_OVER, now)
             else:
-                routing = self.rules.route(request, self.fleet, now)
+                routing = self._route(request, now)
                 if type(routing.decision) is Hold:
-                    routing = self._to_any(request, candidates, "wait over", "held long enough", now)
+                    routing = self._overflow(request, candidates, now)
             self._answer(held, routing, now, answers)
 
     def _ask_heads(self, now: float, answers: list[Routing]) -> None:
@@ -305,7 +370,7 @@ class Valve:
         held = queue.head(now)
         if held is None:
             return False
-        routing = self.rules.route(held.request, self.fleet, now)
+        routing = self._route(held.request, now)
         if type(routing.decision) is Hold:
             if routing.decided_by == TIERS:
                 queue.blocked = True  # no room, nor for those behind it
@@ -325,6 +390,28 @@ class Valve:
         circle."""
         if now < hold.until < self._ask_at:
             self._ask_at = hold.until
+
+    def _overflow_room(self, candidates: Candidates) -> float:
+        """Requests that would be sent when their wait is over, though no slot has come free."""
+        most = candidates.rule.queue.overflow
+        backends = map(self.fleet.__getitem__, candidates.order)
+        return sum(max(backend.slots * most - backend.in_flight, 0.0) for backend in backends)
+
+    def _overflow(self, request: RequestFacts, candidates: Candidates, now: float) -> Routing:
+        """Its wait is over and there is no room: to the least saturated backend that is not too full for that, nor
+        one that its tenant has more than its share of; else it is refused."""
+        most = candidates.rule.queue.overflow
+        crowded = frozenset(
+            backend.name
+            for backend in map(self.fleet.__getitem__, candidates.order)
+            if backend.saturation(now) >= most
+            or backend.shares.kept_from(request.tenant, request.priority, backend.slots, now) >= 0
+        )
+        left = candidates.without(crowded) if crowded else candidates
+        if left.order:
+            return self._to_any(request, left, WAIT_OVER, "held long enough", now)
+        late = Reject("queue_timeout", "no backend had room for it while it was held", RETRY_AFTER_S)
+        return _routing(request, candidates, late, WAIT_OVER, now)
 
     def _to_any(
         self, request: RequestFacts, candidates: Candidates, decided_by: str, reason: str, now: float
@@ -390,6 +477,14 @@ def _routing(
     tier = candidates.tier_of[decision.backend] if isinstance(decision, Send) else -1
     policy = rule.choosers[tier] if tier >= 0 else rule.guarded
     return Routing(request, rule.name, decision, decided_by, policy, tier, removed=candidates.removed, at=now)
+
+
+def _hopeless(request: RequestFacts, candidates: Candidates, wait: float, now: float) -> Routing:
+    """Refused at once, since it would only wait to be refused later."""
+    reject = Reject(
+        "queue_full", f"it would wait for about {ceil(wait)} s", min(max(wait, 1.0), MOST_ADVICE_S)
+    )
+    return _routing(request, candidates, reject, "queue", now)
 
 
 def _full(request: RequestFacts, candidates: Candidates, now: float) -> Routing:

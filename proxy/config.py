@@ -246,6 +246,12 @@ class LimitsConfig(FileModel):
     requests: int = Field(
         100000, ge=1, description="Requests on one connection, a client's or a backend's; then it ends."
     )
+    memory: Size | None = Field(
+        None,
+        ge=64 * 1024 * 1024,
+        description="Memory of the process: [load is shed](operations.md#when-memory-runs-short) from 92 % on. "
+        "Default: the limit of its control group, if it has one.",
+    )
     connections: int = Field(10000, ge=1, description="Client connections; further ones: 503.")
 
 

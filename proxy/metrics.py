@@ -101,6 +101,14 @@ class Metrics:
             "tidegate_open_exchanges", "Requests at backends.", value=len(runtime.exchanges)
         )
         yield GaugeMetricFamily("tidegate_client_connections", "Connections.", value=len(runtime.clients))
+        yield GaugeMetricFamily(
+            "tidegate_memory_use", "Memory, as a share of its bound.", value=runtime.pressure.use
+        )
+        yield GaugeMetricFamily(
+            "tidegate_shedding_stage",
+            "1: keep-alive is dropped, 2: requests are refused, 3: connections are.",
+            value=runtime.shedding,
+        )
         yield GaugeMetricFamily("tidegate_ledger_lag_rows", "Rows not in SQL yet.", value=runtime.ledger.lag)
         yield GaugeMetricFamily(
             "tidegate_journal_failed",

@@ -420,7 +420,7 @@ class Relay(Receiver):
             runtime.responses.add(meter.response_id, stored)
 
     def _keeps_alive(self) -> bool:
-        return self.request.keep_alive and not self.runtime.draining
+        return self.request.keep_alive and not self.runtime.draining and not self.runtime.shedding
 
     @property
     def _choices(self) -> int:

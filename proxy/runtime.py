@@ -32,6 +32,7 @@ from proxy.idempotency import IdempotencyKeys
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.observe import Observer
+from proxy.pressure import DROP_KEEP_ALIVE, Pressure
 from proxy.records import OperationIds
 from proxy.responses import StoredResponses
 from proxy.tasks import Tasks
@@ -133,6 +134,9 @@ class Runtime:
         self.draining = False
         self.handed_over = False
         """Another process accepts: a client that was promised its connection may use it once more."""
+        self.pressure = Pressure()
+        self.shedding = 0
+        """Stage of `proxy.pressure`; 0: nothing is given up."""
         self.most_clients = config.limits.connections
         """Fewer than configured where the system allows fewer open files."""
         self.probes: Callable[[], Mapping[str, Any]] = dict
@@ -273,7 +277,7 @@ class Runtime:
             200,
             body,
             fields=b"x-request-id: %b\r\n" % self.request_id(head).encode("ascii"),
-            keep_alive=head.keep_alive and not self.draining,
+            keep_alive=head.keep_alive and not self.draining and not self.shedding,
             version=head.version,
             without_body=head.method == b"HEAD",
         )
@@ -424,6 +428,10 @@ class Runtime:
 
     def sweep(self, now: float) -> None:
         """Look at every deadline; called a few times a second."""
+        self.shedding = self.pressure.look(self.body_bytes, self.most_bodies_bytes)
+        if self.shedding >= DROP_KEEP_ALIVE:
+            for client in list(self.clients):
+                client.close_if_idle()
         everybody: list[Exchange | ClientConnection] = [*self.exchanges, *self.clients]
         for swept in everybody:
             try:

@@ -44,6 +44,7 @@ from proxy.listeners import Listeners, Listening, Ports, by_loop
 from proxy.notify import READY, STOPPING, notify, reloading
 from proxy.observe import Observer
 from proxy.open_files import most_clients
+from proxy.pressure import Memory
 from proxy.proxied_server import accepting
 from proxy.readable import in_words
 from proxy.requestlog import RequestLog
@@ -72,7 +73,7 @@ SETTLE_S = 0.1
 """After a hand-over, how long connections may take to appear that had been accepted."""
 NEXT_START = (
     *("listen", "admin", "admin_tls", "proxy_protocol", "state", "database", "log", "recent", "seed"),
-    *("probing", "budget_zone", "retries.ratio", "retries.per_second"),
+    *("probing", "budget_zone", "limits.memory", "retries.ratio", "retries.per_second"),
 )
 """What a reload does not change."""
 
@@ -179,6 +180,7 @@ class Service:
         runtime.most_clients = most_clients(config.limits.connections)
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
+        runtime.pressure.memory = Memory(config.limits.memory)
         self._watched.watch(self._files(config))
         if config.probing.enabled:
             await self._start_probes(built)
@@ -362,6 +364,7 @@ class Service:
         if self._admin is not None:
             await self._admin.cleanup()
         runtime.responses.write(runtime.responses.take_unwritten())
+        runtime.pressure.close()
         await asyncio.to_thread(self._ledger.stop)
         self._engine.dispose()
         if runtime.observer.log is not None:

@@ -18,6 +18,7 @@ from proxy.endpoints import OPENAI, dialect_of
 from proxy.errors import RequestError
 from proxy.exchange import Exchange
 from proxy.http1 import ChunkedDecoder, PartialHead, RepeatedHead, RequestHead
+from proxy.pressure import REFUSE_CONNECTIONS, REFUSE_REQUESTS
 from proxy.relay import Client
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ LEAST_CHUNK_BYTES: Final = 16
 """Beyond so many chunks they must be this long on average, or reading them costs more than they say."""
 
 LINGER_S: Final = 2.0
+
+SHED_RETRY_S: Final = 2.0
+"""When to come again, for whom memory was too short."""
 
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -100,6 +104,10 @@ class ClientConnection(Client):
             peer = transport.get_extra_info("peername")
             self.peer = peer[0] if isinstance(peer, tuple) else ""
         runtime = self.runtime
+        if runtime.shedding >= REFUSE_CONNECTIONS:
+            self.lingering = True
+            self.transport.abort()
+            return
         runtime.clients.add(self)
         self.opened = runtime.now()
         self.deadline = self.opened + runtime.timeouts.idle
@@ -206,6 +214,8 @@ class ClientConnection(Client):
             self.partial = parsed
             return b""
         head, admission, position = parsed
+        if runtime.shedding >= REFUSE_REQUESTS:
+            raise RequestError("overloaded", "memory runs short", retry_after_s=SHED_RETRY_S)
         self.head = head
         self.admission = admission
         limit = runtime.most_body_bytes
@@ -313,7 +323,7 @@ class ClientConnection(Client):
         self.parts = []
         self.deadline = inf
         if admission.error is not None:
-            keep_alive = head.keep_alive and not self.runtime.draining
+            keep_alive = head.keep_alive and not self.runtime.draining and not self.runtime.shedding
             # A storm of bad keys is not to have its connections kept.
             keep_alive = keep_alive and admission.error.code != "auth_rate_limit"
             self._answer_error(admission.error, head, keep_alive=keep_alive)
@@ -417,6 +427,11 @@ class ClientConnection(Client):
             self.transport.resume_reading()
         if self.pending and not self.reading:
             self._read(self._take_pending())
+
+    def close_if_idle(self) -> None:
+        """Between two requests, the connection can go."""
+        if self.idle and self.transport is not None:
+            self.transport.close()
 
     # Time
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from policies.host import HOST_FIGURES_VALID_S
 from proxy.levels import bar, called, condition, levels
+from proxy.pressure import STAGES
 from proxy.prices import amount
 
 _LEAST_BAR_CELLS, _MOST_BAR_CELLS = 10, 30
@@ -75,6 +76,9 @@ def _lines(state: State) -> Iterator[str]:
     for certificate in state.get("certificates", ()):
         if certificate["warning"]:
             yield f"! {certificate['warning']}"
+    memory = state.get("memory")
+    if memory and memory["shedding"]:
+        yield f"! {STAGES[memory['shedding']]} ({memory['use']:.0%} of its bound)"
     for row in state["backends"]:
         yield from _complaints(row)
     yield ""

@@ -13,6 +13,7 @@ from prometheus_client.exposition import generate_latest
 from policies.state import Backend
 from proxy.admin.explain import explanation, unavailable
 from proxy.metrics import Metrics
+from proxy.pressure import REFUSE_REQUESTS
 from proxy.runtime import Runtime
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -67,6 +68,8 @@ def unready(runtime: Runtime) -> str:
         return "shutting down"
     if failed := runtime.journal.failed or runtime.ledger.failed:
         return f"usage cannot be recorded: {failed}"
+    if runtime.shedding >= REFUSE_REQUESTS:
+        return "memory runs short"
     if not any(backend.models for backend in runtime.fleet):
         return "no backend serves any model"
     panics = runtime.fleet.health.panic > 0
@@ -160,6 +163,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         },
         "currency": runtime.prices.currency,
         "ledger": {"lag_rows": runtime.ledger.lag, "failed": runtime.ledger.failed or runtime.journal.failed},
+        "memory": {"use": round(runtime.pressure.use, 4), "shedding": runtime.shedding},
         "connections": {"clients": len(runtime.clients), "open_exchanges": len(runtime.exchanges)},
     }
 

@@ -225,7 +225,7 @@ async def test_a_wait_that_is_over_decides_alike(
 ) -> None:
     gate = asyncio.Event()
     backend = await start_backend(then=waits(gate))
-    rules = "rules: [{name: all, pick: power-of-two, queue: {wait: 100ms, depth: 9}}]"
+    rules = "rules: [{name: all, pick: power-of-two, queue: {wait: 100ms, depth: 9, overflow: 400%}}]"
     run = await record({"url": backend.url, "slots": 1}, policy=policy(tmp_path, rules))
     for _ in range(4):
         run.start()

@@ -37,7 +37,7 @@ local-first: 1 rule, for every request.
      b) any other backend, while a slot is free.
    In each, weighted-qps chooses.
    When none has room, a request waits for up to 10 s and then goes to the least loaded backend that
-   may serve it. 200 may wait at once; one more is answered 429.
+   may serve it, unless all are 150% full. 200 may wait at once; one more is answered 429.
 
 weighted-qps: Requests per second in proportion to `weight`, each backend below its own limit.
 """
@@ -140,11 +140,12 @@ def test_a_condition_without_conditions_is_none() -> None:
         ("queue: {wait: 90s, depth: 3}", "waits for up to 90 s and then"),
         (
             "queue: {wait: 2h}",
-            "waits for up to 2 h and then goes to the least loaded backend that may serve it. 200 may",
+            "waits for up to 2 h and then goes to the least loaded backend that may serve it, unless all are 150% "
+            "full. 200 may",
         ),
         (
-            "queue: {wait: 0}",
-            "When none has room, a request goes to the least loaded backend that may serve it at once.",
+            "queue: {wait: 0, overflow: 200%}",
+            "goes to the least loaded backend that may serve it at once, unless all are 200% full.",
         ),
         ("queue: {depth: 0}", "When none has room, a request is answered 429 at once."),
     ],

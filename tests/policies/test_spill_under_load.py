@@ -112,11 +112,14 @@ def test_enter_above_one_keeps_local_fuller_by_queueing_in_its_engine(seed: int)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_when_remote_is_full_too_requests_wait_and_none_is_lost(seed: int) -> None:
+def test_when_remote_is_full_too_requests_wait_and_hardly_any_is_refused(seed: int) -> None:
     world = rush_hour(8, 0.85, 0.7, seed, remote_slots=3)  # 1.3 x 8 of 11 slots
     assert world.local_use >= 0.9 * 8
     assert any(routing.held_s > 0.0 for routing in world.answers)
     assert max(routing.held_s for routing in world.answers) <= 10.0 + 1e-9
     answered = {routing.request.id for routing in world.answers}
     assert len(answered) == len(world.answers) == world.submitted - world.valve.queued
-    assert all(routing.lease is not None for routing in world.answers)
+    refused = sum(routing.lease is None for routing in world.answers)
+    assert refused <= 0.1 * len(
+        world.answers
+    )  # at 95 % of the slots: those that would have waited for most of the ten seconds

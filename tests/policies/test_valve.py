@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from policies.base import Hold, Outcome, Reject, RequestFacts, Send
-from policies.rules import Match, RuleSet
+from policies.rules import Match, Queue, RuleSet
 from policies.simple import WeightedQps
 from policies.valve import HEADS_PER_POLL, Valve
 from tests.policies.builders import (
@@ -112,7 +112,10 @@ def test_a_poll_asks_eight_heads_and_calls_for_the_next_at_once() -> None:
 
 
 def test_queues_take_turns_at_what_they_share() -> None:
-    rules = RuleSet([rule("x", match=Match(tenants=frozenset({"x"}))), rule("rest")])
+    strict = Queue(overflow=1.0)  # no tenant is sent beyond the slots, whatever its share
+    rules = RuleSet(
+        [rule("x", match=Match(tenants=frozenset({"x"})), queue=strict), rule("rest", queue=strict)]
+    )
     homes = fleet(backend("a", slots=4))
     valve = Valve(rules, homes)
     running = [valve.submit(request(f"running{number}"), 0.0) for number in range(4)]
@@ -242,7 +245,7 @@ def test_after_its_wait_a_request_still_goes_to_none_of_weight_zero() -> None:
 
 def test_all_whose_wait_is_over_are_answered_and_spread() -> None:
     homes = fleet(backend("a", slots=1), backend("b", slots=1))
-    valve = Valve(one_tier(wait_s=5.0), homes)
+    valve = Valve(one_tier(wait_s=5.0, overflow=100.0), homes)
     for number in range(22):
         valve.submit(request(f"r{number}"), 0.0)
     assert len(valve.poll(5.0)) == 20

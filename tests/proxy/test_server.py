@@ -468,3 +468,18 @@ def test_a_web_page_needs_a_key() -> None:
     peer.send(request(BODY, b"origin: https://page.example"))
     world.endpoints["a"].connections[0].data_received(whole(200, answer_body()))
     assert peer.statuses == [403] * 3 + [200, 200]
+
+
+def test_connections_beyond_the_cap_are_answered_and_closed_and_others_are_not_touched() -> None:
+    world = World("a")
+    world.runtime.most_clients = 2
+    first, _, third = Peer(world), Peer(world), Peer(world)
+    assert third.statuses == [503]
+    assert b"too many connections" in third.transport.written
+    assert third.connection.lingering
+    first.send(request())
+    assert len(world.runtime.exchanges) == 1
+    third.connection.connection_lost(None)
+    assert len(world.runtime.clients) == 2
+    first.connection.connection_lost(None)
+    assert Peer(world).statuses == []

@@ -256,9 +256,12 @@ def test_errors_open_the_breaker_and_full_backends_get_their_pause() -> None:
 def test_who_finds_no_room_waits_and_is_refused_when_the_queue_is_full() -> None:
     members = [member("local", slots=1)]
     _, result = simulate(members, every(0.0, 30))
-    assert ends(result)[End.REJECTED] == 9  # one is sent, twenty wait
-    assert max(trip.held_s for trip in result.trips) > 1.0
-    assert {trip.reason for trip in result.trips if trip.end is End.REJECTED} == {"queue_full"}
+    refused = [trip for trip in result.trips if trip.end is End.REJECTED]
+    assert sum(trip.held_s == 0.0 for trip in refused) == 9  # one is sent, twenty wait
+    assert {trip.reason for trip in refused if trip.held_s == 0.0} == {"queue_full"}
+    late = [trip for trip in refused if trip.held_s > 0.0]
+    assert {(trip.reason, trip.held_s) for trip in late} == {("queue_timeout", 5.0)}
+    assert max(trip.held_s for trip in result.trips if trip.end is End.OK) > 1.0
 
 
 def test_clients_that_lose_patience_free_the_engine() -> None:
