@@ -29,6 +29,7 @@ from policies.yamlfile import FileProblems
 from probes.resolver import Resolver
 from probes.runner import Prober
 from proxy import listeners
+from proxy.access.key_watch import watch_keys
 from proxy.access.keys import KeyStore
 from proxy.access.pepper import load_pepper
 from proxy.access.shared import limits_of_this_month, shared_budgets
@@ -38,7 +39,6 @@ from proxy.certificates import ServerCertificates
 from proxy.changes import changes
 from proxy.config import Config, is_policy_file, load_config, override
 from proxy.config_values import is_metadata, time_zone
-from proxy.database import said
 from proxy.ledger import Ledger
 from proxy.listeners import Listeners, Listening, Ports, by_loop
 from proxy.notify import READY, STOPPING, notify, reloading
@@ -62,8 +62,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("tidegate")
 
 SWEEP_S = 0.25
-KEYS_S = 0.5
-"""How often the keys are looked at: a revoked one is refused within this time."""
+FILES_S = 1.0
+"""How often files are looked at."""
 FLUSH_S = 1.0
 """At least so long, when the proxy stops, clients may take to read the ends of their answers."""
 IDEMPOTENCY_FILE = "idempotency.jsonl"
@@ -124,8 +124,6 @@ class Service:
         self._watched = WatchedFiles()
         """The configuration and what it names, also if that was refused."""
         self._resolver = Resolver(allowed=lambda address: not is_metadata(address), changed=self._moved)
-        self._keys_unread = False
-        """Whether the last attempt to read the keys failed."""
         self._stopping = asyncio.Event()
         self._started = time.monotonic()
 
@@ -189,7 +187,7 @@ class Service:
             cast("RecordedRuntime", runtime).write_record()
         runtime.tasks.spawn(self._sweep(), "sweep")
         runtime.tasks.spawn(self._resolve(), "resolve")
-        runtime.tasks.spawn(self._watch_keys(), "watch keys")
+        runtime.tasks.spawn(watch_keys(keys, limits), "watch keys")
         runtime.tasks.spawn(self._watch_files(), "watch files")
         if budgets is not None:
             runtime.tasks.spawn(
@@ -481,44 +479,15 @@ class Service:
             if endpoint.host == host:
                 endpoint.pool.keep_to(addresses)
 
-    async def _watch_keys(self) -> None:
-        while True:
-            await asyncio.sleep(KEYS_S)
-            try:
-                await self._refresh_keys()
-            except Exception:
-                # Whatever it was: revoked keys must go on being refused.
-                log.exception("watching keys failed this time")
-
     async def _watch_files(self) -> None:
         """Apart from the keys: a database that does not answer must not hold up a reload."""
         while True:
-            await asyncio.sleep(2 * KEYS_S)
+            await asyncio.sleep(FILES_S)
             try:
                 if self._watched.changed:
                     self.reload()
             except Exception:
                 log.exception("watching files failed this time")
-
-    async def _refresh_keys(self) -> None:
-        """Read the keys if they changed. What fails (the database, descriptors, memory) is told once, and tried
-        again at the next turn, also if it is the same for hours."""
-        runtime = self.runtime
-        keyless = runtime.keys.empty
-        try:
-            changed = await asyncio.to_thread(runtime.keys.refresh)
-        except Exception as error:
-            if not self._keys_unread:
-                self._keys_unread = True
-                log.error("keys cannot be read, the known ones go on, no revocation is seen: %s", said(error))
-            return
-        if self._keys_unread:
-            self._keys_unread = False
-            log.warning("keys can be read again")
-        if changed:
-            runtime.limits.keep(runtime.keys.ids)
-            if keyless and not runtime.keys.empty:
-                log.info("there are keys now: every request needs one")
 
     def _ledger_failed(self, reason: str) -> None:
         log.error("usage cannot be recorded any more, new requests are refused: %s", reason)
