@@ -10,7 +10,6 @@ journal. It ends in the same way when another process has taken over from it (`u
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import secrets
@@ -34,6 +33,7 @@ from proxy.access.keys import KeyStore
 from proxy.access.pepper import load_pepper
 from proxy.access.shared import limits_of_this_month, shared_budgets
 from proxy.admin.http import admin_app
+from proxy.ask import PORTS_FILE
 from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, timing
 from proxy.certificates import ServerCertificates
 from proxy.changes import changes
@@ -52,7 +52,7 @@ from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
 from proxy.state_lock import adopt_when_left, lock_state, open_journal, other_journals
 from proxy.upgrade import SOCKET_FILE, Predecessor, UpgradeSocket
-from proxy.upstream import OUR_SHORTAGE
+from proxy.upstream import is_our_shortage
 from proxy.waiting import opened_in_time
 from proxy.watched import WatchedFiles
 
@@ -251,7 +251,7 @@ class Service:
 
     def publish(self) -> None:
         """Be the process that the state directory tells of."""
-        self._write_ports()
+        self.ports.write(self.state / PORTS_FILE)
         try:
             self._upgrades.open()
         except OSError as error:
@@ -279,15 +279,6 @@ class Service:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-    def _write_ports(self) -> None:
-        """For scripts that let the system choose: real ports, in the state directory."""
-        path = self.state / "ports.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({"listen": self.ports.listen, "admin": self.ports.admin_url, "pid": os.getpid()})
-        )
-        temporary.replace(path)
 
     async def run(self) -> None:
         """Serve until a signal or `request_stop`, then stop."""
@@ -370,7 +361,7 @@ class Service:
         if self._record is not None:
             cast("RecordedRuntime", runtime).end_record()
         if not self._handed_over:
-            (self.state / "ports.json").unlink(missing_ok=True)
+            (self.state / PORTS_FILE).unlink(missing_ok=True)
             (self.state / SOCKET_FILE).unlink(missing_ok=True)
         self._unlock()
 
@@ -402,7 +393,7 @@ class Service:
             self._watched.watch(self._files(config))
             built = build(config, runtime.loop, self._seed, runtime.built, self._resolver, self.path)
         except (ConfigError, FileProblems, OSError, ValueError) as error:
-            if _is_our_shortage(error):
+            if is_our_shortage(error):
                 self._watched.forget()  # nothing is wrong with the files: the next look tries again
                 if not runtime.observer.reload_ok:
                     return False  # said already
@@ -500,12 +491,3 @@ def _warn(built: Built) -> None:
             log.warning("%s", warning)
     for found in built.policy.warnings if is_policy_file(built.config.policy) else ():
         log.warning("policy %s:%s: %s", built.policy.name, found.line, found.message)
-
-
-def _is_our_shortage(error: BaseException | None) -> bool:
-    """Whether an error, or one that it arose from, says that this machine has no more of something."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in OUR_SHORTAGE:
-            return True
-        error = error.__context__
-    return False
