@@ -66,7 +66,6 @@ FILES_S = 1.0
 """How often files are looked at."""
 FLUSH_S = 1.0
 """At least so long, when the proxy stops, clients may take to read the ends of their answers."""
-IDEMPOTENCY_FILE = "idempotency.jsonl"
 IDLE_GRACE_S = 5.0
 """After a hand-over, how long an idle connection stays for a request that may be on its way."""
 SETTLE_S = 0.1
@@ -173,8 +172,10 @@ class Service:
         )
         if self._record is not None:
             cast("RecordedRuntime", runtime).record(self._record, self._seed)
-        runtime.responses = StoredResponses(config.state / "responses.jsonl")
-        runtime.idempotency.open(config.state / IDEMPOTENCY_FILE, runtime.tasks, runtime.wall())
+        shared = bool(written)
+        runtime.responses = StoredResponses(config.state / "responses.jsonl", shared=shared)
+        keys_file = config.state / "idempotency.jsonl"
+        runtime.idempotency.open(keys_file, runtime.tasks, runtime.wall(), shared=shared)
         runtime.most_clients = most_clients(config.limits.connections)
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
@@ -194,7 +195,8 @@ class Service:
                 budgets.watch(limits, keys, lambda: runtime.prices.currency), "budgets of several proxies"
             )
         if written:
-            runtime.tasks.spawn(adopt_when_left(ledger, written), "journals of others")
+            unshare = (runtime.responses.unshare, runtime.idempotency.unshare)
+            runtime.tasks.spawn(adopt_when_left(ledger, written, unshare), "what others leave")
         self._upgrades = UpgradeSocket(self, runtime.tasks.spawn)
         self.publish()
         if predecessor is not None and (reason := await asyncio.to_thread(predecessor.ready)):
@@ -261,6 +263,8 @@ class Service:
         """Process `pid` accepts connections: accept none any more, and end when what runs has ended."""
         runtime = self.runtime
         self._handed_over = runtime.handed_over = runtime.draining = True
+        runtime.responses.share()
+        runtime.idempotency.share()
         runtime.timeouts.idle = min(runtime.timeouts.idle, IDLE_GRACE_S)
         for client in runtime.clients:
             if client.idle:
