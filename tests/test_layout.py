@@ -68,6 +68,7 @@ TESTED_BY = {
     "proxy/config_sections.py": "tests/proxy/test_config.py",
     "proxy/pool.py": "tests/proxy/test_upstream.py",
     "proxy/proxied_server.py": "tests/e2e/test_client_address.py",
+    "proxy/waiting.py": "tests/proxy/test_postgres.py",
     "proxy/answers.py": "tests/proxy/test_exchange.py",
     "proxy/build.py": "tests/proxy/test_exchange.py",
     "proxy/changes.py": "tests/proxy/test_reload.py",
