@@ -19,6 +19,7 @@ from proxy.openai import (
     RequestBody,
     body_for_backend,
     is_slow_to_read,
+    parts_outside_texts,
     read_body,
 )
 
@@ -484,3 +485,25 @@ def test_a_body_of_very_many_objects_is_refused_and_text_that_looks_like_one_is_
         read_body("completions", orjson.dumps(numbers))
     text = "," * (MOST_VALUES + 1) + "{[" * MOST_CONTAINERS + '\\"{'
     assert read({"model": "m", "messages": [{"role": "user", "content": text}]}).model == "m"
+
+
+TEXTS = st.lists(st.sampled_from(['"', "\\", "{", "[", ",", "a", "é"]), max_size=12).map("".join)
+DOCUMENTS = st.recursive(
+    st.one_of(st.none(), st.integers(-9, 9), TEXTS),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXTS, inner, max_size=4)),
+)
+
+
+def counted(document: object) -> tuple[int, int]:
+    """Containers and commas of a document that is written without spaces."""
+    inner = list(
+        document.values() if isinstance(document, dict) else document if isinstance(document, list) else ()
+    )
+    counts = [counted(one) for one in inner]
+    own = (int(isinstance(document, dict | list)), max(0, len(inner) - 1))
+    return own[0] + sum(count[0] for count in counts), own[1] + sum(count[1] for count in counts)
+
+
+@given(DOCUMENTS, st.integers(1, 20))
+def test_law_parts_are_counted_outside_of_texts_wherever_they_are_cut(document: object, piece: int) -> None:
+    assert parts_outside_texts(orjson.dumps(document), piece) == counted(document)
