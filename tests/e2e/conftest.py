@@ -14,12 +14,13 @@ import pytest
 import uvloop
 
 from benchmarks.processes import Services
+from tests.e2e.faults.figures import figure
 from tests.e2e.install_vllm import STAMP
 from tests.e2e.proxy_fixtures import make_key, start_backend, start_proxy
 from tests.e2e.tidegate_process import TidegateProcess
 from tests.e2e.vllm_server import MODELS, VllmServer
 
-__all__ = ["make_key", "start_backend", "start_proxy"]
+__all__ = ["figure", "make_key", "start_backend", "start_proxy"]
 
 LOG_TAIL = 4000
 """Bytes of each server's log that a failed test shows."""

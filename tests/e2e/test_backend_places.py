@@ -13,6 +13,7 @@ import pytest
 from probes.resolver import Resolver
 from proxy import serve
 from tests.e2e import backends as b
+from tests.e2e.faults.figures import Figure
 from tests.e2e.proxy_fixtures import Proxy, StartBackend, StartProxy, chat, eventually
 
 pytestmark = pytest.mark.e2e
@@ -48,7 +49,7 @@ PROBING = {"enabled": True, "interval": "50ms", "timeout": "40ms", "down": 1, "u
 
 
 async def test_a_name_is_followed_and_idle_connections_to_the_old_address_end(
-    names: Names, start_backend: StartBackend, start_proxy: StartProxy
+    names: Names, start_backend: StartBackend, start_proxy: StartProxy, figure: Figure
 ) -> None:
     gate = asyncio.Event()
     old = await start_backend(b.answers(), b.waits(gate))
@@ -72,10 +73,11 @@ async def test_a_name_is_followed_and_idle_connections_to_the_old_address_end(
     await eventually(lambda: old.open == 0)
     assert proxy.backend("a").failed == 0
     await proxy.idle()
+    figure("F27", 0, "of 4 requests failed while the name moved")
 
 
 async def test_a_resolver_that_fails_costs_nothing_once_a_name_is_known(
-    names: Names, start_backend: StartBackend, start_proxy: StartProxy
+    names: Names, start_backend: StartBackend, start_proxy: StartProxy, figure: Figure
 ) -> None:
     backend = await start_backend()
     proxy = await start_proxy(
@@ -91,6 +93,7 @@ async def test_a_resolver_that_fails_costs_nothing_once_a_name_is_known(
     assert proxy.runtime.probes()["a"]["up"] == before["up"]
     assert proxy.backend("a").available
     assert names.asked == asked, "known names are asked for in the background only"
+    figure("F27", 0, "of 5 requests failed while the resolver did")
 
 
 async def test_addresses_are_tried_in_turn_and_the_good_one_first_then(

@@ -24,6 +24,7 @@ import uvloop
 from proxy.config import Config
 from proxy.errors import STATUS
 from proxy.serve import Service
+from tests.e2e.faults.figures import Figure
 
 pytestmark = [pytest.mark.e2e, pytest.mark.shared]
 
@@ -129,7 +130,7 @@ def on_stage(request: pytest.FixtureRequest, shared: Path, tmp_path: Path) -> Ca
     return run
 
 
-def test_requests(on_stage: Callable[..., None]) -> None:
+def test_requests(on_stage: Callable[..., None], figure: Figure) -> None:
     async def play(stage: Stage, forwarding: bool) -> None:
         status, output, rows = await stage.run(
             *("run_raw_http.py", "127.0.0.1", stage.port, "--canary", "--upstream-log", str(stage.log), "-v")
@@ -140,6 +141,8 @@ def test_requests(on_stage: Callable[..., None]) -> None:
         assert [row for row in rows if row["verdict"] not in ("pass", "info")] == [], output
         assert Counter(row["class"] for row in rows)["reject"] > 100
         assert bool(stage.log.read_bytes()) == forwarding
+        refused = Counter(row["class"] for row in rows)["reject"]
+        figure("F12", refused, f"of {refused} requests refused that must be; 0 canaries served")
 
     on_stage(play)
 
@@ -181,7 +184,7 @@ async def last_answer(port: str, request: bytes) -> bytes:
     return answers[last.start() :]
 
 
-def test_replies_of_backends(on_stage: Callable[..., None]) -> None:
+def test_replies_of_backends(on_stage: Callable[..., None], figure: Figure) -> None:
     async def play(stage: Stage, forwarding: bool) -> None:
         asking = () if forwarding else ("--path", CHAT_PATH, "--body", CHAT_BODY)
         status, output, rows = await stage.run("upstream_cases.py", "run", stage.port, *asking)
@@ -193,5 +196,8 @@ def test_replies_of_backends(on_stage: Callable[..., None]) -> None:
         assert len(hanging) == 1, output
         assert hanging[0].startswith(INCOMPLETE_BY_CONSTRUCTION)
         assert [row for row in rows if row["class"] == "bad_gateway" and row["verdict"] != "pass"] == []
+        figure(
+            "F11", 0, f"of {len(rows)} answers reached another request or left a proxy that does not serve"
+        )
 
     on_stage(play)

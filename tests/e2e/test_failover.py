@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e import backends as b
 from tests.e2e.backends import Behaviour, Request, answers, dead_port, status
+from tests.e2e.faults.figures import Figure
 from tests.e2e.proxy_fixtures import StartBackend, StartProxy, chat, eventually
 
 pytestmark = pytest.mark.e2e
@@ -192,7 +193,9 @@ async def test_full_is_not_down(start_backend: StartBackend, start_proxy: StartP
     assert proxy.backend("a").failed == 0
 
 
-async def test_retries_stay_inside_their_budget(start_backend: StartBackend, start_proxy: StartProxy) -> None:
+async def test_retries_stay_inside_their_budget(
+    start_backend: StartBackend, start_proxy: StartProxy, figure: Figure
+) -> None:
     first, second = await start_backend(then=status(500)), await start_backend(then=answers())
     # Ten retries in ten seconds, and no share of the requests: thirty at once get ten retries.
     proxy = await start_proxy(first, second, retries={"ratio": 0, "per_second": 1})
@@ -202,6 +205,8 @@ async def test_retries_stay_inside_their_budget(start_backend: StartBackend, sta
     assert 0 < len(retried) <= 10
     assert {answer.status for answer in found} <= {200, 500}
     await proxy.idle()
+    attempts = len(first.received) + len(second.received)
+    figure("F10", attempts, f"attempts for {len(found)} requests with a budget of 10 retries")
 
 
 async def test_a_client_error_of_the_backend_is_the_clients_and_moves_no_breaker(

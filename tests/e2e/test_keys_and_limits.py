@@ -16,6 +16,7 @@ import sqlalchemy.exc
 import proxy.access.key_watch
 from tests.e2e import backends as b
 from tests.e2e.backends import Request, answers, stalls
+from tests.e2e.faults.figures import Figure
 from tests.e2e.proxy_fixtures import (
     Answer,
     MakeKey,
@@ -68,7 +69,7 @@ async def test_a_key_is_taken_from_either_field(
 
 
 async def test_a_storm_of_bad_keys_is_held_off_and_good_ones_pass(
-    start_backend: StartBackend, start_proxy: StartProxy, make_key: MakeKey
+    start_backend: StartBackend, start_proxy: StartProxy, make_key: MakeKey, figure: Figure
 ) -> None:
     key = make_key()
     proxy = await start_proxy(await start_backend())
@@ -76,10 +77,11 @@ async def test_a_storm_of_bad_keys_is_held_off_and_good_ones_pass(
     assert [answer.status for answer in found] == [401] * 20 + [429] * 5
     assert (found[-1].code, int(found[-1].fields["retry-after"]) >= 1) == ("auth_rate_limit", True)
     assert (await proxy.chat(key)).status == 200
+    figure("F31", 0, f"of {len(found)} bad keys let in, and a good one passed")
 
 
 async def test_a_key_revoked_by_another_process_is_refused_within_a_second(
-    start_backend: StartBackend, start_proxy: StartProxy, make_key: MakeKey
+    start_backend: StartBackend, start_proxy: StartProxy, make_key: MakeKey, figure: Figure
 ) -> None:
     key, other = make_key(), make_key()
     proxy = await start_proxy(await start_backend(answers(), stalls, then=answers()))
@@ -100,6 +102,7 @@ async def test_a_key_revoked_by_another_process_is_refused_within_a_second(
             break
         assert time.monotonic() - revoked < bound(1.0)
         await asyncio.sleep(0.02)
+    figure("F32", time.monotonic() - revoked, "s from the revocation to the first 401")
     assert proxy.runtime.exchanges  # what runs goes on
     assert (await proxy.chat(other)).status == 200
     # Revoking the last one does not open the door.

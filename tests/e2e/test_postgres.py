@@ -18,6 +18,7 @@ from proxy.database import BUSY_TIMEOUT_S, DATABASE_FILE, open_database
 from proxy.tables import ledger, usage_hourly
 from tests.databases import running_postgres
 from tests.e2e.backends import answers, waits
+from tests.e2e.faults.figures import Figure
 from tests.e2e.proxy_fixtures import Answer, Proxy, StartBackend, StartProxy, chat, command, eventually
 
 pytestmark = pytest.mark.e2e
@@ -44,7 +45,11 @@ def found(target: str | Path) -> tuple[list[str], int]:
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 async def test_a_server_that_stops_and_starts_holds_up_nobody(
-    mode: str, own_server: PostgresServer, start_backend: StartBackend, start_proxy: StartProxy
+    mode: str,
+    own_server: PostgresServer,
+    start_backend: StartBackend,
+    start_proxy: StartProxy,
+    figure: Figure,
 ) -> None:
     url = own_server.url(own_server.create())
     gate = asyncio.Event()
@@ -72,6 +77,7 @@ async def test_a_server_that_stops_and_starts_holds_up_nobody(
     ops, requests = found(url)
     assert sorted(ops) == sorted(answer.id for answer in heard)
     assert requests == len(heard)
+    figure("F25", 0, f"of {len(heard)} rows lost or doubled, PostgreSQL stopped ({mode})")
 
 
 async def test_what_a_server_that_stays_away_did_not_take_waits_for_the_next_start(
@@ -99,7 +105,7 @@ async def test_what_a_server_that_stays_away_did_not_take_waits_for_the_next_sta
 
 @pytest.mark.slow
 async def test_sqlite_locked_for_ten_seconds_holds_up_nobody(
-    start_backend: StartBackend, start_proxy: StartProxy
+    start_backend: StartBackend, start_proxy: StartProxy, figure: Figure
 ) -> None:
     """Longer than an insert waits for the lock by itself."""
     proxy = await start_proxy(await start_backend())
@@ -119,6 +125,7 @@ async def test_sqlite_locked_for_ten_seconds_holds_up_nobody(
     ops, requests = found(proxy.state_folder)
     assert sorted(ops) == sorted(answer.id for answer in heard)
     assert requests == len(heard)
+    figure("F25", 0, f"of {len(heard)} rows lost or doubled, SQLite locked for {2 * int(BUSY_TIMEOUT_S)} s")
 
 
 async def test_a_budget_holds_over_two_proxies(

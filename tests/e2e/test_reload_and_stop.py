@@ -18,6 +18,7 @@ from proxy.tasks import Tasks
 from tests.e2e import backends as b
 from tests.e2e.backends import answers, waits
 from tests.e2e.conftest import StartTidegate
+from tests.e2e.faults.figures import Figure
 from tests.e2e.proxy_fixtures import (
     HELLO,
     Answer,
@@ -195,7 +196,7 @@ class Load:
 
 
 async def test_reloads_by_signal_under_load_fail_no_request(
-    start_backend: StartBackend, tidegate: StartTidegate
+    start_backend: StartBackend, tidegate: StartTidegate, figure: Figure
 ) -> None:
     first, second = await start_backend(then=answers(3, gap_s=0.002)), await start_backend()
     sections = [
@@ -227,6 +228,7 @@ async def test_reloads_by_signal_under_load_fail_no_request(
     assert second.received
     await asyncio.to_thread(proxy.stop)
     assert len(proxy.export()) == load.served
+    figure("F22", 0, f"of {load.served} requests failed in 12 reloads")
 
 
 async def drain(proxy: Proxy) -> asyncio.Task[None]:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e import backends as b
 from tests.e2e.backends import answers, status
+from tests.e2e.faults.figures import Figure
 from tests.e2e.proxy_fixtures import HELLO, MakeKey, StartBackend, StartProxy, chat, eventually
 
 pytestmark = pytest.mark.e2e
@@ -92,7 +93,7 @@ async def test_a_backend_that_has_read_a_generation_is_the_only_one_if_that_is_d
 
 
 async def test_a_client_that_asks_again_pays_once(
-    start_backend: StartBackend, start_proxy: StartProxy, make_key: MakeKey
+    start_backend: StartBackend, start_proxy: StartProxy, make_key: MakeKey, figure: Figure
 ) -> None:
     credential = make_key()
     gate = asyncio.Event()
@@ -113,6 +114,7 @@ async def test_a_client_that_asks_again_pays_once(
     assert sorted(row.cost_nano for row in rows) == [0, 0, 0, (await proxy.row(first)).cost_nano]
     assert len(backend.received) == 1
     await proxy.idle()
+    figure("F29", sum(row.cost_nano > 0 for row in rows), f"charge for {len(rows)} requests with one key")
 
 
 async def test_a_key_is_known_after_a_restart(start_backend: StartBackend, start_proxy: StartProxy) -> None:

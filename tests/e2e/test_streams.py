@@ -11,6 +11,7 @@ import pytest
 from tests.e2e import backends as b
 from tests.e2e.backends import Wire, answers, waits
 from tests.e2e.conftest import StartTidegate
+from tests.e2e.faults.figures import Figure
 from tests.e2e.proxy_fixtures import (
     Answer,
     Client,
@@ -170,13 +171,16 @@ async def test_a_client_that_stops_reading_is_cut_off(
     await proxy.idle()
 
 
+@pytest.mark.parametrize(
+    "readers", [10, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
+)
 async def test_slow_readers_do_not_fill_the_memory(
-    start_backend: StartBackend, tidegate: StartTidegate
+    readers: int, start_backend: StartBackend, tidegate: StartTidegate, figure: Figure
 ) -> None:
-    readers, size = 10, 50 * MIB
+    size = 50 * MIB
     wires: list[Wire] = []
     backend = await start_backend(then=b.floods(wires, size))
-    section = {"name": "a", "url": backend.url, "models": ["m"], "slots": 32}
+    section = {"name": "a", "url": backend.url, "models": ["m"], "slots": 256}
     proxy = await asyncio.to_thread(tidegate, section, log="off", probing={"enabled": False})
     process = psutil.Process(proxy.service.pid)
     before = process.memory_info().rss
@@ -193,7 +197,7 @@ async def test_slow_readers_do_not_fill_the_memory(
         seen.append(sum(wire.sent for wire in wires))
         return len(seen) > 50 and seen[-1] == seen[-50]
 
-    await eventually(nothing_moves)
+    await eventually(nothing_moves, 60)
     sent = seen[-1]
     grown = process.memory_info().rss - before
     assert sent < readers * size / 2
@@ -201,3 +205,4 @@ async def test_slow_readers_do_not_fill_the_memory(
     for writer in writers:
         writer.transport.abort()
     await eventually(lambda: backend.running == 0, bound(1.0))
+    figure("F14", grown / readers / MIB, f"MiB more memory for each of {readers} readers")

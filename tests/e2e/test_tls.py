@@ -10,6 +10,7 @@ import pytest
 import trustme
 
 from tests.e2e import backends as b
+from tests.e2e.faults.figures import Figure
 from tests.e2e.proxy_fixtures import StartBackend, StartProxy, chat, eventually
 
 pytestmark = pytest.mark.e2e
@@ -113,6 +114,7 @@ async def test_why_a_certificate_was_refused_is_said_everywhere(
     start_proxy: StartProxy,
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
+    figure: Figure,
 ) -> None:
     context = {
         "another name": lambda: server(authority[0], "192.0.2.1"),
@@ -136,6 +138,7 @@ async def test_why_a_certificate_was_refused_is_said_everywhere(
     found = f"GET /health: certificate refused: {reason}"
     await eventually(lambda: f"backend a is down: {found}" in caplog.text)
     assert (await proxy.state())["backends"][0]["unavailable"] == f"down: {found}"
+    figure("F28", 0, "bad certificates accepted")
 
 
 async def test_a_connection_is_used_again_for_the_same_identity_only(

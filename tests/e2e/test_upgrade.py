@@ -20,6 +20,7 @@ from proxy.tasks import Tasks
 from tests.e2e import backends as b
 from tests.e2e.backends import answers, waits
 from tests.e2e.conftest import StartTidegate
+from tests.e2e.faults.figures import Figure
 from tests.e2e.proxy_fixtures import HELLO, Answer, Client, StartBackend, chat, command, eventually
 from tests.e2e.tidegate_process import COMMAND, TidegateProcess
 
@@ -159,7 +160,7 @@ async def serves(proxy: TidegateProcess) -> bool:
     "upgrades", [3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 )
 async def test_upgrades_under_load_fail_no_request(
-    start_backend: StartBackend, upgraded: StartTidegate, upgrades: int
+    start_backend: StartBackend, upgraded: StartTidegate, upgrades: int, figure: Figure
 ) -> None:
     gate = asyncio.Event()
     backend = await start_backend(waits(gate, TOKENS), then=answers(TOKENS, gap_s=0.002))
@@ -186,6 +187,7 @@ async def test_upgrades_under_load_fail_no_request(
     assert len(backend.received) == len(rows)
     assert len({row["instance"] for row in rows}) == 1
     assert not list((proxy.state_folder / "journal").rglob("*.journal"))
+    figure("F22", 0, f"of {len(rows)} requests failed in {upgrades} upgrades")
 
 
 async def test_a_connection_that_was_promised_to_stay_serves_once_more(

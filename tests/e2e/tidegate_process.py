@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,19 @@ COMMAND = Path(sys.executable).with_name("tidegate")
 class TidegateProcess:
     """`tidegate serve --config FILE` on ports that the system chose."""
 
-    def __init__(self, services: Services, folder: Path, config: Mapping[str, Any]) -> None:
-        """`folder`: for configuration and state. `config`: what the file says besides ports and state."""
+    def __init__(
+        self,
+        services: Services,
+        folder: Path,
+        config: Mapping[str, Any],
+        *,
+        before: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`folder`: for configuration and state. `config`: what the file says besides ports and state. `before`: a
+        command that runs it as its own process (`prlimit`, `strace -D`); both may be changed for the next start."""
+        self.before = before
+        self.environment = dict(environment or {})
         self.config_file = folder / "tidegate.yaml"
         self.state_folder = folder / "state"
         settings = {
@@ -40,8 +51,8 @@ class TidegateProcess:
 
     def start(self, timeout_s: float = 60.0) -> None:
         """Start it (again) and wait until it serves. Raises StartError with the end of its log."""
-        command = [str(COMMAND), "serve", "--config", str(self.config_file)]
-        self.service = self._services.start("tidegate", command)
+        command = [*self.before, str(COMMAND), "serve", "--config", str(self.config_file)]
+        self.service = self._services.start("tidegate", command, environment=self.environment)
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and self.service.process.poll() is None:
             try:
