@@ -83,7 +83,7 @@ QUICK = {"TIMES": (5,), "WARM_UP_S": 1.0, "WAIT_S": 1, "SLOTS": 4, "TPOT_S": 0.0
 
 
 @pytest.mark.parametrize(
-    "seconds", [3.5, pytest.param(20.0, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
+    "seconds", [3.0, pytest.param(20.0, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
 )
 def test_f19_overload_costs_no_goodput(
     seconds: float, figure: Figure, monkeypatch: pytest.MonkeyPatch
