@@ -1,8 +1,7 @@
-"""Endpoints of sound and pictures (`--runner media`). Transcripts are in vLLM's shapes; speech and pictures, which a
-vLLM alone does not make, in OpenAI's.
+"""Endpoints of sound and pictures (`--runner media`). Transcripts are in vLLM's shapes; speech and pictures, which
+a vLLM alone does not make, in OpenAI's.
 
-What is heard and drawn is always the same; how long it takes and how many tokens it has follows from what was sent, as
-the engine's time does.
+What is heard and drawn is always the same; how many tokens it has follows from what was sent, and its time from them.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import math
 import struct
 import time
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
@@ -206,7 +205,7 @@ class MediaApi:
         await response.write_eof()
         return response
 
-    async def _spoken(self, plan: SequencePlan) -> AsyncIterator[bytes]:
+    async def _spoken(self, plan: SequencePlan) -> AsyncGenerator[bytes, None]:
         """Silence, as fast as the engine makes it."""
         async with aclosing(self._face.generate([plan])) as steps:
             async for step in steps:

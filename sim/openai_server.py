@@ -418,7 +418,7 @@ class Face:
             async for _ in steps:
                 pass
 
-    async def generate(self, plans: Sequence[SequencePlan]) -> AsyncGenerator[list[tuple[int, int]]]:
+    async def generate(self, plans: Sequence[SequencePlan]) -> AsyncGenerator[list[tuple[int, int]], None]:
         """The engine's steps; whoever leaves early closes it."""
         with self._admitted(len(plans)):
             generation = self._engine.submit(plans)
