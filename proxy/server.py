@@ -433,7 +433,6 @@ class ClientConnection(Client):
             self.transport.pause_reading()
 
     def resume(self) -> None:
-        """It does again."""
         if self.paused and self.transport is not None:
             self.paused = False
             self.transport.resume_reading()

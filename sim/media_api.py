@@ -1,7 +1,7 @@
 """Endpoints of sound and pictures (`--runner media`). Transcripts are in vLLM's shapes; speech and pictures, which
 a vLLM alone does not make, in OpenAI's.
 
-What is heard and drawn is always the same; how many tokens it has follows from what was sent, and its time from them.
+What is heard and drawn is always the same. How many tokens it has follows from what was sent; its time, from them.
 """
 
 from __future__ import annotations

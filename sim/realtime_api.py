@@ -1,5 +1,5 @@
-"""`/v1/realtime` of the emulated server, a WebSocket: vLLM's transcripts of sound that is sent in pieces, and OpenAI's
-answers to messages of text (`response.create`), which a vLLM does not give.
+"""`/v1/realtime` of the emulated server, a WebSocket: vLLM's transcripts of sound that is sent in pieces, and
+OpenAI's answers to messages of text (`response.create`), which a vLLM does not give.
 """
 
 from __future__ import annotations

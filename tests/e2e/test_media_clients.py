@@ -1,5 +1,5 @@
-"""Sound, pictures and WebSockets through the proxy to the emulated engine, by the official client and by `websockets`.
-Each request leaves one row, with the tokens that its client was told."""
+"""Sound, pictures and WebSockets through the proxy to the emulated engine, by the official client and by
+`websockets`. Each request leaves one row, with the tokens that its client was told."""
 
 from __future__ import annotations
 
