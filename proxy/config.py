@@ -210,7 +210,7 @@ class Timeouts(FileModel):
     idle: Duration = Field(
         75.0,
         gt=0,
-        description="Between two requests of a client's connection, or without a byte either way in a WebSocket: closed.",
+        description="Between two requests of a client's connection, or two bytes of a WebSocket: closed.",
     )
     connect: Duration = Field(2.0, gt=0, description="To connect to a backend: next backend.")
     first_token: Duration = Field(
