@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import RequestError
@@ -215,6 +215,7 @@ def test_a_form_is_the_same_with_another_boundary(fields: dict[str, bytes], soun
     assert one != Form(form(*parts, field("more", "")), FORM_TYPE).content()
 
 
+@settings(max_examples=30)  # each makes a proxy
 @given(st.lists(st.integers(1, len(upload(stream="true")) + 100), max_size=6))
 def test_wherever_an_upload_is_cut_it_is_the_same(cuts: list[int]) -> None:
     body = upload(model="m", stream="true", prompt="sea")

@@ -64,6 +64,8 @@ class Caller(Peer):
 
 def ended(caller: Caller) -> tuple[str, str, int]:
     """Outcome, code, and how many requests its backend has."""
+    if caller.transport.aborted:
+        caller.connection.connection_lost(None)
     assert caller.connection.exchange is None
     return caller.row.outcome, caller.row.code, caller.world.backend("a").in_flight
 
