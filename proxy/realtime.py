@@ -100,10 +100,15 @@ class Session(Exchange):
             super().head(head)
 
     def _switch(self, fields: bytes) -> None:
-        runtime, row = self.runtime, self.row
+        runtime, row, lease = self.runtime, self.row, self.lease
+        assert lease is not None
+        now = runtime.now()
         self._begun()
         self.committed = self.switched = True
-        self.quiet_since = runtime.now()
+        self.quiet_since = now
+        # It is no first token to be timed, but a circuit breaker's trial need not wait for the end of a session.
+        if lease.backend.breaker.first_token(lease.started, now):
+            runtime.fleet.refresh(now)
         row.overhead_s = max(self.dispatched - self.arrived - row.queue_s, 0.0)
         head = b"HTTP/1.1 101 Switching Protocols\r\n%bx-request-id: %b\r\nx-tidegate-backend: %b\r\n" % (
             fields,
@@ -204,6 +209,8 @@ class Session(Exchange):
             super()._cut(error, message)
         elif self.frames.closed:
             self._over(records.OK, Outcome.OK, GOING_AWAY, "")
+        elif self.closing_since is not None:  # its client has left, and it has followed
+            self._over(records.CLIENT_GONE, Outcome.IGNORED, GOING_AWAY, "")
         elif error is AttemptError.SHUTDOWN:
             self.row.code = "shutting_down"
             self._over(records.SHUTDOWN, Outcome.IGNORED, GOING_AWAY, message)

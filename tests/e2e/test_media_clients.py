@@ -56,6 +56,7 @@ def used(row: Row) -> tuple[str, int, int]:
     return row.usage_source, row.prompt_tokens, row.completion_tokens
 
 
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # of translations
 async def test_transcriptions(proxy: Proxy, client: openai.AsyncOpenAI) -> None:
     whole = await client.audio.transcriptions.create(model="whisper-1", file=SOUND)
     translated = await client.audio.translations.create(model="m", file=SOUND)
@@ -106,6 +107,7 @@ async def test_speech(proxy: Proxy, client: openai.AsyncOpenAI) -> None:
     assert (row.endpoint, row.outcome, row.unmetered) == ("speech", "ok", "no usage was reported")
 
 
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # of variations
 async def test_pictures(proxy: Proxy, client: openai.AsyncOpenAI) -> None:
     made = await client.images.generate(model="m", prompt="a tide")
     edited = await client.images.edit(model="m", image=[PICTURE, PICTURE], prompt="a higher tide")

@@ -8,6 +8,7 @@ import orjson
 import pytest
 from websockets.frames import Close, Frame, Opcode
 
+from policies.base import Outcome
 from proxy.access.keys import Key, KeyStore
 from proxy.endpoints import TABLE, WEBSOCKET
 from proxy.realtime import CLOSING_S
@@ -237,6 +238,18 @@ def test_a_late_handshake_goes_to_another_backend() -> None:
     caller.switched("b")
 
 
+def test_a_trial_is_over_with_the_handshake() -> None:
+    world = World("a")
+    breaker = world.backend("a").breaker
+    for _ in range(breaker.threshold):
+        breaker.record(Outcome.FAILED, world.loop.now, world.loop.now)
+    assert breaker.is_open
+    world.wait(breaker.backoff_s + 1)
+    Caller(world).switched()
+    assert not breaker.is_open
+    assert world.backend("a").in_flight == 1
+
+
 # Bytes
 
 
@@ -321,6 +334,16 @@ def test_a_client_that_closes_its_half_hears_the_rest() -> None:
     assert caller.transport.written == frame(DONE) + BYE
     assert caller.transport.closed
     assert ended(caller) == ("ok", "", 0)
+
+
+@pytest.mark.parametrize("error", [None, ConnectionResetError()])
+def test_a_backend_that_follows_its_client_is_not_to_blame(error: Exception | None) -> None:
+    caller = Caller(World("a"))
+    connection = caller.switched()
+    caller.connection.eof_received()
+    close(connection, error)
+    assert ended(caller) == ("client_gone", "", 0)
+    assert caller.world.backend("a").breaker.failures == 0
 
 
 def test_a_client_that_closes_its_half_is_gone_after_a_while() -> None:
