@@ -6,12 +6,26 @@ from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from proxy.media import MediaMeter, SessionMeter
+from proxy.multipart import Form
 from proxy.records import as_json, from_values, to_values
 from proxy.sse import EventReader
-from tests.proxy.fakes import DONE, LAST_CHUNK, STREAM_HEAD, World, chunked, client_of, read, whole
-from tests.proxy.uploads import FORM_TYPE, upload
+from tests.proxy.fakes import (
+    DONE,
+    LAST_CHUNK,
+    STREAM_HEAD,
+    World,
+    chunked,
+    client_of,
+    read,
+    transport_of,
+    whole,
+)
+from tests.proxy.test_server import Peer
+from tests.proxy.uploads import FORM_TYPE, SOUND, field, file, form, upload
 
 SOUND_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: audio/mpeg\r\ntransfer-encoding: chunked\r\n\r\n"
 FORM = {"forward": b"content-type: %b\r\n" % FORM_TYPE}
@@ -96,10 +110,64 @@ def test_seconds_are_in_the_row_and_no_tokens() -> None:
     assert orjson.loads(as_json(row))["audio_s"] == 12.0
 
 
+def test_an_upload_that_is_sent_again_has_another_boundary_and_the_same_answer() -> None:
+    w = World("a")
+
+    def again(boundary: bytes, model: str = "m") -> Any:
+        raw = form(file("file"), field("model", model), boundary=boundary)
+        kind = b"content-type: multipart/form-data; boundary=%b\r\n" % boundary
+        return w.start(endpoint="transcriptions", raw=raw, forward=kind, idempotency_key=b"one")
+
+    first = again(b"x1")
+    w.answers(first, "a").data_received(whole(200, b'{"text":"sea"}'))
+    second = again(b"x2")
+    assert read(second).body == b'{"text":"sea"}'
+    assert second.row.reason.startswith("answered before")
+    assert again(b"x3", "other").row.code == "idempotency_mismatch"
+
+
+def test_no_hashes_of_sound_are_kept() -> None:
+    raw = form(file("file", SOUND * 20), field("model", "m"))
+    exchange = (w := World("a")).start(endpoint="transcriptions", raw=raw, **FORM)
+    w.answers(exchange, "a").data_received(whole(200, b'{"text":"sea"}'))
+    assert exchange.row.prefix == ()
+
+
 def test_a_refused_one_says_nothing_of_its_usage() -> None:
     exchange = (w := World("a")).start(endpoint="transcriptions", raw=upload(), **FORM)
     w.answers(exchange, "a").data_received(whole(400, b'{"error":{"message":"no sound"}}'))
     assert (exchange.row.outcome, exchange.row.unmetered) == ("client_error", "")
+
+
+@settings(max_examples=30)  # each makes a proxy
+@given(st.lists(st.integers(1, len(upload(stream="true")) + 100), max_size=6))
+def test_wherever_an_upload_is_cut_it_is_the_same(cuts: list[int]) -> None:
+    body = upload(model="m", stream="true", prompt="sea")
+    head = (
+        b"POST /v1/audio/transcriptions HTTP/1.1\r\nhost: x\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n"
+    )
+    raw = head % (FORM_TYPE, len(body)) + body
+    world = World("a", aliases={"other": "m"})
+    peer = Peer(world)
+    at = 0
+    for cut in [*sorted({min(cut, len(raw)) for cut in cuts}), len(raw)]:
+        if raw[at:cut]:
+            peer.send(raw[at:cut])
+        at = cut
+    connection = world.connects("a")
+    got = transport_of(connection).written.partition(b"\r\n\r\n")[2]
+    assert Form(got, FORM_TYPE).names == [
+        "file",
+        "model",
+        "stream",
+        "prompt",
+        "stream_include_usage",
+        "stream_continuous_usage_stats",
+    ]
+    assert SOUND in got
+    connection.data_received(whole(200, b'{"text":"sea"}'))
+    row = world.journal.closed[-1]
+    assert (row.model, row.stream, row.outcome, row.body_bytes) == ("m", True, "ok", len(body))
 
 
 # A vLLM's stream of a transcript
