@@ -80,7 +80,7 @@ $(VENV)/.runtime: $(VENV)/.pip pyproject.toml
 
 # What reads bytes, where mypyc has its own ideas of a slice; no test among them that replaces a part of a module.
 COMPILED_TESTS := $(addprefix tests/proxy/test_,http1_cuts.py http1_oracles.py http1_requests.py http1_responses.py repeated.py \
-  meter.py meter_captures.py openai.py) tests/policies/test_registry.py tests/sim/test_engine.py
+  meter.py meter_captures.py openai.py multipart.py websocket.py) tests/policies/test_registry.py tests/sim/test_engine.py
 SOURCES := $(wildcard proxy/*.py proxy/*/*.py policies/*.py probes/*.py sim/*.py)
 build/compiled/.stamp: $(VENV)/.dev hatch_build.py pyproject.toml $(SOURCES)
 	@echo "compiling the data path ..."

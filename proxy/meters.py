@@ -16,7 +16,8 @@ from typing import Any, Final
 import orjson
 
 from proxy.dialects import translated
-from proxy.endpoints import ANTHROPIC, INPUT, MESSAGES, RESPONSES, STORED, Route
+from proxy.endpoints import ANTHROPIC, INPUT, MEDIA, MESSAGES, RESPONSES, SESSION, STORED, Route
+from proxy.media import MediaMeter, SessionMeter
 from proxy.meter import Meter
 from proxy.sse import Event
 
@@ -253,6 +254,10 @@ def new_meter(route: Route, choices: int = 1, prompts: int = 1) -> Meter:
         return MessagesMeter()
     if kind == INPUT:
         return InputMeter()
+    if kind == MEDIA:
+        return MediaMeter()
+    if kind == SESSION:
+        return SessionMeter()
     return Meter(choices, prompts)
 
 
