@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from benchmarks.postgres import PostgresServer, server_programs
 from benchmarks.processes import StartError
-from tests.postgres import PostgresServer, server_programs
 
 NEW = "new"
 

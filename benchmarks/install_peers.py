@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,19 +129,41 @@ def install_tidegate() -> str:
     """Install these sources as docs/operations.md says; returns an error text, empty when installed."""
     if installed_tidegate() is not None:
         return ""
-    folder = environment("tidegate")
+    return _install_tidegate(ROOT, environment("tidegate"), source_digest())
+
+
+def install_commit(commit: str) -> str:
+    """Install the sources of a commit in the same way, as `tidegate-COMMIT`; returns an error text, empty when
+    installed. `commit`: its whole hash."""
+    folder = environment(f"tidegate-{commit}")
+    stamp = folder / "installed.txt"
+    if stamp.exists() and stamp.read_text() == commit:
+        return ""
+    with tempfile.TemporaryDirectory(prefix="tidegate-sources-") as sources:
+        archive = f"{sources}/sources.tar"
+        for command in (
+            ["git", "-C", str(ROOT), "archive", "--output", archive, commit],
+            ["tar", "-xf", archive, "-C", sources],
+        ):
+            error = run(command)
+            if error:
+                return error
+        return _install_tidegate(Path(sources), folder, commit)
+
+
+def _install_tidegate(sources: Path, folder: Path, stamp: str) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    constraints = str(ROOT / "constraints.txt")
+    constraints = str(sources / "constraints.txt")
     for command in (
         [best_python(), "-m", "venv", str(folder)],
         [*pip, "--constraint", constraints, "--upgrade", "pip"],
-        [*pip, "--constraint", constraints, "--build-constraint", constraints, str(ROOT)],
+        [*pip, "--constraint", constraints, "--build-constraint", constraints, str(sources)],
     ):
         error = run(command)
         if error:
             return error
-    (folder / "installed.txt").write_text(source_digest())
+    (folder / "installed.txt").write_text(stamp)
     return ""
 
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 from benchmarks.databases import database_of
 from benchmarks.processes import StartError
+from benchmarks.rows import a_row
 from benchmarks.summary import Spread, facts_line
 from proxy.database import open_database
 from proxy.ledger import BATCH_ROWS, _Insert
 from proxy.records import Values, to_values
-from tests.proxy.rows import a_row
 
 ROUNDS = 5
 BATCHES = 5

@@ -116,9 +116,14 @@ def create_key(command: Sequence[str], configuration: Path, *limits: str, tenant
     return str(json.loads(done.stdout)["key"])
 
 
-def start_tidegate(services: Services, ports: Sequence[int], core: int | None) -> Endpoint:
-    """Tidegate as it comes: keys, metering, stripping, policy, probes, metrics, request log and ledger on."""
-    command = tidegate_command()
+def start_tidegate(
+    services: Services, ports: Sequence[int], core: int | None, command: tuple[str, ...] = ()
+) -> Endpoint:
+    """Tidegate as it comes: keys, metering, stripping, policy, probes, metrics, request log and ledger on.
+
+    `command`: of an installation of another version.
+    """
+    command = command or tidegate_command()
     configuration, port = configure_tidegate(services.folder, ports)
     key = create_key(command, configuration)
     service = services.start("tidegate", [*command, "serve", "--config", str(configuration)], core=core)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from proxy.config import Config
 
 DEFAULT_STATE = Path("tidegate-data")
+PORTS_FILE = "ports.json"
+"""In its state directory a running proxy writes its real ports."""
 DEFAULT_ADMIN = "127.0.0.1:8081"
 
 
@@ -62,7 +64,7 @@ def _given(admin: str, state: Path | None) -> str:
 def written_admin(state: Path) -> str | None:
     """The admin port that a running proxy wrote into its state directory."""
     try:
-        return str(json.loads((state / "ports.json").read_text(encoding="utf-8"))["admin"])
+        return str(json.loads((state / PORTS_FILE).read_text(encoding="utf-8"))["admin"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

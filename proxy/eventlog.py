@@ -19,7 +19,8 @@ from policies.files import library_policy
 from policies.hedging import Hedging
 from probes.passive import AttemptError
 from proxy.build import Built, ConfigError
-from proxy.config import HedgingConfig, is_policy_file
+from proxy.config import is_policy_file
+from proxy.config_sections import HedgingConfig
 from proxy.exchange import Exchange
 from proxy.linewriter import INTERVAL_S, PATIENCE_S, LineWriter
 from proxy.observe import Observer

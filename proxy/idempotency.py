@@ -20,6 +20,7 @@ from typing import Final
 
 import orjson
 
+from proxy.appended import AppendedFile
 from proxy.errors import RequestError
 from proxy.tasks import Tasks
 
@@ -56,6 +57,8 @@ class Claim:
     state: str = RUNNING
     answer: tuple[int, bytes, bytes] | None = None
     """Status, field lines and body, if they are kept."""
+    ours: bool = False
+    """Taken by this process."""
 
     def line(self) -> bytes:
         fields = [self.tenant, self.name, self.request, self.op, self.at, self.state]
@@ -78,6 +81,8 @@ class IdempotencyKeys:
         """In the file."""
         self._writing = False
         self._failed = False
+        self._others: AppendedFile | None = None
+        """While another process takes and ends keys too."""
 
     def __len__(self) -> int:
         return sum(map(len, self._tenants.values()))
@@ -91,6 +96,8 @@ class IdempotencyKeys:
         if len(key) > LONGEST_KEY or not key.isascii() or not key.decode("latin-1").isprintable():
             message = f"an Idempotency-Key has up to {LONGEST_KEY} printable ASCII characters"
             raise RequestError("invalid_value", message, "Idempotency-Key")
+        if self._others is not None:
+            self._learn(self._others)
         name = hashlib.blake2b(key, digest_size=16).hexdigest()
         request = hashlib.blake2b(endpoint.encode() + b"\0" + body, digest_size=16).hexdigest()
         claims = self._tenants.setdefault(tenant, {})
@@ -112,7 +119,7 @@ class IdempotencyKeys:
         if before is not None:
             self._forget(claims, before)
         self._make_room(claims, now)
-        claim = claims[name] = Claim(tenant, name, request, op, now)
+        claim = claims[name] = Claim(tenant, name, request, op, now, ours=True)
         self._note(claim)
         return claim
 
@@ -155,9 +162,14 @@ class IdempotencyKeys:
 
     # The file
 
-    def open(self, path: Path, tasks: Tasks, now: float) -> None:
-        """Read what an earlier process left, and write there from now on. Raises OSError."""
+    def open(self, path: Path, tasks: Tasks, now: float, *, shared: bool = False) -> None:
+        """Read what an earlier process left, and write there from now on; `shared`: as in `share`, for that
+        process is still there. Raises OSError."""
         self._path, self._tasks = path, tasks
+        if shared:
+            self._others = AppendedFile(path)
+            self._learn(self._others)
+            return
         lines = path.read_bytes().splitlines() if path.exists() else []
         unread = 0
         for line in lines:
@@ -176,6 +188,38 @@ class IdempotencyKeys:
             log.warning("%s: %d of %d lines cannot be read and are left out", path, unread, len(lines))
         self._replace(self._all())
 
+    def share(self) -> None:
+        """Another process reads and writes the file too, from now on: nothing in it is written anew."""
+        if self._path is not None and self._others is None:
+            self._others = AppendedFile(self._path, at_end=True)
+
+    def unshare(self) -> None:
+        """The other process has ended: what it still ran counts as spent."""
+        if self._others is None:
+            return
+        self._learn(self._others)
+        self._others = None
+        for claim in self._all():
+            if not claim.ours:
+                claim.state = SPENT
+
+    def _learn(self, others: AppendedFile) -> None:
+        """What the other process has taken and ended."""
+        try:
+            news = others.news()
+        except OSError as error:
+            log.warning("%s cannot be read: %s", others.path, error)
+            return
+        for claim in filter(None, map(_read, news)):
+            claims = self._tenants.setdefault(claim.tenant, {})
+            before = claims.get(claim.name)
+            if before is not None and before.ours:
+                continue
+            if before is not None and (claim.state != FREE or before.op == claim.op):
+                self._forget(claims, before)
+            if claim.state != FREE:
+                claims[claim.name] = claim
+
     def close(self) -> None:
         """Write what is not written yet. Blocks."""
         if self._path is not None and not self._failed and self._unwritten:
@@ -193,7 +237,7 @@ class IdempotencyKeys:
     async def _write_all(self) -> None:
         try:
             while self._unwritten:
-                if self._lines > max(FILE_LINES, 2 * len(self)):
+                if self._lines > max(FILE_LINES, 2 * len(self)) and self._others is None:
                     self._unwritten.clear()
                     await asyncio.to_thread(self._replace, self._all())
                 else:

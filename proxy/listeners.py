@@ -7,11 +7,13 @@ and are accepted by whoever has it next. It keeps the address it has, whatever t
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from proxy.build import ConfigError
@@ -132,6 +134,14 @@ class Ports:
     def admin_url(self) -> str:
         """As `tidegate status --admin` takes it: HOST:PORT, with `https://` in front if that is spoken."""
         return ("https://" if self.admin_tls else "") + self.admin
+
+    def write(self, path: Path) -> None:
+        """Into a file, for scripts that let the system choose the ports. Raises OSError."""
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(
+            json.dumps({"listen": self.listen, "admin": self.admin_url, "pid": os.getpid()}), encoding="utf-8"
+        )
+        temporary.replace(path)
 
 
 class Listening:

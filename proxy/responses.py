@@ -19,6 +19,8 @@ from typing import Final
 
 import orjson
 
+from proxy.appended import AppendedFile
+
 log = logging.getLogger("tidegate")
 
 MOST_RESPONSES: Final = 100_000
@@ -40,8 +42,9 @@ class StoredResponse:
 class StoredResponses:
     """The last ones, by id. Belongs to the event loop, but for `write`."""
 
-    def __init__(self, path: Path | None = None, most: int = MOST_RESPONSES) -> None:
-        """`path`: the file, read now and written anew; None: they are kept in memory only. Raises OSError."""
+    def __init__(self, path: Path | None = None, most: int = MOST_RESPONSES, *, shared: bool = False) -> None:
+        """`path`: the file, read now and written anew; None: they are kept in memory only. `shared`: as in
+        `share`. Raises OSError."""
         self._path = path
         self._most = most
         self._known: dict[str, StoredResponse] = {}
@@ -49,7 +52,12 @@ class StoredResponses:
         self._failed = False
         self._lines = 0
         """In the file."""
-        if path is not None:
+        self._others: AppendedFile | None = None
+        """While another process writes the file too."""
+        if path is not None and shared:
+            self._others = AppendedFile(path)
+            self._learn()
+        elif path is not None:
             self._known = _read(path, most)
             self._write_anew(path, self._known)
 
@@ -58,6 +66,8 @@ class StoredResponses:
 
     def find(self, name: str, tenant: str) -> StoredResponse | None:
         """The response of that id, if it is this tenant's."""
+        if name not in self._known:
+            self._learn()
         stored = self._known.get(name)
         return stored if stored is not None and stored.tenant == tenant else None
 
@@ -72,6 +82,7 @@ class StoredResponses:
 
     def count(self, name: str) -> bool:
         """Whether its tokens are to be counted: the first time that they are seen, and never again."""
+        self._learn()
         stored = self._known.get(name)
         if stored is None or stored.metered:
             return False
@@ -83,6 +94,30 @@ class StoredResponses:
         """It was deleted."""
         if self._known.pop(name, None) is not None and self._path is not None:
             self._unwritten.append(orjson.dumps([name]))
+
+    def share(self) -> None:
+        """Another process reads and writes the file too, from now on: it is not written anew."""
+        if self._path is not None and self._others is None:
+            self._others = AppendedFile(self._path, at_end=True)
+
+    def unshare(self) -> None:
+        """The other process has ended."""
+        self._learn()
+        self._others = None
+
+    def _learn(self) -> None:
+        """What the other process has written, if there is one."""
+        others = self._others
+        if others is None:
+            return
+        try:
+            news = others.news()
+        except OSError as error:
+            log.warning("%s cannot be read: %s", others.path, error)
+            return
+        for line in news:
+            _apply(line, self._known)
+        _shorten(self._known, self._most)
 
     def take_unwritten(self) -> bytes:
         """What the file does not have yet."""
@@ -103,7 +138,7 @@ class StoredResponses:
             with open(path, "ab", opener=_private) as file:
                 file.write(lines)
             self._lines += lines.count(b"\n")
-            if self._lines > 2 * self._most:
+            if self._lines > 2 * self._most and self._others is None:
                 self._write_anew(path, _read(path, self._most))
             self._failed = False
         except OSError as error:
@@ -140,14 +175,25 @@ def _read(path: Path, most: int) -> dict[str, StoredResponse]:
     except FileNotFoundError:
         return known
     for line in lines:
-        try:
-            match orjson.loads(line):
-                case [str(name)]:
-                    known.pop(name, None)
-                case [str(name), str(backend), str(tenant), str(model), bool(metered)]:
-                    known[name] = StoredResponse(backend, tenant, model, metered)
-        except orjson.JSONDecodeError:
-            continue  # the end of a line that a crash has cut, or nothing
+        _apply(line, known)
+    _shorten(known, most)
+    return known
+
+
+def _apply(line: bytes, known: dict[str, StoredResponse]) -> None:
+    """A line of the file; what was counted stays counted, whoever says so."""
+    try:
+        match orjson.loads(line):
+            case [str(name)]:
+                known.pop(name, None)
+            case [str(name), str(backend), str(tenant), str(model), bool(metered)]:
+                before = known.pop(name, None)
+                metered = metered or (before is not None and before.metered)
+                known[name] = StoredResponse(backend, tenant, model, metered)
+    except orjson.JSONDecodeError:
+        pass  # the end of a line that a crash has cut, or nothing
+
+
+def _shorten(known: dict[str, StoredResponse], most: int) -> None:
     for name in list(known)[: max(len(known) - most, 0)]:
         del known[name]
-    return known

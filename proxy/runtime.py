@@ -24,7 +24,7 @@ from proxy.access.limits import AuthFailures, Limits
 from proxy.answers import answer
 from proxy.build import Built
 from proxy.client_address import TrustedProxies
-from proxy.config import HedgingConfig
+from proxy.config_sections import HedgingConfig
 from proxy.endpoints import BY_PATH, TABLE, Route, find
 from proxy.errors import RequestError
 from proxy.http1 import HeadLimits, RequestGrammar, RequestHead, chunk

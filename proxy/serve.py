@@ -10,7 +10,6 @@ journal. It ends in the same way when another process has taken over from it (`u
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import secrets
@@ -29,16 +28,17 @@ from policies.yamlfile import FileProblems
 from probes.resolver import Resolver
 from probes.runner import Prober
 from proxy import listeners
+from proxy.access.key_watch import watch_keys
 from proxy.access.keys import KeyStore
 from proxy.access.pepper import load_pepper
 from proxy.access.shared import limits_of_this_month, shared_budgets
 from proxy.admin.http import admin_app
+from proxy.ask import PORTS_FILE
 from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, timing
 from proxy.certificates import ServerCertificates
 from proxy.changes import changes
 from proxy.config import Config, is_policy_file, load_config, override
 from proxy.config_values import is_metadata, time_zone
-from proxy.database import said
 from proxy.ledger import Ledger
 from proxy.listeners import Listeners, Listening, Ports, by_loop
 from proxy.notify import READY, STOPPING, notify, reloading
@@ -52,7 +52,7 @@ from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
 from proxy.state_lock import adopt_when_left, lock_state, open_journal, other_journals
 from proxy.upgrade import SOCKET_FILE, Predecessor, UpgradeSocket
-from proxy.upstream import OUR_SHORTAGE
+from proxy.upstream import is_our_shortage
 from proxy.waiting import opened_in_time
 from proxy.watched import WatchedFiles
 
@@ -62,11 +62,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("tidegate")
 
 SWEEP_S = 0.25
-KEYS_S = 0.5
-"""How often the keys are looked at: a revoked one is refused within this time."""
+FILES_S = 1.0
+"""How often files are looked at."""
 FLUSH_S = 1.0
 """At least so long, when the proxy stops, clients may take to read the ends of their answers."""
-IDEMPOTENCY_FILE = "idempotency.jsonl"
 IDLE_GRACE_S = 5.0
 """After a hand-over, how long an idle connection stays for a request that may be on its way."""
 SETTLE_S = 0.1
@@ -124,8 +123,6 @@ class Service:
         self._watched = WatchedFiles()
         """The configuration and what it names, also if that was refused."""
         self._resolver = Resolver(allowed=lambda address: not is_metadata(address), changed=self._moved)
-        self._keys_unread = False
-        """Whether the last attempt to read the keys failed."""
         self._stopping = asyncio.Event()
         self._started = time.monotonic()
 
@@ -175,8 +172,10 @@ class Service:
         )
         if self._record is not None:
             cast("RecordedRuntime", runtime).record(self._record, self._seed)
-        runtime.responses = StoredResponses(config.state / "responses.jsonl")
-        runtime.idempotency.open(config.state / IDEMPOTENCY_FILE, runtime.tasks, runtime.wall())
+        shared = bool(written)
+        runtime.responses = StoredResponses(config.state / "responses.jsonl", shared=shared)
+        keys_file = config.state / "idempotency.jsonl"
+        runtime.idempotency.open(keys_file, runtime.tasks, runtime.wall(), shared=shared)
         runtime.most_clients = most_clients(config.limits.connections)
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
@@ -189,14 +188,15 @@ class Service:
             cast("RecordedRuntime", runtime).write_record()
         runtime.tasks.spawn(self._sweep(), "sweep")
         runtime.tasks.spawn(self._resolve(), "resolve")
-        runtime.tasks.spawn(self._watch_keys(), "watch keys")
+        runtime.tasks.spawn(watch_keys(keys, limits), "watch keys")
         runtime.tasks.spawn(self._watch_files(), "watch files")
         if budgets is not None:
             runtime.tasks.spawn(
                 budgets.watch(limits, keys, lambda: runtime.prices.currency), "budgets of several proxies"
             )
         if written:
-            runtime.tasks.spawn(adopt_when_left(ledger, written), "journals of others")
+            unshare = (runtime.responses.unshare, runtime.idempotency.unshare)
+            runtime.tasks.spawn(adopt_when_left(ledger, written, unshare), "what others leave")
         self._upgrades = UpgradeSocket(self, runtime.tasks.spawn)
         self.publish()
         if predecessor is not None and (reason := await asyncio.to_thread(predecessor.ready)):
@@ -253,7 +253,7 @@ class Service:
 
     def publish(self) -> None:
         """Be the process that the state directory tells of."""
-        self._write_ports()
+        self.ports.write(self.state / PORTS_FILE)
         try:
             self._upgrades.open()
         except OSError as error:
@@ -263,6 +263,8 @@ class Service:
         """Process `pid` accepts connections: accept none any more, and end when what runs has ended."""
         runtime = self.runtime
         self._handed_over = runtime.handed_over = runtime.draining = True
+        runtime.responses.share()
+        runtime.idempotency.share()
         runtime.timeouts.idle = min(runtime.timeouts.idle, IDLE_GRACE_S)
         for client in runtime.clients:
             if client.idle:
@@ -281,15 +283,6 @@ class Service:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-    def _write_ports(self) -> None:
-        """For scripts that let the system choose: real ports, in the state directory."""
-        path = self.state / "ports.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({"listen": self.ports.listen, "admin": self.ports.admin_url, "pid": os.getpid()})
-        )
-        temporary.replace(path)
 
     async def run(self) -> None:
         """Serve until a signal or `request_stop`, then stop."""
@@ -372,7 +365,7 @@ class Service:
         if self._record is not None:
             cast("RecordedRuntime", runtime).end_record()
         if not self._handed_over:
-            (self.state / "ports.json").unlink(missing_ok=True)
+            (self.state / PORTS_FILE).unlink(missing_ok=True)
             (self.state / SOCKET_FILE).unlink(missing_ok=True)
         self._unlock()
 
@@ -404,7 +397,7 @@ class Service:
             self._watched.watch(self._files(config))
             built = build(config, runtime.loop, self._seed, runtime.built, self._resolver, self.path)
         except (ConfigError, FileProblems, OSError, ValueError) as error:
-            if _is_our_shortage(error):
+            if is_our_shortage(error):
                 self._watched.forget()  # nothing is wrong with the files: the next look tries again
                 if not runtime.observer.reload_ok:
                     return False  # said already
@@ -481,44 +474,15 @@ class Service:
             if endpoint.host == host:
                 endpoint.pool.keep_to(addresses)
 
-    async def _watch_keys(self) -> None:
-        while True:
-            await asyncio.sleep(KEYS_S)
-            try:
-                await self._refresh_keys()
-            except Exception:
-                # Whatever it was: revoked keys must go on being refused.
-                log.exception("watching keys failed this time")
-
     async def _watch_files(self) -> None:
         """Apart from the keys: a database that does not answer must not hold up a reload."""
         while True:
-            await asyncio.sleep(2 * KEYS_S)
+            await asyncio.sleep(FILES_S)
             try:
                 if self._watched.changed:
                     self.reload()
             except Exception:
                 log.exception("watching files failed this time")
-
-    async def _refresh_keys(self) -> None:
-        """Read the keys if they changed. What fails (the database, descriptors, memory) is told once, and tried
-        again at the next turn, also if it is the same for hours."""
-        runtime = self.runtime
-        keyless = runtime.keys.empty
-        try:
-            changed = await asyncio.to_thread(runtime.keys.refresh)
-        except Exception as error:
-            if not self._keys_unread:
-                self._keys_unread = True
-                log.error("keys cannot be read, the known ones go on, no revocation is seen: %s", said(error))
-            return
-        if self._keys_unread:
-            self._keys_unread = False
-            log.warning("keys can be read again")
-        if changed:
-            runtime.limits.keep(runtime.keys.ids)
-            if keyless and not runtime.keys.empty:
-                log.info("there are keys now: every request needs one")
 
     def _ledger_failed(self, reason: str) -> None:
         log.error("usage cannot be recorded any more, new requests are refused: %s", reason)
@@ -531,12 +495,3 @@ def _warn(built: Built) -> None:
             log.warning("%s", warning)
     for found in built.policy.warnings if is_policy_file(built.config.policy) else ():
         log.warning("policy %s:%s: %s", built.policy.name, found.line, found.message)
-
-
-def _is_our_shortage(error: BaseException | None) -> bool:
-    """Whether an error, or one that it arose from, says that this machine has no more of something."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in OUR_SHORTAGE:
-            return True
-        error = error.__context__
-    return False

@@ -14,6 +14,7 @@ import asyncio
 import fcntl
 import logging
 import os
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -64,8 +65,13 @@ def other_journals(state: Path, own: Journal) -> list[Path]:
     return [path for path in folders if path != own.directory]
 
 
-async def adopt_when_left(ledger: Ledger, folders: list[Path]) -> None:
-    """Take what their writers leave in these journals, as soon as they have ended: nothing if they ended well."""
+async def adopt_when_left(
+    ledger: Ledger, folders: Sequence[Path], then: Sequence[Callable[[], None]] = ()
+) -> None:
+    """Take what their writers leave in these journals, as soon as they have ended: nothing if they ended well.
+
+    `then`: what to do when all have.
+    """
     waiting = list(folders)
     while waiting:
         await asyncio.sleep(LOOK_S)
@@ -78,6 +84,8 @@ async def adopt_when_left(ledger: Ledger, folders: list[Path]) -> None:
                 continue
             if left is not None:
                 waiting.remove(folder)
+    for step in then:
+        step()
 
 
 def _instance(first: Path) -> str:

@@ -38,6 +38,16 @@ OUR_SHORTAGE: Final = frozenset(
 )
 """Why no connection can be had that says nothing about a backend."""
 
+
+def is_our_shortage(error: BaseException | None) -> bool:
+    """Whether an error, or one that it arose from, says that this machine has no more of something."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in OUR_SHORTAGE:
+            return True
+        error = error.__context__
+    return False
+
+
 MAX_INFORMATIONAL: Final = 16
 """1xx responses in front of one reply; more is a flood."""
 

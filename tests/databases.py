@@ -11,8 +11,8 @@ import psycopg
 import pytest
 from sqlalchemy import Engine, event
 
+from benchmarks.postgres import PostgresServer, server_programs
 from proxy.database import open_database
-from tests.postgres import PostgresServer, server_programs
 from tests.proxy.rows import empty_database
 
 EMPTY = "TRUNCATE ledger, usage_hourly, keys, settings RESTART IDENTITY"

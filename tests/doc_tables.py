@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 import policies
 from policies.units import Duration, Fraction, Size
-from proxy import config, config_values, exchange
+from proxy import config, config_sections, config_values, exchange
 from proxy.endpoints import TABLE
 from proxy.metrics import Metrics
 from sim import derive
@@ -35,12 +35,12 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "certificate": config.CertificateConfig,
     "site": config.SiteConfig,
     "host": config.HostConfig,
-    "timeouts": config.Timeouts,
-    "limits": config.LimitsConfig,
-    "retries": config.Retries,
-    "hedging": config.HedgingConfig,
-    "probing": config.Probing,
-    "health": config.HealthConfig,
+    "timeouts": config_sections.Timeouts,
+    "limits": config_sections.LimitsConfig,
+    "retries": config_sections.Retries,
+    "hedging": config_sections.HedgingConfig,
+    "probing": config_sections.Probing,
+    "health": config_sections.HealthConfig,
 }
 """Sections of the configuration file, each with a table of its keys."""
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from policies.files import library_names
 from proxy import records
 from proxy.admin.http import admin_app, state
-from proxy.config import Config, Timeouts, load_config
+from proxy.config import Config, load_config
+from proxy.config_sections import Timeouts
 from proxy.endpoints import TABLE
 from proxy.errors import STATUS, RequestError
 from proxy.metrics import Metrics

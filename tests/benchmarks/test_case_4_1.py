@@ -19,7 +19,8 @@ from benchmarks.case_4_1.report import OUTPUT_TOKENS, PROMPT_TOKENS, SECTIONS, r
 from benchmarks.case_4_1.simulated import appliance, local_only, never_full, with_tidegate
 from benchmarks.case_4_1.sites import LOCAL, MODEL, REMOTE
 from policies.rules import RuleSet
-from proxy.config import Config, Probing
+from proxy.config import Config
+from proxy.config_sections import Probing
 from sim.cluster import Cluster
 from sim.emulator import EmulatorSettings, emulator
 from sim.members import Member

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sqlalchemy.exc
 
-import proxy.serve
+import proxy.access.key_watch
 from tests.e2e import backends as b
 from tests.e2e.backends import Request, answers, stalls
 from tests.e2e.proxy_fixtures import (
@@ -133,7 +133,7 @@ async def test_keys_that_cannot_be_read_are_read_when_they_can(
         ]
     )
     failures: list[Exception] = []
-    monkeypatch.setattr(proxy.serve, "KEYS_S", 0.01)
+    monkeypatch.setattr(proxy.access.key_watch, "KEYS_S", 0.01)
     key, other = make_key(), make_key()
     running = await start_proxy(await start_backend())
     engine = running.runtime.keys._engine

@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import func, select
 
 import proxy.access.shared
+from benchmarks.postgres import PostgresServer
 from proxy.access.keys import create_key
 from proxy.access.pepper import load_pepper
 from proxy.database import BUSY_TIMEOUT_S, DATABASE_FILE, open_database
@@ -18,7 +19,6 @@ from proxy.tables import ledger, usage_hourly
 from tests.databases import running_postgres
 from tests.e2e.backends import answers, waits
 from tests.e2e.proxy_fixtures import Answer, Proxy, StartBackend, StartProxy, chat, command, eventually
-from tests.postgres import PostgresServer
 
 pytestmark = pytest.mark.e2e
 

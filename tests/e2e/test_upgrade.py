@@ -218,6 +218,34 @@ async def test_a_connection_that_was_promised_to_stay_serves_once_more(
     assert [row["outcome"] for row in proxy.export()] == ["ok"] * 4
 
 
+async def test_a_key_that_the_old_process_still_runs_is_not_taken_by_the_new(
+    start_backend: StartBackend, upgraded: StartTidegate
+) -> None:
+    async def again() -> str:
+        client = Client(*await asyncio.open_connection("127.0.0.1", proxy.port))
+        await client.send(request)
+        code = (await client.answer()).code
+        client.close()
+        return code
+
+    gate = asyncio.Event()
+    backend = await start_backend(waits(gate, TOKENS), then=answers(TOKENS))
+    proxy = await asyncio.to_thread(upgraded, section(backend.url))
+    request = chat(None, "idempotency-key: order-7", stream=True)
+    first = Client(*await asyncio.open_connection("127.0.0.1", proxy.port))
+    await first.send(request)
+    await eventually(lambda: backend.received)
+    assert (await asyncio.to_thread(proxy.upgrade)).returncode == 0
+    assert await again() == "idempotency_running"
+    gate.set()
+    assert (await first.answer()).complete
+    first.close()
+    assert await asyncio.to_thread(proxy.service.process.wait, PATIENCE_S) == 0
+    assert await again() == "idempotency_spent"
+    await all_ended(proxy)
+    assert len(backend.received) == 1
+
+
 async def test_a_new_process_that_cannot_start_changes_nothing(
     start_backend: StartBackend, upgraded: StartTidegate
 ) -> None:

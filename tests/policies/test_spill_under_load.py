@@ -120,6 +120,5 @@ def test_when_remote_is_full_too_requests_wait_and_hardly_any_is_refused(seed: i
     answered = {routing.request.id for routing in world.answers}
     assert len(answered) == len(world.answers) == world.submitted - world.valve.queued
     refused = sum(routing.lease is None for routing in world.answers)
-    assert refused <= 0.1 * len(
-        world.answers
-    )  # at 95 % of the slots: those that would have waited for most of the ten seconds
+    # At 95 % of the slots: those that would have waited for most of the ten seconds.
+    assert refused <= 0.1 * len(world.answers)

@@ -362,6 +362,40 @@ async def test_keys_outlive_a_restart(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o077 == 0
 
 
+async def test_two_processes_know_of_each_others_keys_until_one_has_ended(tmp_path: Path) -> None:
+    path, tasks = tmp_path / "keys.jsonl", Tasks()
+
+    async def written() -> None:
+        await asyncio.gather(*tasks._tasks)
+
+    def refused(store: IdempotencyKeys, key: bytes) -> str:
+        with pytest.raises(RequestError) as caught:
+            store.take("t", key, "chat", b"", "new", 1.0)
+        return caught.value.code
+
+    old, new = IdempotencyKeys(), IdempotencyKeys()
+    old.open(path, tasks, 0.0)
+    before = old.take("t", b"before", "chat", b"", "op1", 0.0)
+    await written()
+    new.open(path, tasks, 0.0, shared=True)
+    free, lost = [old.take("t", key, "chat", b"", "op", 0.0) for key in (b"free", b"lost")]
+    old.share()
+    await written()
+    assert [refused(new, key) for key in (b"before", b"free", b"lost")] == ["idempotency_running"] * 3
+    old.end(before, True, (200, b"", b"{}"))
+    old.end(free, False)
+    own = new.take("t", b"own", "chat", b"", "op4", 1.0)
+    await written()
+    assert refused(new, b"before") == "idempotency_spent"
+    assert new.take("t", b"free", "chat", b"", "op5", 1.0).ours
+    assert refused(old, b"own") == "idempotency_running"
+    assert old.take("t", b"before", "chat", b"", "new", 1.0).answer is not None  # it has it still
+    new.unshare()
+    assert refused(new, b"lost") == "idempotency_spent"
+    assert (lost.state, own.state) == ("running", "running")
+    assert refused(new, b"own") == "idempotency_running"
+
+
 async def test_what_is_not_written_when_the_proxy_stops_is_written_then(tmp_path: Path) -> None:
     path, tasks = tmp_path / "keys.jsonl", Tasks()
     store = IdempotencyKeys()

@@ -21,6 +21,7 @@ from sqlalchemy import JSON, Column, Engine, event, func, select, text
 from sqlalchemy.exc import OperationalError
 
 import proxy.database
+from benchmarks.postgres import PostgresServer
 from proxy.access.keys import create_key
 from proxy.check import _has_keys
 from proxy.config import Config
@@ -32,7 +33,6 @@ from proxy.records import OUTCOMES, Row, to_values
 from proxy.tables import ledger, metadata, usage_hourly
 from proxy.waiting import opened_in_time
 from tests.databases import running_postgres
-from tests.postgres import PostgresServer
 from tests.proxy.rows import PRICES, a_row, eventually
 from tests.proxy.test_ledger import State, added_up, hourly, rows_of, using
 

@@ -70,6 +70,38 @@ def test_a_restart_knows_what_was_written(tmp_path: Path) -> None:
     assert len(StoredResponses(path, most=1)) == 1
 
 
+def test_two_processes_find_each_others_until_one_has_ended(tmp_path: Path) -> None:
+    def write(responses: StoredResponses) -> None:
+        responses.write(responses.take_unwritten())
+
+    path = tmp_path / "responses.jsonl"
+    old = StoredResponses(path, most=3)
+    old.add("a", stored())
+    write(old)
+    new = StoredResponses(path, most=3, shared=True)
+    old.share()
+    for name in "bc":
+        old.add(name, stored())
+    new.add("d", stored("b"))
+    write(old)
+    write(new)
+    assert [new.find(name, "acme") for name in "bc"] == [stored(), stored()]
+    assert old.find("d", "acme") == stored("b")
+    assert old.count("b")
+    write(old)
+    assert not new.count("b")
+    old.count("c")  # and does not come to write it
+    assert new.count("c")
+    new.forget("c")
+    write(new)
+    for number in range(9):
+        old.add(f"e{number}", stored())
+        write(old)
+    new.unshare()
+    assert new.find("e8", "acme") == stored()
+    assert len(new) == 3
+
+
 def test_a_cut_line_costs_only_itself(tmp_path: Path) -> None:
     path = tmp_path / "responses.jsonl"
     responses = StoredResponses(path)

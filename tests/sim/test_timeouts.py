@@ -10,7 +10,7 @@ import pytest
 
 from policies.base import RequestFacts
 from policies.state import Fleet
-from proxy.config import Timeouts as Configured
+from proxy.config_sections import Timeouts as Configured
 from sim.cluster import SECOND, SWEEP, Cluster
 from sim.members import Change, Incident, Member
 from sim.router import End, Request
