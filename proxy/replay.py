@@ -81,7 +81,9 @@ def _take(payload: bytes, live: dict[str, Row]) -> list[Values]:
     opened, progress, closed = orjson.loads(payload)
     for head in opened:
         _check(head, 1)
-        live[head[0]] = _lost(head)
+        live[head[0]] = row = _lost(head)
+        if not isinstance(row.arrived, float | int):
+            raise TypeError("a request has come at no time")
     for figures in progress:
         if list(map(type, figures)) != _PROGRESS:
             raise TypeError("these are no figures of a request")

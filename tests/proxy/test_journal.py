@@ -135,6 +135,8 @@ async def test_a_clean_stop_leaves_nothing(tmp_path: Path) -> None:
         b"[[],[]]",
         b'{"a":1,"b":2,"c":3}',
         b'[["head"],[],[]]',
+        b"[[[]],[],[]]",
+        b'[[["op","i","yesterday"]],[],[]]',
         b'[[[["op"],"i"]],[],[]]',
         b'[[["op",{}]],[],[]]',
         b'[[],[["op","nj",1,2,"3","reported"]],[]]',
