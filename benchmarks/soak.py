@@ -71,6 +71,10 @@ FAULTS: tuple[dict[str, Any], ...] = (
     {"kind": "slow", "factor": 5.0},
     {"kind": "unhealthy"},
 )
+POLICY = (
+    'rules: [{name: all, prefer: [{site: local}, {site: "*"}], pick: least-load, '
+    "queue: {wait: 5s, depth: 50}}]\n"
+)
 _METRIC = r"^%s(?:\{[^}]*\})? (\S+)$"
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -138,6 +142,7 @@ class Soak:
             started[name] = self._services.start(name, command, stdout=subprocess.PIPE)
         for name, service in started.items():
             self._urls[name] = _url_of(service)
+        (self._folder / "policy.yaml").write_text(POLICY)
         self._write_config(slots=16)
         limits = ("--rpm", "100", "--tpm", "20000", "--concurrency", "2")
         keys = (
@@ -160,10 +165,6 @@ class Soak:
             }
             for name, url in self._urls.items()
         ]
-        (self._folder / "policy.yaml").write_text(
-            'rules: [{name: all, prefer: [{site: local}, {site: "*"}], pick: least-load, '
-            "queue: {wait: 5s, depth: 50}}]\n"
-        )
         config = {
             "listen": f"127.0.0.1:{self._port}",
             "admin": self._admin,

@@ -110,7 +110,7 @@ class Client:
                 self.close()
                 return
         told.end()
-        if response.closes or manner.slow:
+        if response.closes or manner.slow or one.cut:  # the proxy closes behind an error event
             self.close()
 
     async def _connect(self, slow: bool) -> None:

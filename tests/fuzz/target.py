@@ -29,9 +29,11 @@ def words(*names: str) -> tuple[bytes, ...]:
     return tuple(line[1:-1].encode().decode("unicode_escape").encode("latin-1") for line in lines)
 
 
+MANY_BYTES = 400
 _WORDS = Path(__file__).with_name("words")
 
 
 def cuts(data: bytes) -> list[list[bytes]]:
-    """The same bytes in pieces: of one byte each, of seven, and of lengths that depend on the bytes alone."""
-    return [pieces_of(data, 1), pieces_of(data, 7), random_pieces(Random(crc32(data)), data)]
+    """The same bytes in pieces: of one byte, or seven if there are many, and of lengths that the bytes decide."""
+    small = 1 if len(data) <= MANY_BYTES else 7
+    return [pieces_of(data, small), random_pieces(Random(crc32(data)), data)]

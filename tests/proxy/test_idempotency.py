@@ -241,14 +241,10 @@ class Repeating(RuleBasedStateMachine):
     def happens(self, data: st.DataObject, what: str) -> None:
         if not self.running():
             return
-        self.happens_to(data.draw(st.sampled_from(self.running())), what)
-
-    def happens_to(self, exchange: Exchange, what: str) -> None:
+        exchange = data.draw(st.sampled_from(self.running()))
         if what == "leave":
             exchange.client_gone()
             return
-        if exchange.state is State.HELD:
-            return  # no backend has it
         if exchange.connection is None:
             assert exchange.target is not None
             self.world.connects(exchange.target.name)
@@ -275,24 +271,6 @@ class Repeating(RuleBasedStateMachine):
             ]
             assert sum(e.row.cost_nano > 0 for e in mine if e.state is State.ENDED) <= 1
             assert sum(e.state is not State.ENDED for e in mine) <= 1
-
-
-def test_the_law_also_holds_of_a_request_that_is_held() -> None:
-    world = Repeating()
-    for _ in range(5):  # both backends are taken out
-        world.send(0, False)
-        for _ in range(2):
-            world.happens_to(world.running()[0], "close")
-    world.send(0, True)
-    world.happens_to(world.running()[0], "begin")  # one is back, and has one slot to begin with
-    world.send(1, False)
-    running, held = world.running()
-    assert held.state is State.HELD
-    world.happens_to(held, "answer")
-    world.happens_to(running, "leave")
-    world.happens_to(held, "answer")
-    world.each_key_is_paid_for_once()
-    assert (held.state, paid(world.world)) == (State.ENDED, 2)
 
 
 TestRepeating = Repeating.TestCase
