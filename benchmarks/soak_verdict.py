@@ -12,6 +12,10 @@ MOST_MB_PER_10_MIN = 1.0
 """Growth of memory, over ten minutes and more."""
 MOST_MB = 4.0
 """In a shorter time, which says nothing of ten minutes: pools and caches breathe."""
+WARM_UP_S = 75.0
+"""At least: limits look back for a minute, and what is kept of recent requests has its size by then."""
+MOST_WARMING_MB = 16.0
+"""Of a process that is no older than that."""
 MOST_FILES = 2
 """Open files and threads beyond those at the beginning; a probe may be under way."""
 _POINTS = 200
@@ -141,8 +145,9 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Memory of one process after its warm-up."""
+    """Memory of one process after its warm-up; or during it, if it is no older."""
 
+    warm: bool
     seconds: float
     first_mb: float
     last_mb: float
@@ -154,28 +159,26 @@ class Growth:
         """Of readings as (seconds, MB); the first third warms up. Raises ValueError with fewer than 6."""
         if len(samples) < 6:
             raise ValueError("too few readings of memory")
-        warm = samples[len(samples) // 3 :]
-        step = max(len(warm) // _POINTS, 1)
-        points = warm[::step]
+        begin, end = samples[0][0], samples[-1][0]
+        warm_at = begin + max((end - begin) / 3, WARM_UP_S)
+        warm = [reading for reading in samples if reading[0] >= warm_at]
+        is_warm = len(warm) >= 6
+        points = (warm if is_warm else samples)[:: max(len(samples) // _POINTS, 1)]
         slopes = [
             (late[1] - early[1]) / (late[0] - early[0])
             for number, early in enumerate(points)
             for late in points[number + 1 :]
             if late[0] > early[0]
         ]
-        return cls(warm[-1][0] - warm[0][0], warm[0][1], warm[-1][1], median(slopes) * 600)
-
-    @property
-    def mb(self) -> float:
-        """What the slope amounts to."""
-        return self.mb_per_10_min * self.seconds / 600
+        (first_at, first), (last_at, last) = points[0], points[-1]
+        return cls(is_warm, last_at - first_at, first, last, median(slopes) * 600)
 
     @property
     def is_flat(self) -> bool:
         """Whether it is as promised."""
         if self.seconds >= 600:
             return self.mb_per_10_min <= MOST_MB_PER_10_MIN
-        return self.mb <= MOST_MB
+        return self.mb_per_10_min * self.seconds / 600 <= (MOST_MB if self.warm else MOST_WARMING_MB)
 
 
 def failures_of(asked: Iterable[Asked]) -> list[str]:

@@ -18,7 +18,7 @@ from tests.proxy.endpoint_samples import MESSAGE_USAGE, RESPONSE_USAGE, message_
 from tests.proxy.fakes import DONE, chunked, error_event, event, usage_event
 
 HELD = Held(files=40, threads=5, tasks=9)
-FLAT = Growth(900, 80.0, 80.1, 0.1)
+FLAT = Growth(True, 900, 80.0, 80.1, 0.1)
 
 
 def row(op: str, completion: int = 5, **fields: Any) -> dict[str, Any]:
@@ -116,8 +116,11 @@ def test_memory_is_flat_or_grows(slope: float, flat: bool) -> None:
 
 
 def test_of_a_short_time_only_the_growth_is_looked_at() -> None:
-    assert Growth.of(readings(120, 20.0)).is_flat
-    assert not Growth.of(readings(120, 60.0)).is_flat
+    assert Growth.of(readings(150, 20.0)).is_flat
+    assert not Growth.of(readings(150, 60.0)).is_flat
+    young = Growth.of(readings(60, 60.0))
+    assert (young.warm, young.is_flat) == (False, True)
+    assert not Growth.of(readings(60, 200.0)).is_flat
     with pytest.raises(ValueError, match="too few"):
         Growth.of([(0.0, 80.0)] * 5)
 

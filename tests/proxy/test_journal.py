@@ -145,9 +145,7 @@ async def test_a_clean_stop_leaves_nothing(tmp_path: Path) -> None:
         b"[[],[],[[" + b"7," * 20 + b"7]]]",
     ],
 )
-def test_a_frame_that_somebody_else_wrote_is_an_error_and_stays(
-    tmp_path: Path, payload: bytes
-) -> None:
+def test_a_frame_that_somebody_else_wrote_is_an_error_and_stays(tmp_path: Path, payload: bytes) -> None:
     path = tmp_path / "00000001.journal"
     path.write_bytes(frame(payload))
     with pytest.raises(JournalError, match="a frame holds no records"):
