@@ -16,8 +16,9 @@ WARM_UP_S = 75.0
 """At least: limits look back for a minute, and what is kept of recent requests has its size by then."""
 MOST_WARMING_MB = 16.0
 """Of a process that is no older than that."""
-MOST_FILES = 2
-"""Open files and threads beyond those at the beginning; a probe may be under way."""
+MOST_MORE = {"files": 4, "threads": 6}
+"""Beyond those at the beginning: a probe and a connection of the database come and go, and asyncio's pool of threads
+has its size when that many were needed at once."""
 _POINTS = 200
 _SHOWN = 10
 """Of the problems of one kind."""
@@ -135,11 +136,10 @@ class Held:
 
     def beyond(self, base: Held) -> list[str]:
         """What is more than at the beginning."""
-        slack = {"files": MOST_FILES, "threads": MOST_FILES}
         return [
             f"{name}: {getattr(self, name)} at the end, {getattr(base, name)} at the beginning"
             for name in Held.__slots__
-            if getattr(self, name) > getattr(base, name) + slack.get(name, 0)
+            if getattr(self, name) > getattr(base, name) + MOST_MORE.get(name, 0)
         ]
 
 

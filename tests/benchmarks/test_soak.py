@@ -89,8 +89,9 @@ def test_what_clients_met_is_counted() -> None:
 
 
 def test_what_a_process_holds_at_the_end() -> None:
-    assert Held(42, 5, 9).beyond(HELD) == []
-    assert Held(43, 5, 9).beyond(HELD) == ["files: 43 at the end, 40 at the beginning"]
+    assert Held(44, 11, 9).beyond(HELD) == []
+    assert Held(45, 5, 9).beyond(HELD) == ["files: 45 at the end, 40 at the beginning"]
+    assert Held(40, 12, 9).beyond(HELD) == ["threads: 12 at the end, 5 at the beginning"]
     assert Held(40, 5, 10, 1, 1, 1).beyond(HELD) == [
         "tasks: 10 at the end, 9 at the beginning",
         "connections: 1 at the end, 0 at the beginning",
