@@ -17,7 +17,7 @@ WARM_UP_S = 75.0
 MOST_WARMING_MB = 16.0
 """Of a process that is no older than that."""
 MOST_MORE = {"files": 4, "threads": 6}
-"""Beyond those at the beginning: a probe and a connection of the database come and go, and asyncio's pool of threads
+"""Beyond those at the beginning: a probe and a connection of the database come and go, and the pool of threads
 has its size when that many were needed at once."""
 _POINTS = 200
 _SHOWN = 10
