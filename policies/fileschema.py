@@ -38,6 +38,13 @@ Endpoint = Literal[
     "classify",
     "tokenize",
     "detokenize",
+    "transcriptions",
+    "translations",
+    "speech",
+    "images",
+    "image-edits",
+    "image-variations",
+    "realtime",
 ]
 ENDPOINTS: tuple[str, ...] = get_args(Endpoint)
 """What a rule may ask for, by the names that the proxy gives to its paths (docs/api.md)."""

@@ -77,6 +77,8 @@ def error_answer(
         fields += b"allow: %b\r\n" % error.allow.encode("ascii")
     if error.status == 401:
         fields += b"www-authenticate: Bearer\r\n"
+    if error.status == 426:
+        fields += b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
     return answer(
         status_in(dialect, error.code),
         body_in(dialect, error.code, error.message, error.param),

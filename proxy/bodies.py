@@ -5,22 +5,33 @@ All the rest is the engine's to judge, as in `proxy/openai.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy.endpoints import (
     ANY_BODY,
     COUNT_BODY,
+    IMAGE_BODY,
     INPUT_BODY,
     MESSAGES_BODY,
     RESPONSE_ID,
     RESPONSES_BODY,
+    SPEECH_BODY,
 )
 from proxy.errors import RequestError
 from proxy.meter import BYTES_PER_TOKEN
 
 if TYPE_CHECKING:
     from proxy.openai import RequestBody
+
+ENGINE_FIELDS: Final = frozenset(("cache_salt", "priority", "kv_transfer_params", "vllm_xargs"))
+"""Fields by which a client could reach into the engine: other tenants' cache, the queue, other hosts. Removed."""
+
+FETCHED_FIELDS: Final = frozenset(
+    ("audio", "file", "image", "images", "input_reference", "mask", "ref_audio", "video")
+)
+"""Fields of sound and pictures that some engines take as a URL, besides `url` and `..._url`."""
 
 LONGEST_SESSION: Final = 256
 """Characters."""
@@ -114,6 +125,23 @@ def _read_input(body: RequestBody, document: dict[str, Any]) -> None:
         body.prompt_tokens = sum(len(tokens) for tokens in given if type(tokens) is list)
 
 
+def _read_speech(body: RequestBody, document: dict[str, Any]) -> None:
+    body.stream = flag(document, "stream") or document.get("stream_format") == "sse"
+    _read_text(body, document.get("input"))
+
+
+def _read_image(body: RequestBody, document: dict[str, Any]) -> None:
+    body.stream = flag(document, "stream")
+    body.session = session(document)
+    _read_text(body, document.get("prompt"))
+
+
+def _read_text(body: RequestBody, text: Any) -> None:
+    """The prompt; what else is there may be sound or pictures."""
+    size = len(text.encode("utf-8", "replace")) if type(text) is str else 0
+    body.prompt_tokens = max(-(-size // BYTES_PER_TOKEN), 1)
+
+
 def _read_any(body: RequestBody, document: dict[str, Any]) -> None:
     pass
 
@@ -123,6 +151,8 @@ _READERS: Final[dict[str, Callable[[RequestBody, dict[str, Any]], None]]] = {
     MESSAGES_BODY: _read_messages,
     COUNT_BODY: _read_count,
     INPUT_BODY: _read_input,
+    SPEECH_BODY: _read_speech,
+    IMAGE_BODY: _read_image,
     ANY_BODY: _read_any,
 }
 
@@ -134,8 +164,19 @@ MEDIA_FIELDS: Final[dict[str, tuple[str, ...]]] = {
         *("messages", "input", "query", "queries", "documents", "items", "text_1", "text_2"),
         *("data_1", "data_2", "data"),
     ),
+    SPEECH_BODY: (),
+    IMAGE_BODY: (),
 }
-"""Fields that may hold media, besides `messages` of a chat."""
+"""Fields that may hold media, besides `messages` of a chat and `FETCHED_FIELDS`."""
+
+_SCHEME: Final = re.compile(r"\s*+(?!data:)[a-z][a-z0-9+.\-]*+:", re.IGNORECASE)
+
+
+def is_fetched(value: Any) -> bool:
+    """Whether a field of `FETCHED_FIELDS` names something that an engine would fetch."""
+    if type(value) is list:
+        return any(is_fetched(inner) for inner in value)
+    return type(value) is str and _SCHEME.match(value) is not None
 
 
 def read_other(kind: str, body: RequestBody, document: dict[str, Any]) -> None:

@@ -15,7 +15,11 @@ class Timeouts(FileModel):
 
     head: Duration = Field(10.0, gt=0, description="For a whole request head, from its first byte: 408.")
     body: Duration = Field(60.0, gt=0, description="For a whole request body: 408.")
-    idle: Duration = Field(75.0, gt=0, description="Between two requests of a client's connection: closed.")
+    idle: Duration = Field(
+        75.0,
+        gt=0,
+        description="Between two requests of a client's connection, or two bytes of a WebSocket: closed.",
+    )
     connect: Duration = Field(2.0, gt=0, description="To connect to a backend: next backend.")
     first_token: Duration = Field(
         120.0, gt=0, description="Until the first data of a stream: next backend, else 504."

@@ -25,8 +25,12 @@ INPUT: Final = "input"
 """Only the prompt has tokens: the answer is numbers."""
 STORED: Final = "stored"
 """A response that was made before: its usage counts only if nobody has seen it yet."""
+MEDIA: Final = "media"
+"""Sound and pictures: tokens where the backend tells them, and no estimate where it does not (`proxy/media.py`)."""
+SESSION: Final = "session"
+"""The same of a WebSocket, where each answer has its usage."""
 
-METERINGS: Final = (NO_USAGE, RUNNING, RESPONSES, MESSAGES, INPUT, STORED)
+METERINGS: Final = (NO_USAGE, RUNNING, RESPONSES, MESSAGES, INPUT, STORED, MEDIA, SESSION)
 
 CHAT_BODY: Final = "chat"
 PROMPT_BODY: Final = "prompt"
@@ -34,9 +38,13 @@ RESPONSES_BODY: Final = "responses"
 MESSAGES_BODY: Final = "messages"
 COUNT_BODY: Final = "count"
 INPUT_BODY: Final = "input"
+SPEECH_BODY: Final = "speech"
+IMAGE_BODY: Final = "image"
+FORM_BODY: Final = "form"
 ANY_BODY: Final = "any"
 NO_BODY: Final = "none"
-"""How a body is read (`proxy/openai.py`, `proxy/bodies.py`)."""
+WEBSOCKET: Final = "websocket"
+"""How a body is read (`proxy/openai.py`, `proxy/bodies.py`, `proxy/forms.py`); a WebSocket has none."""
 
 
 @dataclass(slots=True)
@@ -69,6 +77,10 @@ class Route:
     """Whether it is about such an answer."""
     salted: bool = field(init=False)
     """Whether an engine takes a `cache_salt` with it."""
+    form: bool = field(init=False)
+    """Whether its body is an upload, `multipart/form-data`."""
+    media: bool = field(init=False)
+    """Whether a backend may well report no tokens."""
 
     def __post_init__(self) -> None:
         kind = self.metering
@@ -77,6 +89,8 @@ class Route:
         self.stores = kind == RESPONSES
         self.stored = self.body == NO_BODY
         self.salted = self.generates or kind == INPUT
+        self.form = self.body == FORM_BODY
+        self.media = kind in (MEDIA, SESSION)
 
 
 _COUNTS = "nothing is computed but a count"
@@ -113,6 +127,13 @@ TABLE: Final[tuple[Route, ...]] = (
     Route("classify", "POST", "/classify", INPUT_BODY, INPUT),
     Route("tokenize", "POST", "/tokenize", ANY_BODY, NO_USAGE, unmetered=_TEXT),
     Route("detokenize", "POST", "/detokenize", ANY_BODY, NO_USAGE, unmetered=_TEXT),
+    Route("transcriptions", "POST", "/v1/audio/transcriptions", FORM_BODY, MEDIA, streams=True),
+    Route("translations", "POST", "/v1/audio/translations", FORM_BODY, MEDIA, streams=True),
+    Route("speech", "POST", "/v1/audio/speech", SPEECH_BODY, MEDIA, streams=True),
+    Route("images", "POST", "/v1/images/generations", IMAGE_BODY, MEDIA, streams=True),
+    Route("image-edits", "POST", "/v1/images/edits", FORM_BODY, MEDIA, streams=True),
+    Route("image-variations", "POST", "/v1/images/variations", FORM_BODY, MEDIA),
+    Route("realtime", "GET", "/v1/realtime", WEBSOCKET, SESSION),
 )
 
 FORWARD: Final = Route("forward", "*", "*", ANY_BODY, NO_USAGE, unmetered="it is passed on unread")
@@ -121,9 +142,14 @@ FORWARD: Final = Route("forward", "*", "*", ANY_BODY, NO_USAGE, unmetered="it is
 BY_NAME: Final[dict[str, Route]] = {route.name: route for route in (*TABLE, FORWARD)}
 
 BY_PATH: Final[dict[bytes, Route]] = {
-    path.encode(): route for route in TABLE for path in (route.path, *route.aliases) if "{id}" not in path
+    path.encode(): route
+    for route in TABLE
+    for path in (route.path, *route.aliases)
+    if "{id}" not in path and route.body != WEBSOCKET
 }
-"""Those whose path is fixed; each takes one method."""
+"""Those whose path is fixed; each takes POST and nothing else."""
+
+_WEBSOCKETS: Final = {route.path.encode(): route for route in TABLE if route.body == WEBSOCKET}
 
 RESPONSE_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 """Ids of responses that are kept, and looked up."""
@@ -140,7 +166,7 @@ _STORED: Final = {
 
 def find(method: bytes, path: bytes) -> Route | str:
     """The endpoint of a request; else the methods that its path takes; empty: there is no such path."""
-    route = BY_PATH.get(path)
+    route = BY_PATH.get(path) or _WEBSOCKETS.get(path)
     if route is not None:
         return route if method == route.method.encode() else route.method
     match = _STORED_PATH.fullmatch(path)

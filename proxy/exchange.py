@@ -32,10 +32,12 @@ from proxy.answers import error_answer, kept_answer
 from proxy.dialects import event_of, status_in
 from proxy.endpoints import INPUT, stored_id
 from proxy.errors import RequestError
+from proxy.forms import content_type
 from proxy.hedge import Hedge
 from proxy.http1 import LAST_CHUNK, RequestHead, chunk
+from proxy.media import say_why_unmetered
 from proxy.meters import ResponsesMeter
-from proxy.openai import RequestBody, body_for_backend, is_slow_to_read, read_body
+from proxy.openai import RequestBody, body_for_backend, is_slow_to_read, read_body, read_form
 from proxy.relay import EVENTS, RAW, WHOLE, Client, Relay
 from proxy.upstream import OUR_SHORTAGE, BackendConnection, Endpoint, connect_failure
 
@@ -157,7 +159,7 @@ class Exchange(Relay):
                 self.runtime.tasks.spawn(self._start_large(raw, media_urls), "read body")
                 return
             else:
-                facts = self._read(read_body(self.endpoint, raw, media_urls=media_urls))
+                facts = self._read(self._parsed(raw, media_urls))
             if self.request.idempotency_key and self._answered_before(raw):
                 return
             self._admit(facts)
@@ -169,7 +171,7 @@ class Exchange(Relay):
     async def _start_large(self, raw: bytes, media_urls: bool) -> None:
         """As `start`, reading the body in a thread."""
         try:
-            body = await asyncio.to_thread(read_body, self.endpoint, raw, media_urls=media_urls)
+            body = await asyncio.to_thread(self._parsed, raw, media_urls)
             if self.state is not State.RECEIVED:
                 return  # the client has left meanwhile, or the proxy stops
             facts = self._read(body)
@@ -181,6 +183,12 @@ class Exchange(Relay):
                 self._not_started(error)
             return
         self._submit(facts)
+
+    def _parsed(self, raw: bytes, media_urls: bool) -> RequestBody:
+        """What the body says. Raises RequestError."""
+        if self.route.form:
+            return read_form(self.endpoint, raw, content_type(self.request.forward), media_urls=media_urls)
+        return read_body(self.endpoint, raw, media_urls=media_urls)
 
     def _not_started(self, error: Exception) -> None:
         if isinstance(error, RequestError):
@@ -309,6 +317,8 @@ class Exchange(Relay):
         """Take the client's Idempotency-Key. True: its request had been answered, and is so again. Raises
         RequestError when it is not to be sent."""
         runtime, row, head = self.runtime, self.row, self.request
+        if self.body_read is not None and self.body_read.form is not None:
+            raw = self.body_read.form.content()  # clients make a new boundary for each try
         claim = runtime.idempotency.take(
             row.tenant, head.idempotency_key, self.endpoint, raw, row.op, row.arrived
         )
@@ -814,6 +824,8 @@ class Exchange(Relay):
         elif route.metering == INPUT and outcome == records.OK and self.facts is not None:
             row.prompt_tokens = self.facts.prompt_tokens
             row.usage_source = "estimated"
+        if route.media:
+            say_why_unmetered(row, meter)
         if self.wasted and self.facts is not None:
             # Its engine has reported nothing. The prompt is the same, so this is the most it can have read.
             row.overhead_prompt_tokens += self.wasted * (row.prompt_tokens or self.facts.prompt_tokens)
@@ -825,7 +837,11 @@ class Exchange(Relay):
             runtime.limits.settle(
                 self.reservation, row.prompt_tokens + row.completion_tokens, row.cost_nano, now
             )
-        if self.body_read is not None and len(self.body_read.raw) >= PREFIX_BLOCK_BYTES:
+        if (
+            self.body_read is not None
+            and len(self.body_read.raw) >= PREFIX_BLOCK_BYTES
+            and not route.media  # no engine has a cache of these
+        ):
             row.prefix = _prefix_hashes(self.body_read.raw, runtime.salt)
         if self.claim is not None:
             charged = outcome == records.OK or row.usage_source != "none"

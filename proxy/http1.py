@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from proxy.errors import RequestError
+from proxy.websocket import key_among
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _TEXT: Final = rb"[\t -~\x80-\xff]"
@@ -131,12 +132,15 @@ class RequestHead:
     """Who it comes from, as proxies in front say; empty: nobody says, or nobody is asked."""
     forward: bytes = b""
     """Field lines that go on to the backend, each ending in CRLF."""
+    websocket: list[tuple[bytes, bytes]] | None = None
+    """Fields of a handshake, where one is expected (`proxy/websocket.py`); None: `Upgrade` is not looked at."""
 
 
 NEVER_FORWARDED: Final = frozenset(
     b"host content-length transfer-encoding connection keep-alive proxy-connection proxy-authorization te trailer "
     b"upgrade expect authorization x-api-key x-request-id x-session-id content-encoding accept-encoding "
-    b"origin idempotency-key".split()
+    b"origin idempotency-key sec-websocket-key sec-websocket-version sec-websocket-protocol "
+    b"sec-websocket-extensions".split()
 )
 """Fields that frame the message, belong to one connection, or are ours to set or to judge."""
 
@@ -196,6 +200,10 @@ class RequestGrammar:
             head.forwarded = b",".join([value for _, value in self._find_addresses(fields)])
         if target[0] != 47:  # not "/"
             _read_target(head)
+        if method == b"GET" and _WEBSOCKET_TARGET.match(head.target) is not None:
+            head.websocket = _find_handshake(fields)
+            if head.credential is None:
+                head.credential = key_among(head.websocket)
         return head, match.end()
 
     def _read_fields(self, head: RequestHead, fields: bytes, complete: bool = True) -> None:
@@ -435,6 +443,8 @@ class PartialHead:
         return b"".join(filter(None, match.groups()))
 
 
+_WEBSOCKET_TARGET: Final = re.compile(rb"/v1/realtime(?:\?|\Z)")
+_find_handshake: Final = _field_finder(b"connection|upgrade|sec-websocket-[a-z]++")
 _REQUEST: Final = _Grammar(re.compile(_REQUEST_LINE + rb"\n"), re.compile(_REQUEST_LINE_BEGUN), RequestError)
 
 
@@ -480,6 +490,8 @@ class ResponseHead:
     content_type: bytes = b""
     content_encoding: bytes = b""
     retry_after: bytes = b""
+    handshake: list[tuple[bytes, bytes]] | None = None
+    """With 101: its fields."""
 
     @property
     def until_close(self) -> bool:
@@ -541,12 +553,13 @@ _RESPONSE: Final = _Grammar(
 
 
 def parse_response_head(
-    data: bytes, start: int, *, to_head_request: bool = False
+    data: bytes, start: int, *, to_head_request: bool = False, to_upgrade: bool = False
 ) -> tuple[ResponseHead, int] | PartialHead:
     """-> (head, position behind it), or its beginning when incomplete. Raises MalformedResponseError.
 
     Informational responses are returned like others: the caller skips below 200. A message without a body
-    (HEAD, 1xx, 204, 304) has `content_length == 0`.
+    (HEAD, 1xx, 204, 304) has `content_length == 0`. `to_upgrade`: 101 may be the answer, and what follows it lasts
+    until the connection ends.
     """
     match = _RESPONSE_HEAD.match(data, start)
     if match is None:
@@ -595,7 +608,10 @@ def parse_response_head(
     if to_head_request or head.status < 200 or head.status in (204, 304):
         head.content_length, head.chunked = 0, False
     if head.status == 101:
-        raise MalformedResponseError("protocol switch that nobody asked for")
+        if not to_upgrade:
+            raise MalformedResponseError("protocol switch that nobody asked for")
+        head.content_length = None
+        head.handshake = _find_handshake(fields)
     return head, match.end()
 
 

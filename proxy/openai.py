@@ -17,13 +17,20 @@ from typing import Any, Final
 
 import orjson
 
-from proxy.bodies import MEDIA_FIELDS, count, read_other, session
-from proxy.endpoints import ANY_BODY, BY_NAME, CHAT_BODY, PROMPT_BODY
+from proxy.bodies import (
+    ENGINE_FIELDS,
+    FETCHED_FIELDS,
+    MEDIA_FIELDS,
+    count,
+    is_fetched,
+    read_other,
+    session,
+)
+from proxy.endpoints import ANY_BODY, BY_NAME, CHAT_BODY, IMAGE_BODY, PROMPT_BODY, SPEECH_BODY
 from proxy.errors import RequestError
+from proxy.forms import form_for_backend, read_fields
 from proxy.meter import BYTES_PER_TOKEN
-
-ENGINE_FIELDS: Final = frozenset(("cache_salt", "priority", "kv_transfer_params", "vllm_xargs"))
-"""Fields by which a client could reach into the engine: other tenants' cache, the queue, other hosts. Removed."""
+from proxy.multipart import Form
 
 LONGEST_MODEL_NAME: Final = 256
 """Characters: what a client invents is kept in rows and records."""
@@ -56,6 +63,8 @@ class RequestBody:
     """The usage of a stream is asked for by `stream_options`."""
     must_rewrite: bool = False
     """Holds fields that must not go on as they are."""
+    form: Form | None = None
+    """It is an upload, and this its fields; `document` is empty."""
 
     @property
     def expected_tokens(self) -> int:
@@ -115,15 +124,7 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
         raise RequestError("invalid_json", "the body must be a JSON object")
     if not canonical:
         document = _read_exactly(raw)
-    model = document.get("model")
-    if type(model) is not str or not model:
-        if model is None:
-            raise RequestError("missing_field", "you must provide a model parameter", "model")
-        raise RequestError("invalid_value", "model must be a non-empty string", "model")
-    if len(model) > LONGEST_MODEL_NAME:
-        message = f"the name of a model has at most {LONGEST_MODEL_NAME} characters"
-        raise RequestError("invalid_value", message, "model")
-    body = RequestBody(raw, document, model)
+    body = RequestBody(raw, document, model_name(document.get("model")))
     kind = BY_NAME[endpoint].body
     if kind == CHAT_BODY:
         _read_chat(body, document)
@@ -138,10 +139,32 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
     if not media_urls:
         if kind in (CHAT_BODY, ANY_BODY, PROMPT_BODY):
             _refuse_media_urls(document.get("messages"))
+        elif kind in (SPEECH_BODY, IMAGE_BODY):
+            _refuse_fetched(document)
         else:
             for field in MEDIA_FIELDS[kind]:
                 _refuse_media_urls(document.get(field), field)
     return body
+
+
+def read_form(endpoint: str, raw: bytes, content_type: bytes, *, media_urls: bool = False) -> RequestBody:
+    """As `read_body`, for an upload. `content_type`: value of the field, which has the boundary."""
+    form = Form(raw, content_type)
+    body = RequestBody(raw, {}, model_name(form.text("model")))
+    read_fields(BY_NAME[endpoint], body, form, media_urls=media_urls)
+    return body
+
+
+def model_name(model: Any) -> str:
+    """What a client calls its model. Raises RequestError."""
+    if type(model) is not str or not model:
+        if model is None:
+            raise RequestError("missing_field", "you must provide a model parameter", "model")
+        raise RequestError("invalid_value", "model must be a non-empty string", "model")
+    if len(model) > LONGEST_MODEL_NAME:
+        message = f"the name of a model has at most {LONGEST_MODEL_NAME} characters"
+        raise RequestError("invalid_value", message, "model")
+    return model
 
 
 _PIECE_BYTES: Final = 64 * 1024
@@ -279,6 +302,18 @@ def _refuse_media_urls(messages: Any, field: str = "messages") -> None:
                 raise RequestError("media_url", "media must be sent inline as a data: URL", where)
 
 
+def _refuse_fetched(document: dict[str, Any]) -> None:
+    """The same where sound and pictures stand in fields of their own."""
+    for name, value in document.items():
+        remote = type(value) is str if name == "url" or name.endswith("_url") else False
+        if (
+            (remote and value[:5].lower() != "data:")
+            or (name in FETCHED_FIELDS and is_fetched(value))
+            or (type(value) in (dict, list) and _has_remote_url(value, 0))
+        ):
+            raise RequestError("media_url", "media must be sent inline as a data: URL", name)
+
+
 def _has_remote_url(value: Any, depth: int) -> bool:
     """Whether any `url` or `*_url` inside is a string other than a data: URL."""
     if depth > 8:
@@ -306,6 +341,8 @@ def body_for_backend(body: RequestBody, *, model: str, continuous: bool, cache_s
     `cache_salt`: separates this tenant's prefix cache from others'; empty: the backend does not know it.
     """
     if body.must_rewrite or model != body.model:
+        if body.form is not None:
+            return form_for_backend(body, body.form, model=model, continuous=continuous)
         document = {name: value for name, value in body.document.items() if name not in ENGINE_FIELDS}
         document["model"] = model
         if not body.asks_usage:

@@ -107,6 +107,10 @@ class Row:
     """Empty: no price was known, the cost is 0 and nobody invented it."""
     hedge: str = ""
     """What became of a second attempt for a late first token: `won at NAME`, `lost at NAME`, `failed at NAME`."""
+    audio_s: float | None = None
+    """Seconds of sound, where the backend tells them in place of tokens."""
+    unmetered: str = ""
+    """Why an answer of sound or pictures has no tokens; empty: it has, or is none."""
 
 
 COLUMNS = (
@@ -153,6 +157,8 @@ DETAIL = (
     "queue_s",
     "overhead_s",
     "hedge",
+    "audio_s",
+    "unmetered",
 )
 """The rest: elements of the JSON array in the column `detail`."""
 
@@ -304,6 +310,8 @@ def _detail(row: Row) -> tuple[Any, ...]:
         (row.queue_s * 1e6 + INTEGER - INTEGER) / 1e6,
         (row.overhead_s * 1e6 + INTEGER - INTEGER) / 1e6,
         row.hedge,
+        row.audio_s,
+        row.unmetered,
     )
 
 

@@ -32,6 +32,7 @@ from proxy.sse import MAX_EVENT_BYTES, Event, EventReader
 from proxy.upstream import BackendConnection, Receiver
 
 if TYPE_CHECKING:
+    from proxy.realtime import Session
     from proxy.runtime import Runtime
 
 WHOLE_ANSWER_BYTES: Final = 1024 * 1024
@@ -66,6 +67,17 @@ class Client(ABC):
 
     @abstractmethod
     def abort(self) -> None: ...
+
+    @abstractmethod
+    def switch(self, session: Session) -> bytes:
+        """Behind the answer to a handshake: all that comes is for `session`. -> what has come already."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Take no more from the client for now."""
+
+    @abstractmethod
+    def resume(self) -> None: ...
 
 
 class Relay(Receiver):
@@ -154,6 +166,8 @@ class Relay(Receiver):
             elif head.content_type[:17].lower() == b"text/event-stream":
                 self.mode = EVENTS
                 self.reader = EventReader()
+            elif self.route.media and not _is_text(head.content_type):
+                self.mode = RAW  # sound is to be heard as it comes
 
     def body(self, payload: bytes, done: bool) -> None:
         """Payload of the answer; `done`: its last, and the connection is not ours any more."""
@@ -436,6 +450,11 @@ def _outcome(status: int) -> str:
     if status < 300:
         return records.OK
     return records.CLIENT_ERROR if status < 500 and status != 429 else records.BACKEND_FAILED
+
+
+def _is_text(content_type: bytes) -> bool:
+    kind = content_type[:16].lower()
+    return kind.startswith((b"application/json", b"text/"))
 
 
 def _field_text(text: str) -> bytes:

@@ -19,6 +19,7 @@ from proxy.errors import RequestError
 from proxy.exchange import Exchange
 from proxy.http1 import ChunkedDecoder, PartialHead, RepeatedHead, RequestHead
 from proxy.pressure import REFUSE_CONNECTIONS, REFUSE_REQUESTS
+from proxy.realtime import Session
 from proxy.relay import Client
 
 if TYPE_CHECKING:
@@ -93,6 +94,10 @@ class ClientConnection(Client):
         self.counted = 0
         """Bytes of the present request's body in `runtime.body_bytes`."""
         self.exchange: Exchange | None = None
+        self.session: Session | None = None
+        """The exchange, once it is a WebSocket: until the connection ends."""
+        self.half_closed = False
+        """The client of a WebSocket has closed its half."""
 
     # asyncio.Protocol
 
@@ -116,7 +121,9 @@ class ClientConnection(Client):
 
     def data_received(self, data: bytes) -> None:
         if self.exchange is not None:
-            if not self.overrun:
+            if self.session is not None:
+                self.session.client_sent(data)
+            elif not self.overrun:
                 self.pending += data
                 if len(self.pending) > PIPELINE_BYTES:
                     self.overrun = True
@@ -133,6 +140,12 @@ class ClientConnection(Client):
     def eof_received(self) -> bool:
         # Half-closing after a request is how some clients cancel; see the module's docstring. Not left to
         # `connection_lost`, which comes only after what is buffered has been read by somebody.
+        session, transport = self.session, self.transport
+        if session is not None and self.exchange is not None and transport is not None:
+            # It is no leaving in a WebSocket: the backend may have more to say. Behind TLS there is no half.
+            self.half_closed = transport.can_write_eof() and session.client_ended()
+            if self.half_closed:
+                return True
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
             exchange.client_gone()
@@ -338,7 +351,11 @@ class ClientConnection(Client):
         self.requests += 1
         if self.requests >= runtime.most_requests or now - self.opened >= runtime.timeouts.connection:
             head.keep_alive = False
-        exchange = Exchange(runtime, self, head, admission.endpoint, admission.key, now)
+        endpoint, key = admission.endpoint, admission.key
+        if head.websocket is None or runtime.forward_model:
+            exchange = Exchange(runtime, self, head, endpoint, key, now)
+        else:
+            exchange = Session(runtime, self, head, endpoint, key, now)
         self.exchange = exchange
         exchange.start(body)
 
@@ -375,7 +392,7 @@ class ClientConnection(Client):
             return
         patience = self.runtime.timeouts.client_write if self.unsent else LINGER_S
         self.deadline = self.runtime.now() + patience
-        if transport.can_write_eof():
+        if transport.can_write_eof() and not self.half_closed:
             transport.write_eof()
             if self.paused:
                 self.paused = False
@@ -403,6 +420,22 @@ class ClientConnection(Client):
         """Cut the connection so that nothing looks complete."""
         if self.transport is not None:
             self.transport.abort()
+
+    def switch(self, session: Session) -> bytes:
+        """The connection is a WebSocket from now on."""
+        self.session = session
+        return self._take_pending()
+
+    def pause(self) -> None:
+        """Its backend takes no more for now."""
+        if not self.paused and self.transport is not None:
+            self.paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self.paused and self.transport is not None:
+            self.paused = False
+            self.transport.resume_reading()
 
     def finished(self, *, keep_alive: bool) -> None:
         """The answer is written."""

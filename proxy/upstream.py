@@ -74,6 +74,9 @@ class Receiver(ABC):
     @abstractmethod
     def lost(self, error: AttemptError, message: str) -> None: ...
 
+    def backend_full(self, full: bool) -> None:  # noqa: B027 - only who sends more than requests needs it
+        """The backend of a WebSocket takes no more for now, or again."""
+
 
 class BackendConnection:
     """One connection to a backend: an `asyncio.Protocol` in all but name, as `ClientConnection` is."""
@@ -87,6 +90,7 @@ class BackendConnection:
         "_remaining",
         "_state",
         "_to_head_request",
+        "_to_upgrade",
         "address",
         "endpoint",
         "idle_since",
@@ -115,6 +119,8 @@ class BackendConnection:
         self._informational = 0
         self._keep_alive = True
         self._to_head_request = False
+        self._to_upgrade = False
+        """It may become a WebSocket, and serves nothing else any more."""
 
     def send(self, receiver: Receiver, request: bytes, *, to_head_request: bool = False) -> None:
         """Send a whole request; `receiver` hears of its reply."""
@@ -127,6 +133,24 @@ class BackendConnection:
         self.received = False
         self.requests += 1
         self.transport.write(request)
+
+    def upgrade(self, receiver: Receiver, request: bytes) -> None:
+        """Send the handshake of a WebSocket; behind a 101, `receiver` gets as its body whatever comes."""
+        self._to_upgrade = True
+        self.send(receiver, request)
+
+    def write(self, data: bytes) -> None:
+        """More for the backend of a WebSocket."""
+        if self.transport is not None and self._state != _CLOSED:
+            self.transport.write(data)
+
+    def end_writing(self) -> bool:
+        """Close our half of a WebSocket. False: that cannot be done, since it is behind TLS, or gone."""
+        transport = self.transport
+        if transport is None or self._state == _CLOSED or not transport.can_write_eof():
+            return False
+        transport.write_eof()
+        return True
 
     @property
     def closed(self) -> bool:
@@ -167,9 +191,13 @@ class BackendConnection:
 
     def pause_writing(self) -> None:
         """A request body is kept whole anyway: the transport sends it as fast as the backend takes it."""
+        if self._to_upgrade and self._receiver is not None:
+            self._receiver.backend_full(True)
 
     def resume_writing(self) -> None:
         """See `pause_writing`."""
+        if self._to_upgrade and self._receiver is not None:
+            self._receiver.backend_full(False)
 
     def data_received(self, data: bytes) -> None:
         state = self._state
@@ -219,7 +247,9 @@ class BackendConnection:
             if recalled is not None:
                 head, position = recalled
             while recalled is None:
-                parsed = parse_response_head(data, position, to_head_request=self._to_head_request)
+                parsed = parse_response_head(
+                    data, position, to_head_request=self._to_head_request, to_upgrade=self._to_upgrade
+                )
                 if isinstance(parsed, PartialHead):
                     self._partial = parsed
                     return
@@ -228,13 +258,15 @@ class BackendConnection:
                     if not self._to_head_request:
                         repeated.remember(data, start, position, head)
                     break
+                if head.status == 101:
+                    break
                 self._informational += 1
                 if self._informational > MAX_INFORMATIONAL:
                     raise MalformedResponseError("too many informational responses")
         except MalformedResponseError as error:
             self._malformed(str(error))
             return
-        self._keep_alive = head.keep_alive
+        self._keep_alive = head.keep_alive and not self._to_upgrade
         receiver.head(head)
         if self._receiver is not receiver:
             return  # it lost interest

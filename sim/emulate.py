@@ -69,7 +69,11 @@ def emulate(
         typer.Option(help="Sequences running and waiting at most; more are refused with 503.", min=1),
     ] = None,
     runner: Annotated[
-        str, typer.Option(help="`generate`, or `pooling`: embeddings, scores and classes in place of text.")
+        str,
+        typer.Option(
+            help="`generate`; or in place of text `pooling`: embeddings, scores and classes, or `media`: sound "
+            "and pictures."
+        ),
     ] = "generate",
     fault: Annotated[
         list[str] | None,
@@ -108,7 +112,8 @@ def emulate(
             seed=seed,
             prompt_tokens_details=enable_prompt_tokens_details,
             max_num_queued_reqs=max_num_queued_reqs,
-            pooling=_is_pooling(runner),
+            pooling=_checked(runner) == "pooling",
+            media=runner == "media",
             faults=tuple(map(parse_fault, fault or ())),
             control=control,
             shutdown_timeout_s=shutdown_timeout,
@@ -183,11 +188,11 @@ def _profile(name: str | None, plain: dict[str, float | None], max_model_len: in
     return with_max_model_len(profile, max_model_len)
 
 
-def _is_pooling(runner: str) -> bool:
+def _checked(runner: str) -> str:
     """Raises ValueError."""
-    if runner not in ("generate", "pooling"):
-        raise ValueError(f"--runner is generate or pooling, not {runner}")
-    return runner == "pooling"
+    if runner not in ("generate", "pooling", "media"):
+        raise ValueError(f"--runner is generate, pooling or media, not {runner}")
+    return runner
 
 
 def _on_ports(common: EmulatorSettings, ports: list[int], backends: int) -> list[EmulatorSettings]:

@@ -111,6 +111,8 @@ class EmulatorSettings:
     """vLLM's `--max-num-queued-reqs`: sequences running and waiting at most; None: no limit."""
     pooling: bool = False
     """vLLM's `--runner pooling`: embeddings and scores, no text."""
+    media: bool = False
+    """Sound and pictures, no text."""
     faults: tuple[Fault, ...] = ()
     """In force from the start."""
     control: bool = False
@@ -166,6 +168,7 @@ class Emulator:
                 prompt_tokens_details=settings.prompt_tokens_details,
                 max_num_queued_reqs=settings.max_num_queued_reqs,
                 pooling=settings.pooling,
+                media=settings.media,
                 control=settings.control,
             ),
             self.engine,

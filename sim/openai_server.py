@@ -13,8 +13,8 @@ import hmac
 import logging
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 from uuid import uuid4
@@ -28,6 +28,7 @@ from sim.completion import Completion
 from sim.faults import Fault, Faults
 from sim.generation import Engine, SequencePlan
 from sim.json_instance import Schema, UnsupportedSchemaError, minimal_instance
+from sim.media_api import MediaApi
 from sim.messages_api import MessagesApi
 from sim.openai_request import (
     ChatRequest,
@@ -42,6 +43,7 @@ from sim.openai_request import (
 from sim.openai_shapes import ChatShapes, CompletionShapes, Head, Shapes
 from sim.pooling_api import PoolingApi
 from sim.prefix_hashes import prefix_hashes
+from sim.realtime_api import RealtimeApi
 from sim.responses_api import ResponsesApi
 from sim.vllm_metrics import CONTENT_TYPE, VllmMetrics
 
@@ -80,6 +82,8 @@ class FaceSettings:
     """vLLM's `--max-num-queued-reqs`: sequences running and waiting at most, others are refused; None: no limit."""
     pooling: bool = False
     """It serves a pooling model: embeddings and scores, no text."""
+    media: bool = False
+    """It serves sound and pictures, no text."""
     control: bool = False
     """Whether `/emulator/fault` is there, which no vLLM has."""
 
@@ -130,6 +134,9 @@ class Face:
             app.router.add_post(path, post)
         if self.settings.pooling:
             PoolingApi(self).add_routes(app)
+        elif self.settings.media:
+            MediaApi(self).add_routes(app)
+            RealtimeApi(self).add_routes(app)
         else:
             app.router.add_post("/v1/chat/completions", self._chat)
             app.router.add_post("/v1/completions", self._completions)
@@ -407,11 +414,17 @@ class Face:
 
     async def compute(self, plans: Sequence[SequencePlan]) -> None:
         """Return when the engine has done what nobody watches token by token."""
+        async with aclosing(self.generate(plans)) as steps:
+            async for _ in steps:
+                pass
+
+    async def generate(self, plans: Sequence[SequencePlan]) -> AsyncGenerator[list[tuple[int, int]], None]:
+        """The engine's steps; whoever leaves early closes it."""
         with self._admitted(len(plans)):
             generation = self._engine.submit(plans)
             try:
-                async for _ in generation:
-                    pass
+                async for step in generation:
+                    yield step
             finally:
                 self._engine.cancel(generation)
 

@@ -236,6 +236,8 @@ _METERED = {
     "messages": "prompt and answer",
     "input": "prompt",
     "stored": "prompt and answer, if they were not counted before",
+    "media": "prompt and answer, if the backend tells them",
+    "session": "prompts and answers, if the backend tells them",
 }
 
 

@@ -79,19 +79,38 @@ def message_events() -> list[bytes]:
     ]
 
 
+USAGE = {**RESPONSE_USAGE, "type": "tokens"}
+
+
+def media_events(kind: str, last: str) -> list[bytes]:
+    """Events of sound or a picture, in OpenAI's shape."""
+    return [
+        named(kind, delta="hello", b64_json="AAAA"),
+        named(kind, delta=" you", b64_json="AAAA"),
+        named(last, usage=USAGE),
+    ]
+
+
+TRANSCRIPT = media_events("transcript.text.delta", "transcript.text.done")
+SPEECH = media_events("speech.audio.delta", "speech.audio.done")
+PICTURES = media_events("image_generation.partial_image", "image_generation.completed")
+EDITS = media_events("image_edit.partial_image", "image_edit.completed")
+PICTURE = {"created": 1, "data": [{"b64_json": "AAAA"}], "usage": USAGE}
+
+
 @dataclass
 class Sample:
     """One endpoint's."""
 
     answer: Any
     body: dict[str, Any] = field(default_factory=dict)
-    """Besides `model`."""
+    """Besides `model`; fields of text where it is an upload, which has a file too."""
     tokens: tuple[int, int, int] = (0, 0, 0)
     """Of the prompt, from the cache, of the answer: what the row must have."""
     events: list[bytes] = field(default_factory=list)
     begin: int = 0
     """Events in front of the first that commits."""
-    partial: tuple[int, int, int, str] = (0, 0, 0, "")
+    partial: tuple[int, int, int, str] = (0, 0, 0, "none")
     """What the row has if only the first of the events that commit came: tokens as above, and their source."""
 
 
@@ -135,4 +154,11 @@ SAMPLES: dict[str, Sample] = {
     "classify": Sample(pooled(data=[{"label": "x"}]), {"input": "hi"}, (7, 0, 0)),
     "tokenize": Sample({"count": 1, "tokens": [1]}, {"prompt": "hi"}),
     "detokenize": Sample({"prompt": "hi"}, {"tokens": [1]}),
+    "transcriptions": Sample({"text": "sea", "usage": USAGE}, {"prompt": "hi"}, (7, 2, 5), TRANSCRIPT),
+    "translations": Sample({"text": "sea", "usage": USAGE}, {}, (7, 2, 5), TRANSCRIPT),
+    "speech": Sample({"audio": "AAAA", "usage": USAGE}, {"input": "hi", "voice": "x"}, (7, 2, 5), SPEECH),
+    "images": Sample(PICTURE, {"prompt": "hi"}, (7, 2, 5), PICTURES),
+    "image-edits": Sample(PICTURE, {"prompt": "hi"}, (7, 2, 5), EDITS),
+    "image-variations": Sample(PICTURE, {}, (7, 2, 5)),
+    "realtime": Sample({}, {}, (7, 2, 5)),  # of its answers, in test_realtime.py
 }

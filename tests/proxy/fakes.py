@@ -496,12 +496,14 @@ class World:
         method: bytes = b"POST",
         target: bytes = b"/v1/chat/completions",
         idempotency_key: bytes = b"",
+        forward: bytes = b"",
         **fields: Any,
     ) -> Exchange:
         """A request arrives."""
         document = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream, **fields}
         head = RequestHead(method, target, version, keep_alive=keep_alive)
         head.idempotency_key = idempotency_key
+        head.forward = forward
         exchange = Exchange(self.runtime, FakeClient(), head, endpoint, self.key, self.loop.now)
         self.all.append(exchange)
         exchange.start(orjson.dumps(document) if raw is None else raw)

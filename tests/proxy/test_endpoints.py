@@ -10,15 +10,33 @@ import pytest
 
 from policies.fileschema import ENDPOINTS
 from proxy.access.keys import Key
-from proxy.endpoints import ANTHROPIC, BY_PATH, METERINGS, NO_USAGE, TABLE, Route, find, stored_id
+from proxy.dialects import translated
+from proxy.endpoints import (
+    ANTHROPIC,
+    BY_NAME,
+    BY_PATH,
+    METERINGS,
+    NO_USAGE,
+    TABLE,
+    WEBSOCKET,
+    Route,
+    find,
+    stored_id,
+)
 from proxy.exchange import Exchange
 from proxy.http1 import RequestHead
-from proxy.meters import MOST_WITHHELD
+from proxy.meters import MOST_WITHHELD, new_meter
 from proxy.responses import StoredResponse
+from proxy.sse import Event
 from tests.proxy.endpoint_samples import SAMPLES, message_events, named, response, response_events
 from tests.proxy.fakes import LAST_CHUNK, STREAM_HEAD, World, chunked, client_of, read, whole
+from tests.proxy.uploads import FORM_TYPE, upload
 
-every = pytest.mark.parametrize("route", TABLE, ids=lambda route: route.name)
+table = pytest.mark.parametrize("route", TABLE, ids=lambda route: route.name)
+every = pytest.mark.parametrize(
+    "route", [route for route in TABLE if route.body != WEBSOCKET], ids=lambda route: route.name
+)
+"""All that are one request and one answer; `test_realtime.py` holds the WebSocket to the same laws."""
 streams = pytest.mark.parametrize(
     "route", [route for route in TABLE if SAMPLES[route.name].events], ids=lambda route: route.name
 )
@@ -41,7 +59,15 @@ def start(world: World, route: Route, *, stream: bool = False, model: str = "m",
     if stream:
         document["stream"] = True
     raw = b"" if route.stored else orjson.dumps(document)
-    return world.start(endpoint=route.name, raw=raw, method=route.method.encode(), target=target(route))
+    forward = b""
+    if route.form:
+        raw = upload(
+            **{name: str(value).lower() if value is True else value for name, value in document.items()}
+        )
+        forward = b"content-type: %b\r\n" % FORM_TYPE
+    return world.start(
+        endpoint=route.name, raw=raw, method=route.method.encode(), target=target(route), forward=forward
+    )
 
 
 def used(exchange: Exchange) -> tuple[int, int, int]:
@@ -73,7 +99,7 @@ def test_a_name_and_a_path_stand_once() -> None:
     assert {route.method for route in BY_PATH.values()} == {"POST"}  # `Runtime.admit` takes it for granted
 
 
-@every
+@table
 def test_it_is_metered_or_says_why_not(route: Route) -> None:
     assert route.metering in METERINGS
     assert (route.metering == NO_USAGE) == bool(route.unmetered)
@@ -82,7 +108,7 @@ def test_it_is_metered_or_says_why_not(route: Route) -> None:
     assert not route.generates or SAMPLES[route.name].events
 
 
-@every
+@table
 def test_its_paths_lead_to_it_with_its_method_only(route: Route) -> None:
     runtime = World("a").runtime
     for path in (route.path, *route.aliases):
@@ -114,6 +140,33 @@ def test_nothing_beside_them_reaches_a_backend(path: bytes) -> None:
     assert stored_id(path) == ""
 
 
+# What is nested more deeply than it is written again, and not too deeply to be read
+
+DEEP = b'{"a":' * 500 + b"1" + b"}" * 500
+
+
+def test_a_deep_error_of_a_backend_is_one_in_any_dialect() -> None:
+    document = orjson.loads(translated(ANTHROPIC, 400, b'{"detail":' + DEEP + b"}"))
+    assert document["error"] == {
+        "type": "invalid_request_error",
+        "message": "the backend's error cannot be shown",
+    }
+
+
+@pytest.mark.parametrize("name", ["responses", "messages"])
+def test_a_deep_error_event_is_the_clients_fault_all_the_same(name: str) -> None:
+    meter = new_meter(BY_NAME[name])
+    data = b'{"type":"error","error":{"code":400,"message":"no","param":' + DEEP + b"}}"
+    meter.event(Event(b"data: " + data + b"\n\n", data), include_usage=True, every_event=True)
+    assert (meter.client_fault, meter.fault, meter.failed) == (400, data, True)
+
+
+def test_deep_arguments_of_a_tool_are_no_text() -> None:
+    meter = new_meter(BY_NAME["messages"])
+    meter.body(b'{"content":[{"text":"four"},{"type":"tool_use","input":' + DEEP + b"}]}")
+    assert meter.text_bytes == 4
+
+
 # Every request
 
 
@@ -133,16 +186,17 @@ def test_it_is_metered(route: Route) -> None:
 
 
 @every
-def test_a_backend_that_reports_nothing_is_estimated(route: Route) -> None:
+def test_a_backend_that_reports_nothing_is_estimated_or_the_row_says_why_not(route: Route) -> None:
     answer = {name: value for name, value in SAMPLES[route.name].answer.items() if name != "usage"}
     if route.name == "responses":
         answer["output"] = [{"type": "message", "content": [{"type": "output_text", "text": "hello"}]}]
     exchange = start(w := world(), route)
     w.answers(exchange, "a").data_received(whole(200, orjson.dumps(answer)))
-    known = not route.unmetered and not route.stored
+    known = not route.unmetered and not route.stored and not route.media
     assert exchange.row.usage_source == ("estimated" if known else "none")
     assert (exchange.row.prompt_tokens > 0) == known
     assert (exchange.row.completion_tokens > 0) == route.generates
+    assert exchange.row.unmetered == ("no usage was reported" if route.media else "")
 
 
 @every

@@ -55,9 +55,10 @@ def test_the_head_says_whose_request_it_was() -> None:
 
 def test_an_older_row_with_fewer_details_takes_defaults() -> None:
     values = list(to_values(a_row()))
-    values[-1] = orjson.dumps(orjson.loads(values[-1])[:-3]).decode()
+    values[-1] = orjson.dumps(orjson.loads(values[-1])[:-5]).decode()
     row = from_values(values)
     assert (row.queue_s, row.overhead_s, row.hedge) == (0.0, 0.0, "")
+    assert (row.audio_s, row.unmetered) == (None, "")
     assert row.body_bytes == 1100
 
 

@@ -26,6 +26,9 @@ def test_what_shows_a_row_exists(row: Row) -> None:
         defined = re.findall(r"^(?:async )?def (test_\w+)\(", (ROOT / file).read_text(encoding="utf-8"), re.M)
         assert name in defined, test
     assert row.tests or row.command
+    if row.command:
+        module = row.command.split()[2]
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), row.command
 
 
 def test_every_test_here_belongs_to_its_row() -> None:
