@@ -9,7 +9,8 @@ from statistics import median
 from typing import Any
 
 MOST_MB_PER_10_MIN = 1.0
-"""Growth of memory, over ten minutes and more."""
+"""Growth of memory, over `LONG_S` and more."""
+LONG_S = 540.0
 MOST_MB = 4.0
 """In a shorter time, which says nothing of ten minutes: pools and caches breathe."""
 WARM_UP_S = 75.0
@@ -176,7 +177,7 @@ class Growth:
     @property
     def is_flat(self) -> bool:
         """Whether it is as promised."""
-        if self.seconds >= 600:
+        if self.seconds >= LONG_S:
             return self.mb_per_10_min <= MOST_MB_PER_10_MIN
         return self.mb_per_10_min * self.seconds / 600 <= (MOST_MB if self.warm else MOST_WARMING_MB)
 

@@ -299,3 +299,4 @@ def test_an_answer_that_cannot_be_read_is_billed_by_its_bytes() -> None:
 
 TestExchange = ExchangeMachine.TestCase
 TestExchange.settings = settings(max_examples=120, stateful_step_count=40)
+TestExchange.pytestmark = [pytest.mark.timeout(300)]  # on a busy machine it is slow, not wrong
