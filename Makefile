@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-compiled verify bench vllm format constraints clean check-style
+.PHONY: help run test test-compiled fuzz verify bench vllm format constraints clean check-style
 
 help: ## list these words
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1#/p' $(MAKEFILE_LIST) | awk -F'#' '{printf "%-18s %s\n", $$1, $$2}'
@@ -22,11 +22,17 @@ test-compiled: build/compiled/.stamp ## the same over real sockets, with the dat
 	@PYTHONPATH=$(CURDIR)/build/compiled $(BIN)/pytest --import-mode=append -m "not slow and not vllm" \
 	  tests/e2e $(COMPILED_TESTS) $(ARGS)
 
-verify: check-style vllm test-compiled ## all tests, with real models and promised times, then crashes, memory and delay (an hour)
+FUZZ_SECONDS ?= 30
+fuzz: $(VENV)/.fuzz ## feed the parsers what a fuzzer makes up, each for FUZZ_SECONDS (30)
+	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
+
+verify: check-style vllm test-compiled $(VENV)/.fuzz ## all tests, with real models and promised times, then fuzzing, crashes, memory, delay and a soak (two hours)
 	@TIDEGATE_FORBID_SKIPS=1 TIDEGATE_PATIENCE=1 $(BIN)/pytest $(ARGS)
+	@TIDEGATE_FORBID_SKIPS=1 $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 	@$(BIN)/python -m benchmarks.crash --no-result
 	@$(BIN)/python -m benchmarks.memory --check --no-result
 	@$(BIN)/python -m benchmarks.delay --check --no-result
+	@$(BIN)/python -m benchmarks.soak --check --no-result
 
 bench: $(VENV)/.dev ## what a request and a token cost, side by side with other proxies (half an hour)
 	@$(BIN)/python -m benchmarks.install_peers
@@ -42,7 +48,7 @@ format: $(VENV)/.dev ## format the code and mend what can be mended
 constraints: ## write constraints.txt anew: the newest versions that pyproject.toml allows
 	@rm -rf build/newest && $(MAKE) --no-print-directory VENV=build/newest build/newest/.python
 	@build/newest/bin/python -m pip install --quiet --upgrade pip
-	@build/newest/bin/python -m pip install --quiet hatchling editables --group dev --editable .
+	@build/newest/bin/python -m pip install --quiet hatchling editables --group dev --group fuzz --editable .
 	@{ echo "# Exact versions for every installation; 'make constraints' writes this file."; \
 	   build/newest/bin/python -m pip freeze --all --exclude-editable --exclude setuptools; } > build/constraints.txt
 	@mv build/constraints.txt constraints.txt && rm -rf build/newest
@@ -91,3 +97,7 @@ build/compiled/.stamp: $(VENV)/.dev hatch_build.py pyproject.toml $(SOURCES)
 $(VENV)/.dev: $(VENV)/.runtime
 	@$(INSTALL) --group dev
 	@touch $@
+
+# Atheris is not there for every system: without it, `tests.fuzz` says what was not run.
+$(VENV)/.fuzz: $(VENV)/.dev
+	@$(INSTALL) --group fuzz && touch $@ || true

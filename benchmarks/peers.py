@@ -106,9 +106,10 @@ def configure_tidegate(folder: Path, ports: Sequence[int]) -> tuple[Path, int]:
     return path, port
 
 
-def create_key(command: Sequence[str], configuration: Path) -> str:
-    """Create an API key without limits, as a user would."""
-    arguments = [*command, "keys", "create", "--tenant", "bench", "--json", "--config", str(configuration)]
+def create_key(command: Sequence[str], configuration: Path, *limits: str, tenant: str = "bench") -> str:
+    """Create an API key, as a user would; `limits`: options of that command."""
+    arguments = [*command, "keys", "create", "--tenant", tenant, "--json", *limits]
+    arguments += ["--config", str(configuration)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise StartError(f"tidegate keys create failed:\n{done.stderr[-2000:]}")

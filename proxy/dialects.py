@@ -76,7 +76,10 @@ def _message(document: dict[str, Any]) -> str:
     for said in (error, document.get("detail")):
         if isinstance(said, str):
             return said
-    return orjson.dumps(document).decode()
+    try:
+        return orjson.dumps(document).decode()
+    except orjson.JSONEncodeError:  # it reads deeper nesting than it writes
+        return "the backend's error cannot be shown"
 
 
 def _anthropic(status: int, message: str, *, client: bool) -> bytes:

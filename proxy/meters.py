@@ -95,7 +95,7 @@ class EventMeter(Meter):
         error = document.get("error")
         code = error.get("code") if isinstance(error, dict) else None
         if type(code) is int and 400 <= code < 500:
-            self.client_fault, self.fault = code, orjson.dumps({"error": error})
+            self.client_fault, self.fault = code, _written({"error": error}) or event.data or b""
         return event.raw
 
 
@@ -302,5 +302,13 @@ def _content_bytes(content: Any) -> int:
                 if type(text := block.get(field)) is str:
                     size += _size(text)
             if isinstance(block.get("input"), dict):
-                size += len(orjson.dumps(block["input"]))
+                size += len(_written(block["input"]))
     return size
+
+
+def _written(value: Any) -> bytes:
+    """As JSON; empty: it is nested more deeply than is written, though not than is read."""
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        return b""

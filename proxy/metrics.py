@@ -101,6 +101,7 @@ class Metrics:
             "tidegate_open_exchanges", "Requests at backends.", value=len(runtime.exchanges)
         )
         yield GaugeMetricFamily("tidegate_client_connections", "Connections.", value=len(runtime.clients))
+        yield GaugeMetricFamily("tidegate_tasks", "Tasks in the background.", value=len(runtime.tasks))
         yield GaugeMetricFamily(
             "tidegate_memory_use", "Memory, as a share of its bound.", value=runtime.pressure.use
         )

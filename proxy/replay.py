@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
+from typing import Any, Final
 
 import orjson
 
 from proxy.prices import Prices
-from proxy.records import LOST, Head, Row, Values, from_head, to_values
-from proxy.segments import Damage, list_segments, read_segment, sync_directory
+from proxy.records import COLUMNS, LOST, Head, Row, Values, from_head, to_values
+from proxy.segments import Damage, JournalError, list_segments, read_segment, sync_directory
 
 BATCH_ROWS = 1024
 """Rows handed over at once, or a few more."""
@@ -49,16 +51,13 @@ def replay(directory: Path, take: Callable[[list[Values]], None], prices: Prices
             if isinstance(payload, Damage):
                 replayed.damages.append(payload)
                 continue
-            opened, progress, closed = orjson.loads(payload)
-            for head in opened:
-                live[head[0]] = _lost(head)
-            for op, *figures in progress:
-                if op in live:
-                    _advance(live[op], *figures)
-            for values in closed:
-                live.pop(values[0], None)
-                rows.append(tuple(values))
-            replayed.rows += len(closed)
+            try:
+                found = _take(payload, live)
+            except (ValueError, TypeError, LookupError) as error:
+                # Its checksum is right, so this is no accident of the disk: somebody else wrote it.
+                raise JournalError(f"{path}: a frame holds no records: {error}") from None
+            rows += found
+            replayed.rows += len(found)
             if len(rows) >= BATCH_ROWS:
                 flush()
     for row in live.values():
@@ -72,6 +71,41 @@ def replay(directory: Path, take: Callable[[list[Values]], None], prices: Prices
         path.unlink()
     sync_directory(directory)
     return replayed
+
+
+def _take(payload: bytes, live: dict[str, Row]) -> list[Values]:
+    """The rows that a frame closes; `live`, the requests that are open, follows.
+
+    Raises ValueError, TypeError or LookupError: it is no frame of ours.
+    """
+    opened, progress, closed = orjson.loads(payload)
+    for head in opened:
+        _check(head, 1)
+        live[head[0]] = row = _lost(head)
+        if not isinstance(row.arrived, float | int):
+            raise TypeError("a request has come at no time")
+    for figures in progress:
+        if list(map(type, figures)) != _PROGRESS:
+            raise TypeError("these are no figures of a request")
+        op, *figures = figures
+        if op in live:
+            _advance(live[op], *figures)
+    for values in closed:
+        _check(values, len(COLUMNS) + 1)
+        live.pop(values[0], None)
+    return list(map(tuple, closed))
+
+
+_PROGRESS: Final = [str, str, int, int, int, str]
+_PLAIN: Final = frozenset((str, int, float, bool, NoneType))
+
+
+def _check(values: Any, least: int) -> None:
+    """Whether it is a record: a list of plain values, so many at least, an operation id the first of them."""
+    if type(values) is not list or len(values) < least or type(values[0]) is not str:
+        raise TypeError("this is no record of a request")
+    if not _PLAIN.issuperset(map(type, values)):
+        raise TypeError("a record holds no lists or objects")
 
 
 def _lost(head: Head) -> Row:

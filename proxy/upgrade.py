@@ -106,6 +106,7 @@ class UpgradeSocket:
             raise
         self.close()
         self._accepting = self._spawn(self._accept(sock), "upgrade socket")
+        self._accepting.add_done_callback(lambda _: sock.close())  # also if it is cancelled before it begins
 
     def close(self) -> None:
         """Answer nobody any more who has not asked yet."""
@@ -114,11 +115,10 @@ class UpgradeSocket:
             self._accepting = None
 
     async def _accept(self, sock: socket.socket) -> None:
-        with sock:
-            while True:
-                connection, _ = await self._loop.sock_accept(sock)
-                connection.setblocking(False)
-                self._spawn(self._answer(connection), "upgrade")
+        while True:
+            connection, _ = await self._loop.sock_accept(sock)
+            connection.setblocking(False)
+            self._spawn(self._answer(connection), "upgrade")
 
     async def _answer(self, connection: socket.socket) -> None:
         with connection:

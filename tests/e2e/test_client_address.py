@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.proxied_server import ProxiedServer
 from tests.e2e.proxy_fixtures import MakeKey, Proxy, StartBackend, StartProxy, chat
 from tests.e2e.test_client_tls import Files, connect
 
@@ -50,7 +51,9 @@ async def test_a_balancer_without_a_good_header_is_cut_off(
         client = await proxy.connect()
         await client.send(beginning)
         assert await client.closed() == b""
-    assert proxy.service._server.refused == 2  # type: ignore[union-attr]
+    (server,) = proxy.service._listening._servers["listen"]
+    assert isinstance(server, ProxiedServer)
+    assert server.refused == 2
     assert backend.received == []
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from random import Random
 from typing import NamedTuple, TypeVar
 
+from proxy.errors import RequestError
 from proxy.http1 import (
     ChunkedDecoder,
+    MalformedResponseError,
     PartialHead,
     RequestGrammar,
     RequestHead,
@@ -86,6 +89,38 @@ def _read(
     if head is not None and head.content_length is None and not head.chunked:
         return Message(head, body, size)
     return None
+
+
+Reader = Callable[[Sequence[bytes]], Message | None]
+
+REFUSED, WAITS = ("refused",), ("waits",)
+
+
+def outcome(read: Reader, pieces: Sequence[bytes]) -> tuple[object, ...]:
+    """What reading ends in. Which fault is named may depend on the cut, but not that there is one."""
+    try:
+        message = read(pieces)
+    except (RequestError, MalformedResponseError, ValueError):
+        return REFUSED
+    if message is None:
+        return WAITS
+    head = message.head
+    return *(getattr(head, field.name) for field in fields(head)), message.body, message.size
+
+
+def unchunked(pieces: Sequence[bytes]) -> tuple[bytes, int] | str:
+    """Payload and bytes read; or that it is refused, or waits for more."""
+    decoder = ChunkedDecoder()
+    parts, size = [], 0
+    try:
+        for piece in pieces:
+            payload, end = decoder.feed(piece)
+            assert decoder.done or end == len(piece)
+            parts.append(payload)
+            size += end
+    except ValueError:
+        return "refused"
+    return (b"".join(parts), size) if decoder.done else "waits"
 
 
 def pieces_of(data: bytes, size: int) -> list[bytes]:

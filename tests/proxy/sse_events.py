@@ -1,8 +1,23 @@
-"""What `../shared/conformance/sse_check.py` feeds: our reader as it wants one."""
+"""Event streams for tests, and our reader as `../shared/conformance/sse_check.py` wants one."""
 
 from __future__ import annotations
 
+import re
+
 from proxy.sse import EventReader
+
+BOM = b"\xef\xbb\xbf"
+
+
+def canonical(stream: bytes) -> bytes:
+    """A CR that is the last byte of a read may end an event: an LF in the next read is dropped. So all line ends
+    become LF here, and blank lines that mean nothing are left out."""
+    return re.sub(rb"\n\n+", b"\n\n", re.sub(rb"\r\n?", b"\n", stream)).lstrip(b"\n")
+
+
+def is_bom(stream: bytes) -> bool:
+    """Whether there is no more of the stream than the beginning of a byte order mark."""
+    return len(stream) < 3 and BOM.startswith(stream)
 
 
 class Reader:

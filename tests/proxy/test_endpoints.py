@@ -10,11 +10,24 @@ import pytest
 
 from policies.fileschema import ENDPOINTS
 from proxy.access.keys import Key
-from proxy.endpoints import ANTHROPIC, BY_PATH, METERINGS, NO_USAGE, TABLE, WEBSOCKET, Route, find, stored_id
+from proxy.dialects import translated
+from proxy.endpoints import (
+    ANTHROPIC,
+    BY_NAME,
+    BY_PATH,
+    METERINGS,
+    NO_USAGE,
+    TABLE,
+    WEBSOCKET,
+    Route,
+    find,
+    stored_id,
+)
 from proxy.exchange import Exchange
 from proxy.http1 import RequestHead
-from proxy.meters import MOST_WITHHELD
+from proxy.meters import MOST_WITHHELD, new_meter
 from proxy.responses import StoredResponse
+from proxy.sse import Event
 from tests.proxy.endpoint_samples import SAMPLES, message_events, named, response, response_events
 from tests.proxy.fakes import LAST_CHUNK, STREAM_HEAD, World, chunked, client_of, read, whole
 from tests.proxy.uploads import FORM_TYPE, upload
@@ -125,6 +138,33 @@ def test_its_paths_lead_to_it_with_its_method_only(route: Route) -> None:
 def test_nothing_beside_them_reaches_a_backend(path: bytes) -> None:
     assert find(b"GET", path) == find(b"POST", path) == ""
     assert stored_id(path) == ""
+
+
+# What is nested more deeply than it is written again, and not too deeply to be read
+
+DEEP = b'{"a":' * 500 + b"1" + b"}" * 500
+
+
+def test_a_deep_error_of_a_backend_is_one_in_any_dialect() -> None:
+    document = orjson.loads(translated(ANTHROPIC, 400, b'{"detail":' + DEEP + b"}"))
+    assert document["error"] == {
+        "type": "invalid_request_error",
+        "message": "the backend's error cannot be shown",
+    }
+
+
+@pytest.mark.parametrize("name", ["responses", "messages"])
+def test_a_deep_error_event_is_the_clients_fault_all_the_same(name: str) -> None:
+    meter = new_meter(BY_NAME[name])
+    data = b'{"type":"error","error":{"code":400,"message":"no","param":' + DEEP + b"}}"
+    meter.event(Event(b"data: " + data + b"\n\n", data), include_usage=True, every_event=True)
+    assert (meter.client_fault, meter.fault, meter.failed) == (400, data, True)
+
+
+def test_deep_arguments_of_a_tool_are_no_text() -> None:
+    meter = new_meter(BY_NAME["messages"])
+    meter.body(b'{"content":[{"text":"four"},{"type":"tool_use","input":' + DEEP + b"}]}")
+    assert meter.text_bytes == 4
 
 
 # Every request

@@ -1,19 +1,23 @@
 """Laws of the exchange, whatever its client, its backends and the clock do, and in whatever order.
 
 Every request ends in one row and gives back what it held; every answer is HTTP that h11 accepts; no stream says
-both that it is complete and that it is not; no more tokens are billed than backends reported.
+both that it is complete and that it is not; no more tokens are billed than backends reported, or, of an answer that
+nobody can read, than its bytes may hold.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from proxy.access.keys import Key
 from proxy.exchange import Exchange, State
+from proxy.meter import BYTES_PER_TOKEN
+from proxy.records import Row
 from proxy.upstream import BackendConnection
 from tests.proxy.fakes import (
     DONE,
@@ -58,6 +62,7 @@ class Answering:
     def __init__(self, request: int, head: bytes) -> None:
         self.request = request
         self.chunked = b"chunked" in head
+        self.coded = head == CODED_HEAD
         self.tokens = 0
 
 
@@ -68,6 +73,8 @@ class ExchangeMachine(RuleBasedStateMachine):
         super().__init__()
         self.reported = 0
         """Completion tokens, summed over the answers of backends."""
+        self.coded = 0
+        """Bytes of answers that cannot be read for their coding."""
         self.answering: dict[BackendConnection, Answering] = {}
 
     @initialize(
@@ -185,6 +192,7 @@ class ExchangeMachine(RuleBasedStateMachine):
                 self.reported += 5
         else:
             piece = self.next_piece(data, state)
+            self.coded += len(piece) if state.coded else 0
         middle = int(cut * len(piece))
         for part in (piece[:middle], piece[middle:]):
             if part and not connection.closed and connection in self.waiting():
@@ -250,9 +258,7 @@ class ExchangeMachine(RuleBasedStateMachine):
     def books_balance(self) -> None:
         if hasattr(self, "world"):
             self.world.check()
-            rows = [exchange.row for exchange in self.world.all]
-            billed = sum(row.completion_tokens + row.overhead_completion_tokens for row in rows)
-            assert billed <= self.reported
+            check_bill([exchange.row for exchange in self.world.all], self.reported, self.coded)
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):
@@ -267,6 +273,28 @@ class ExchangeMachine(RuleBasedStateMachine):
         assert usage.running == 0
         assert usage.month.reserved == 0
         assert self.world.dialled() == []
+
+
+def check_bill(rows: list[Row], reported: int, coded: int) -> None:
+    """No more is billed than was reported, or estimated from `coded` bytes; each estimate is rounded up."""
+    estimated = [row.completion_tokens for row in rows if row.usage_source == "estimated"]
+    billed = sum(row.completion_tokens + row.overhead_completion_tokens for row in rows) - sum(estimated)
+    assert billed <= reported
+    assert BYTES_PER_TOKEN * sum(estimated) <= coded + (BYTES_PER_TOKEN - 1) * len(estimated)
+
+
+def test_an_answer_that_cannot_be_read_is_billed_by_its_bytes() -> None:
+    world = World("a")
+    exchange = world.start()
+    comment = b": keep-alive\n\ndata:\n\n"
+    connection = world.answers(exchange, "a")
+    for piece in (CODED_HEAD, chunked(comment), LAST_CHUNK):
+        connection.data_received(piece)
+    row = exchange.row
+    assert (row.usage_source, row.completion_tokens) == ("estimated", -(-len(comment) // BYTES_PER_TOKEN))
+    check_bill([row], 0, len(comment))
+    with pytest.raises(AssertionError):
+        check_bill([row], 0, len(comment) - BYTES_PER_TOKEN)
 
 
 TestExchange = ExchangeMachine.TestCase

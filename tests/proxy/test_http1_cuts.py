@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable
 from random import Random
 
 import pytest
@@ -12,43 +11,25 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import RequestError
-from proxy.http1 import (
-    LAST_CHUNK,
-    ChunkedDecoder,
-    MalformedResponseError,
-    RepeatedHead,
-    chunk,
-)
+from proxy.http1 import LAST_CHUNK, ChunkedDecoder, RepeatedHead, chunk
 from tests.proxy.http_bytes import (
     GRAMMAR,
-    Message,
+    REFUSED,
+    WAITS,
+    Reader,
     a_chunked_body,
     a_request,
     a_response,
+    outcome,
     pieces_of,
     random_pieces,
     read_request,
     read_response,
+    unchunked,
 )
 
 CASES = 20
 """Messages per seed."""
-
-Reader = Callable[[Sequence[bytes]], Message | None]
-
-REFUSED, WAITS = ("refused",), ("waits",)
-
-
-def outcome(read: Reader, pieces: Sequence[bytes]) -> tuple[object, ...]:
-    """What reading ends in. Which fault is named may depend on the cut, but not that there is one."""
-    try:
-        message = read(pieces)
-    except (RequestError, MalformedResponseError, ValueError):
-        return REFUSED
-    if message is None:
-        return WAITS
-    head = message.head
-    return *(getattr(head, field.name) for field in fields(head)), message.body, message.size
 
 
 @pytest.mark.parametrize(("make", "read"), [(a_request, read_request), (a_response, read_response)])
@@ -114,21 +95,6 @@ def test_one_byte_too_many_or_too_few_is_no_chunk(size: int) -> None:
     assert b"".join(decoder.feed(piece)[0] for piece in pieces) == b"a" * 30 + whole + b"b" * 30
     with pytest.raises(ValueError, match="chunk data"):
         decoder.feed(whole[:-2] + b"xy")
-
-
-def unchunked(pieces: Sequence[bytes]) -> tuple[bytes, int] | str:
-    """Payload and bytes read; or that it is refused, or waits for more."""
-    decoder = ChunkedDecoder()
-    parts, size = [], 0
-    try:
-        for piece in pieces:
-            payload, end = decoder.feed(piece)
-            assert decoder.done or end == len(piece)
-            parts.append(payload)
-            size += end
-    except ValueError:
-        return "refused"
-    return (b"".join(parts), size) if decoder.done else "waits"
 
 
 @given(st.lists(st.binary(min_size=1, max_size=300), max_size=8), st.integers(0, 2**32))

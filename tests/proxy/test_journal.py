@@ -19,7 +19,7 @@ import proxy.journal
 from proxy.journal import RESERVE_BYTES, Journal, JournalError, JournalLockedError
 from proxy.records import LOST, Row, Values, from_values
 from proxy.replay import Replayed, replay
-from proxy.segments import Disk, read_segment
+from proxy.segments import Disk, frame, read_segment
 from tests.proxy.rows import PRICES, a_row, eventually, segments
 
 
@@ -125,6 +125,32 @@ async def test_a_clean_stop_leaves_nothing(tmp_path: Path) -> None:
     journal.settled(len(delivered.rows))
     journal.release()
     assert segments(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"not JSON",
+        b"7",
+        b"[[],[]]",
+        b'{"a":1,"b":2,"c":3}',
+        b'[["head"],[],[]]',
+        b"[[[]],[],[]]",
+        b'[[["op","i","yesterday"]],[],[]]',
+        b'[[[["op"],"i"]],[],[]]',
+        b'[[["op",{}]],[],[]]',
+        b'[[],[["op","nj",1,2,"3","reported"]],[]]',
+        b'[[],[],[["op","instance"]]]',
+        b"[[],[],[null]]",
+        b"[[],[],[[" + b"7," * 20 + b"7]]]",
+    ],
+)
+def test_a_frame_that_somebody_else_wrote_is_an_error_and_stays(tmp_path: Path, payload: bytes) -> None:
+    path = tmp_path / "00000001.journal"
+    path.write_bytes(frame(payload))
+    with pytest.raises(JournalError, match="a frame holds no records"):
+        replay(tmp_path, Delivered(), PRICES)
+    assert path.exists()
 
 
 async def test_the_replay_deletes_nothing_when_the_ledger_fails(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,7 @@ from hypothesis import strategies as st
 from proxy import sse
 from proxy.sse import Event, EventReader
 from tests.proxy.http_bytes import pieces_of, random_pieces
-
-BOM = b"\xef\xbb\xbf"
+from tests.proxy.sse_events import BOM, canonical, is_bom
 
 
 def read(*pieces: bytes) -> list[Event]:
@@ -195,17 +193,6 @@ def test_every_byte_is_in_one_event_or_held(stream: bytes, seed: int) -> None:
         assert reader.unfinished == bool(held)
         assert canonical(passed + held) == canonical(stream if is_bom(stream) else stream.removeprefix(BOM))
         assert dispatched(passed) == dispatched(stream)
-
-
-def canonical(stream: bytes) -> bytes:
-    """A CR that is the last byte of a read may end an event: an LF in the next read is dropped. So all line ends
-    become LF here, and blank lines that mean nothing are left out."""
-    return re.sub(rb"\n\n+", b"\n\n", re.sub(rb"\r\n?", b"\n", stream)).lstrip(b"\n")
-
-
-def is_bom(stream: bytes) -> bool:
-    """Whether there is no more of the stream than the beginning of a byte order mark."""
-    return len(stream) < 3 and BOM.startswith(stream)
 
 
 @given(USUAL, st.integers(0, 2**32))

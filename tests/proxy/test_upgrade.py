@@ -169,6 +169,20 @@ async def test_other_users_are_not_answered(host: FakeHost, monkeypatch: pytest.
     assert host.handed_over == []
 
 
+async def test_a_stop_in_the_same_turn_leaves_no_socket_open(tmp_path: Path) -> None:
+    host, tasks = FakeHost(tmp_path), Tasks()
+    UpgradeSocket(host, tasks.spawn).open()
+    await tasks.cancel_all()  # before it has begun to accept
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client,
+        pytest.raises(ConnectionRefusedError),
+    ):
+        client.connect(str(tmp_path / SOCKET_FILE))
+    os.close(host.lock)
+    for sock in host.sockets:
+        sock.close()
+
+
 @pytest.mark.parametrize("message", [b"", b"{", b"[1]", b'{"ask": "everything"}', b"\xff", b"[" * 60_000])
 async def test_what_is_no_question_is_not_answered(host: FakeHost, message: bytes) -> None:
     connection = upgrade._connect(host.state)
