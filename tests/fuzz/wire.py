@@ -13,8 +13,9 @@ from typing import Any, Final
 
 import orjson
 
-from proxy.endpoints import NO_BODY, TABLE
+from proxy.endpoints import FORM_BODY, NO_BODY, TABLE, WEBSOCKET
 from proxy.errors import RequestError
+from proxy.media import MediaMeter
 from proxy.meter import Meter
 from proxy.meters import InputMeter, MessagesMeter, ResponsesMeter
 from proxy.openai import ENGINE_FIELDS, body_for_backend, read_body
@@ -82,6 +83,7 @@ _METERS: Final[tuple[tuple[Callable[[], Meter], tuple[tuple[bool, bool], ...]], 
     (ResponsesMeter, ((True, True),)),
     (MessagesMeter, ((True, True),)),
     (InputMeter, ((True, True),)),
+    (MediaMeter, ((False, False), (True, True))),
 )
 """Each meter, and what its client may have asked for: the last usage, that of every event."""
 
@@ -125,8 +127,10 @@ def _is_sane(meter: Meter) -> None:
     assert meter.client_fault == 0 or 400 <= meter.client_fault < 500
 
 
-_ENDPOINTS: Final = tuple({route.body: route.name for route in TABLE if route.body != NO_BODY}.values())
-"""One for each kind of body."""
+_ENDPOINTS: Final = tuple(
+    {route.body: route.name for route in TABLE if route.body not in (NO_BODY, FORM_BODY, WEBSOCKET)}.values()
+)
+"""One for each kind of JSON."""
 
 
 def _bodies(data: bytes) -> None:

@@ -415,10 +415,13 @@ def test_a_session_in_which_nothing_is_said_ends() -> None:
     connection = caller.switched()
     idle = world.runtime.timeouts.idle
     for _ in range(2):
-        world.wait(idle - 1)
-        caller.send(SAYS)
-        world.wait(idle - 1)
-        connection.data_received(frame(b"", Opcode.PONG))
+        for _ in range(2):
+            caller.send(SAYS)
+            world.wait(idle - 1)
+        for _ in range(2):
+            connection.data_received(frame(b"", Opcode.PONG))
+            world.wait(idle - 1)
+        assert caller.connection.exchange is not None
     world.wait(1)  # the sweep sees that something was said
     world.wait(idle + 1)
     assert caller.close_code == 1001
