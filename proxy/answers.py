@@ -47,6 +47,15 @@ def answer(
     )
 
 
+def stream_head(*, fields: bytes = b"", keep_alive: bool = True) -> bytes:
+    """Head of a stream of events, before any backend has begun to answer. `fields`: further field lines."""
+    return (
+        b"HTTP/1.1 200 OK\r\ndate: %b\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+        b"cache-control: no-cache\r\nx-accel-buffering: no\r\n%b%b\r\n"
+        % (_date(int(time.time())), fields, b"" if keep_alive else b"connection: close\r\n")
+    )
+
+
 def kept_answer(
     status: int, body: bytes, *, fields: bytes, keep_alive: bool = True, version: int = 1
 ) -> bytes:

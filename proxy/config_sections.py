@@ -27,6 +27,12 @@ class Timeouts(FileModel):
     answer: Duration = Field(
         600.0, gt=0, description="Until an answer that is not a stream is complete: 504, not tried again."
     )
+    heartbeat: Duration = Field(
+        0.0,
+        ge=0,
+        description="Who asked for a stream and waits so long for its first token gets the head, and "
+        "[a comment](api.md#heartbeats) each time. 0: never.",
+    )
     between_tokens: Duration = Field(
         30.0, gt=0, description="Without a token in a stream, heartbeats or not: error."
     )

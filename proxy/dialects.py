@@ -49,10 +49,41 @@ def event_of(route: Route, code: str, message: str, sequence: int) -> bytes:
     if route.dialect == ANTHROPIC:
         return b"event: error\ndata: %b\n\n" % body_in(ANTHROPIC, code, message)
     if route.metering == RESPONSES:
-        error = orjson.loads(error_body(code, message))["error"]
-        document = {**error, "type": "error", "sequence_number": sequence, "error": error}
-        return b"event: error\ndata: %b\n\n" % orjson.dumps(document)
+        return _numbered(orjson.loads(error_body(code, message))["error"], sequence)
     return error_event(code, message)
+
+
+def event_of_answer(route: Route, status: int, body: bytes, sequence: int) -> bytes:
+    """The same for an error that a backend has answered: what the body says, in the shape of the dialect."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        document = None
+    if not isinstance(document, dict):
+        document = {"detail": f"the backend answered {status}"}
+    said = _message(document)
+    if route.dialect == ANTHROPIC:
+        return b"event: error\ndata: %b\n\n" % _anthropic(status, said, client=status < 500)
+    given = document.get("error")
+    kind = given.get("type") if isinstance(given, dict) else None
+    if not isinstance(kind, str):
+        kind = "invalid_request_error" if status < 500 else "server_error"
+    param = given.get("param") if isinstance(given, dict) else None
+    error = {
+        "message": said,
+        "type": kind,
+        "param": param if isinstance(param, str) else None,
+        "code": status,
+    }
+    if route.metering == RESPONSES:
+        return _numbered(error, sequence)
+    return b"data: %b\n\n" % orjson.dumps({"error": error})
+
+
+def _numbered(error: dict[str, Any], sequence: int) -> bytes:
+    """The error event of `/v1/responses`."""
+    document = {**error, "type": "error", "sequence_number": sequence, "error": error}
+    return b"event: error\ndata: %b\n\n" % orjson.dumps(document)
 
 
 def translated(dialect: str, status: int, body: bytes) -> bytes:

@@ -491,6 +491,8 @@ class Exchange(Relay):
         self.connection = connection
         request = self.request_for(connection.endpoint)
         connection.send(self, request, to_head_request=self.request.method == b"HEAD")
+        if self.blocked_since is not None:  # by heartbeats that it has not read
+            connection.pause()
 
     def request_for(self, endpoint: Endpoint) -> bytes:
         """The request as a backend gets it."""
@@ -649,7 +651,7 @@ class Exchange(Relay):
         self._end(outcome, 200, keep_alive=keep_alive)
 
     def refuse(self, error: RequestError) -> None:
-        """Answer with an error of ours; nothing has been sent to the client yet."""
+        """Answer with an error of ours; no event or byte of an answer has been sent to the client yet."""
         status = error.status
         dialect = self.route.dialect
         row = self.row
@@ -662,6 +664,11 @@ class Exchange(Relay):
             outcome = records.REJECTED
         else:
             outcome = records.CLIENT_ERROR
+        if self.head_sent:
+            event = event_of(self.route, error.code, error.message, self.meter.next_sequence())
+            self.client.write(chunk(event) + LAST_CHUNK if self.chunked else event)
+            self._end(outcome, 200, keep_alive=False)
+            return
         fields = b"x-request-id: %b\r\n" % self.id.encode("ascii")
         if row.backend:
             fields += b"x-tidegate-backend: %b\r\n" % row.backend.encode("ascii")
@@ -698,7 +705,8 @@ class Exchange(Relay):
         self._drop_connection()
         done = self.meter.done  # some clients hang up on `[DONE]`
         self._release(Outcome.OK if done else Outcome.IGNORED)
-        self._end(records.OK if done else records.CLIENT_GONE, 200 if self.committed else 0, keep_alive=None)
+        status = 200 if self.committed or self.head_sent else 0
+        self._end(records.OK if done else records.CLIENT_GONE, status, keep_alive=None)
 
     def block(self) -> None:
         """The client reads slower than the backend writes: stop reading the backend."""

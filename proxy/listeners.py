@@ -101,11 +101,8 @@ def host_port(sock: socket.socket) -> str:
 class Server(Protocol):
     """Accepts the connections of its sockets."""
 
-    @property
-    def sockets(self) -> Sequence[Any]: ...
-
     def close(self) -> None:
-        """Accept no more, and close the sockets."""
+        """Accept no more, and close the socket."""
 
 
 Accept: TypeAlias = Callable[[socket.socket], Awaitable[Server]]
@@ -144,31 +141,66 @@ class Ports:
         temporary.replace(path)
 
 
+@dataclass(slots=True, eq=False)
+class _Place:
+    """One listening socket. Who accepts has a copy, so that the queue stays while nobody accepts."""
+
+    kept: socket.socket
+    accept: Accept
+    server: Server | None = None
+    """None: nobody accepts."""
+
+    async def serve(self) -> None:
+        """Accept. Raises OSError, most likely for want of descriptors."""
+        copy = self.kept.dup()
+        try:
+            self.server = await self.accept(copy)
+        except BaseException:
+            copy.close()
+            raise
+
+    def pause(self) -> None:
+        if self.server is not None:
+            self.server.close()
+            self.server = None
+
+
 class Listening:
     """The ports of one process."""
 
     def __init__(self) -> None:
         self.addresses: dict[str, str] = {}
         """With real port numbers."""
-        self._servers: dict[str, list[Server]] = {name: [] for name in NAMES}
+        self._places: dict[str, list[_Place]] = {name: [] for name in NAMES}
 
     async def open(self, name: str, address: str, given: Sequence[socket.socket], accept: Accept) -> None:
         """Accept connections on what is given, else on `address`. Raises ConfigError."""
         sockets = given or bind(name, address)
         self.addresses[name] = host_port(sockets[0])
-        for sock in sockets:
-            self._servers[name].append(await accept(sock))
+        places = self._places[name] = [_Place(sock, accept) for sock in sockets]
+        for place in places:
+            await place.serve()
+
+    def pause(self, name: str) -> None:
+        """Accept nothing for now: connections wait in the queue of the socket."""
+        for place in self._places[name]:
+            place.pause()
+
+    async def resume(self, name: str) -> None:
+        """Accept again. Raises OSError, most likely for want of descriptors."""
+        for place in self._places[name]:
+            if place.server is None:
+                await place.serve()
+                if place not in self._places[name]:  # closed meanwhile
+                    place.pause()
 
     def close(self, name: str) -> None:
         """Accept nothing more there. Connections that nobody has accepted stay to whoever else has the socket."""
-        for server in self._servers[name]:
-            server.close()
-        self._servers[name].clear()
+        for place in self._places[name]:
+            place.pause()
+            place.kept.close()
+        self._places[name] = []
 
     def descriptors(self) -> list[tuple[str, int]]:
         """Port and descriptor of each socket."""
-        return [
-            (name, server.sockets[0].fileno())
-            for name, servers in self._servers.items()
-            for server in servers
-        ]
+        return [(name, place.kept.fileno()) for name, places in self._places.items() for place in places]

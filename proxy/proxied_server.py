@@ -51,7 +51,7 @@ class ProxiedServer:
     """Accepts connections that begin with a PROXY header if they come from the networks of the balancers.
 
     From there they must: a connection without a header, or with a malformed one, is closed. Any other is what it
-    is, and bytes that look like a header are no HTTP. `sockets` and `close` are those of `asyncio.Server`.
+    is, and bytes that look like a header are no HTTP.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class ProxiedServer:
         tls: Mapping[str, Any],
     ) -> None:
         listening.setblocking(False)
-        self.sockets = (listening,)
         self.refused = 0
         """Connections of balancers without a good header."""
+        self._listening = listening
         self._runtime = runtime
         self._balancers = tuple(balancers)
         self._tls = tls
@@ -75,15 +75,19 @@ class ProxiedServer:
     def close(self) -> None:
         """Accept nothing new; connections whose header is still being read go on."""
         self._accepting.cancel()
-        self.sockets[0].close()
+        self._listening.close()
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = self._runtime.loop
+        told = ""
         while True:
             try:
                 connection, peer = await loop.sock_accept(listening)
             except OSError as error:
-                log.warning("a connection could not be accepted: %s", error.strerror or error)
+                reason = error.strerror or str(error)
+                if reason != told:  # it may last
+                    told = reason
+                    log.warning("a connection could not be accepted: %s", reason)
                 await asyncio.sleep(ACCEPT_PAUSE_S)
                 continue
             if self._beginning >= self._runtime.most_clients:

@@ -18,7 +18,7 @@ from probes.passive import AttemptError, outcome_of, tried_elsewhere
 from proxy import records
 from proxy.access.keys import Key
 from proxy.answers import answer
-from proxy.dialects import translated
+from proxy.dialects import event_of_answer, translated
 from proxy.endpoints import BY_NAME, RESPONSE_ID, RUNNING
 from proxy.errors import REASON_PHRASES
 from proxy.http1 import LAST_CHUNK, RequestHead, ResponseHead, chunk
@@ -103,6 +103,10 @@ class Relay(Receiver):
     """A complete error answer, for the client if no other backend does better."""
     # The client's side
     committed = False
+    head_sent = False
+    """The client has the head of its stream, though no answer has begun (`proxy.heartbeat`)."""
+    beat_at = 0.0
+    """When it last got a heartbeat."""
     include_usage = False
     every_event = False
     claim: Claim | None = None
@@ -168,6 +172,9 @@ class Relay(Receiver):
                 self.reader = EventReader()
             elif self.route.media and not _is_text(head.content_type):
                 self.mode = RAW  # sound is to be heard as it comes
+            if self.head_sent and self.mode != EVENTS:
+                message = "the backend's answer is no stream to be read, and its client has been promised one"
+                self._attempt_failed(AttemptError.MALFORMED, message)
 
     def body(self, payload: bytes, done: bool) -> None:
         """Payload of the answer; `done`: its last, and the connection is not ours any more."""
@@ -269,6 +276,9 @@ class Relay(Receiver):
         """vLLM finds some faults of a request only when it has said 200: an event with the error it would have
         answered. Nothing has reached the client yet, so it gets that answer."""
         status = self.meter.client_fault if self.meter.client_fault in REASON_PHRASES else 400
+        if self.head_sent:
+            self._end_in_event(status, body, Outcome.IGNORED)
+            return
         body = translated(self.route.dialect, status, body)
         self._drop_connection()
         fields = b"x-request-id: %b\r\n" % self.id.encode("ascii")
@@ -282,6 +292,9 @@ class Relay(Receiver):
     def _relay_raw(self, payload: bytes, done: bool) -> None:
         reply = self.reply
         assert reply is not None
+        if self.head_sent:  # an error that is too long to keep
+            self._end_in_event(reply.status, b"", outcome_of(reply.status))
+            return
         out = b""
         if self.body_read is not None and 200 <= reply.status < 300:
             self.meter.piece(payload)
@@ -364,6 +377,9 @@ class Relay(Receiver):
 
     def _answer_whole(self, reply: ResponseHead, body: bytes) -> None:
         status = reply.status
+        if self.head_sent:
+            self._end_in_event(status, body, outcome_of(status))
+            return
         if 200 <= status < 300:
             self.meter.body(body)
         else:
@@ -374,6 +390,14 @@ class Relay(Receiver):
         self.client.write(head + body)
         self._release(outcome_of(status))
         self._end(_outcome(status), status, keep_alive=True)
+
+    def _end_in_event(self, status: int, body: bytes, outcome: Outcome) -> None:
+        """A backend's error, for a client that has the head of a stream: the only event of that."""
+        event = event_of_answer(self.route, status, body, self.meter.next_sequence())
+        self._drop_connection()
+        self.client.write(chunk(event) + LAST_CHUNK if self.chunked else event)
+        self._release(outcome)
+        self._end(_outcome(status), 200, keep_alive=False)
 
     def _commit_stream(self) -> bytes:
         """Head of an event stream: from here on the client knows."""
@@ -394,6 +418,8 @@ class Relay(Receiver):
         if self.route.stores:
             self._remember_response(reply.status)
         row.overhead_s = max(self.dispatched - self.arrived - row.queue_s, 0.0)
+        if self.head_sent:
+            return b""
         keep_alive = self._keeps_alive() and (self.chunked or framing.startswith(b"content-length"))
         overhead_us = int(row.overhead_s * 1e6)
         # Only `%b`, since that is compiled; any other format is not.

@@ -27,6 +27,7 @@ from proxy.client_address import TrustedProxies
 from proxy.config_sections import HedgingConfig
 from proxy.endpoints import BY_PATH, TABLE, Route, find
 from proxy.errors import RequestError
+from proxy.heartbeat import beat
 from proxy.http1 import HeadLimits, RequestGrammar, RequestHead, chunk
 from proxy.idempotency import IdempotencyKeys
 from proxy.journal import Journal
@@ -139,6 +140,8 @@ class Runtime:
         """Stage of `proxy.pressure`; 0: nothing is given up."""
         self.most_clients = config.limits.connections
         """Fewer than configured where the system allows fewer open files."""
+        self.no_room_until = 0.0
+        """Until then all connections are taken to be busy (`proxy.room`)."""
         self.probes: Callable[[], Mapping[str, Any]] = dict
         """What the probes know, by backend, for `/state`."""
         self.hosts: Callable[[], Mapping[str, Any]] = dict
@@ -446,6 +449,7 @@ class Runtime:
         self._tell_in_spite()
         self._tell_aliases()
         self.poll(now)
+        beat(self, now)
 
     def _write_responses(self) -> None:
         """Have a thread write down what is new about stored responses."""

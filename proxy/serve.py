@@ -43,7 +43,7 @@ from proxy.ledger import Ledger
 from proxy.listeners import Listeners, Listening, Ports, by_loop
 from proxy.notify import READY, STOPPING, notify, reloading
 from proxy.observe import Observer
-from proxy.open_files import most_clients
+from proxy.open_files import Reserve, most_clients, watch_open_files
 from proxy.pressure import Memory
 from proxy.proxied_server import accepting
 from proxy.readable import in_words
@@ -190,6 +190,7 @@ class Service:
         runtime.tasks.spawn(self._resolve(), "resolve")
         runtime.tasks.spawn(watch_keys(keys, limits), "watch keys")
         runtime.tasks.spawn(self._watch_files(), "watch files")
+        runtime.tasks.spawn(watch_open_files(self._listening, Reserve(), runtime), "watch open files")
         if budgets is not None:
             runtime.tasks.spawn(
                 budgets.watch(limits, keys, lambda: runtime.prices.currency), "budgets of several proxies"

@@ -21,6 +21,7 @@ from proxy.http1 import ChunkedDecoder, PartialHead, RepeatedHead, RequestHead
 from proxy.pressure import REFUSE_CONNECTIONS, REFUSE_REQUESTS
 from proxy.realtime import Session
 from proxy.relay import Client
+from proxy.room import make_room
 
 if TYPE_CHECKING:
     from proxy.runtime import Admission, Runtime
@@ -34,6 +35,9 @@ WRITE_BUFFER_BYTES: Final = 64 * 1024
 
 REFUSED_BODY_BYTES: Final = 64 * 1024
 """A refused request's body is read up to this size, to keep its connection; a larger one ends it."""
+
+MOST_REFUSED: Final = 32
+"""Connections beyond the cap that are told so at a time; more of them are closed without a word."""
 
 SMALL_PIECE_BYTES: Final = 4096
 
@@ -116,8 +120,13 @@ class ClientConnection(Client):
         runtime.clients.add(self)
         self.opened = runtime.now()
         self.deadline = self.opened + runtime.timeouts.idle
-        if len(runtime.clients) > runtime.most_clients:
-            self._reject(RequestError("overloaded", "too many connections", retry_after_s=1.0))
+        over = len(runtime.clients) - runtime.most_clients
+        if over > 0 and not make_room(runtime, self):
+            if over > MOST_REFUSED:
+                self.lingering = True
+                self.transport.abort()
+            else:
+                self._reject(RequestError("overloaded", "too many connections", retry_after_s=1.0))
 
     def data_received(self, data: bytes) -> None:
         if self.exchange is not None:

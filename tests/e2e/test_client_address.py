@@ -51,9 +51,9 @@ async def test_a_balancer_without_a_good_header_is_cut_off(
         client = await proxy.connect()
         await client.send(beginning)
         assert await client.closed() == b""
-    (server,) = proxy.service._listening._servers["listen"]
-    assert isinstance(server, ProxiedServer)
-    assert server.refused == 2
+    (place,) = proxy.service._listening._places["listen"]
+    assert isinstance(place.server, ProxiedServer)
+    assert place.server.refused == 2
     assert backend.received == []
 
 

@@ -82,8 +82,9 @@ class ExchangeMachine(RuleBasedStateMachine):
         attempts=st.integers(1, 3),
         idempotent=st.booleans(),
         hedge=st.sampled_from(["off", "200ms", "1s"]),
+        heartbeat=st.sampled_from([0, 0, 0.25, 3]),
     )
-    def begin(self, strict: bool, attempts: int, idempotent: bool, hedge: str) -> None:
+    def begin(self, strict: bool, attempts: int, idempotent: bool, hedge: str, heartbeat: float) -> None:
         self.world = World(
             *NAMES,
             slots=2,
@@ -91,7 +92,13 @@ class ExchangeMachine(RuleBasedStateMachine):
             durability="strict" if strict else "normal",
             retries={"attempts": attempts, "idempotent": idempotent or hedge != "off"},
             hedging={"after": hedge, "ratio": 1.0},
-            timeouts={"first_token": 20, "between_tokens": 10, "total": 60, "client_write": 15},
+            timeouts={
+                "first_token": 20,
+                "between_tokens": 10,
+                "total": 60,
+                "client_write": 15,
+                "heartbeat": heartbeat,
+            },
         )
 
     # What there is

@@ -373,7 +373,10 @@ def test_while_the_proxy_drains_no_connection_is_kept() -> None:
 
 def test_too_many_connections_are_told_so() -> None:
     world = World("a", limits={"connections": 2})
-    peers = [Peer(world) for _ in range(3)]
+    peers = [Peer(world) for _ in range(2)]
+    for peer in peers:
+        peer.send(b"GET")  # idle ones would have to go
+    peers.append(Peer(world))
     assert [peer.statuses for peer in peers] == [[], [], [503]]
     assert peers[2].transport.ended
     for peer in peers:
@@ -473,11 +476,14 @@ def test_a_web_page_needs_a_key() -> None:
 def test_connections_beyond_the_cap_are_answered_and_closed_and_others_are_not_touched() -> None:
     world = World("a")
     world.runtime.most_clients = 2
-    first, _, third = Peer(world), Peer(world), Peer(world)
+    first, second = Peer(world), Peer(world)
+    first.send(b"POST")
+    second.send(b"POST")
+    third = Peer(world)
     assert third.statuses == [503]
     assert b"too many connections" in third.transport.written
     assert third.connection.lingering
-    first.send(request())
+    first.send(request().removeprefix(b"POST"))
     assert len(world.runtime.exchanges) == 1
     third.connection.connection_lost(None)
     assert len(world.runtime.clients) == 2
