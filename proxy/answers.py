@@ -8,8 +8,9 @@ from functools import lru_cache
 from math import ceil
 
 from proxy.dialects import body_in, status_in
-from proxy.endpoints import OPENAI
+from proxy.endpoints import OPENAI, dialect_of
 from proxy.errors import REASON_PHRASES, RequestError
+from proxy.http1 import RequestHead
 
 
 @lru_cache(maxsize=1)
@@ -95,4 +96,16 @@ def error_answer(
         keep_alive=keep_alive,
         version=version,
         without_body=without_body,
+    )
+
+
+def refusal(error: RequestError, head: RequestHead | None, request_id: str, *, keep_alive: bool) -> bytes:
+    """The answer to a request that was not admitted; `head`: None if that much could not be read."""
+    return error_answer(
+        error,
+        fields=b"x-request-id: %b\r\n" % request_id.encode("ascii"),
+        keep_alive=keep_alive,
+        version=1 if head is None else head.version,
+        without_body=head is not None and head.method == b"HEAD",
+        dialect=OPENAI if head is None else dialect_of(head.target),
     )

@@ -13,8 +13,7 @@ import asyncio
 from math import inf
 from typing import TYPE_CHECKING, Final, cast
 
-from proxy.answers import error_answer
-from proxy.endpoints import OPENAI, dialect_of
+from proxy.answers import refusal
 from proxy.errors import RequestError
 from proxy.exchange import Exchange
 from proxy.http1 import ChunkedDecoder, PartialHead, RepeatedHead, RequestHead
@@ -380,16 +379,7 @@ class ClientConnection(Client):
         runtime = self.runtime
         request_id = runtime.request_id(head)
         runtime.observer.rejected(error, self.peer if head is None else self.source, head, request_id)
-        self.write(
-            error_answer(
-                error,
-                fields=b"x-request-id: %b\r\n" % request_id.encode("ascii"),
-                keep_alive=keep_alive,
-                version=1 if head is None else head.version,
-                without_body=head is not None and head.method == b"HEAD",
-                dialect=OPENAI if head is None else dialect_of(head.target),
-            )
-        )
+        self.write(refusal(error, head, request_id, keep_alive=keep_alive))
 
     def _close(self) -> None:
         """Close in stages: our half first, the rest when the client has closed or a moment has passed."""

@@ -11,7 +11,9 @@ from typing import Any
 
 import orjson
 
+from proxy.endpoints import Route
 from tests.proxy.fakes import DONE, answer_body, event, usage_event
+from tests.proxy.uploads import FORM_TYPE, upload
 
 HELLO: list[Any] = [{"role": "user", "content": "hi"}]
 RESPONSE_USAGE = {
@@ -162,3 +164,13 @@ SAMPLES: dict[str, Sample] = {
     "image-variations": Sample(PICTURE, {}, (7, 2, 5)),
     "realtime": Sample({}, {}, (7, 2, 5)),  # of its answers, in test_realtime.py
 }
+
+
+def sent(route: Route, document: dict[str, Any]) -> tuple[bytes, bytes]:
+    """The body of a request with these fields, and the header lines that say what it is."""
+    if route.stored:
+        return b"", b""
+    if not route.form:
+        return orjson.dumps(document), b""
+    fields = {name: str(value).lower() if value is True else value for name, value in document.items()}
+    return upload(**fields), b"content-type: %b\r\n" % FORM_TYPE

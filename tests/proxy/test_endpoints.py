@@ -28,9 +28,8 @@ from proxy.http1 import RequestHead
 from proxy.meters import MOST_WITHHELD, new_meter
 from proxy.responses import StoredResponse
 from proxy.sse import Event
-from tests.proxy.endpoint_samples import SAMPLES, message_events, named, response, response_events
+from tests.proxy.endpoint_samples import SAMPLES, message_events, named, response, response_events, sent
 from tests.proxy.fakes import LAST_CHUNK, STREAM_HEAD, World, chunked, client_of, read, whole
-from tests.proxy.uploads import FORM_TYPE, upload
 
 table = pytest.mark.parametrize("route", TABLE, ids=lambda route: route.name)
 every = pytest.mark.parametrize(
@@ -58,13 +57,7 @@ def start(world: World, route: Route, *, stream: bool = False, model: str = "m",
     document = {"model": model, **SAMPLES[route.name].body, **fields}
     if stream:
         document["stream"] = True
-    raw = b"" if route.stored else orjson.dumps(document)
-    forward = b""
-    if route.form:
-        raw = upload(
-            **{name: str(value).lower() if value is True else value for name, value in document.items()}
-        )
-        forward = b"content-type: %b\r\n" % FORM_TYPE
+    raw, forward = sent(route, document)
     return world.start(
         endpoint=route.name, raw=raw, method=route.method.encode(), target=target(route), forward=forward
     )

@@ -13,7 +13,7 @@ from proxy.endpoints import ANTHROPIC, TABLE, Route
 from proxy.exchange import Exchange, State
 from proxy.heartbeat import HEARTBEAT
 from proxy.relay import WHOLE_ANSWER_BYTES
-from tests.proxy.endpoint_samples import SAMPLES
+from tests.proxy.endpoint_samples import SAMPLES, sent
 from tests.proxy.fakes import (
     DONE,
     LAST_CHUNK,
@@ -256,7 +256,8 @@ def refused_in(w: World, exchange: Exchange, how: str) -> tuple[str, str]:
 def test_what_goes_wrong_is_an_error_event_of_the_dialect(route: Route, how: str) -> None:
     w = world(timeouts={"total": 8} if how == "queue" else {})
     body = {"model": "m", "stream": True, **SAMPLES[route.name].body}
-    exchange = held(w, endpoint=route.name, raw=orjson.dumps(body))
+    raw, forward = sent(route, body)
+    exchange = held(w, endpoint=route.name, raw=raw, forward=forward)
     w.wait(EVERY_S)
     code, outcome = refused_in(w, exchange, how)
     name, document = last_event(exchange)
@@ -284,7 +285,8 @@ def test_what_goes_wrong_is_an_error_event_of_the_dialect(route: Route, how: str
 def test_a_backends_own_error_is_an_event_of_the_dialect(route: Route, how: str) -> None:
     w = world()
     body = {"model": "m", "stream": True, **SAMPLES[route.name].body}
-    exchange = held(w, endpoint=route.name, raw=orjson.dumps(body))
+    raw, forward = sent(route, body)
+    exchange = held(w, endpoint=route.name, raw=raw, forward=forward)
     w.wait(EVERY_S)
     let_in(w, exchange)
     connection = exchange.connection
