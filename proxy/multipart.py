@@ -99,6 +99,8 @@ class Form:
                 raise _malformed("a boundary stands behind an LF without CR")
             self._parts.append(_part(raw, start, behind + 2, found - 1))
             start = found + 1
+        if not self._parts:
+            raise _malformed("it has no part")
         self._tail = start
         rest = len(raw) - behind - 2
         if rest and not (rest == 2 and raw.endswith(b"\r\n")):

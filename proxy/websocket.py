@@ -23,8 +23,9 @@ _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _KEY: Final = re.compile(rb"[A-Za-z0-9+/]{21}[AQgw]==")
 """16 bytes in Base64."""
 _PROTOCOL: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}+")
-_ACCOUNT: Final = (b"openai-insecure-api-key.", b"openai-organization.", b"openai-project.")
-"""Subprotocols that are none: they say who asks, and end here."""
+_KEY_PREFIX: Final = b"openai-insecure-api-key."
+_ACCOUNT: Final = re.compile(rb"(?i:openai-(?:insecure-api-key|organization|project)\.)")
+"""Stands in subprotocols that are none: they say who asks, and end here, however they are mistyped."""
 _ESCAPED: Final = re.compile(rb"(?:[^%]|%[0-9A-Fa-f]{2})*+")
 
 MOST_PROTOCOLS: Final = 16
@@ -45,8 +46,8 @@ def accept_of(key: bytes) -> bytes:
 def key_among(fields: Fields) -> bytes | None:
     """The API key among the subprotocols; None: there is none."""
     for protocol in _listed(fields, b"sec-websocket-protocol"):
-        if protocol.startswith(_ACCOUNT[0]):
-            return protocol[len(_ACCOUNT[0]) :]
+        if protocol.startswith(_KEY_PREFIX):
+            return protocol[len(_KEY_PREFIX) :]
     return None
 
 
@@ -79,7 +80,7 @@ class Handshake:
         ):
             raise RequestError("malformed_request", "Sec-WebSocket-Protocol is malformed")
         self.key = keys[0]
-        self.protocols = [protocol for protocol in protocols if not protocol.startswith(_ACCOUNT)]
+        self.protocols = [protocol for protocol in protocols if _ACCOUNT.search(protocol) is None]
         self.model = _model(head.target)
 
     def fields(self) -> bytes:

@@ -75,7 +75,7 @@ def _handshakes(data: bytes) -> None:
     except RequestError:
         return
     lines = read.fields()
-    assert b"openai-insecure-api-key" not in lines
+    assert b"openai-insecure-api-key." not in lines.lower()
     assert lines.count(b"\r\n") == 4 + bool(read.protocols)
 
 

@@ -142,6 +142,9 @@ def test_the_key_of_a_browser_is_taken_out_of_the_subprotocols() -> None:
     assert found.protocols == [b"realtime"]
     assert b"KEY" not in found.fields()
     assert b"openai-" not in found.fields()
+    mistyped = head_of(handshake(sec_websocket_protocol=b"OpenAI-Insecure-API-Key.KEY, x-openai-project.p"))
+    assert mistyped.credential is None
+    assert Handshake(mistyped).protocols == []
     both = head_of(handshake(b"authorization: Bearer A", sec_websocket_protocol=protocols))
     assert both.credential == b"Bearer A"
 
