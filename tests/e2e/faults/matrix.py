@@ -184,7 +184,10 @@ ROWS = (
         "no file descriptors are left",
         "a low limit of open files",
         "it waits without a busy loop, says so once, and goes on by itself",
-        ("tests/proxy/test_journal.py::test_a_process_without_file_descriptors_goes_on",),
+        (
+            f"{E2E}/test_floods.py::test_without_files_it_waits_says_so_once_and_goes_on_when_there_are_some",
+            "tests/proxy/test_journal.py::test_a_process_without_file_descriptors_goes_on",
+        ),
     ),
     Row(
         "F18",
@@ -316,7 +319,10 @@ ROWS = (
         "a storm of bad keys",
         "wrong keys from one address",
         "401, and 429 after 20 in a minute; good keys from there pass",
-        (f"{E2E}/test_keys_and_limits.py::test_a_storm_of_bad_keys_is_held_off_and_good_ones_pass",),
+        (
+            f"{E2E}/test_keys_and_limits.py::test_a_storm_of_bad_keys_is_held_off_and_good_ones_pass",
+            f"{E2E}/test_floods.py::test_a_storm_of_bad_keys_costs_little_and_good_ones_go_on",
+        ),
     ),
     Row(
         "F32",
