@@ -176,7 +176,7 @@ ROWS = (
         "F16",
         "connections without a request",
         "1,000, in the long form 10,000, twice as many as may be",
-        "those above `limits.connections` are told so; the others are served, and end after `timeouts.idle`",
+        "never more than `limits.connections`: those without a request make room, and end after `timeouts.idle`",
         (f"{HERE}/test_clients_that_harm.py::test_f16_connections_without_requests_are_bounded",),
     ),
     Row(

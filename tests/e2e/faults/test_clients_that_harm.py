@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from benchmarks.processes import raise_open_files
+from proxy.open_files import RESERVED
 from proxy.tasks import Tasks
 from tests.e2e.backends import answers
 from tests.e2e.emulator_process import EmulatorProcess
@@ -22,8 +23,8 @@ from tests.e2e.tidegate_process import TidegateProcess
 
 pytestmark = pytest.mark.e2e
 
-FURTHER_DESCRIPTORS = 5
-"""That a proxy may have open after a flood, more than before it."""
+FURTHER_DESCRIPTORS = 5 + RESERVED
+"""That a proxy may have open after a flood, more than before it; it reserves some a moment after it has started."""
 
 
 def open_files(proxy: TidegateProcess) -> int:
@@ -147,16 +148,21 @@ async def test_f16_connections_without_requests_are_bounded(
     before = open_files(proxy)
     kept = Client(*await asyncio.open_connection("127.0.0.1", proxy.port))
 
+    requests = 0
+
     async def served() -> bool:
+        """On a connection that stays, and on a new one."""
+        nonlocal requests
+        requests += 2
         await kept.send(chat())
-        return (await kept.answer()).status == 200
+        return [(await kept.answer()).status, (await ask(proxy.port)).status] == [200, 200]
 
     assert await served()
 
     told: list[bytes] = []
 
     async def silent() -> None:
-        """Say nothing; what it is told goes into `told`, nothing if it is let in."""
+        """Say nothing; what it is told in the end goes into `told`."""
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port, limit=4096)
             try:
@@ -171,7 +177,7 @@ async def test_f16_connections_without_requests_are_bounded(
         tasks.spawn(silent(), "silent client")
     try:
         async with asyncio.timeout(60 + bound(idle_s)):
-            while len(told) <= count - most:
+            while len(told) < count - most:  # these made room
                 assert await served()
             await eventually(lambda: open_files(proxy) <= before + most + FURTHER_DESCRIPTORS)
             while len(tasks):
@@ -179,14 +185,8 @@ async def test_f16_connections_without_requests_are_bounded(
     finally:
         await tasks.cancel_all()
         kept.close()
-    accepted = told.count(b"")
-    refused = [answer for answer in told if answer]
-    assert accepted >= most - 1
-    assert len(refused) > count / 4
-    assert all(answer.startswith(b"HTTP/1.1 503 ") for answer in refused)
+    assert set(told) <= {b"", b"reset"}
     more = await settled(proxy, before, bound(3.0))
     assert (await ask(proxy.port)).status == 200
-    figure(
-        "F16", accepted, f"of {count} connections were let in, {len(refused)} told that there are too many"
-    )
+    figure("F16", 0, f"of {requests} requests failed beside {count} connections, {most} allowed")
     figure("F16", more, "descriptors left")
