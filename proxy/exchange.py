@@ -160,7 +160,8 @@ class Exchange(Relay):
                 return
             else:
                 facts = self._read(self._parsed(raw, media_urls))
-            if self.request.idempotency_key and self._answered_before(raw):
+            # What reads or deletes may be done again without a key (RFC 9110 9.2.2).
+            if self.request.idempotency_key and self.request.method == b"POST" and self._answered_before(raw):
                 return
             self._admit(facts)
         except Exception as error:
@@ -317,11 +318,12 @@ class Exchange(Relay):
         """Take the client's Idempotency-Key. True: its request had been answered, and is so again. Raises
         RequestError when it is not to be sent."""
         runtime, row, head = self.runtime, self.row, self.request
-        if self.body_read is not None and self.body_read.form is not None:
+        what = self.endpoint
+        if self.body_read is None:  # only the target says which response it is about
+            what = head.target.decode("latin-1")
+        elif self.body_read.form is not None:
             raw = self.body_read.form.content()  # clients make a new boundary for each try
-        claim = runtime.idempotency.take(
-            row.tenant, head.idempotency_key, self.endpoint, raw, row.op, row.arrived
-        )
+        claim = runtime.idempotency.take(row.tenant, head.idempotency_key, what, raw, row.op, row.arrived)
         if claim.op == row.op:
             self.claim = claim
             return False

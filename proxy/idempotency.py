@@ -53,7 +53,7 @@ class Claim:
     name: str
     """Hash of the key."""
     request: str
-    """Hash of endpoint and body."""
+    """Hash of endpoint and body; of the target, where there is no body."""
     op: str
     at: float
     """Unix time at which it was taken."""

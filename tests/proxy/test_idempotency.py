@@ -17,6 +17,7 @@ from proxy.errors import RequestError
 from proxy.exchange import Exchange, State
 from proxy.http1 import RequestGrammar
 from proxy.idempotency import LIFETIME_S, IdempotencyKeys
+from proxy.responses import StoredResponse
 from proxy.tasks import Tasks
 from tests.proxy.fakes import (
     DONE,
@@ -218,6 +219,41 @@ def test_the_field_is_read_and_ends_here() -> None:
         RequestGrammar().parse(head[:-2] + b"idempotency-key: other\r\n\r\n")
     with pytest.raises(ValueError, match="idempotency-key cannot be forwarded"):
         RequestGrammar(forward=("Idempotency-Key",))
+
+
+# Stored responses
+
+
+def keeping(*names: str) -> World:
+    """Its backend keeps these responses."""
+    world = World("a")
+    for name in names:
+        world.runtime.responses.add(name, StoredResponse("a", "default", "m", metered=True))
+    return world
+
+
+def about(world: World, name: str, action: str) -> Exchange:
+    method, end = {"get": (b"GET", ""), "delete": (b"DELETE", ""), "cancel": (b"POST", "/cancel")}[action]
+    target = f"/v1/responses/{name}{end}".encode()
+    return world.start(
+        endpoint=f"responses-{action}", raw=b"", method=method, target=target, idempotency_key=KEY
+    )
+
+
+@pytest.mark.parametrize("action", ["get", "delete"])
+def test_a_key_means_nothing_for_what_reads_or_deletes(action: str) -> None:
+    world = keeping("resp_1", "resp_2")
+    for body in (b'{"id":"resp_1"}', b'{"id":"resp_2"}'):
+        asked = about(world, body[7:13].decode(), action)
+        assert read(answered(world, asked, whole(200, body))).body == body
+    assert len(world.runtime.idempotency) == 0
+
+
+def test_the_key_of_a_cancel_belongs_to_its_response() -> None:
+    world = keeping("resp_1", "resp_2")
+    answered(world, about(world, "resp_1", "cancel"), whole(200, b'{"id":"resp_1"}'))
+    assert code(about(world, "resp_2", "cancel")) == (422, "idempotency_mismatch")
+    assert read(about(world, "resp_1", "cancel")).fields["idempotent-replayed"] == "true"
 
 
 # The law
