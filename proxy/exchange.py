@@ -240,11 +240,14 @@ class Exchange(Relay):
         stored = runtime.responses.find(name, row.tenant)
         if stored is None or stored.backend not in runtime.fleet.backends:
             raise RequestError("response_not_found", f"there is no response {name!r}", "response_id")
-        row.model = stored.model
-        self._check_model(stored.model, stored.model)
+        row.model = model = stored.model
+        usable = () if key is None or key.models is None else key.models
+        # It may have been asked for by an alias.
+        asked = next((name for name in usable if runtime.aliases.get(name) == model), model)
+        self._check_model(asked, model)
         self.facts = facts = RequestFacts(
             row.op,
-            stored.model,
+            model,
             self.endpoint,
             tenant=row.tenant,
             key_id=row.key_id,
