@@ -16,7 +16,7 @@ from proxy.access.keys import Key
 from proxy.errors import RequestError
 from proxy.exchange import Exchange, State
 from proxy.http1 import RequestGrammar
-from proxy.idempotency import LIFETIME_S, IdempotencyKeys
+from proxy.idempotency import LIFETIME_S, Claim, IdempotencyKeys
 from proxy.responses import StoredResponse
 from proxy.tasks import Tasks
 from tests.proxy.fakes import (
@@ -353,6 +353,10 @@ def test_answers_are_bounded_and_their_keys_stay(monkeypatch: pytest.MonkeyPatch
 # The file
 
 
+def failing(lines: list[bytes]) -> None:
+    raise OSError(28, "No space left on device")
+
+
 async def test_keys_outlive_a_restart(tmp_path: Path) -> None:
     path, tasks = tmp_path / "keys.jsonl", Tasks()
     store = IdempotencyKeys()
@@ -408,6 +412,55 @@ async def test_two_processes_know_of_each_others_keys_until_one_has_ended(tmp_pa
     assert refused(new, b"lost") == "idempotency_spent"
     assert (lost.state, own.state) == ("running", "running")
     assert refused(new, b"own") == "idempotency_running"
+
+
+def two_processes(path: Path, tasks: Tasks) -> tuple[IdempotencyKeys, IdempotencyKeys]:
+    old, new = IdempotencyKeys(), IdempotencyKeys()
+    old.open(path, tasks, 0.0)
+    new.open(path, tasks, 0.0, shared=True)
+    old.share()
+    return old, new
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_two_processes_do_not_take_one_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    tasks = Tasks()
+    stores = two_processes(tmp_path / "keys.jsonl", tasks)
+    for key, one, other in ((b"1", *stores), (b"2", *stores[::-1])):
+        if fails:  # then in a thread, as ever
+            with monkeypatch.context() as patch:
+                patch.setattr(one, "_write", failing)
+                one.take("t", key, "chat", b"", "op", 0.0)
+            await asyncio.gather(*tasks._tasks)
+        else:
+            one.take("t", key, "chat", b"", "op", 0.0)
+        with pytest.raises(RequestError, match="still running"):
+            other.take("t", key, "chat", b"", "other", 0.0)
+
+
+async def test_what_is_free_again_does_not_come_back_from_the_file(tmp_path: Path) -> None:
+    tasks = Tasks()
+    old, new = two_processes(tmp_path / "keys.jsonl", tasks)
+    for number in range(3):
+        claim = old.take("t", b"key", "chat", b"", f"op{number}", 0.0)
+        assert claim.op == f"op{number}"
+        old.end(claim, False)
+    await asyncio.gather(*tasks._tasks)
+    assert old.take("t", b"other", "chat", b"", "op", 0.0).ours
+    assert not old._freed
+    assert new.take("t", b"key", "chat", b"", "op3", 0.0).op == "op3"
+
+
+def test_an_end_that_is_written_late_frees_no_later_request(tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    states = [("op1", "running"), ("op2", "running"), ("op1", "free")]
+    name = IdempotencyKeys().take("t", b"key", "chat", b"", "op", 0.0).name
+    path.write_bytes(b"".join(Claim("t", name, "hash", op, 0.0, state).line() for op, state in states))
+    store = IdempotencyKeys()
+    store.open(path, Tasks(), 0.0)
+    assert [claim.op for claim in store._all()] == ["op2"]
 
 
 async def test_what_is_not_written_when_the_proxy_stops_is_written_then(tmp_path: Path) -> None:
@@ -468,11 +521,7 @@ async def test_a_disk_that_is_full_to_the_end_is_told_at_the_stop(
 ) -> None:
     tasks, store = Tasks(), IdempotencyKeys()
     store.open(tmp_path / "keys.jsonl", tasks, 0.0)
-
-    def full(lines: list[bytes]) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(store, "_write", full)
+    monkeypatch.setattr(store, "_write", failing)
     store.take("t", b"key", "chat", b"", "op", 0.0)
     store.close()
     assert "the next start does not know all" in caplog.text
