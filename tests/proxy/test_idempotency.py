@@ -233,7 +233,7 @@ async def test_a_large_body_is_hashed_in_the_thread_that_reads_it(monkeypatch: p
     world = World("a")
     large = ask(world, metadata={"x": "x" * 5_000_000})
     (reading,) = world.tasks.pending("read body")
-    await cast("asyncio.Future[Any]", reading.gate)
+    await asyncio.wait([cast("asyncio.Future[Any]", reading.gate)])
     reading.step()
     assert answered(world, large).claim is not None
     assert len(threads) == 1
