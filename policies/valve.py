@@ -153,9 +153,9 @@ class Valve:
     def hedge(self, request: RequestFacts, tried: frozenset[str], now: float) -> Routing | None:
         """Where a request whose first token is late may be sent besides, its lease included; None: nowhere.
 
-        To a backend that its rule would choose now without those in `tried`, with a free slot, and only while
-        nobody is held: a place that others wait for is theirs. The policy hears of it by `hedge_won` alone, or a
-        session would follow an attempt that lost.
+        To a backend that its rule would choose now without those in `tried`, with a slot that is free and not kept
+        for other tenants, and only while nobody is held: a place that others wait for is theirs. The policy hears
+        of it by `hedge_won` alone, or a session would follow an attempt that lost.
         """
         self._now = now
         if now >= self._back_at or self.fleet.version != self._version:
@@ -164,7 +164,11 @@ class Valve:
             return None
         routing = self.rules.route(request, self.fleet, now, tried)
         decision = routing.decision
-        if type(decision) is not Send or not self.fleet[decision.backend].has_free_slot(now):
+        if type(decision) is not Send:
+            return None
+        backend = self.fleet[decision.backend]
+        kept = backend.shares.kept_from(request.tenant, request.priority, backend.slots, now)
+        if not backend.has_free_slot(now) or kept >= backend.slots - backend.in_flight:
             return None
         reason = f"first token late, so here too: {decision.reason}"
         routing.decision = Send(

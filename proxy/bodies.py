@@ -96,6 +96,12 @@ def _refuse_servers(tools: Any) -> None:
             )
 
 
+def _refuse_mcp_servers(document: dict[str, Any]) -> None:
+    """The same in Anthropic's shape."""
+    if document.get("mcp_servers"):
+        raise RequestError("media_url", "tools on servers are not reachable here", "mcp_servers")
+
+
 def _read_messages(body: RequestBody, document: dict[str, Any]) -> None:
     _read_conversation(document)
     body.stream = flag(document, "stream")
@@ -115,6 +121,7 @@ def _read_conversation(document: dict[str, Any]) -> None:
     if type(messages) is not list:
         code = "missing_field" if messages is None else "invalid_value"
         raise RequestError(code, "messages must be a list", "messages")
+    _refuse_mcp_servers(document)
 
 
 def _read_input(body: RequestBody, document: dict[str, Any]) -> None:
@@ -169,7 +176,9 @@ MEDIA_FIELDS: Final[dict[str, tuple[str, ...]]] = {
 }
 """Fields that may hold media, besides `messages` of a chat and `FETCHED_FIELDS`."""
 
-_SCHEME: Final = re.compile(r"\s*+(?!data:)[a-z][a-z0-9+.\-]*+:", re.IGNORECASE)
+# Some parsers of URLs skip blanks and control characters, in front and within (WHATWG URL, section 4.4).
+_SKIPPED: Final = r"\s\x00-\x1f\x7f-\x9f\ufeff"
+_SCHEME: Final = re.compile(rf"[{_SKIPPED}]*+(?!data:)[a-z][a-z0-9+.\-{_SKIPPED}]*+:", re.IGNORECASE)
 
 
 def is_fetched(value: Any) -> bool:

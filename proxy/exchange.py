@@ -35,6 +35,7 @@ from proxy.errors import RequestError
 from proxy.forms import content_type
 from proxy.hedge import Hedge
 from proxy.http1 import LAST_CHUNK, RequestHead, chunk
+from proxy.idempotency import request_hash
 from proxy.media import say_why_unmetered
 from proxy.meters import ResponsesMeter
 from proxy.openai import RequestBody, body_for_backend, is_slow_to_read, read_body, read_form
@@ -160,7 +161,8 @@ class Exchange(Relay):
                 return
             else:
                 facts = self._read(self._parsed(raw, media_urls))
-            if self.request.idempotency_key and self._answered_before(raw):
+            # What reads or deletes may be done again without a key (RFC 9110 9.2.2).
+            if self.request.idempotency_key and self.request.method == b"POST" and self._answered_before():
                 return
             self._admit(facts)
         except Exception as error:
@@ -175,7 +177,7 @@ class Exchange(Relay):
             if self.state is not State.RECEIVED:
                 return  # the client has left meanwhile, or the proxy stops
             facts = self._read(body)
-            if self.request.idempotency_key and self._answered_before(raw):
+            if self.request.idempotency_key and self._answered_before():
                 return
             self._admit(facts)
         except Exception as error:
@@ -186,9 +188,15 @@ class Exchange(Relay):
 
     def _parsed(self, raw: bytes, media_urls: bool) -> RequestBody:
         """What the body says. Raises RequestError."""
+        head = self.request
         if self.route.form:
-            return read_form(self.endpoint, raw, content_type(self.request.forward), media_urls=media_urls)
-        return read_body(self.endpoint, raw, media_urls=media_urls)
+            body = read_form(self.endpoint, raw, content_type(head.forward), media_urls=media_urls)
+        else:
+            body = read_body(self.endpoint, raw, media_urls=media_urls)
+        if head.idempotency_key:
+            # Clients make a new boundary for each try.
+            body.digest = request_hash(self.endpoint, raw if body.form is None else body.form.content())
+        return body
 
     def _not_started(self, error: Exception) -> None:
         if isinstance(error, RequestError):
@@ -239,11 +247,14 @@ class Exchange(Relay):
         stored = runtime.responses.find(name, row.tenant)
         if stored is None or stored.backend not in runtime.fleet.backends:
             raise RequestError("response_not_found", f"there is no response {name!r}", "response_id")
-        row.model = stored.model
-        self._check_model(stored.model, stored.model)
+        row.model = model = stored.model
+        usable = () if key is None or key.models is None else key.models
+        # It may have been asked for by an alias.
+        asked = next((name for name in usable if runtime.aliases.get(name) == model), model)
+        self._check_model(asked, model)
         self.facts = facts = RequestFacts(
             row.op,
-            stored.model,
+            model,
             self.endpoint,
             tenant=row.tenant,
             key_id=row.key_id,
@@ -313,15 +324,15 @@ class Exchange(Relay):
         self.facts = facts
         return facts
 
-    def _answered_before(self, raw: bytes) -> bool:
+    def _answered_before(self) -> bool:
         """Take the client's Idempotency-Key. True: its request had been answered, and is so again. Raises
         RequestError when it is not to be sent."""
         runtime, row, head = self.runtime, self.row, self.request
-        if self.body_read is not None and self.body_read.form is not None:
-            raw = self.body_read.form.content()  # clients make a new boundary for each try
-        claim = runtime.idempotency.take(
-            row.tenant, head.idempotency_key, self.endpoint, raw, row.op, row.arrived
-        )
+        if self.body_read is not None:
+            request = self.body_read.digest
+        else:  # only the target says which response it is about
+            request = request_hash(head.target.decode("latin-1"), self.raw_body or b"")
+        claim = runtime.idempotency.take(row.tenant, head.idempotency_key, request, row.op, row.arrived)
         if claim.op == row.op:
             self.claim = claim
             return False

@@ -6,7 +6,8 @@ who comes again gets the same answer if it is kept, and else a 409 that names th
 
 What is kept is bounded: so many keys of each tenant, and answers that are no streams, up to a size each and in all.
 Keys are written to a file in the state directory, in a thread, a moment after they are taken or spent; answers are
-not. A key whose request was running when the process died counts as spent, since its row may have a cost.
+not. While another process takes keys too, which is told of them by that file, they are written as they are taken. A
+key whose request was running when the process died counts as spent, since its row may have a cost.
 """
 
 from __future__ import annotations
@@ -45,6 +46,16 @@ SPENT: Final = "spent"
 FREE: Final = "free"
 
 
+def request_hash(what: str, body: bytes = b"") -> str:
+    """By which a request is known again. `what`: its endpoint, or its target if it has no body.
+
+    Takes a millisecond for each megabyte: of a large body in a thread.
+    """
+    digest = hashlib.blake2b(what.encode() + b"\0", digest_size=16)
+    digest.update(body)
+    return digest.hexdigest()
+
+
 @dataclass(slots=True)
 class Claim:
     """One key, taken by the request `op`."""
@@ -53,7 +64,7 @@ class Claim:
     name: str
     """Hash of the key."""
     request: str
-    """Hash of endpoint and body."""
+    """Its `request_hash`."""
     op: str
     at: float
     """Unix time at which it was taken."""
@@ -86,15 +97,17 @@ class IdempotencyKeys:
         self._failed = False
         self._others: AppendedFile | None = None
         """While another process takes and ends keys too."""
+        self._freed: set[str] = set()
+        """Operations of ours that are free again, and whose lines in the file may not have been read yet."""
 
     def __len__(self) -> int:
         return sum(map(len, self._tenants.values()))
 
-    def take(self, tenant: str, key: bytes, endpoint: str, body: bytes, op: str, now: float) -> Claim:
+    def take(self, tenant: str, key: bytes, request: str, op: str, now: float) -> Claim:
         """The claim of this request, to be given back with `end`; or of an earlier one, with its answer.
 
-        `now`: Unix time. Raises RequestError when the key is in use, spent without an answer that is kept, or was
-        used for something else.
+        `request`: its `request_hash`; `now`: Unix time. Raises RequestError when the key is in use, spent without
+        an answer that is kept, or was used for something else.
         """
         if len(key) > LONGEST_KEY or not key.isascii() or not key.decode("latin-1").isprintable():
             message = f"an Idempotency-Key has up to {LONGEST_KEY} printable ASCII characters"
@@ -102,7 +115,6 @@ class IdempotencyKeys:
         if self._others is not None:
             self._learn(self._others)
         name = hashlib.blake2b(key, digest_size=16).hexdigest()
-        request = hashlib.blake2b(endpoint.encode() + b"\0" + body, digest_size=16).hexdigest()
         claims = self._tenants.setdefault(tenant, {})
         before = claims.get(name)
         if before is not None and (before.state == RUNNING or now - before.at < LIFETIME_S):
@@ -123,7 +135,8 @@ class IdempotencyKeys:
             self._forget(claims, before)
         self._make_room(claims, now)
         claim = claims[name] = Claim(tenant, name, request, op, now, ours=True)
-        self._note(claim)
+        if self._others is None or not self._write_at_once(claim):
+            self._note(claim)
         return claim
 
     def end(self, claim: Claim, spent: bool, answer: tuple[int, bytes, bytes] | None = None) -> None:
@@ -134,6 +147,8 @@ class IdempotencyKeys:
             return
         if not spent:
             self._forget(claims, claim)
+            if self._others is not None:
+                self._freed.add(claim.op)
         elif answer is not None and len(answer[1]) + len(answer[2]) <= ANSWER_BYTES:
             claim.answer = answer
             self._answers[claim.tenant, claim.name] = claim
@@ -181,6 +196,9 @@ class IdempotencyKeys:
                 unread += 1
                 continue
             claims = self._tenants.setdefault(claim.tenant, {})
+            before = claims.get(claim.name)
+            if before is not None and claim.state == FREE and before.op != claim.op:
+                continue  # of a request before that one, written late
             claims.pop(claim.name, None)
             if claim.state != FREE and now - claim.at < LIFETIME_S:
                 claim.state = SPENT  # or it ran when its process died
@@ -202,6 +220,7 @@ class IdempotencyKeys:
             return
         self._learn(self._others)
         self._others = None
+        self._freed.clear()
         for claim in self._all():
             if not claim.ours:
                 claim.state = SPENT
@@ -214,6 +233,8 @@ class IdempotencyKeys:
             log.warning("%s cannot be read: %s", others.path, error)
             return
         for claim in filter(None, map(_read, news)):
+            if claim.op in self._freed:
+                continue
             claims = self._tenants.setdefault(claim.tenant, {})
             before = claims.get(claim.name)
             if before is not None and before.ours:
@@ -222,6 +243,8 @@ class IdempotencyKeys:
                 self._forget(claims, before)
             if claim.state != FREE:
                 claims[claim.name] = claim
+        if not self._writing:  # so all lines of ours were there to read
+            self._freed.clear()
 
     def close(self) -> None:
         """Write what is not written yet. Blocks."""
@@ -243,6 +266,16 @@ class IdempotencyKeys:
         if not self._writing:
             self._writing = True
             tasks.spawn(self._write_all(), "write idempotency keys")
+
+    def _write_at_once(self, claim: Claim) -> bool:
+        """Write its line, behind those that wait; it is small. False: that has failed."""
+        waiting = self._taken()
+        try:
+            self._write([*waiting, claim.line()])
+        except OSError:
+            self._unwritten = waiting
+            return False
+        return True
 
     async def _write_all(self) -> None:
         try:

@@ -289,6 +289,10 @@ class Meter:
             prompt = sum(self._by_prompt.values())
         return prompt, sum(self._by_choice.values())
 
+    def answers(self, events: list[Event]) -> bool:
+        """Whether any of these is a piece of the answer. Else they say that the backend lives, and no more."""
+        return any(event.data for event in events)
+
     def withholds(self, event: Event) -> bool:
         """Whether an event in front of all others commits nothing, and is kept: here, none is."""
         return False

@@ -64,6 +64,15 @@ class EventMeter(Meter):
             self._read(kind, document)
         return event.raw
 
+    def answers(self, events: list[Event]) -> bool:
+        """Whether any of these is a piece of the answer, as no `ping` is, wherever it stands."""
+        for event in events:
+            if event.data:
+                document = _document(event.data)
+                if document is None or not self._is_prelude(document):
+                    return True
+        return False
+
     def withholds(self, event: Event) -> bool:
         """Whether an event in front of all others commits nothing; it is kept then."""
         document = _document(event.data)

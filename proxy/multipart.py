@@ -220,6 +220,8 @@ def _disposition(value: bytes) -> tuple[str, bool]:
         if parameter in given:
             raise _malformed("a part has two names")
         given[parameter] = quoted or token
+        if parameter != b"name" and not given[parameter]:
+            raise _malformed("a part has an empty filename: a file for some, text for others")
     name = given.get(b"name", b"")
     if _NAME.fullmatch(name) is None or name == b"_charset_":
         raise _malformed("the name of a part is not made of letters, digits, `_`, `-`, `.` and `[]`")

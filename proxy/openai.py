@@ -65,6 +65,8 @@ class RequestBody:
     """Holds fields that must not go on as they are."""
     form: Form | None = None
     """It is an upload, and this its fields; `document` is empty."""
+    digest: str = ""
+    """Its `request_hash`, if it came with an `Idempotency-Key`."""
 
     @property
     def expected_tokens(self) -> int:

@@ -3,6 +3,9 @@
 The figures are Envoy's (its overload manager): from 92 % of the bound connections end with their answers, from 95 %
 new requests are refused, from 98 % new connections are closed unread. A stage ends 3 % below where it began, or it
 would come and go with every request. Running requests go on, and so does the admin port.
+
+Request bodies have a bound of their own, beyond which one is refused while it comes (`ClientConnection`). So they
+alone end connections with their answers, and no more: who sends no large body is not refused for those of others.
 """
 
 from __future__ import annotations
@@ -108,15 +111,15 @@ class Pressure:
     def look(self, bodies: int, most_bodies: int) -> int:
         """The stage of now. `bodies`: bytes of request bodies in memory, and how many there may be."""
         memory = self.memory
-        use = bodies / most_bodies
+        room, used = bodies / most_bodies, 0.0
         if memory is not None and memory.bound:
-            use = max(use, memory.used() / memory.bound)
-            if use >= LEVELS[DROP_KEEP_ALIVE]:
+            used = memory.used() / memory.bound
+            if used >= LEVELS[DROP_KEEP_ALIVE]:
                 memory.give_back()
-                use = max(bodies / most_bodies, memory.used() / memory.bound)
-        self.use = use
-        stage = stage_at(use, self.stage)
+                used = memory.used() / memory.bound
+        self.use = max(room, used)
+        stage = max(stage_at(used, self.stage), min(stage_at(room, self.stage), DROP_KEEP_ALIVE))
         if stage != self.stage:
-            log.warning("%s (%.0f %% of the bound)", STAGES[stage], use * 100)
+            log.warning("%s (%.0f %% of the bound)", STAGES[stage], self.use * 100)
             self.stage = stage
         return stage

@@ -200,8 +200,8 @@ class Relay(Receiver):
                 return
         events = reader.feed(payload)
         if not self.alive:
-            # Heartbeats are no token; a piece of an event that is too long to read is part of one.
-            self.alive = reader.cut_short or any(event.data is not None for event in events)
+            # Signs of life are no token; a piece of an event that is too long to read is part of one.
+            self.alive = reader.cut_short or meter.answers(events)
         if len(events) == 1 and self.committed and not meter.done:
             out = meter.event(events[0], include_usage=self.include_usage, every_event=self.every_event)
         else:

@@ -121,6 +121,19 @@ def test_the_last_free_slots_are_kept_for_who_used_them() -> None:
     assert decided(valve.submit(request("f", tenant="flood", arrived=100.0), 100.0)) == "hold"
 
 
+def test_a_second_attempt_takes_no_slot_that_is_kept_for_others() -> None:
+    homes = fleet(backend("a", slots=SLOTS))
+    valve = Valve(one_tier(), homes)
+    light = [valve.submit(request(f"l{number}", tenant="light"), 0.0) for number in range(4)]
+    flood = [valve.submit(request(f"f{number}", tenant="flood"), 100.0) for number in range(8)]
+    for routing in light:
+        release(homes, routing, 100.0)
+    assert (homes["a"].in_flight, valve.queued) == (8, 0)
+    second = [valve.hedge(routing.request, frozenset(), 100.0) for routing in flood]
+    assert sum(routing is not None for routing in second) == SLOTS - SLOTS // MOST_KEPT - 8
+    assert valve.hedge(light[0].request, frozenset(), 100.0) is not None
+
+
 def test_one_who_is_owed_a_slot_is_sent_to_a_full_backend_and_not_beyond_its_overflow() -> None:
     homes = fleet(backend("a", slots=4))
     valve = Valve(one_tier(wait_s=10.0, overflow=1.25), homes)

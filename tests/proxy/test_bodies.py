@@ -74,6 +74,8 @@ def test_what_is_wrong_is_named(endpoint: str, fields: dict[str, Any], fault: tu
         ("responses", {"input": [{"content": [{"type": "input_image", "image_url": "https://x/y"}]}]}),
         ("responses", {"input": [{"content": [{"type": "input_file", "file_url": "https://x/y"}]}]}),
         ("responses", {"tools": [{"type": "mcp", "server_url": "http://10.0.0.1"}]}),
+        ("messages", {"mcp_servers": [{"type": "url", "name": "x", "url": "http://10.0.0.1"}]}),
+        ("count-tokens", {"mcp_servers": [{"type": "url", "name": "x", "url": "http://10.0.0.1"}]}),
         ("messages", {"messages": [{"content": [{"source": {"type": "url", "url": "http://x"}}]}]}),
         ("messages", {"messages": [{"content": [{"type": "tool_result", "content": [URL]}]}]}),
         ("messages", {"system": [URL]}),
@@ -91,7 +93,7 @@ def test_urls_that_an_engine_would_fetch_are_refused(endpoint: str, fields: dict
     document = ASK | TALK | fields
     code, _ = refused(endpoint, document)
     assert code == "media_url"
-    if "tools" not in fields:
+    if fields.keys().isdisjoint({"tools", "mcp_servers"}):
         assert read(endpoint, document, media_urls=True).model == "m"
 
 

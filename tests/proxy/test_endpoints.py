@@ -331,6 +331,32 @@ def test_a_stream_that_breaks_off_ends_in_an_error_event(route: Route, how: str)
 
 
 @streams
+def test_signs_of_life_put_off_no_deadline(route: Route) -> None:
+    sample = SAMPLES[route.name]
+    for sign in (b"data: \n\n", *sample.events[: sample.begin]):
+        w = world()
+        deadlines = w.runtime.timeouts
+        exchange = start(w, route, stream=True)
+        connection = w.answers(exchange, "a")
+        connection.data_received(STREAM_HEAD)
+        for _ in range(5):
+            assert not connection.closed
+            connection.data_received(chunked(sign))
+            w.wait(deadlines.first_token / 4)
+        assert connection.closed
+        assert (read(exchange).status, exchange.row.outcome) == (504, "backend_failed")
+        exchange = start(w, route, stream=True)
+        connection = w.answers(exchange, "a")
+        connection.data_received(STREAM_HEAD + chunked(*sample.events[: sample.begin + 1]))
+        for _ in range(6):
+            assert not connection.closed
+            connection.data_received(chunked(sign))
+            w.wait(deadlines.between_tokens / 4)
+        assert connection.closed
+        assert (exchange.row.outcome, exchange.row.code) == ("cut", "backend_timeout")
+
+
+@streams
 def test_an_error_event_at_the_beginning_goes_to_another_backend(route: Route) -> None:
     sample = SAMPLES[route.name]
     w = world("a", "b")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import settings
@@ -16,7 +17,8 @@ from proxy.access.keys import Key
 from proxy.errors import RequestError
 from proxy.exchange import Exchange, State
 from proxy.http1 import RequestGrammar
-from proxy.idempotency import LIFETIME_S, IdempotencyKeys
+from proxy.idempotency import LIFETIME_S, Claim, IdempotencyKeys, request_hash
+from proxy.responses import StoredResponse
 from proxy.tasks import Tasks
 from tests.proxy.fakes import (
     DONE,
@@ -220,6 +222,59 @@ def test_the_field_is_read_and_ends_here() -> None:
         RequestGrammar(forward=("Idempotency-Key",))
 
 
+async def test_a_large_body_is_hashed_in_the_thread_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def hashed(what: str, body: bytes) -> str:
+        threads.append(threading.current_thread())
+        return request_hash(what, body)
+
+    monkeypatch.setattr("proxy.exchange.request_hash", hashed)
+    world = World("a")
+    large = ask(world, metadata={"x": "x" * 5_000_000})
+    (reading,) = world.tasks.pending("read body")
+    await asyncio.wait([cast("asyncio.Future[Any]", reading.gate)])
+    reading.step()
+    assert answered(world, large).claim is not None
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
+
+
+# Stored responses
+
+
+def keeping(*names: str) -> World:
+    """Its backend keeps these responses."""
+    world = World("a")
+    for name in names:
+        world.runtime.responses.add(name, StoredResponse("a", "default", "m", metered=True))
+    return world
+
+
+def about(world: World, name: str, action: str) -> Exchange:
+    method, end = {"get": (b"GET", ""), "delete": (b"DELETE", ""), "cancel": (b"POST", "/cancel")}[action]
+    target = f"/v1/responses/{name}{end}".encode()
+    return world.start(
+        endpoint=f"responses-{action}", raw=b"", method=method, target=target, idempotency_key=KEY
+    )
+
+
+@pytest.mark.parametrize("action", ["get", "delete"])
+def test_a_key_means_nothing_for_what_reads_or_deletes(action: str) -> None:
+    world = keeping("resp_1", "resp_2")
+    for body in (b'{"id":"resp_1"}', b'{"id":"resp_2"}'):
+        asked = about(world, body[7:13].decode(), action)
+        assert read(answered(world, asked, whole(200, body))).body == body
+    assert len(world.runtime.idempotency) == 0
+
+
+def test_the_key_of_a_cancel_belongs_to_its_response() -> None:
+    world = keeping("resp_1", "resp_2")
+    answered(world, about(world, "resp_1", "cancel"), whole(200, b'{"id":"resp_1"}'))
+    assert code(about(world, "resp_2", "cancel")) == (422, "idempotency_mismatch")
+    assert read(about(world, "resp_1", "cancel")).fields["idempotent-replayed"] == "true"
+
+
 # The law
 
 
@@ -287,43 +342,45 @@ def keys_of(store: IdempotencyKeys, tenant: str) -> list[str]:
 def test_keys_of_a_tenant_are_bounded_and_take_no_room_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idempotency, "KEYS_PER_TENANT", 3)
     store = IdempotencyKeys()
-    store.end(store.take("quiet", b"1", "chat", b"", "q", 0.0), True)
-    running = store.take("busy", b"0", "chat", b"", "b0", 0.0)
+    store.end(store.take("quiet", b"1", "chat", "q", 0.0), True)
+    running = store.take("busy", b"0", "chat", "b0", 0.0)
     for number in range(1, 10):
-        store.end(store.take("busy", b"%d" % number, "chat", b"", f"b{number}", 0.0), True)
+        store.end(store.take("busy", b"%d" % number, "chat", f"b{number}", 0.0), True)
     assert len(store) == 4
     assert running.name in keys_of(store, "busy")  # who runs is not forgotten
     with pytest.raises(RequestError, match="done as q"):
-        store.take("quiet", b"1", "chat", b"", "again", 1.0)
-    assert store.take("busy", b"1", "chat", b"", "again", 1.0).op == "again"
+        store.take("quiet", b"1", "chat", "again", 1.0)
+    assert store.take("busy", b"1", "chat", "again", 1.0).op == "again"
 
 
 def test_answers_are_bounded_and_their_keys_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idempotency, "ANSWERS_BYTES", 1000)
     store = IdempotencyKeys()
     for number in range(10):
-        store.end(
-            store.take("t", b"%d" % number, "chat", b"", f"{number}", 0.0), True, (200, b"", b"x" * 300)
-        )
+        store.end(store.take("t", b"%d" % number, "chat", f"{number}", 0.0), True, (200, b"", b"x" * 300))
     kept = [claim.op for claim in store._tenants["t"].values() if claim.answer is not None]
     assert kept == ["7", "8", "9"]
     assert (len(store), store._answers_bytes) == (10, 900)
     with pytest.raises(RequestError, match="done as 0"):
-        store.take("t", b"0", "chat", b"", "again", 1.0)
-    store.take("t", b"x", "chat", b"", "later", LIFETIME_S)
+        store.take("t", b"0", "chat", "again", 1.0)
+    store.take("t", b"x", "chat", "later", LIFETIME_S)
     assert (len(store), store._answers_bytes, len(store._answers)) == (1, 0, 0)
 
 
 # The file
 
 
+def failing(lines: list[bytes]) -> None:
+    raise OSError(28, "No space left on device")
+
+
 async def test_keys_outlive_a_restart(tmp_path: Path) -> None:
     path, tasks = tmp_path / "keys.jsonl", Tasks()
     store = IdempotencyKeys()
     store.open(path, tasks, 0.0)
-    store.end(store.take("t", b"done", "chat", b"", "op1", 0.0), True, (200, b"", b"{}"))
-    store.end(store.take("t", b"free", "chat", b"", "op2", 0.0), False)
-    store.take("t", b"running", "chat", b"", "op3", 0.0)
+    store.end(store.take("t", b"done", "chat", "op1", 0.0), True, (200, b"", b"{}"))
+    store.end(store.take("t", b"free", "chat", "op2", 0.0), False)
+    store.take("t", b"running", "chat", "op3", 0.0)
     await asyncio.gather(*tasks._tasks)
     with path.open("ab") as file:
         file.write(b'["t","half')
@@ -331,8 +388,8 @@ async def test_keys_outlive_a_restart(tmp_path: Path) -> None:
     again.open(path, Tasks(), 10.0)
     for key, op in ((b"done", "op1"), (b"running", "op3")):
         with pytest.raises(RequestError, match=f"done as {op}"):
-            again.take("t", key, "chat", b"", "new", 10.0)
-    assert again.take("t", b"free", "chat", b"", "new", 10.0).op == "new"
+            again.take("t", key, "chat", "new", 10.0)
+    assert again.take("t", b"free", "chat", "new", 10.0).op == "new"
     late = IdempotencyKeys()
     late.open(path, Tasks(), 2 * LIFETIME_S)
     assert len(late) == 0
@@ -348,37 +405,86 @@ async def test_two_processes_know_of_each_others_keys_until_one_has_ended(tmp_pa
 
     def refused(store: IdempotencyKeys, key: bytes) -> str:
         with pytest.raises(RequestError) as caught:
-            store.take("t", key, "chat", b"", "new", 1.0)
+            store.take("t", key, "chat", "new", 1.0)
         return caught.value.code
 
     old, new = IdempotencyKeys(), IdempotencyKeys()
     old.open(path, tasks, 0.0)
-    before = old.take("t", b"before", "chat", b"", "op1", 0.0)
+    before = old.take("t", b"before", "chat", "op1", 0.0)
     await written()
     new.open(path, tasks, 0.0, shared=True)
-    free, lost = [old.take("t", key, "chat", b"", "op", 0.0) for key in (b"free", b"lost")]
+    free, lost = [old.take("t", key, "chat", "op", 0.0) for key in (b"free", b"lost")]
     old.share()
     await written()
     assert [refused(new, key) for key in (b"before", b"free", b"lost")] == ["idempotency_running"] * 3
     old.end(before, True, (200, b"", b"{}"))
     old.end(free, False)
-    own = new.take("t", b"own", "chat", b"", "op4", 1.0)
+    own = new.take("t", b"own", "chat", "op4", 1.0)
     await written()
     assert refused(new, b"before") == "idempotency_spent"
-    assert new.take("t", b"free", "chat", b"", "op5", 1.0).ours
+    assert new.take("t", b"free", "chat", "op5", 1.0).ours
     assert refused(old, b"own") == "idempotency_running"
-    assert old.take("t", b"before", "chat", b"", "new", 1.0).answer is not None  # it has it still
+    assert old.take("t", b"before", "chat", "new", 1.0).answer is not None  # it has it still
     new.unshare()
     assert refused(new, b"lost") == "idempotency_spent"
     assert (lost.state, own.state) == ("running", "running")
     assert refused(new, b"own") == "idempotency_running"
 
 
+def two_processes(path: Path, tasks: Tasks) -> tuple[IdempotencyKeys, IdempotencyKeys]:
+    old, new = IdempotencyKeys(), IdempotencyKeys()
+    old.open(path, tasks, 0.0)
+    new.open(path, tasks, 0.0, shared=True)
+    old.share()
+    return old, new
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_two_processes_do_not_take_one_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    tasks = Tasks()
+    stores = two_processes(tmp_path / "keys.jsonl", tasks)
+    for key, one, other in ((b"1", *stores), (b"2", *stores[::-1])):
+        if fails:  # then in a thread, as ever
+            with monkeypatch.context() as patch:
+                patch.setattr(one, "_write", failing)
+                one.take("t", key, "chat", "op", 0.0)
+            await asyncio.gather(*tasks._tasks)
+        else:
+            one.take("t", key, "chat", "op", 0.0)
+        with pytest.raises(RequestError, match="still running"):
+            other.take("t", key, "chat", "other", 0.0)
+
+
+async def test_what_is_free_again_does_not_come_back_from_the_file(tmp_path: Path) -> None:
+    tasks = Tasks()
+    old, new = two_processes(tmp_path / "keys.jsonl", tasks)
+    for number in range(3):
+        claim = old.take("t", b"key", "chat", f"op{number}", 0.0)
+        assert claim.op == f"op{number}"
+        old.end(claim, False)
+    await asyncio.gather(*tasks._tasks)
+    assert old.take("t", b"other", "chat", "op", 0.0).ours
+    assert not old._freed
+    assert new.take("t", b"key", "chat", "op3", 0.0).op == "op3"
+
+
+def test_an_end_that_is_written_late_frees_no_later_request(tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    states = [("op1", "running"), ("op2", "running"), ("op1", "free")]
+    name = IdempotencyKeys().take("t", b"key", "chat", "op", 0.0).name
+    path.write_bytes(b"".join(Claim("t", name, "hash", op, 0.0, state).line() for op, state in states))
+    store = IdempotencyKeys()
+    store.open(path, Tasks(), 0.0)
+    assert [claim.op for claim in store._all()] == ["op2"]
+
+
 async def test_what_is_not_written_when_the_proxy_stops_is_written_then(tmp_path: Path) -> None:
     path, tasks = tmp_path / "keys.jsonl", Tasks()
     store = IdempotencyKeys()
     store.open(path, tasks, 0.0)
-    store.take("t", b"key", "chat", b"", "op", 0.0)
+    store.take("t", b"key", "chat", "op", 0.0)
     await tasks.cancel_all()
     store.close()
     again = IdempotencyKeys()
@@ -392,7 +498,7 @@ async def test_the_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     store = IdempotencyKeys()
     store.open(path, tasks, 0.0)
     for number in range(100):
-        store.end(store.take("t", b"one", "chat", b"", f"op{number}", 0.0), False)
+        store.end(store.take("t", b"one", "chat", f"op{number}", 0.0), False)
         await asyncio.gather(*tasks._tasks)
     assert len(path.read_bytes().splitlines()) <= 24
 
@@ -416,15 +522,15 @@ async def test_a_full_disk_stops_the_writing_and_nothing_else_until_it_has_room(
 
     monkeypatch.setattr(Path, "open", full)
     monkeypatch.setattr(idempotency, "RETRY_S", 0.0)
-    store.end(store.take("t", b"key", "chat", b"", "op", 0.0), True)
+    store.end(store.take("t", b"key", "chat", "op", 0.0), True)
     with pytest.raises(RequestError, match="done as op"):
-        store.take("t", b"key", "chat", b"", "again", 0.0)
+        store.take("t", b"key", "chat", "again", 0.0)
     await asyncio.gather(*tasks._tasks)
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
     again = IdempotencyKeys()
     again.open(path, Tasks(), 0.0)
     with pytest.raises(RequestError, match="done as op"):
-        again.take("t", b"key", "chat", b"", "again", 0.0)
+        again.take("t", b"key", "chat", "again", 0.0)
 
 
 async def test_a_disk_that_is_full_to_the_end_is_told_at_the_stop(
@@ -432,12 +538,8 @@ async def test_a_disk_that_is_full_to_the_end_is_told_at_the_stop(
 ) -> None:
     tasks, store = Tasks(), IdempotencyKeys()
     store.open(tmp_path / "keys.jsonl", tasks, 0.0)
-
-    def full(lines: list[bytes]) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(store, "_write", full)
-    store.take("t", b"key", "chat", b"", "op", 0.0)
+    monkeypatch.setattr(store, "_write", failing)
+    store.take("t", b"key", "chat", "op", 0.0)
     store.close()
     assert "the next start does not know all" in caplog.text
     await tasks.cancel_all()

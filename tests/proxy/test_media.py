@@ -306,6 +306,10 @@ def test_a_long_picture_is_metered_from_its_end() -> None:
     [
         ("speech", {"ref_audio": "http://10.0.0.1/x.wav"}),
         ("speech", {"ref_audio": "file:///etc/passwd"}),
+        ("speech", {"ref_audio": "\u0001http://10.0.0.1/x.wav"}),
+        ("speech", {"ref_audio": "ht\ntp://10.0.0.1/x.wav"}),
+        ("images", {"image": ["\ufeffh\tttp:\r//10.0.0.1"]}),
+        ("images", {"mask": "da\nta:image/png;base64,AAAA"}),
         ("images", {"image": ["https://x/y.png"]}),
         ("images", {"image_url": "/etc/passwd"}),
         ("images", {"references": [{"image_url": "http://x"}]}),
@@ -318,7 +322,9 @@ def test_what_an_engine_would_fetch_is_refused(endpoint: str, fields: dict[str, 
     assert not w.dialled()
 
 
-@pytest.mark.parametrize("sound", ["data:audio/wav;base64,AAAA", "UklGRiQAAABXQVZF"])
+@pytest.mark.parametrize(
+    "sound", ["data:audio/wav;base64,AAAA", "UklGRiQAAABXQVZF", "UklGRiQA\nAABXQVZF\n", "UklG" * 100_000]
+)
 def test_sound_inline_passes(sound: str) -> None:
     document = {"model": "m", "input": "http://x is text", "ref_audio": sound}
     exchange = (w := World("a")).start(endpoint="speech", raw=orjson.dumps(document))

@@ -300,6 +300,14 @@ def test_a_flag_that_says_nothing_clear_is_refused(fields: dict[str, str]) -> No
     assert refused.value.code == "invalid_value"
 
 
+@pytest.mark.parametrize("name", [b'filename=""', b'filename*=""'])
+def test_a_part_whose_file_name_is_empty_is_text_for_some_and_refused(name: bytes) -> None:
+    part = b'Content-Disposition: form-data; name="url"; %b\r\n\r\nhttp://10.0.0.1/' % name
+    with pytest.raises(RequestError, match="empty filename") as refused:
+        read(form(field("model", "m"), part), "image-edits")
+    assert refused.value.code == "invalid_form"
+
+
 @pytest.mark.parametrize(
     "part",
     [

@@ -31,33 +31,55 @@ def test_a_stage_begins_at_its_level_and_ends_three_percent_below(uses: list[flo
                 assert (stage >= number) == (before >= number)
 
 
-def test_bodies_count_as_memory_does(caplog: pytest.LogCaptureFixture) -> None:
-    class Fake(Memory):
-        def __init__(self) -> None:
-            self.bound = 100
-            self.full = 50
-            self.given_back = 0
+class FakeMemory(Memory):
+    """So full, of 1000 bytes."""
 
-        def used(self) -> int:
-            return self.full
+    def __init__(self, full: int) -> None:
+        self.bound = 1000
+        self.full = full
+        self.given_back = 0
 
-        def give_back(self) -> None:
-            self.given_back += 1
+    def used(self) -> int:
+        return self.full
 
-    memory = Fake()
+    def give_back(self) -> None:
+        self.given_back += 1
+
+    def close(self) -> None:
+        pass
+
+
+def test_memory_and_bodies_count(caplog: pytest.LogCaptureFixture) -> None:
+    memory = FakeMemory(960)
     pressure = Pressure(memory)
-    assert pressure.look(95, 100) == 2
+    assert (pressure.look(0, 100), pressure.use, memory.given_back) == (2, 0.96, 1)
+    memory.full = 500
+    assert (pressure.look(95, 100), pressure.use, memory.given_back) == (1, 0.95, 1)
     assert pressure.look(0, 100) == 0
-    memory.full = 93
+    memory.full = 930
     assert (pressure.look(0, 100), memory.given_back) == (1, 2)
     memory.bound = 0  # none
     assert pressure.look(0, 100) == 0
     assert [record.message.partition(" (")[0] for record in caplog.records] == [
         "memory runs short: new requests are refused",
+        "memory runs short: connections end with their answers",
         "memory suffices again",
         "memory runs short: connections end with their answers",
         "memory suffices again",
     ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1100), st.integers(0, 100)), max_size=30))
+def test_bodies_alone_refuse_nobody(looks: list[tuple[int, int]]) -> None:
+    memory = FakeMemory(0)
+    both, alone = Pressure(memory), Pressure(FakeMemory(0))
+    by_memory = 0
+    for full, bodies in looks:
+        memory.full = full
+        assert alone.look(bodies, 100) <= 1
+        by_memory = stage_at(memory.full / memory.bound, by_memory)
+        stage = both.look(bodies, 100)
+        assert stage == by_memory or stage == 1 > by_memory
 
 
 def test_the_memory_of_this_process_is_read() -> None:
@@ -98,9 +120,9 @@ def test_the_bound_is_the_least_of_the_control_groups(
 
 
 def world_at(use: float) -> World:
-    """A proxy whose room for bodies is so full, at its next sweep."""
+    """A proxy whose memory is so full, at its next sweep."""
     world = World("a")
-    world.runtime.body_bytes = round(use * world.runtime.most_bodies_bytes)
+    world.runtime.pressure.memory = FakeMemory(round(use * 1000))
     return world
 
 
@@ -126,7 +148,7 @@ def test_from_95_percent_requests_are_refused_at_once_and_it_is_not_ready() -> N
     assert peer.statuses == [503]
     assert b"retry-after: 2\r\n" in peer.transport.written
     assert b"overloaded" in peer.transport.written
-    world.runtime.body_bytes = 0
+    world.runtime.pressure.close()
     world.runtime.sweep(1.0)
     assert unready(world.runtime) == ""
     Peer(world).send(request())
@@ -141,3 +163,17 @@ def test_from_98_percent_connections_are_closed_unread() -> None:
     assert transport.is_closing()
     assert connection not in world.runtime.clients
     assert transport.written == b""
+
+
+def test_full_of_bodies_it_serves_who_needs_no_room_for_one() -> None:
+    world = World("a")
+    world.runtime.body_bytes = world.runtime.most_bodies_bytes
+    world.runtime.sweep(0.0)
+    assert unready(world.runtime) == ""
+    peer = Peer(world)
+    peer.send(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert peer.statuses == [200]
+    large = Peer(world)
+    large.send(request())
+    assert large.statuses == [503]
+    assert b"too many large requests" in large.transport.written

@@ -204,6 +204,27 @@ def test_another_tenant_gets_404_and_no_backend_hears_of_it() -> None:
     assert world.dialled() == ["a"]
 
 
+def test_a_key_for_an_alias_reaches_what_it_has_made() -> None:
+    world = World("a", aliases={"fast": "m"})
+    as_tenant(world, Key("k", "acme", models=frozenset({"fast", "other"})))
+    made = create(world, model="fast")
+    world.answers(made, "a").data_received(whole(200, orjson.dumps(response())))
+    for method, end in (("GET", ""), ("POST", "/cancel"), ("DELETE", "")):
+        asked = ask(world, method, "/v1/responses/resp_1" + end)
+        assert asked.connection is not None
+        asked.connection.data_received(whole(200, orjson.dumps(response())))
+        assert read(asked).status == 200
+
+
+def test_a_key_for_another_model_does_not_reach_it() -> None:
+    world = World("a", aliases={"fast": "m", "slow": "n"})
+    world.runtime.responses.add("resp_1", stored())
+    as_tenant(world, Key("k", "acme", models=frozenset({"n", "slow"})))
+    refused = read(ask(world, "GET", "/v1/responses/resp_1"))
+    assert (refused.status, refused.error["code"]) == (403, "model_not_allowed")
+    assert not world.dialled()
+
+
 def test_a_background_response_is_counted_by_who_first_sees_its_end() -> None:
     world, acme, _ = two_tenants()
     as_tenant(world, acme)
