@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import shlex
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
@@ -29,6 +31,8 @@ from proxy.config import Price as PriceConfig
 from proxy.config_values import is_loopback, split_address
 from proxy.prices import Price, Prices
 from proxy.upstream import Endpoint
+
+log = logging.getLogger("tidegate")
 
 DEFAULT_SLOTS = 32
 """Until the engine has said how much it can do."""
@@ -98,6 +102,7 @@ def build(
     try:
         certificates = load_certificates(config.tls)
         backends, configured, endpoints, targets, changes = [], [], {}, [], []
+        contexts: dict[Path | None, ssl.SSLContext] = {}
         for number, section in enumerate(config.backends):
             at = ("backends", number)
             site = config.sites.get(section.site) or SiteConfig()
@@ -105,7 +110,7 @@ def build(
             # First, so that what changes between the two is seen by the next reload.
             tls_files = _tls_files(section.tls)
             at = ("backends", number, "tls")
-            tls = tls_context(section)
+            tls = tls_context(section, contexts)
             fresh = _backend(section, site, slots)
             configured.append(fresh)
             old = _same_place(section, before)
@@ -321,14 +326,19 @@ def _target(section: BackendConfig, slots: int | None, key: str | None, tls: ssl
     return Target(section.name, section.url, models, slots, headers, tls, section.tls.server_name)
 
 
-def tls_context(section: BackendConfig) -> ssl.SSLContext | None:
+def tls_context(
+    section: BackendConfig, shared: dict[Path | None, ssl.SSLContext] | None = None
+) -> ssl.SSLContext | None:
     """How a backend's certificate is checked; None: its URL is plain http.
 
+    `shared`: contexts by their authorities, for backends that we show no certificate to: making one takes long.
     Raises BadValueError naming the backend and, within `tls`, the key of the file that cannot be used.
     """
     if not section.url.startswith("https:"):
         return None
     tls = section.tls
+    if shared is not None and tls.certificate is None and tls.ca_file in shared:
+        return shared[tls.ca_file]
     context = _with_file(
         section, "ca_file", tls.ca_file, lambda: ssl.create_default_context(cafile=tls.ca_file)
     )
@@ -336,6 +346,8 @@ def tls_context(section: BackendConfig) -> ssl.SSLContext | None:
         certificate, key = tls.certificate, tls.key
         _with_file(section, "key", key, key.read_bytes)  # OpenSSL does not say which of the two it misses
         _with_file(section, "certificate", certificate, lambda: load_chain(context, certificate, key))
+    elif shared is not None:
+        shared[tls.ca_file] = context
     return context
 
 
@@ -393,3 +405,12 @@ def _prices(config: Config) -> Prices:
 
 def _price(price: PriceConfig, config: Config) -> Price:
     return Price.parse(price.input, price.output, config.ledger_currency, price.cached_input)
+
+
+def warn_of(built: Built) -> None:
+    """Say what is odd in a policy file (what is in the library is as it should be), and which certificates end."""
+    for certificate in built.certificates:
+        if warning := certificate.warning(time.time()):
+            log.warning("%s", warning)
+    for found in built.policy.warnings if is_policy_file(built.config.policy) else ():
+        log.warning("policy %s:%s: %s", built.policy.name, found.line, found.message)

@@ -37,6 +37,9 @@ LONGEST_KEY: Final = 255
 FILE_LINES: Final = 50_000
 """A file of more lines, and of twice as many as there are keys, is written anew."""
 
+RETRY_S: Final = 1.0
+"""After a write that failed."""
+
 RUNNING: Final = "running"
 SPENT: Final = "spent"
 FREE: Final = "free"
@@ -222,13 +225,20 @@ class IdempotencyKeys:
 
     def close(self) -> None:
         """Write what is not written yet. Blocks."""
-        if self._path is not None and not self._failed and self._unwritten:
-            self._write(self._taken())
+        try:
+            if self._failed:
+                self._write_everything(self._all())
+            elif self._path is not None and self._unwritten:
+                self._write(self._taken())
+        except OSError as error:
+            log.error("idempotency keys were not written, the next start does not know all: %s", error)
 
     def _note(self, claim: Claim) -> None:
         tasks = self._tasks
-        if tasks is None or self._failed:
+        if tasks is None:
             return
+        if len(self._unwritten) > FILE_LINES:
+            self._unwritten.clear()  # writing fails for long; everything is written when it does no more
         self._unwritten.append(claim.line())
         if not self._writing:
             self._writing = True
@@ -236,16 +246,25 @@ class IdempotencyKeys:
 
     async def _write_all(self) -> None:
         try:
-            while self._unwritten:
-                if self._lines > max(FILE_LINES, 2 * len(self)) and self._others is None:
-                    self._unwritten.clear()
-                    await asyncio.to_thread(self._replace, self._all())
-                else:
-                    await asyncio.to_thread(self._write, self._taken())
-        except OSError as error:
-            # Serving goes on: it is the memory of a restart that is lost.
-            self._failed = True
-            log.error("idempotency keys are not written any more, a restart forgets them: %s", error)
+            while self._unwritten or self._failed:
+                try:
+                    if self._failed or (
+                        self._lines > max(FILE_LINES, 2 * len(self)) and self._others is None
+                    ):
+                        self._unwritten.clear()
+                        await asyncio.to_thread(self._write_everything, self._all())
+                    else:
+                        await asyncio.to_thread(self._write, self._taken())
+                except OSError as error:
+                    # Serving goes on: it is the memory of a restart that is lost.
+                    if not self._failed:
+                        log.error("idempotency keys are not written, a restart would forget them: %s", error)
+                    self._failed = True
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                if self._failed:
+                    self._failed = False
+                    log.warning("idempotency keys are written again, all of them")
         finally:
             self._writing = False
 
@@ -261,6 +280,12 @@ class IdempotencyKeys:
         with self._path.open("ab") as file:
             file.write(b"".join(lines))
         self._lines += len(lines)
+
+    def _write_everything(self, claims: list[Claim]) -> None:
+        if self._others is None:
+            self._replace(claims)
+        else:
+            self._write([claim.line() for claim in claims])
 
     def _replace(self, claims: list[Claim]) -> None:
         assert self._path is not None

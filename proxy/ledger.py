@@ -387,10 +387,11 @@ def _is_final(error: Exception) -> bool:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same insert may succeed later: locked, full, away, no memory; not: a row that does not fit."""
+    """Whether the same insert may succeed later: locked, full, away, without a table, no memory; not: a row that
+    does not fit."""
     code = _sqlite_code(error)
     if code:
-        return code & 0xFF not in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH)
+        return code & 0xFF not in (sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG)
     return isinstance(error, OperationalError | InterfaceError | MemoryError)
 
 

@@ -111,6 +111,11 @@ class Metrics:
             value=runtime.shedding,
         )
         yield GaugeMetricFamily("tidegate_ledger_lag_rows", "Rows not in SQL yet.", value=runtime.ledger.lag)
+        yield CounterMetricFamily(
+            "tidegate_ledger_rows_refused",
+            "Rows that the database would not take; the log has them.",
+            value=runtime.ledger.refused,
+        )
         yield GaugeMetricFamily(
             "tidegate_journal_failed",
             "1: usage cannot be recorded.",

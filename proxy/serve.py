@@ -34,10 +34,10 @@ from proxy.access.pepper import load_pepper
 from proxy.access.shared import limits_of_this_month, shared_budgets
 from proxy.admin.http import admin_app
 from proxy.ask import PORTS_FILE
-from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, timing
+from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, timing, warn_of
 from proxy.certificates import ServerCertificates
 from proxy.changes import changes
-from proxy.config import Config, is_policy_file, load_config, override
+from proxy.config import Config, load_config, override
 from proxy.config_values import is_metadata, time_zone
 from proxy.ledger import Ledger
 from proxy.listeners import Listeners, Listening, Ports, by_loop
@@ -131,7 +131,7 @@ class Service:
         config = self.config
         loop = asyncio.get_running_loop()
         built = build(config, loop, self._seed, resolver=self._resolver, path=self.path)
-        _warn(built)
+        warn_of(built)
         config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         predecessor = await asyncio.to_thread(Predecessor.of, config.state) if self._take_over else None
         if predecessor is None:
@@ -199,6 +199,14 @@ class Service:
             unshare = (runtime.responses.unshare, runtime.idempotency.unshare)
             runtime.tasks.spawn(adopt_when_left(ledger, written, unshare), "what others leave")
         self._upgrades = UpgradeSocket(self, runtime.tasks.spawn)
+        if predecessor is not None and self._stopping.is_set():
+            log.warning("not taking over: this process was told to stop")
+            predecessor.leave()
+            self._handed_over, self._drain_until = (
+                True,
+                self._soon(),
+            )  # the state directory tells of the other
+            return
         self.publish()
         if predecessor is not None and (reason := await asyncio.to_thread(predecessor.ready)):
             log.error("not taking over: the process before %s", reason)
@@ -406,7 +414,7 @@ class Service:
             runtime.observer.reload_ok = False
             log.error("reload refused, the old configuration goes on:\n%s", in_words(error))
             return False
-        _warn(built)
+        warn_of(built)
         for name in NEXT_START:
             if attrgetter(name)(config) != attrgetter(name)(self._started_with):
                 log.warning("a change of `%s` takes effect at the next start", name)
@@ -427,6 +435,7 @@ class Service:
             )
             runtime.limits.change_currency(runtime.prices.currency, built.prices.currency)
         runtime.use(built)
+        runtime.most_clients = most_clients(config.limits.connections)
         runtime.fleet.replace(built.backends)
         runtime.valve.swap(built.policy.rules, runtime.now())
         if self._prober is not None:
@@ -487,12 +496,3 @@ class Service:
 
     def _ledger_failed(self, reason: str) -> None:
         log.error("usage cannot be recorded any more, new requests are refused: %s", reason)
-
-
-def _warn(built: Built) -> None:
-    """Say what is odd in a policy file (what is in the library is as it should be), and which certificates end."""
-    for certificate in built.certificates:
-        if warning := certificate.warning(time.time()):
-            log.warning("%s", warning)
-    for found in built.policy.warnings if is_policy_file(built.config.policy) else ():
-        log.warning("policy %s:%s: %s", built.policy.name, found.line, found.message)

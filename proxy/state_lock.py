@@ -26,6 +26,8 @@ log = logging.getLogger("tidegate")
 LOCK_FILE = "lock"
 LOOK_S = 1.0
 """How often a journal is looked at that another process still writes."""
+LONGEST_LOOK_S = 60.0
+"""And one that could not be taken over, at last."""
 
 
 def lock_state(state: Path) -> int:
@@ -70,22 +72,28 @@ async def adopt_when_left(
 ) -> None:
     """Take what their writers leave in these journals, as soon as they have ended: nothing if they ended well.
 
-    `then`: what to do when all have.
+    What cannot be taken now (the database is away, a journal is damaged) is tried again and again. `then`: what to
+    do when all writers have ended.
     """
-    waiting = list(folders)
+    waiting = dict.fromkeys(folders, "")
+    """What was said of each that its writer has left."""
+    steps, pause_s = list(then), LOOK_S
     while waiting:
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(pause_s)
         for folder in list(waiting):
             try:
                 left = await asyncio.to_thread(ledger.adopt, folder)
-            except Exception:
-                log.exception("%s cannot be taken over now, the next start tries it again", folder)
-                waiting.remove(folder)
+            except Exception as error:
+                if not waiting[folder]:
+                    log.exception("%s cannot be taken over now, it is tried again", folder)
+                waiting[folder] = repr(error)
                 continue
             if left is not None:
-                waiting.remove(folder)
-    for step in then:
-        step()
+                del waiting[folder]
+        if all(waiting.values()):  # nobody writes there any more
+            while steps:
+                steps.pop(0)()
+            pause_s = min(2 * pause_s, LONGEST_LOOK_S)
 
 
 def _instance(first: Path) -> str:

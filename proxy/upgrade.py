@@ -39,6 +39,8 @@ log = logging.getLogger("tidegate")
 SOCKET_FILE = "upgrade.sock"
 MESSAGE_BYTES = 64 * 1024
 MOST_DESCRIPTORS = 32
+ACCEPT_PAUSE_S = 1.0
+"""After an accept that failed."""
 ANSWER_S = 10.0
 """How long either side waits for what the other can say at once."""
 START_S = 300.0
@@ -116,7 +118,12 @@ class UpgradeSocket:
 
     async def _accept(self, sock: socket.socket) -> None:
         while True:
-            connection, _ = await self._loop.sock_accept(sock)
+            try:
+                connection, _ = await self._loop.sock_accept(sock)
+            except OSError as error:  # no file descriptors are left, most likely
+                log.warning("upgrade: a connection could not be accepted: %s", in_words(error))
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
             connection.setblocking(False)
             self._spawn(self._answer(connection), "upgrade")
 
@@ -182,6 +189,7 @@ class UpgradeSocket:
             ready = await self._receive(connection, START_S)
             if not ready:
                 log.error("upgrade: process %d ended before it was ready, this one goes on", pid)
+                _send(connection, {"go": False, "reason": "has waited long enough and goes on"})
                 host.publish()
                 return
             if refusal := host.refuses_upgrade():
@@ -252,6 +260,10 @@ class Predecessor:
             else:
                 sock.close()
         return taken
+
+    def leave(self) -> None:
+        """Take over nothing: the other process goes on."""
+        self._connection.close()
 
     def ready(self) -> str:
         """Tell that this process serves. -> why it must not; empty: it goes on, alone from now on."""

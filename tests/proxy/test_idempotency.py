@@ -397,22 +397,47 @@ async def test_the_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(path.read_bytes().splitlines()) <= 24
 
 
-async def test_a_full_disk_stops_the_writing_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_full_disk_stops_the_writing_and_nothing_else_until_it_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, shared: bool
 ) -> None:
     path, tasks = tmp_path / "keys.jsonl", Tasks()
     store = IdempotencyKeys()
     store.open(path, tasks, 0.0)
+    if shared:
+        store.share()
+    times = iter(range(3))
+    writes = Path.open
+
+    def full(path: Path, *mode: Any, **options: Any) -> Any:
+        if mode != ("rb",) and next(times, None) is not None:
+            raise OSError(28, "No space left on device")
+        return writes(path, *mode, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(idempotency, "RETRY_S", 0.0)
+    store.end(store.take("t", b"key", "chat", b"", "op", 0.0), True)
+    with pytest.raises(RequestError, match="done as op"):
+        store.take("t", b"key", "chat", b"", "again", 0.0)
+    await asyncio.gather(*tasks._tasks)
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+    again = IdempotencyKeys()
+    again.open(path, Tasks(), 0.0)
+    with pytest.raises(RequestError, match="done as op"):
+        again.take("t", b"key", "chat", b"", "again", 0.0)
+
+
+async def test_a_disk_that_is_full_to_the_end_is_told_at_the_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tasks, store = Tasks(), IdempotencyKeys()
+    store.open(tmp_path / "keys.jsonl", tasks, 0.0)
 
     def full(lines: list[bytes]) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "_write", full)
-    store.end(store.take("t", b"key", "chat", b"", "op", 0.0), True)
-    await asyncio.gather(*tasks._tasks)
-    with pytest.raises(RequestError, match="done as op"):
-        store.take("t", b"key", "chat", b"", "again", 0.0)
-    store.take("t", b"other", "chat", b"", "other", 0.0)
-    assert not store._unwritten
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    store.take("t", b"key", "chat", b"", "op", 0.0)
     store.close()
+    assert "the next start does not know all" in caplog.text
+    await tasks.cancel_all()

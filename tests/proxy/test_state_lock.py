@@ -86,10 +86,42 @@ async def test_a_journal_that_cannot_be_read_does_not_keep_the_others(
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "00000001.journal").write_bytes(b"\xf1TJ9")  # of a newer version
+    ended = asyncio.Event()
+    tasks = Tasks()
+    tasks.spawn(adopt_when_left(ledger, [bad, tmp_path / "good"], [ended.set]), "watch")
     async with asyncio.timeout(20):
-        await adopt_when_left(ledger, [bad, tmp_path / "good"])
-    assert "the next start tries it again" in caplog.text
+        await ended.wait()
+    await tasks.cancel_all()
+    assert caplog.text.count("cannot be taken over now") == 1
     assert (bad / "00000001.journal").exists()
     assert (tmp_path / "good" / "lock").exists()
+    ledger.journal.release()
+    engine.dispose()
+
+
+async def test_what_cannot_be_taken_now_is_taken_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(state_lock, "LOOK_S", 0)
+    engine = empty_database(tmp_path)
+    writer = open_journal(tmp_path)
+    writer.start(asyncio.get_running_loop(), lambda rows: None, print)
+    writer.close(a_row())
+    await writer.synced()
+    writer.stop()
+    writer.release()
+    ledger = Ledger(engine, Journal(tmp_path / "own"), PRICES)
+    adopt, times = ledger.adopt, iter(range(3))
+
+    def away(folder: Path) -> object:
+        if next(times, None) is not None:
+            raise OSError("the database is away")
+        return adopt(folder)
+
+    monkeypatch.setattr(ledger, "adopt", away)
+    async with asyncio.timeout(20):
+        await adopt_when_left(ledger, [writer.directory])
+    assert len(rows_of(engine)) == 1
+    assert caplog.text.count("it is tried again") == 1
     ledger.journal.release()
     engine.dispose()
