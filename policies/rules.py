@@ -6,12 +6,13 @@ having no room: the next tier is asked.
 
 A tier with `spill` is open or closed, with hysteresis: it opens when the capacity-weighted mean saturation of
 its available backends reaches `enter`, and closes below `leave`. While closed, the tier takes every request,
-on its backends with a free slot if there are any (so `enter` above 1 lets the engine queue a little). While
-open, it still takes a request whenever one of its backends has a free slot. A tier without `spill` takes a
-request only with a free slot. The flag itself is what sessions, waking and alerts go by. Requests move it, and so
-do polls, both ways: a tier that is full spills, whether or not the next request has come.
+on its backends with a free slot if there are any, else on those below `enter` (above 1 it lets the engine queue a
+little). While open, it still takes a request whenever one of its backends has a free slot. A tier without `spill`
+takes a request only with a free slot. The flag itself is what sessions, waking and alerts go by. Requests move it,
+and so do polls, both ways: a tier that is full spills, whether or not the next request has come.
 
-A backend whose host is outside of its tier's `host` has no free slot, whatever its saturation.
+A backend whose host is outside of its tier's `host` has no free slot, whatever its saturation; nor has one that is
+measured with few in flight (`adaptive.py`) when it has those.
 
 Saturation is taken over the backends that may serve the request at hand: one model being full says nothing
 about another. So the flag is kept per tier and set of feasible backends, which in a fleet with one model is
@@ -26,6 +27,7 @@ from math import inf
 from policies.base import Hold, Reject, RequestFacts, Send
 from policies.candidates import Candidates, CandidateSets, SpillState
 from policies.constraints import RETRY_AFTER_S
+from policies.host import HostBounds
 from policies.match import Hours, Match, Selector
 from policies.routing import AVAILABILITY, TIERS, Candidate, Routing, copy_figures
 from policies.rule import Queue, Rule, Spill, Tier
@@ -84,9 +86,15 @@ class RuleSet:
         self._sets.move_spills(fleet, now)
 
     def route(
-        self, request: RequestFacts, fleet: Fleet, now: float, tried: frozenset[str] = NOTHING_TRIED
+        self,
+        request: RequestFacts,
+        fleet: Fleet,
+        now: float,
+        tried: frozenset[str] = NOTHING_TRIED,
+        full: float = 1.0,
     ) -> Routing:
-        """Decide; nothing is counted yet. Backends in `tried` (attempts that failed) are left out.
+        """Decide; nothing is counted yet. Backends in `tried` (attempts that failed) are left out; one below the
+        saturation `full` has a free slot.
 
         Without a backend that may serve it: `Reject`, named after the constraint. With none that is
         available: `Reject` with `no_backend`. With no tier that takes it: `Hold`, until the first of the
@@ -113,7 +121,7 @@ class RuleSet:
                 saturation = backend.saturation(now)
                 load += saturation * backend.slots
                 slots += backend.slots
-                if saturation < 1.0 and (host is None or host.accept(backend, now)):
+                if saturation < full and _takes(backend, host, now):
                     free.append(backend)
                     figures.append(copy_figures(backend, saturation))
             mean = load / slots if slots else inf
@@ -124,7 +132,10 @@ class RuleSet:
                     spill.move(mean, now)
                 spilling = spilling or spill.open
                 if not free and slots and not spill.open:
-                    free = [one for one in tier.backends if host is None or host.accept(one, now)]
+                    enter = spill.spill.enter
+                    free = [
+                        one for one in tier.backends if one.saturation(now) < enter and _takes(one, host, now)
+                    ]
                     figures = [copy_figures(backend, backend.saturation(now)) for backend in free]
             if free:
                 routing = self._choose(request, candidates, tier.tier, free, figures, now)
@@ -207,6 +218,13 @@ class RuleSet:
             removed=candidates.removed,
             at=now,
         )
+
+
+def _takes(backend: Backend, host: HostBounds | None, now: float) -> bool:
+    """Whether it takes requests at all, however full it is."""
+    if backend.measuring_slots and backend.in_flight >= backend.measuring_slots:
+        return False
+    return host is None or host.accept(backend, now)
 
 
 def _unavailable(feasible: list[Backend], now: float) -> Reject:

@@ -9,7 +9,8 @@ already. It is at most a quarter of the slots. Nothing is kept for who has used 
 has all.
 
 Who comes when even those are taken, and holds less than its share while another holds more, is owed a slot: it is
-sent although the backend is full, as far as the rule's `overflow` goes, and the other gets its next one the later.
+sent although the backend is full, as far as the rule's `overflow` goes and as its policy chooses, and the other
+gets its next one the later.
 """
 
 from __future__ import annotations

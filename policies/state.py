@@ -41,6 +41,8 @@ class Backend(BackendView):
     """All of its slots; 0 at first: as many as `slots`."""
     adaptive: AdaptiveSlots | None = None
     """Takes fewer of them where it would queue."""
+    measuring_slots: int = 0
+    """While `adaptive` measures it, so many of them are given out; 0: all."""
     starting: bool = False
     """It has fewer of them since it has only just come back."""
     probed_up: bool = True
@@ -65,6 +67,8 @@ class Backend(BackendView):
     ttft_at: float = -inf
     tpot_at: float = -inf
     rtt_at: float = -inf
+    ok_at: float = -inf
+    """When an attempt last ended well."""
     ok: int = 0
     failed: int = 0
     ignored: int = 0
@@ -188,16 +192,17 @@ class Fleet:
                 if not out:
                     backend.back_at = now
         for backend in self.backends.values():
-            slots = backend.full_slots
+            slots, few = backend.full_slots, 0
             if backend.adaptive is not None:
+                few = backend.adaptive.measuring_slots(slots, now)
                 slots = backend.adaptive.slots(slots)
             starting = now - backend.back_at < slow_start_s and self._has_others(backend, now)
             if starting:
                 slots = min(
                     slots, slots_in_slow_start(backend.full_slots, now - backend.back_at, slow_start_s)
                 )
-            if slots != backend.slots or starting != backend.starting:
-                backend.slots, backend.starting = slots, starting
+            if slots != backend.slots or starting != backend.starting or few != backend.measuring_slots:
+                backend.slots, backend.starting, backend.measuring_slots = slots, starting, few
                 changed = True
         if changed:
             self.version += 1
@@ -282,6 +287,7 @@ class Fleet:
                 backend.observe_tpot((now - lease.first_token_at) / (completion - 1), now)
         if outcome is Outcome.OK:
             backend.ok += 1
+            backend.ok_at = now
             backend.silent = False
         elif outcome is Outcome.FAILED:
             backend.failed += 1

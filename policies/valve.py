@@ -72,7 +72,7 @@ class Valve:
         self._impaired = False
         """Some backend is not available, so that time, or the end of a trial, may bring it back."""
         self._back_at = inf
-        """When time alone may make a backend available."""
+        """When time alone may make a backend available, or end that it is measured."""
 
     def __repr__(self) -> str:
         return f"<Valve: {len(self._held)} held in {len(self._queues)} queues>"
@@ -108,10 +108,7 @@ class Valve:
         if self._held:
             candidates = self.rules.candidates(request, self.fleet)
             queue = self._queues.get(candidates.key)
-            if queue is not None and candidates.order:
-                owed = self._owed(request, candidates, now)
-                if owed is not None:
-                    return owed
+            if queue is not None and candidates.order and not self._owing(request, candidates, now):
                 if not queue.blocked:  # those before it were held for reasons of their own
                     self._unasked = True
                 until = self.rules.hold_until(request, candidates.rule)
@@ -120,7 +117,10 @@ class Valve:
         routing = self._route(request, now)
         if type(routing.decision) is Hold:
             candidates = self.rules.candidates(request, self.fleet)
-            return self._owed(request, candidates, now) or self._enqueue(routing, candidates, now)
+            beyond = self._beyond(routing, candidates, now)
+            if beyond is None:
+                return self._enqueue(routing, candidates, now)
+            routing = beyond
         self._lease(routing, now)
         return routing
 
@@ -170,10 +170,7 @@ class Valve:
         kept = backend.shares.kept_from(request.tenant, request.priority, backend.slots, now)
         if not backend.has_free_slot(now) or kept >= backend.slots - backend.in_flight:
             return None
-        reason = f"first token late, so here too: {decision.reason}"
-        routing.decision = Send(
-            decision.backend, decision.fallbacks, reason, decision.scores, decision.propensity
-        )
+        routing.decision = _because("first token late, so here too", decision)
         routing.decided_by = HEDGE
         routing.lease = self.fleet.lease(request, decision.backend, now, None, HEDGE)
         return routing
@@ -189,7 +186,7 @@ class Valve:
     def poll(self, now: float) -> list[Routing]:
         """Answer held requests: those that capacity has come free for, and those whose hold has ended."""
         self._now = now
-        if self._impaired or self.fleet.version != self._version:
+        if self._impaired or now >= self._back_at or self.fleet.version != self._version:
             self._follow_fleet(now)
         self.rules.observe(self.fleet, now)
         self._unasked = False
@@ -205,7 +202,7 @@ class Valve:
         """When to poll if nothing happens before, monotonic.
 
         It is the end of the next hold, the moment when a policy that holds requests wants to be asked again, or
-        when a breaker or a back-off lets a backend be tried again; inf: none is pending.
+        when a breaker or a back-off lets a backend be tried again, or its measuring ends; inf: none is pending.
         """
         if self._answers or self._unasked:
             return self._now
@@ -251,30 +248,35 @@ class Valve:
             full |= {backend.name}
             again = self.rules.route(request, self.fleet, now, full)
             if type(again.decision) is not Send:
-                until = self.rules.hold_until(request, self.rules.rule_for(request))
-                reason = "the free slots are kept for other tenants"
                 candidates = self.rules.candidates(request, self.fleet)
-                return _routing(request, candidates, Hold(until, reason), SHARES, now)
+                until = self.rules.hold_until(request, candidates.rule)
+                hold = Hold(until, "the free slots are kept for other tenants")
+                return _routing(request, candidates, hold, SHARES, now)
             routing = again
         return routing
 
-    def _owed(self, request: RequestFacts, candidates: Candidates, now: float) -> Routing | None:
-        """To the least saturated of the backends where its tenant is owed a slot, full or not; None: it has to wait
-        (as it has anyway if others of its tenant wait)."""
+    def _owing(self, request: RequestFacts, candidates: Candidates, now: float) -> list[str]:
+        """The backends where its tenant is owed a slot; none if others of its tenant wait."""
         queue = self._queues.get(candidates.key)
         if queue is not None and request.tenant in queue.tenants:
-            return None
-        others = frozenset(
+            return []
+        return [
             backend.name
             for backend in map(self.fleet.__getitem__, candidates.order)
-            if backend.saturation(now) >= candidates.rule.queue.overflow
-            or not backend.shares.owes(request.tenant, request.priority, backend.slots, now)
-        )
-        left = candidates.without(others)
-        if not left.order:
+            if backend.shares.owes(request.tenant, request.priority, backend.slots, now)
+        ]
+
+    def _beyond(self, waits: Routing, candidates: Candidates, now: float) -> Routing | None:
+        """As its rule decides among the backends that owe its tenant a slot, were they not full; None: it waits."""
+        owing = self._owing(waits.request, candidates, now)
+        if not owing or waits.decided_by not in (TIERS, SHARES):  # the policy has it wait
             return None
-        routing = self._to_any(request, left, SHARES, "others hold its share of the slots", now)
-        self._lease(routing, now)
+        others, most = frozenset(candidates.order).difference(owing), candidates.rule.queue.overflow
+        routing = self.rules.route(waits.request, self.fleet, now, others, most)
+        if type(routing.decision) is not Send:
+            return None
+        routing.decision = _because("others hold its share of the slots", routing.decision)
+        routing.decided_by = SHARES
         return routing
 
     def _lease(self, routing: Routing, now: float) -> None:
@@ -443,7 +445,8 @@ class Valve:
                 self._place_again(now, new_rules=False)
         away = [backend for backend in fleet if not backend.available]
         self._impaired = bool(away)
-        back_at = (max(backend.breaker.opened_until, backend.backoff_until) for backend in away)
+        back_at = [max(backend.breaker.opened_until, backend.backoff_until) for backend in away]
+        back_at += [backend.adaptive.measured_until for backend in fleet if backend.adaptive is not None]
         self._back_at = min((at for at in back_at if at > now), default=inf)
 
     def _place_again(self, now: float, new_rules: bool) -> None:
@@ -483,11 +486,14 @@ def _routing(
     return Routing(request, rule.name, decision, decided_by, policy, tier, removed=candidates.removed, at=now)
 
 
+def _because(why: str, send: Send) -> Send:
+    return Send(send.backend, send.fallbacks, f"{why}: {send.reason}", send.scores, send.propensity)
+
+
 def _hopeless(request: RequestFacts, candidates: Candidates, wait: float, now: float) -> Routing:
     """Refused at once, since it would only wait to be refused later."""
-    reject = Reject(
-        "queue_full", f"it would wait for about {ceil(wait)} s", min(max(wait, 1.0), MOST_ADVICE_S)
-    )
+    advice = min(max(wait, 1.0), MOST_ADVICE_S)
+    reject = Reject("queue_full", f"it would wait for about {ceil(wait)} s", advice)
     return _routing(request, candidates, reject, "queue", now)
 
 

@@ -42,6 +42,8 @@ TICK_S: Final = 0.25
 
 GENERATE_TIMEOUT_S: Final = 10.0
 """For one token, on an engine that may be at work for others."""
+NO_ANSWER: Final = frozenset({401, 403, 408})
+"""Of the statuses 4xx, those that are no answer, as `passive.tried_elsewhere` has it; 429 is: full is well."""
 
 
 class Questions:
@@ -80,7 +82,8 @@ class Questions:
 async def _check(
     questions: Questions, status: TargetStatus, timing: Timing, clock: Clock, token_at: float = -inf
 ) -> bool:
-    """Is it alive, and what does it serve? True: it came up or went down. `token_at`: its last to a client."""
+    """Is it alive, and what does it serve? True: it came up or went down. `token_at`: when a client last had
+    a token or a whole answer from it."""
     target, asked = status.target, clock()
     result = await questions.alive(target, timing.timeout_s)
     if result.value is not None:
@@ -116,8 +119,16 @@ async def _generate(
     status.learn_generation(generated, asked)
     if generated.ok or generated.status == 429:  # full is well
         return alive
+    if _cannot_chat(generated.status):
+        status.generated_at = asked
+        return alive
     seconds = alive.duration_s + generated.duration_s
     return ProbeResult(False, generated.reason, seconds, None, generated.status)
+
+
+def _cannot_chat(status: int | None) -> bool:
+    """Whether an engine that does not chat (one for embeddings, say) answers so: nothing is wrong with it."""
+    return status == 501 or (status is not None and 400 <= status < 500 and status not in NO_ANSWER)
 
 
 async def _look_at_engine(questions: Questions, status: TargetStatus, timing: Timing) -> None:
@@ -289,7 +300,7 @@ class Prober:
             began, stretch = self._clock(), self._stretch()
             watched.check_due = began + self._timing.interval_s * stretch
             backend = self._fleet.backends.get(status.target.name)
-            token_at = -inf if backend is None else backend.ttft_at
+            token_at = -inf if backend is None else max(backend.ttft_at, backend.ok_at)
             flipped = await _check(questions, status, self._timing, self._clock, token_at)
             if not status.up:
                 pause = min(self._timing.retry_s, self._timing.interval_s)

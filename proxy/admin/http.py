@@ -175,7 +175,7 @@ def _adaptive(backend: Backend) -> dict[str, Any] | None:
     return {
         "slots": adaptive.slots(backend.full_slots),
         "minimum_ttft_s": adaptive.minimum_s or None,
-        "measuring": adaptive.measuring,
+        "measuring": backend.measuring_slots > 0,
     }
 
 

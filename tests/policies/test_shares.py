@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from math import exp
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.base import Reject
+from policies.files import read_policy
 from policies.shares import LEAST_MEAN, MEAN_TAU_S, MOST_KEPT, Shares
+from policies.simple import WeightedQps
 from policies.state import Fleet
 from policies.valve import Valve
 from tests.policies.builders import backend, decided, fleet, one_tier, release, request
@@ -143,6 +146,51 @@ def test_one_who_is_owed_a_slot_is_sent_to_a_full_backend_and_not_beyond_its_ove
     routing = valve.submit(request("l0", tenant="light"), 0.0)
     assert (decided(routing), routing.decided_by, homes["a"].in_flight) == ("a", "shares", 5)
     assert decided(valve.submit(request("l1", tenant="light"), 0.0)) == "hold"
+
+
+def test_one_who_is_owed_a_slot_waits_where_its_policy_says_so() -> None:
+    homes = fleet(backend("a", slots=4))
+    limited = WeightedQps(Random(1), max_qps={"a": 4.0})
+    valve = Valve(one_tier(limited, wait_s=10.0, overflow=2.0), homes)
+    for number in range(3):
+        valve.submit(request(f"f{number}", tenant="flood"), 0.0)
+    assert decided(valve.submit(request("l0", tenant="light"), 0.0)) == "a"
+    full = valve.submit(request("l1", tenant="light"), 0.0)
+    assert (decided(full), valve.queued) == ("hold", 1)
+    assert decided(valve.submit(request("other", tenant="other"), 0.0)) == "hold", "it is owed one, too"
+    assert homes["a"].in_flight == 4
+    assert decided(valve.submit(request("new", tenant="new"), 1.0)) == "a"
+
+
+def test_one_that_the_policy_holds_is_owed_nothing_elsewhere() -> None:
+    homes = fleet(backend("a", slots=8), backend("b", slots=2))
+    limited = WeightedQps(Random(1), max_qps={"a": 1.0})
+    valve = Valve(one_tier(limited, wait_s=10.0, overflow=2.0), homes)
+    for number in range(3):
+        assert decided(valve.submit(request(f"f{number}", tenant="flood"), 0.0)) != "hold"
+    light = valve.submit(request("l", tenant="light"), 0.0)
+    assert (decided(light), light.decided_by) == ("hold", "chooser")
+    assert (homes["a"].in_flight, homes["b"].in_flight) == (1, 2)
+
+
+def test_one_who_is_owed_a_slot_goes_through_the_tiers_and_past_no_bounds_of_a_host() -> None:
+    text = "[{name: all, prefer: [{site: local, host: {cpu: {max: 50%}}}, {site: '*'}], queue: {wait: 5s}}]"
+    homes = fleet(backend("local", slots=2), backend("away", slots=2))
+    valve = Valve(read_policy(f"rules: {text}", "test").rules, homes)
+    for number in range(4):
+        valve.submit(request(f"f{number}", tenant="flood", arrived=1.0), 1.0)
+    homes["local"].host, homes["local"].host_at = {"cpu": 0.9}, 2.0
+    assert decided(valve.submit(request("l", tenant="light", arrived=2.0), 2.0)) == "away"
+
+
+def test_one_who_is_owed_a_slot_does_not_take_an_idle_backend_whose_host_is_busy() -> None:
+    text = "[{name: all, prefer: [{site: local, host: {cpu: {max: 50%}}}], queue: {wait: 5s}}]"
+    homes = fleet(backend("local", slots=4))
+    valve = Valve(read_policy(f"rules: {text}", "test").rules, homes)
+    for number in range(3):
+        valve.submit(request(f"f{number}", tenant="flood", arrived=1.0), 1.0)
+    homes["local"].host, homes["local"].host_at = {"cpu": 0.9}, 2.0
+    assert decided(valve.submit(request("l", tenant="light", arrived=2.0), 2.0)) == "hold"
 
 
 def test_after_its_wait_a_tenant_with_more_than_its_share_is_refused() -> None:

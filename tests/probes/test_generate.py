@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from policies.base import Outcome, RequestFacts
 from probes.active import parse_generated
 from probes.base import Generated, ProbeError, Target
 from proxy.tasks import Tasks
@@ -64,6 +65,45 @@ async def test_none_is_asked_for_while_clients_get_theirs(bench: Bench, backend:
         await bench.pass_time(31.0)
         bench.fleet["a"].observe_ttft(0.1, bench.clock.now)
     assert backend.posted == []
+
+
+async def test_nor_while_they_get_whole_answers(bench: Bench, backend: FakeBackend) -> None:
+    bench.watch(Target("a", backend.url), timing=ASKING)
+    for number in range(8):
+        await bench.pass_time(31.0)
+        lease = bench.fleet.lease(RequestFacts(f"{number}", "m"), "a", bench.clock.now)
+        bench.fleet.release(lease, Outcome.OK, bench.clock.now)
+    assert backend.posted == []
+
+
+async def test_those_that_end_badly_do_not_count(bench: Bench, backend: FakeBackend) -> None:
+    bench.watch(Target("a", backend.url), timing=ASKING)
+    for number in range(4):
+        await bench.pass_time(31.0)
+        lease = bench.fleet.lease(RequestFacts(f"{number}", "m"), "a", bench.clock.now)
+        bench.fleet.release(lease, Outcome.IGNORED, bench.clock.now)
+    assert backend.posted != []
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, 422, 501])
+async def test_one_that_does_not_chat_is_well_and_is_not_asked_at_every_check(
+    bench: Bench, backend: FakeBackend, status: int
+) -> None:
+    backend.generate = status
+    bench.watch(Target("a", backend.url), timing=ASKING)
+    for _ in range(9):
+        await bench.pass_time(31.0)
+    assert bench.fleet["a"].available
+    assert len(backend.posted) == 4
+
+
+@pytest.mark.parametrize("status", [401, 403, 408, 302, 503])
+async def test_other_answers_take_it_down(bench: Bench, backend: FakeBackend, status: int) -> None:
+    backend.generate = status
+    bench.watch(Target("a", backend.url), timing=ASKING)
+    for _ in range(6):
+        await bench.pass_time(31.0)
+    assert not bench.fleet["a"].available
 
 
 async def test_an_engine_that_computes_nothing_goes_down_and_comes_back_by_itself(
