@@ -255,7 +255,9 @@ class Relay(Receiver):
             if meter.client_fault:
                 self._release(Outcome.IGNORED)  # the engine did what it should
             self._finish_cut("backend_error", AttemptError.ERROR_EVENT, keep_alive=False)
-        elif not meter.done and (meter.finished < self._choices or reply.until_close or reader.unfinished):
+        elif not meter.done and (
+            (meter.finished < self._choices and not meter.unread) or reply.until_close or reader.unfinished
+        ):
             if out:
                 self.client.write(out)
             self._cut(AttemptError.RESET, "the backend's stream ended before it was complete")
