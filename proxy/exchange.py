@@ -278,7 +278,7 @@ class Exchange(Relay):
         self.include_usage = body.include_usage
         self.every_event = body.every_event
         if body.choices > 1:
-            self.meter = self._new_meter()
+            self.meter = self.new_meter()
         session = head.session.decode("latin-1")[:256] if head.session else body.session
         facts = RequestFacts(
             row.op,
@@ -610,7 +610,7 @@ class Exchange(Relay):
 
     def _forget_answer(self) -> None:
         """What the failed attempt has brought."""
-        self.meter, self.reader, self.reply, self.parts_bytes = self._new_meter(), None, None, 0
+        self.meter, self.reader, self.reply, self.parts_bytes = self.new_meter(), None, None, 0
         if self.mode != RAW or self.endpoint != "forward":
             self.mode = WHOLE
 

@@ -56,6 +56,10 @@ class Hedge(Receiver):
         self.reader = EventReader()
         self.parts: list[bytes] = []
         """Of the answer, what the exchange has to read again."""
+        self.meter: Meter | None = None
+        """Reads the answer until it commits."""
+        self.withheld: list[bytes] = []
+        """Events that commit nothing, but belong to the answer."""
 
     # The wait
 
@@ -167,13 +171,19 @@ class Hedge(Receiver):
         if done:
             self.connection = None
         self.parts.append(payload)
+        exchange = self.exchange
+        meter = self.meter
+        if meter is None:
+            meter = self.meter = exchange.new_meter()
         for event in self.reader.feed(payload):
             if commits_nothing(event):
                 continue
-            meter = Meter()
+            if exchange.route.withholds and meter.withholds(event):
+                self.withheld.append(event.raw)
+                continue
             meter.event(event, include_usage=True, every_event=True)
             if meter.failed:
-                row = self.exchange.row
+                row = exchange.row
                 row.overhead_prompt_tokens += meter.prompt
                 row.overhead_completion_tokens += meter.completion
                 message = "the backend answered with an error event"
@@ -184,7 +194,7 @@ class Hedge(Receiver):
         if done:
             self._failed(AttemptError.RESET, "the backend's stream held no event")
         elif self.reader.between_events:
-            self.parts.clear()  # heartbeats, of which there may be many
+            self.parts = [*self.withheld]  # without heartbeats, of which there may be many
 
     def lost(self, error: AttemptError, message: str) -> None:
         """The connection is gone."""

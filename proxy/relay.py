@@ -468,7 +468,8 @@ class Relay(Receiver):
     def _choices(self) -> int:
         return 1 if self.body_read is None else self.body_read.choices
 
-    def _new_meter(self) -> Meter:
+    def new_meter(self) -> Meter:
+        """One of the kind that this request needs."""
         body = self.body_read
         return new_meter(self.route) if body is None else new_meter(self.route, body.choices, body.prompts)
 
