@@ -305,8 +305,15 @@ async def begun_upgrade(proxy: TidegateProcess, silent: socket.socket) -> tuple[
     return upgrade, int(log.rpartition("upgrade: process ")[2].split()[0])
 
 
-async def test_a_new_process_that_is_killed_before_it_is_ready_changes_nothing(
-    start_backend: StartBackend, upgraded: StartTidegate, silent: socket.socket
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGKILL, "was killed by signal 9"), (signal.SIGTERM, "told to stop")]
+)
+async def test_a_new_process_that_is_ended_before_it_is_ready_changes_nothing(
+    start_backend: StartBackend,
+    upgraded: StartTidegate,
+    silent: socket.socket,
+    number: signal.Signals,
+    said: str,
 ) -> None:
     gate = asyncio.Event()
     backend = await start_backend(waits(gate, TOKENS), then=answers(TOKENS))
@@ -314,11 +321,11 @@ async def test_a_new_process_that_is_killed_before_it_is_ready_changes_nothing(
     stream = await Stream.begin(proxy)
     first, good = proxy.serving, proxy.config_file.read_text()
     upgrade, new = await begun_upgrade(proxy, silent)
-    os.kill(new, signal.SIGKILL)
+    os.kill(new, number)
     done = await upgrade
     assert done.returncode == 1
     assert f"process {first} goes on" in done.stderr
-    assert "was killed by signal 9" in done.stderr
+    assert said in done.stderr
     assert proxy.serving == first
     assert await serves(proxy)
     proxy.config_file.write_text(good)

@@ -324,6 +324,7 @@ class FakeJournal:
 class FakeLedger:
     failed = ""
     lag = 0
+    refused = 0
 
 
 class FakeKeys:

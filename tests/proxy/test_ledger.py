@@ -440,6 +440,23 @@ async def test_an_error_that_passes_is_tried_again(
     assert sqlite_state.rows() == rows
 
 
+async def test_a_table_that_is_missing_is_no_fault_of_the_rows(state: State) -> None:
+    moved = state.start()
+    with state.engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE usage_hourly RENAME TO away")
+    rows = [a_row(), a_row()]
+    for row in rows:
+        moved.journal.close(row)
+    await moved.journal.synced()
+    eventually(lambda: bool(moved.trouble))
+    assert (moved.refused, moved.lag) == (0, 2)
+    with state.engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE away RENAME TO usage_hourly")
+    eventually(lambda: moved.lag == 0)
+    assert (moved.refused, moved.trouble) == (0, "")
+    assert state.rows() == rows
+
+
 async def test_a_row_that_sql_refuses_keeps_none_of_the_others(
     state: State, caplog: pytest.LogCaptureFixture
 ) -> None:

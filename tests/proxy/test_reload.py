@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ssl
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -102,6 +103,29 @@ async def test_what_waits_for_the_next_start_is_told_and_nothing_else(
     service.path.write_text(text)  # as it runs
     assert service.reload()
     assert "next start" not in caplog.text
+
+
+async def test_how_many_clients_there_may_be_changes_at_once(service: Service) -> None:
+    assert service.path is not None
+    service.path.write_text(service.path.read_text() + "limits: {connections: 77}\n")
+    assert service.reload()
+    assert service.runtime.most_clients == 77
+
+
+async def test_backends_with_the_same_authorities_share_what_checks_them(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making it holds up the loop, and with it all streams."""
+    made: list[Any] = []
+    create = ssl.create_default_context
+    monkeypatch.setattr(ssl, "create_default_context", lambda **given: made.append(given) or create(**given))
+    assert service.path is not None
+    text = service.path.read_text().replace("http://127.0.0.1:9", "https://127.0.0.1:9")
+    more = [f'{{name: b{n}, url: "https://127.0.0.1:{n + 9}", models: [m]}}' for n in range(3)]
+    service.path.write_text(text.replace("[{name: a", f"[{', '.join(more)}, {{name: a"))
+    assert service.reload()
+    assert len(made) == 1
+    assert len({id(endpoint._tls) for endpoint in service.runtime.endpoints.values()}) == 1
 
 
 async def test_another_currency_is_counted_by_itself(
