@@ -403,7 +403,12 @@ class Exchange(Relay):
         if row.attempts == 1:
             self.dispatched = runtime.now()
             runtime.exchanges.add(self)
-            if runtime.hedging is not None and self.facts is not None and self.facts.stream:
+            if (
+                runtime.hedging is not None
+                and self.facts is not None
+                and self.facts.stream
+                and not self._in_background
+            ):
                 self.hedge = Hedge(self, runtime.hedging)
                 runtime.hedging.sent(self.dispatched)
             if runtime.strict:
@@ -519,11 +524,14 @@ class Exchange(Relay):
     @property
     def _may_send_again(self) -> bool:
         """Whether nothing was sent yet, or a second time is harmless (which RFC 9110 9.2.2 wants declared)."""
-        return (
-            self.state is not State.SENT
-            or self.endpoint in ("tokenize", "detokenize")
-            or self.runtime.config.retries.idempotent
-        )
+        if self.state is not State.SENT or self.endpoint in ("tokenize", "detokenize"):
+            return True
+        return self.runtime.config.retries.idempotent and not self._in_background
+
+    @property
+    def _in_background(self) -> bool:
+        """Whether an engine goes on with it whatever becomes of its connection."""
+        return self.body_read is not None and self.body_read.background
 
     # A second attempt (proxy.hedge)
 
@@ -868,19 +876,33 @@ class Exchange(Relay):
         runtime.capacity_freed(now)
 
     def _settle_response(self, status: int) -> None:
-        """Tokens of a response that outlives its request are counted once, by who first sees its end."""
-        meter, responses = self.meter, self.runtime.responses
+        """Tokens of a response that outlives its request are counted once, by who first sees them: at its end, or,
+        by estimate, in a stream that ends before."""
+        meter, row, responses = self.meter, self.row, self.runtime.responses
         if not isinstance(meter, ResponsesMeter):
             if 200 <= status < 300:
                 responses.forget(stored_id(self.request.target))
-        elif self.route.stored:
-            if not (meter.reported and meter.ended and responses.count(meter.response_id)):
-                meter.reported = False
-        elif meter.background:
-            if meter.reported and meter.ended:
-                meter.reported = responses.count(meter.response_id)
-            else:
-                meter.reported, meter.text_bytes = False, 0
+            return
+        stored = self.route.stored
+        if self.facts is None or not (stored or meter.background):
+            return
+        name = stored_id(self.request.target) if stored else meter.response_id
+        if meter.reported and meter.ended:
+            prompt, completion = responses.count(name, meter.prompt, meter.completion, ended=True)
+            row.cached_tokens = min(meter.cached, prompt)
+            source = "reported"
+        elif meter.text_bytes and self.mode == EVENTS:
+            resumed = stored and self.request.target.find(b"starting_after=") >= 0
+            prompt, completion = responses.count(
+                name, self.facts.prompt_tokens, meter.estimate_completion(), ended=False, resumed=resumed
+            )
+            source = "estimated"
+        else:
+            prompt = completion = 0
+        if prompt or completion:
+            row.prompt_tokens, row.completion_tokens, row.usage_source = prompt, completion, source
+        # All of it is in the row.
+        meter.reported, meter.text_bytes, meter.prompt = False, 0, 0
 
 
 def _prefix_hashes(raw: bytes, salt: bytes) -> tuple[int, ...]:

@@ -57,6 +57,8 @@ class RequestBody:
     max_tokens: int = 0
     prompt_tokens: int = 0
     session: str = ""
+    background: bool = False
+    """It goes on without its client, so a second attempt would be one generation more."""
     previous_response: str = ""
     """Id of the stored response that this request goes on from."""
     asks_usage: bool = True
@@ -319,7 +321,7 @@ def _refuse_fetched(document: dict[str, Any]) -> None:
 
 
 def has_remote_url(value: Any, depth: int = 0) -> bool:
-    """Whether any `url` or `*_url` inside is a string other than a data: URL, or stands too deep to be looked for."""
+    """Whether any `url` or `*_url` inside is no data: URL, or something stands too deep to be looked at."""
     if depth > 8:
         return True
     if type(value) is dict:
