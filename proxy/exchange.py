@@ -399,7 +399,8 @@ class Exchange(Relay):
     def _dispatch(self, routing: Routing, decision: Send) -> None:
         runtime, row = self.runtime, self.row
         row.attempts += 1
-        self._go_to(routing, decision)
+        assert routing.lease is not None
+        self._go_to(routing, decision, runtime.endpoints[routing.lease.backend.name])
         if row.attempts == 1:
             self.dispatched = runtime.now()
             runtime.exchanges.add(self)
@@ -417,14 +418,14 @@ class Exchange(Relay):
                 return
         self._connect()
 
-    def _go_to(self, routing: Routing, decision: Send) -> None:
+    def _go_to(self, routing: Routing, decision: Send, target: Endpoint) -> None:
         """The present attempt is the one that was decided so."""
         runtime, row = self.runtime, self.row
         lease = routing.lease
         assert lease is not None
         self.lease = lease
         backend = lease.backend
-        self.target = runtime.endpoints[backend.name]
+        self.target = target
         row.backend = backend.name
         row.site = backend.site
         row.served_model = routing.request.model
@@ -543,18 +544,23 @@ class Exchange(Relay):
         self._release(Outcome.IGNORED, now)
         self._forget_answer()
 
-    def adopt(self, routing: Routing, connection: BackendConnection | None, *, waiting: bool) -> None:
-        """Go on with the second attempt, as it is; `waiting`: for more of its answer."""
+    def adopt(
+        self, routing: Routing, target: Endpoint, connection: BackendConnection | None, *, waiting: bool
+    ) -> None:
+        """Go on with the second attempt, as it is; `target`: where it was sent, which a reload may have removed;
+        `waiting`: for more of its answer."""
         decision = routing.decision
         assert type(decision) is Send
         self.hedge = None
+        self.connection = connection  # whatever happens now, it is ours to end
         self.routing = routing
-        self._go_to(routing, decision)
+        self._go_to(routing, decision, target)
         if connection is None and waiting:
             self._connect()
             return
         self._move(State.SENT)
-        self.connection = connection
+        if connection is not None and self.blocked_since is not None:  # as `_send`
+            connection.pause()
 
     # Losing the backend
 
@@ -695,6 +701,14 @@ class Exchange(Relay):
             )
         )
         self._end(outcome, status_in(dialect, error.code), keep_alive=True)
+
+    def _end_without_stream(self) -> None:
+        """A good answer that is no stream, for a client that has been promised one. Another backend would generate
+        it once more, and hardly do better; what it says of its usage counts."""
+        self._drop_connection()
+        self._release(Outcome.IGNORED)
+        message = "the backend's answer is no stream to be read, and its client has been promised one"
+        self.refuse(RequestError("backend_protocol", message))
 
     def fail(self) -> None:
         """A bug of ours, before anything was answered."""

@@ -140,6 +140,11 @@ class Hedge(Receiver):
             blameless = error.errno in OUR_SHORTAGE
             self._failed(kind, f"cannot connect to {target.name}: {reason}", blameless=blameless)
             return
+        except Exception:
+            log.exception("connecting to %s", target.name)
+            self.connecting = None
+            self._failed(AttemptError.CONNECT, "an error of the proxy's own", blameless=True)
+            return
         self.connecting = None
         if connection.closed:
             self._failed(AttemptError.RESET, "the backend closed the connection at once")
@@ -228,6 +233,7 @@ class Hedge(Receiver):
         exchange = self.exchange
         runtime, routing, connection = exchange.runtime, self.routing, self.connection
         assert routing is not None
+        assert self.target is not None
         self.handed_over = True
         self.lease = None
         if self.connecting is not None:
@@ -238,7 +244,7 @@ class Hedge(Receiver):
         runtime.valve.hedge_won(routing, runtime.now())
         if connection is not None:
             connection.hand_over(exchange)
-        exchange.adopt(routing, connection, waiting=not done)
+        exchange.adopt(routing, self.target, connection, waiting=not done)
         if self.reply is not None:
             exchange.head(self.reply)
             payload = b"".join(self.parts)

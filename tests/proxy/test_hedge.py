@@ -384,6 +384,56 @@ def test_a_backend_that_a_reload_removed_may_still_win_or_fail() -> None:
         assert read(exchange).text == "onetwo"
 
 
+@pytest.mark.parametrize("connected", [True, False])
+@pytest.mark.parametrize("how", ["wins", "alone"])
+def test_an_attempt_at_a_backend_that_a_reload_removed_goes_on(how: str, connected: bool) -> None:
+    world = hedging_world()
+    exchange = late(world)
+    first, second = exchange.connection, world.connects("b") if connected else None
+    assert first is not None
+    world.runtime.fleet.replace([world.backend("a")])
+    world.runtime.endpoints = {"a": world.endpoints["a"]}
+    if how == "alone":
+        world.wait(world.runtime.timeouts.first_token)
+        assert first.closed
+        assert exchange.row.backend == "b"
+    if second is None:
+        second = world.connects("b")
+    second.data_received(BEGINNING + END)
+    assert (read(exchange).text, exchange.row.outcome, exchange.row.backend) == ("onetwo", "ok", "b")
+
+
+def test_a_bug_in_connecting_the_second_costs_nobody_anything(caplog: pytest.LogCaptureFixture) -> None:
+    world = hedging_world()
+    exchange = late(world)
+    first = exchange.connection
+    assert first is not None
+    world.refuses("b", ZeroDivisionError())
+    assert "connecting to b" in caplog.text
+    assert (exchange.row.hedge, world.backend("b").failed, world.backend("b").ignored) == (
+        "failed at b",
+        0,
+        1,
+    )
+    first.data_received(BEGINNING + END)
+    assert read(exchange).text == "onetwo"
+    world.check()
+
+
+def test_a_client_that_does_not_read_slows_the_second_attempt_too() -> None:
+    world = hedging_world()
+    exchange, first, second = both(world)
+    exchange.block()
+    close(first)
+    assert exchange.connection is second
+    assert not transport_of(second).reading
+    exchange.unblock()
+    assert transport_of(second).reading
+    second.data_received(BEGINNING + END)
+    assert read(exchange).text == "onetwo"
+    world.check()
+
+
 # When there is none
 
 
