@@ -73,6 +73,7 @@ def _read_responses(body: RequestBody, document: dict[str, Any]) -> None:
     if type(given) not in (str, list):
         raise RequestError("invalid_value", "input must be a string or a list", "input")
     body.stream = flag(document, "stream")
+    body.background = flag(document, "background")
     body.max_tokens = count(document, "max_output_tokens", 0)
     previous = document.get("previous_response_id")
     if previous is not None:

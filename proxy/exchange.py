@@ -289,7 +289,7 @@ class Exchange(Relay):
         self.include_usage = body.include_usage
         self.every_event = body.every_event
         if body.choices > 1:
-            self.meter = self._new_meter()
+            self.meter = self.new_meter()
         session = head.session.decode("latin-1")[:256] if head.session else body.session
         facts = RequestFacts(
             row.op,
@@ -410,11 +410,17 @@ class Exchange(Relay):
     def _dispatch(self, routing: Routing, decision: Send) -> None:
         runtime, row = self.runtime, self.row
         row.attempts += 1
-        self._go_to(routing, decision)
+        assert routing.lease is not None
+        self._go_to(routing, decision, runtime.endpoints[routing.lease.backend.name])
         if row.attempts == 1:
             self.dispatched = runtime.now()
             runtime.exchanges.add(self)
-            if runtime.hedging is not None and self.facts is not None and self.facts.stream:
+            if (
+                runtime.hedging is not None
+                and self.facts is not None
+                and self.facts.stream
+                and not self._in_background
+            ):
                 self.hedge = Hedge(self, runtime.hedging)
                 runtime.hedging.sent(self.dispatched)
             if runtime.strict:
@@ -423,14 +429,14 @@ class Exchange(Relay):
                 return
         self._connect()
 
-    def _go_to(self, routing: Routing, decision: Send) -> None:
+    def _go_to(self, routing: Routing, decision: Send, target: Endpoint) -> None:
         """The present attempt is the one that was decided so."""
         runtime, row = self.runtime, self.row
         lease = routing.lease
         assert lease is not None
         self.lease = lease
         backend = lease.backend
-        self.target = runtime.endpoints[backend.name]
+        self.target = target
         row.backend = backend.name
         row.site = backend.site
         row.served_model = routing.request.model
@@ -530,11 +536,14 @@ class Exchange(Relay):
     @property
     def _may_send_again(self) -> bool:
         """Whether nothing was sent yet, or a second time is harmless (which RFC 9110 9.2.2 wants declared)."""
-        return (
-            self.state is not State.SENT
-            or self.endpoint in ("tokenize", "detokenize")
-            or self.runtime.config.retries.idempotent
-        )
+        if self.state is not State.SENT or self.endpoint in ("tokenize", "detokenize"):
+            return True
+        return self.runtime.config.retries.idempotent and not self._in_background
+
+    @property
+    def _in_background(self) -> bool:
+        """Whether an engine goes on with it whatever becomes of its connection."""
+        return self.body_read is not None and self.body_read.background
 
     # A second attempt (proxy.hedge)
 
@@ -546,18 +555,23 @@ class Exchange(Relay):
         self._release(Outcome.IGNORED, now)
         self._forget_answer()
 
-    def adopt(self, routing: Routing, connection: BackendConnection | None, *, waiting: bool) -> None:
-        """Go on with the second attempt, as it is; `waiting`: for more of its answer."""
+    def adopt(
+        self, routing: Routing, target: Endpoint, connection: BackendConnection | None, *, waiting: bool
+    ) -> None:
+        """Go on with the second attempt, as it is; `target`: where it was sent, which a reload may have removed;
+        `waiting`: for more of its answer."""
         decision = routing.decision
         assert type(decision) is Send
         self.hedge = None
+        self.connection = connection  # whatever happens now, it is ours to end
         self.routing = routing
-        self._go_to(routing, decision)
+        self._go_to(routing, decision, target)
         if connection is None and waiting:
             self._connect()
             return
         self._move(State.SENT)
-        self.connection = connection
+        if connection is not None and self.blocked_since is not None:  # as `_send`
+            connection.pause()
 
     # Losing the backend
 
@@ -621,7 +635,7 @@ class Exchange(Relay):
 
     def _forget_answer(self) -> None:
         """What the failed attempt has brought."""
-        self.meter, self.reader, self.reply, self.parts_bytes = self._new_meter(), None, None, 0
+        self.meter, self.reader, self.reply, self.parts_bytes = self.new_meter(), None, None, 0
         if self.mode != RAW or self.endpoint != "forward":
             self.mode = WHOLE
 
@@ -698,6 +712,14 @@ class Exchange(Relay):
             )
         )
         self._end(outcome, status_in(dialect, error.code), keep_alive=True)
+
+    def _end_without_stream(self) -> None:
+        """A good answer that is no stream, for a client that has been promised one. Another backend would generate
+        it once more, and hardly do better; what it says of its usage counts."""
+        self._drop_connection()
+        self._release(Outcome.IGNORED)
+        message = "the backend's answer is no stream to be read, and its client has been promised one"
+        self.refuse(RequestError("backend_protocol", message))
 
     def fail(self) -> None:
         """A bug of ours, before anything was answered."""
@@ -879,19 +901,33 @@ class Exchange(Relay):
         runtime.capacity_freed(now)
 
     def _settle_response(self, status: int) -> None:
-        """Tokens of a response that outlives its request are counted once, by who first sees its end."""
-        meter, responses = self.meter, self.runtime.responses
+        """Tokens of a response that outlives its request are counted once, by who first sees them: at its end, or,
+        by estimate, in a stream that ends before."""
+        meter, row, responses = self.meter, self.row, self.runtime.responses
         if not isinstance(meter, ResponsesMeter):
             if 200 <= status < 300:
                 responses.forget(stored_id(self.request.target))
-        elif self.route.stored:
-            if not (meter.reported and meter.ended and responses.count(meter.response_id)):
-                meter.reported = False
-        elif meter.background:
-            if meter.reported and meter.ended:
-                meter.reported = responses.count(meter.response_id)
-            else:
-                meter.reported, meter.text_bytes = False, 0
+            return
+        stored = self.route.stored
+        if self.facts is None or not (stored or meter.background):
+            return
+        name = stored_id(self.request.target) if stored else meter.response_id
+        if meter.reported and meter.ended:
+            prompt, completion = responses.count(name, meter.prompt, meter.completion, ended=True)
+            row.cached_tokens = min(meter.cached, prompt)
+            source = "reported"
+        elif meter.text_bytes and self.mode == EVENTS:
+            resumed = stored and self.request.target.find(b"starting_after=") >= 0
+            prompt, completion = responses.count(
+                name, self.facts.prompt_tokens, meter.estimate_completion(), ended=False, resumed=resumed
+            )
+            source = "estimated"
+        else:
+            prompt = completion = 0
+        if prompt or completion:
+            row.prompt_tokens, row.completion_tokens, row.usage_source = prompt, completion, source
+        # All of it is in the row.
+        meter.reported, meter.text_bytes, meter.prompt = False, 0, 0
 
 
 def _prefix_hashes(raw: bytes, salt: bytes) -> tuple[int, ...]:

@@ -47,8 +47,9 @@ def beat(runtime: Runtime, now: float) -> None:
 def _waits(exchange: Exchange) -> bool:
     """Whether its client waits for the first event of a stream."""
     facts = exchange.facts
-    if facts is None or not facts.stream or not exchange.route.streams:
-        return False
+    route = exchange.route
+    if facts is None or not facts.stream or not route.streams or route.media:
+        return False  # not every backend that is asked for a stream of sound or pictures has one
     # An answer that is no stream has begun: if it is an error, its status can still be told.
     return exchange.head_sent or exchange.reply is None or exchange.mode == EVENTS
 

@@ -56,6 +56,10 @@ class Hedge(Receiver):
         self.reader = EventReader()
         self.parts: list[bytes] = []
         """Of the answer, what the exchange has to read again."""
+        self.meter: Meter | None = None
+        """Reads the answer until it commits."""
+        self.withheld: list[bytes] = []
+        """Events that commit nothing, but belong to the answer."""
 
     # The wait
 
@@ -136,6 +140,11 @@ class Hedge(Receiver):
             blameless = error.errno in OUR_SHORTAGE
             self._failed(kind, f"cannot connect to {target.name}: {reason}", blameless=blameless)
             return
+        except Exception:
+            log.exception("connecting to %s", target.name)
+            self.connecting = None
+            self._failed(AttemptError.CONNECT, "an error of the proxy's own", blameless=True)
+            return
         self.connecting = None
         if connection.closed:
             self._failed(AttemptError.RESET, "the backend closed the connection at once")
@@ -167,13 +176,19 @@ class Hedge(Receiver):
         if done:
             self.connection = None
         self.parts.append(payload)
+        exchange = self.exchange
+        meter = self.meter
+        if meter is None:
+            meter = self.meter = exchange.new_meter()
         for event in self.reader.feed(payload):
             if commits_nothing(event):
                 continue
-            meter = Meter()
+            if exchange.route.withholds and meter.withholds(event):
+                self.withheld.append(event.raw)
+                continue
             meter.event(event, include_usage=True, every_event=True)
             if meter.failed:
-                row = self.exchange.row
+                row = exchange.row
                 row.overhead_prompt_tokens += meter.prompt
                 row.overhead_completion_tokens += meter.completion
                 message = "the backend answered with an error event"
@@ -184,7 +199,7 @@ class Hedge(Receiver):
         if done:
             self._failed(AttemptError.RESET, "the backend's stream held no event")
         elif self.reader.between_events:
-            self.parts.clear()  # heartbeats, of which there may be many
+            self.parts = [*self.withheld]  # without heartbeats, of which there may be many
 
     def lost(self, error: AttemptError, message: str) -> None:
         """The connection is gone."""
@@ -218,6 +233,7 @@ class Hedge(Receiver):
         exchange = self.exchange
         runtime, routing, connection = exchange.runtime, self.routing, self.connection
         assert routing is not None
+        assert self.target is not None
         self.handed_over = True
         self.lease = None
         if self.connecting is not None:
@@ -228,7 +244,7 @@ class Hedge(Receiver):
         runtime.valve.hedge_won(routing, runtime.now())
         if connection is not None:
             connection.hand_over(exchange)
-        exchange.adopt(routing, connection, waiting=not done)
+        exchange.adopt(routing, self.target, connection, waiting=not done)
         if self.reply is not None:
             exchange.head(self.reply)
             payload = b"".join(self.parts)

@@ -72,6 +72,7 @@ class Meter:
         "prompt",
         "reported",
         "text_bytes",
+        "unread",
     )
 
     def __init__(self, choices: int = 1, prompts: int = 1) -> None:
@@ -100,6 +101,8 @@ class Meter:
         """Its status if it was the client's own (400 to 499)."""
         self.fault = b""
         """What it said then."""
+        self.unread = False
+        """An event was too large to read, so it may have been the end of its stream."""
 
     @property
     def usage(self) -> tuple[int, int, int]:
@@ -163,9 +166,18 @@ class Meter:
 
     def piece(self, payload: bytes) -> None:
         """A piece of an answer that is too long to keep, or encoded: whatever usage passes by is taken."""
-        window = self._scanned + payload
-        if window.find(ABORTED) >= 0:
+        if self._take_passing(payload).find(ABORTED) >= 0:
             self.failed = True
+        self.text_bytes += len(payload)
+
+    def skim(self, payload: bytes) -> None:
+        """A piece of an event that is too large to read: likewise, but most of it is no text."""
+        self.unread = True
+        self._take_passing(payload)
+
+    def _take_passing(self, payload: bytes) -> bytes:
+        """-> what was looked through."""
+        window = self._scanned + payload
         for match in _USAGE_ANYWHERE.finditer(window):
             try:
                 usage = orjson.loads(match[1])
@@ -173,8 +185,8 @@ class Meter:
                 continue
             if not _TOKENS.isdisjoint(usage):
                 self.take(usage)
-        self.text_bytes += len(payload)
         self._scanned = window[-_LONGEST_USAGE:]
+        return window
 
     def recall(self, raw: bytes, chunked: bool = False) -> bytes:
         """Read an event that is like the last one. -> the bytes for a client that did not ask for running usage;
@@ -195,6 +207,8 @@ class Meter:
         """
         data = event.data
         if data is None:
+            if event.unread:
+                self.skim(event.raw)
             return event.raw
         if not every_event and (out := self.recall(event.raw)):
             return out

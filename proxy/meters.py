@@ -54,6 +54,8 @@ class EventMeter(Meter):
         """Read one event. -> the bytes for the client."""
         document = _document(event.data)
         if document is None:
+            if event.unread:
+                self.skim(event.raw)
             return event.raw
         if type(number := document.get("sequence_number")) is int:
             self._sequence = number
@@ -140,6 +142,11 @@ class ResponsesMeter(EventMeter):
             self.response_id = _leading_id(payload)
         super().piece(payload)
 
+    def skim(self, payload: bytes) -> None:
+        """A piece of an event that is too large to read: only the last one of all has usage."""
+        super().skim(payload)
+        self.ended = self.ended or self.reported
+
     def _is_prelude(self, document: dict[str, Any]) -> bool:
         if document.get("type") not in ("response.created", "response.queued", "response.in_progress"):
             return False
@@ -208,10 +215,10 @@ class MessagesMeter(EventMeter):
         else:
             self.text_bytes += _content_bytes(document.get("content"))
 
-    def piece(self, payload: bytes) -> None:
-        """A piece of one that is too long to keep."""
-        super().piece(payload)
+    def _take_passing(self, payload: bytes) -> bytes:
+        window = super()._take_passing(payload)
         self.reported = self.reported or self.completion > 0
+        return window
 
     def _is_prelude(self, document: dict[str, Any]) -> bool:
         return document.get("type") in ("message_start", "ping")

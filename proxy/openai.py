@@ -57,6 +57,8 @@ class RequestBody:
     max_tokens: int = 0
     prompt_tokens: int = 0
     session: str = ""
+    background: bool = False
+    """It goes on without its client, so a second attempt would be one generation more."""
     previous_response: str = ""
     """Id of the stored response that this request goes on from."""
     asks_usage: bool = True
@@ -112,20 +114,7 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
 
     `media_urls`: whether this client may have the engine fetch URLs.
     """
-    if len(raw) > COUNTED_BODY_BYTES and _has_too_many_parts(raw):
-        message = f"more than {MOST_CONTAINERS} objects and lists, or {MOST_VALUES} values, in one body"
-        raise RequestError("invalid_json", message)
-    try:
-        document = orjson.loads(raw)
-        canonical = orjson.dumps(document) == raw
-    except orjson.JSONDecodeError as error:
-        raise RequestError("invalid_json", f"the body is not valid JSON: {error}") from None
-    except orjson.JSONEncodeError:
-        raise RequestError("invalid_json", "the body is nested too deeply") from None
-    if type(document) is not dict:
-        raise RequestError("invalid_json", "the body must be a JSON object")
-    if not canonical:
-        document = _read_exactly(raw)
+    document = read_document(raw)
     body = RequestBody(raw, document, model_name(document.get("model")))
     kind = BY_NAME[endpoint].body
     if kind == CHAT_BODY:
@@ -147,6 +136,23 @@ def read_body(endpoint: str, raw: bytes, *, media_urls: bool = False) -> Request
             for field in MEDIA_FIELDS[kind]:
                 _refuse_media_urls(document.get(field), field)
     return body
+
+
+def read_document(raw: bytes) -> dict[str, Any]:
+    """The object in a body. Raises RequestError for what is none, for duplicate keys and for too many values."""
+    if len(raw) > COUNTED_BODY_BYTES and _has_too_many_parts(raw):
+        message = f"more than {MOST_CONTAINERS} objects and lists, or {MOST_VALUES} values, in one body"
+        raise RequestError("invalid_json", message)
+    try:
+        document = orjson.loads(raw)
+        canonical = orjson.dumps(document) == raw
+    except orjson.JSONDecodeError as error:
+        raise RequestError("invalid_json", f"the body is not valid JSON: {error}") from None
+    except orjson.JSONEncodeError:
+        raise RequestError("invalid_json", "the body is nested too deeply") from None
+    if type(document) is not dict:
+        raise RequestError("invalid_json", "the body must be a JSON object")
+    return document if canonical else _read_exactly(raw)
 
 
 def read_form(endpoint: str, raw: bytes, content_type: bytes, *, media_urls: bool = False) -> RequestBody:
@@ -299,7 +305,7 @@ def _refuse_media_urls(messages: Any, field: str = "messages") -> None:
         if content is None and field != "messages":
             content = message  # a part itself, such as an image among texts to embed
         for part_number, part in enumerate(content if type(content) is list else [content]):
-            if _has_remote_url(part, 0):
+            if has_remote_url(part, 0):
                 where = f"{field}[{number}].content[{part_number}]"
                 raise RequestError("media_url", "media must be sent inline as a data: URL", where)
 
@@ -311,13 +317,13 @@ def _refuse_fetched(document: dict[str, Any]) -> None:
         if (
             (remote and value[:5].lower() != "data:")
             or (name in FETCHED_FIELDS and is_fetched(value))
-            or (type(value) in (dict, list) and _has_remote_url(value, 0))
+            or (type(value) in (dict, list) and has_remote_url(value, 0))
         ):
             raise RequestError("media_url", "media must be sent inline as a data: URL", name)
 
 
-def _has_remote_url(value: Any, depth: int) -> bool:
-    """Whether any `url` or `*_url` inside is a string other than a data: URL."""
+def has_remote_url(value: Any, depth: int = 0) -> bool:
+    """Whether any `url` or `*_url` inside is no data: URL, or something stands too deep to be looked at."""
     if depth > 8:
         return True
     if type(value) is dict:
@@ -325,10 +331,10 @@ def _has_remote_url(value: Any, depth: int) -> bool:
             if (name == "url" or name.endswith("_url")) and type(inner) is str:
                 if inner[:5].lower() != "data:":
                     return True
-            elif type(inner) in (dict, list) and _has_remote_url(inner, depth + 1):
+            elif type(inner) in (dict, list) and has_remote_url(inner, depth + 1):
                 return True
     elif type(value) is list:
-        return any(_has_remote_url(inner, depth + 1) for inner in value)
+        return any(has_remote_url(inner, depth + 1) for inner in value)
     return False
 
 

@@ -1,14 +1,16 @@
 """`/v1/realtime`: a WebSocket through the proxy, as one exchange.
 
 Up to the backend's 101 it is a request like any other: admitted, held, sent, and sent elsewhere if that fails. From
-there on bytes go both ways as they come. Who reads slowly is waited for, by not reading the other one. The frames
-of the backend are followed, not changed: to find the usage of each answer, to see that the session ends in a close
-frame, and to know where one of ours may stand, should it have to end without.
+there on bytes go both ways as they come. Who reads slowly is waited for, by not reading the other one. Frames
+are followed, not changed. Those of the backend: to find the usage of each answer, to see that the session ends in a
+close frame, and to know where one of ours may stand, should it have to end without. Those of the client: a message
+that asks for another model than was admitted, or has the engine fetch something, ends the session before its last
+byte goes on.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from policies.base import Outcome
 from probes.passive import AttemptError, outcome_of
@@ -18,16 +20,30 @@ from proxy.errors import RequestError
 from proxy.exchange import Exchange, State
 from proxy.http1 import RequestHead, ResponseHead
 from proxy.media import SessionMeter
-from proxy.openai import RequestBody, model_name
+from proxy.openai import RequestBody, has_remote_url, model_name, read_document
 from proxy.relay import Client
 from proxy.upstream import BackendConnection, Endpoint
-from proxy.websocket import BAD_GATEWAY, GOING_AWAY, Frames, Handshake, close_frame, target_for
+from proxy.websocket import (
+    BAD_GATEWAY,
+    GOING_AWAY,
+    MOST_MESSAGE,
+    POLICY_VIOLATION,
+    PROTOCOL_ERROR,
+    TOO_BIG,
+    Frames,
+    Handshake,
+    close_frame,
+    target_for,
+)
 
 if TYPE_CHECKING:
     from proxy.runtime import Runtime
 
 CLOSING_S: Final = 5.0
 """How long a session stays that its backend has closed, or whose client has closed its half."""
+
+_MESSAGE_DEPTH: Final = -24
+"""Where `has_remote_url` begins to count: the schemas of tools nest more deeply than media do."""
 
 
 class Session(Exchange):
@@ -42,6 +58,9 @@ class Session(Exchange):
     ) -> None:
         super().__init__(runtime, client, head, endpoint, key, now)
         self.frames = Frames()
+        """The backend's."""
+        self.asked = Frames(masked=True)
+        """The client's."""
         self.idle_s = runtime.timeouts.idle
         """Kept from the beginning: a process that is replaced closes idle connections sooner, not sessions."""
         self.closing_since: float | None = None
@@ -157,9 +176,48 @@ class Session(Exchange):
 
     def client_sent(self, data: bytes) -> None:
         """Bytes of the client's frames."""
+        asked = self.asked
+        if asked.closed:
+            return  # nothing counts behind its close frame
         self.alive = True
-        if self.connection is not None:
-            self.connection.write(data)
+        try:
+            for message in asked.feed(data):
+                self._check_message(message)
+        except ValueError as error:
+            what = f"what was sent is no WebSocket: {error}"
+            self._refuse_message(RequestError("malformed_request", what), PROTOCOL_ERROR)
+        except RequestError as error:
+            self._refuse_message(error, POLICY_VIOLATION)
+        else:
+            if asked.too_long:
+                what = f"a message has at most {MOST_MESSAGE} bytes"
+                self._refuse_message(RequestError("body_too_large", what), TOO_BIG)
+            elif self.connection is not None:
+                self.connection.write(data)
+
+    def _check_message(self, text: bytes) -> None:
+        """Raise RequestError if it asks for what was not admitted. Whatever can name a model or a URL is read, also
+        by a key with escapes in it."""
+        if text.find(b'"model"') < 0 and text.find(b'url"') < 0 and text.find(b"\\") < 0:
+            return
+        document = read_document(text)
+        for part in (document, document.get("session"), document.get("response")):
+            if type(part) is dict and (model := part.get("model")) is not None and not self._is_ours(model):
+                message = f"this session has the model {self.row.model[:48]!r} and no other"
+                raise RequestError("model_not_allowed", message, "model")
+        if not self.runtime.media_urls and has_remote_url(document, _MESSAGE_DEPTH):
+            raise RequestError("media_url", "media must be sent inline as a data: URL")
+
+    def _is_ours(self, model: Any) -> bool:
+        """Whether that is the model that was admitted, by any of its names."""
+        assert self.facts is not None
+        if type(model) is not str:
+            return False
+        return model == self.row.model or self.runtime.aliases.get(model, model) == self.facts.model
+
+    def _refuse_message(self, error: RequestError, code: int) -> None:
+        self.row.code = error.code
+        self._over(records.CLIENT_ERROR, Outcome.IGNORED, code, error.message)
 
     def client_ended(self) -> bool:
         """The client has closed its half. False: the backend can't be told, so the client is gone."""

@@ -148,6 +148,9 @@ class Relay(Receiver):
     def _finish_cut(self, code: str, error: AttemptError, *, keep_alive: bool | None) -> None: ...
 
     @abstractmethod
+    def _end_without_stream(self) -> None: ...
+
+    @abstractmethod
     def _drop_connection(self) -> None: ...
 
     @abstractmethod
@@ -172,9 +175,6 @@ class Relay(Receiver):
                 self.reader = EventReader()
             elif self.route.media and not _is_text(head.content_type):
                 self.mode = RAW  # sound is to be heard as it comes
-            if self.head_sent and self.mode != EVENTS:
-                message = "the backend's answer is no stream to be read, and its client has been promised one"
-                self._attempt_failed(AttemptError.MALFORMED, message)
 
     def body(self, payload: bytes, done: bool) -> None:
         """Payload of the answer; `done`: its last, and the connection is not ours any more."""
@@ -255,7 +255,9 @@ class Relay(Receiver):
             if meter.client_fault:
                 self._release(Outcome.IGNORED)  # the engine did what it should
             self._finish_cut("backend_error", AttemptError.ERROR_EVENT, keep_alive=False)
-        elif not meter.done and (meter.finished < self._choices or reply.until_close or reader.unfinished):
+        elif not meter.done and (
+            (meter.finished < self._choices and not meter.unread) or reply.until_close or reader.unfinished
+        ):
             if out:
                 self.client.write(out)
             self._cut(AttemptError.RESET, "the backend's stream ended before it was complete")
@@ -292,8 +294,13 @@ class Relay(Receiver):
     def _relay_raw(self, payload: bytes, done: bool) -> None:
         reply = self.reply
         assert reply is not None
-        if self.head_sent:  # an error that is too long to keep
-            self._end_in_event(reply.status, b"", outcome_of(reply.status))
+        if self.head_sent:  # an answer that is too long to keep
+            if reply.status >= 300:
+                self._end_in_event(reply.status, b"", outcome_of(reply.status))
+                return
+            self.meter.piece(payload)
+            if done:
+                self._end_without_stream()
             return
         out = b""
         if self.body_read is not None and 200 <= reply.status < 300:
@@ -377,6 +384,10 @@ class Relay(Receiver):
 
     def _answer_whole(self, reply: ResponseHead, body: bytes) -> None:
         status = reply.status
+        if self.head_sent and status < 300:
+            self.meter.body(body)
+            self._end_without_stream()
+            return
         if self.head_sent:
             self._end_in_event(status, body, outcome_of(status))
             return
@@ -466,7 +477,8 @@ class Relay(Receiver):
     def _choices(self) -> int:
         return 1 if self.body_read is None else self.body_read.choices
 
-    def _new_meter(self) -> Meter:
+    def new_meter(self) -> Meter:
+        """One of the kind that this request needs."""
         body = self.body_read
         return new_meter(self.route) if body is None else new_meter(self.route, body.choices, body.prompts)
 
@@ -479,8 +491,7 @@ def _outcome(status: int) -> str:
 
 
 def _is_text(content_type: bytes) -> bool:
-    kind = content_type[:16].lower()
-    return kind.startswith((b"application/json", b"text/"))
+    return content_type[:16].lower().startswith((b"application/json", b"text/"))
 
 
 def _field_text(text: str) -> bytes:

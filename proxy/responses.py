@@ -36,7 +36,10 @@ class StoredResponse:
     model: str
     """As the backend names it."""
     metered: bool
-    """Its tokens are in the ledger."""
+    """Its tokens are in the ledger, all of them."""
+    prompt: int = 0
+    completion: int = 0
+    """Those that are there already, by estimate: of a stream that was left."""
 
 
 class StoredResponses:
@@ -80,15 +83,24 @@ class StoredResponses:
             del self._known[next(iter(self._known))]
         self._note(name, stored)
 
-    def count(self, name: str) -> bool:
-        """Whether its tokens are to be counted: the first time that they are seen, and never again."""
+    def count(
+        self, name: str, prompt: int, completion: int, *, ended: bool, resumed: bool = False
+    ) -> tuple[int, int]:
+        """What is to be counted of the tokens that were seen: those that never were before.
+
+        `ended`: there will be no more, and these are exact. `resumed`: they do not include those seen before.
+        """
         self._learn()
         stored = self._known.get(name)
         if stored is None or stored.metered:
-            return False
-        stored.metered = True
+            return 0, 0
+        if resumed:
+            prompt, completion = prompt + stored.prompt, completion + stored.completion
+        new = max(prompt - stored.prompt, 0), max(completion - stored.completion, 0)
+        stored.prompt, stored.completion = stored.prompt + new[0], stored.completion + new[1]
+        stored.metered = ended
         self._note(name, stored)
-        return True
+        return new
 
     def forget(self, name: str) -> None:
         """It was deleted."""
@@ -160,7 +172,10 @@ class StoredResponses:
 
 
 def _line(name: str, stored: StoredResponse) -> bytes:
-    return orjson.dumps([name, stored.backend, stored.tenant, stored.model, stored.metered])
+    line = [name, stored.backend, stored.tenant, stored.model, stored.metered]
+    if stored.prompt or stored.completion:
+        line += [stored.prompt, stored.completion]
+    return orjson.dumps(line)
 
 
 def _private(path: str, flags: int) -> int:
@@ -186,10 +201,12 @@ def _apply(line: bytes, known: dict[str, StoredResponse]) -> None:
         match orjson.loads(line):
             case [str(name)]:
                 known.pop(name, None)
-            case [str(name), str(backend), str(tenant), str(model), bool(metered)]:
-                before = known.pop(name, None)
-                metered = metered or (before is not None and before.metered)
-                known[name] = StoredResponse(backend, tenant, model, metered)
+            case [str(name), str(backend), str(tenant), str(model), bool(metered), *counts]:
+                prompt, completion = counts if len(counts) == 2 else (0, 0)
+                if (before := known.pop(name, None)) is not None:
+                    metered = metered or before.metered
+                    prompt, completion = max(prompt, before.prompt), max(completion, before.completion)
+                known[name] = StoredResponse(backend, tenant, model, metered, prompt, completion)
     except orjson.JSONDecodeError:
         pass  # the end of a line that a crash has cut, or nothing
 

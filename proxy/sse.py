@@ -26,6 +26,8 @@ class Event:
     one that is too large to read."""
     name: bytes = b""
     """Value of `event`; empty: `message`."""
+    unread: bool = False
+    """It is a piece of one that is too large to read, the last one included."""
 
 
 class EventReader:
@@ -145,14 +147,16 @@ class EventReader:
             line = bytes(self._pending) + line
             self._pending.clear()
         self._block.append(line + ending)
-        if self._too_long:
+        unread = self._too_long
+        if unread:
             if line or self._cut_line:
                 self._cut_line = False
                 return
             self._too_long = False
         if not line:
             raw = b"".join(self._block)
-            events.append(Event(raw, b"\n".join(self._data) if self._has_data else None, self._name))
+            data = b"\n".join(self._data) if self._has_data else None
+            events.append(Event(raw, data, self._name, unread))
             self._block, self._data, self._has_data, self._name, self._held = [], [], False, b"", 0
             return
         field, _, value = line.partition(b":")
@@ -164,7 +168,7 @@ class EventReader:
 
     def _give_up(self, events: list[Event]) -> None:
         """Pass on the beginning of an event that is too long to keep; its rest follows as it comes."""
-        events.append(Event(b"".join(self._block) + bytes(self._pending), None))
+        events.append(Event(b"".join(self._block) + bytes(self._pending), None, b"", True))
         self._too_long = True
         if self._pending:
             self._cut_line = True

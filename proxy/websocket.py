@@ -1,4 +1,4 @@
-"""WebSocket (RFC 6455) as bytes and values: the handshake on both sides, and the frames of a backend. No I/O.
+"""WebSocket (RFC 6455) as bytes and values: the handshake on both sides, and the frames. No I/O.
 
 The handshake is the client's own, passed on: its key proves to it that the backend has understood. What is taken
 out of it are extensions, so that every frame can be read, and the API key that browsers put among the subprotocols,
@@ -31,6 +31,9 @@ _ESCAPED: Final = re.compile(rb"(?:[^%]|%[0-9A-Fa-f]{2})*+")
 MOST_PROTOCOLS: Final = 16
 
 GOING_AWAY: Final = 1001
+PROTOCOL_ERROR: Final = 1002
+POLICY_VIOLATION: Final = 1008
+TOO_BIG: Final = 1009
 BAD_GATEWAY: Final = 1014
 """Codes of close frames (IANA's registry of them)."""
 
@@ -153,7 +156,7 @@ def _listed(fields: Fields, wanted: bytes) -> list[bytes]:
 # Frames
 
 MOST_MESSAGE: Final = 1024 * 1024
-"""Bytes of a text message that is read; a longer one is passed on unread."""
+"""Bytes of a text message that is read; a longer one of a backend is passed on unread, one of a client refused."""
 
 _TEXT: Final = 1
 _CLOSE: Final = 8
@@ -161,11 +164,28 @@ _OPCODES: Final = frozenset((0, _TEXT, 2, _CLOSE, 9, 10))
 
 
 class Frames:
-    """Follows the frames that a server sends: finds whole text messages, and its close frame."""
+    """Follows the frames that one side sends: finds whole text messages, and its close frame."""
 
-    __slots__ = ("_begun", "_control", "_head", "_kept", "_missing", "_open", "_parts", "_size", "closed")
+    __slots__ = (
+        "_begun",
+        "_control",
+        "_head",
+        "_kept",
+        "_mask",
+        "_masked",
+        "_missing",
+        "_open",
+        "_parts",
+        "_size",
+        "closed",
+        "too_long",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, *, masked: bool = False) -> None:
+        """`masked`: they are a client's."""
+        self._masked = masked
+        self._mask = b""
+        """Of the next bytes of the frame's payload."""
         self._head = b""
         """Of a frame whose head is not whole yet."""
         self._open = False
@@ -183,6 +203,8 @@ class Frames:
         """Of the message so far, bytes."""
         self.closed = False
         """A close frame has come: nothing behind it counts."""
+        self.too_long = False
+        """A text message has begun that is too long to be read."""
 
     @property
     def between(self) -> bool:
@@ -190,7 +212,7 @@ class Frames:
         return not self._head and not self._open
 
     def feed(self, data: bytes) -> list[bytes]:
-        """-> the text messages that are complete now. Raises ValueError for what is no frame of a server's."""
+        """-> the text messages that are complete now. Raises ValueError for what is no frame of this side's."""
         messages: list[bytes] = []
         position = 0
         if self._head:
@@ -201,6 +223,9 @@ class Frames:
                 position += len(piece)
                 self._missing -= len(piece)
                 if self._kept and not self._control and piece:
+                    if self._masked:
+                        mask, turn = self._mask, len(piece) % 4
+                        piece, self._mask = _unmasked(piece, mask), mask[turn:] + mask[:turn]
                     self._parts.append(piece)
                 if self._missing:
                     break
@@ -223,9 +248,11 @@ class Frames:
             return 0
         first, second = data[position], data[position + 1]
         opcode, final = first & 15, first >= 128
-        if first & 0x70 or opcode not in _OPCODES or second >= 128:
-            raise ValueError("its frame has reserved bits, an unknown opcode or a mask")
-        size, behind = second, position + 2
+        if first & 0x70 or opcode not in _OPCODES:
+            raise ValueError("its frame has reserved bits or an unknown opcode")
+        if (second >= 128) != self._masked:
+            raise ValueError("its frame has no mask" if self._masked else "its frame has a mask")
+        size, behind = second & 127, position + 2
         if size >= 126:
             behind += 2 if size == 126 else 8
             if len(data) < behind:
@@ -234,6 +261,11 @@ class Frames:
             size = int.from_bytes(data[position + 2 : behind], "big")
             if not least <= size < 2**63:
                 raise ValueError("the length of its frame is malformed")
+        if self._masked:
+            behind += 4
+            if len(data) < behind:
+                return 0
+            self._mask = data[behind - 4 : behind]
         self._control = opcode >= _CLOSE
         if self._control:
             if size > 125 or not final:
@@ -247,6 +279,7 @@ class Frames:
                 self._kept = opcode == _TEXT
             self._size += size
             if self._size > MOST_MESSAGE:
+                self.too_long = self.too_long or self._kept
                 self._drop()
             self._begun = not final
         self._open = True
@@ -256,6 +289,13 @@ class Frames:
     def _drop(self) -> None:
         self._parts.clear()
         self._size, self._kept = 0, False
+
+
+def _unmasked(piece: bytes, mask: bytes) -> bytes:
+    """`piece` without its mask, which begins with it (RFC 6455 5.3)."""
+    size = len(piece)
+    key = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(piece, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")
 
 
 def close_frame(code: int, reason: str) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
 import pytest
 
 from policies.base import BackendView, Decision, Finished, Policy, RequestFacts
@@ -13,6 +14,7 @@ from policies.hedging import LEAST_SAMPLES
 from proxy.access.keys import Key
 from proxy.exchange import Exchange, State
 from proxy.upstream import BackendConnection
+from tests.proxy.endpoint_samples import SAMPLES, named, response
 from tests.proxy.fakes import (
     DONE,
     LAST_CHUNK,
@@ -46,9 +48,9 @@ def late(world: World, **options: Any) -> Exchange:
     return exchange
 
 
-def both(world: World) -> tuple[Exchange, BackendConnection, BackendConnection]:
+def both(world: World, **options: Any) -> tuple[Exchange, BackendConnection, BackendConnection]:
     """The same, with `b` connected too."""
-    exchange = late(world)
+    exchange = late(world, **options)
     first = exchange.connection
     assert first is not None
     second = world.connects("b")
@@ -146,6 +148,66 @@ def test_heartbeats_and_heads_win_nothing() -> None:
     assert client_of(exchange).out == b""
     first.data_received(BEGINNING)
     assert exchange.row.hedge == "lost at b"
+    world.check()
+
+
+def both_asked(endpoint: str) -> tuple[World, Exchange, BackendConnection, BackendConnection, list[bytes]]:
+    """The same for another endpoint, and the events that `b` has sent, of which none says anything yet."""
+    sample, world = SAMPLES[endpoint], hedging_world()
+    raw = orjson.dumps({"model": "m", "stream": True, **sample.body})
+    exchange, first, second = both(world, endpoint=endpoint, raw=raw)
+    prelude = sample.events[: sample.begin]
+    second.data_received(STREAM_HEAD + chunked(*prelude, b": beat\n\n"))
+    assert prelude
+    assert exchange.connection is first
+    assert not first.closed
+    world.check()
+    return world, exchange, first, second, prelude
+
+
+withholding = pytest.mark.parametrize("endpoint", ["responses", "messages"])
+
+
+@withholding
+def test_events_that_say_nothing_yet_win_nothing_and_are_not_lost(endpoint: str) -> None:
+    world, exchange, first, second, prelude = both_asked(endpoint)
+    assert exchange.hedge is not None
+    assert exchange.hedge.parts == prelude
+    events = SAMPLES[endpoint].events
+    second.data_received(chunked(*events[len(prelude) :]) + LAST_CHUNK)
+    assert first.closed
+    assert read(exchange).body == b"".join(events)
+    row = exchange.row
+    assert (row.hedge, row.outcome, row.completion_tokens) == ("won at b", "ok", SAMPLES[endpoint].tokens[2])
+    world.check()
+
+
+@withholding
+def test_when_the_first_fails_behind_them_they_are_not_lost_either(endpoint: str) -> None:
+    world, exchange, first, second, prelude = both_asked(endpoint)
+    close(first)
+    assert exchange.connection is second
+    assert client_of(exchange).out == b""
+    events = SAMPLES[endpoint].events
+    second.data_received(chunked(*events[len(prelude) :]) + LAST_CHUNK)
+    assert read(exchange).body == b"".join(events)
+    world.check()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "error"),
+    [
+        ("responses", named("error", message="engine died")),
+        ("responses", named("response.failed", response=response("failed", usage=None))),
+        ("messages", named("error", error={"type": "api_error", "message": "engine died"})),
+    ],
+)
+def test_an_error_in_the_shape_of_its_endpoint_wins_nothing(endpoint: str, error: bytes) -> None:
+    world, exchange, first, second, _ = both_asked(endpoint)
+    second.data_received(chunked(error))
+    assert (exchange.row.hedge, world.backend("b").failed) == ("failed at b", 1)
+    first.data_received(STREAM_HEAD + chunked(*SAMPLES[endpoint].events) + LAST_CHUNK)
+    assert (exchange.row.outcome, exchange.row.backend) == ("ok", "a")
     world.check()
 
 
@@ -320,6 +382,56 @@ def test_a_backend_that_a_reload_removed_may_still_win_or_fail() -> None:
         if exchange.state is not State.ENDED:
             first.data_received(BEGINNING + END)
         assert read(exchange).text == "onetwo"
+
+
+@pytest.mark.parametrize("connected", [True, False])
+@pytest.mark.parametrize("how", ["wins", "alone"])
+def test_an_attempt_at_a_backend_that_a_reload_removed_goes_on(how: str, connected: bool) -> None:
+    world = hedging_world()
+    exchange = late(world)
+    first, second = exchange.connection, world.connects("b") if connected else None
+    assert first is not None
+    world.runtime.fleet.replace([world.backend("a")])
+    world.runtime.endpoints = {"a": world.endpoints["a"]}
+    if how == "alone":
+        world.wait(world.runtime.timeouts.first_token)
+        assert first.closed
+        assert exchange.row.backend == "b"
+    if second is None:
+        second = world.connects("b")
+    second.data_received(BEGINNING + END)
+    assert (read(exchange).text, exchange.row.outcome, exchange.row.backend) == ("onetwo", "ok", "b")
+
+
+def test_a_bug_in_connecting_the_second_costs_nobody_anything(caplog: pytest.LogCaptureFixture) -> None:
+    world = hedging_world()
+    exchange = late(world)
+    first = exchange.connection
+    assert first is not None
+    world.refuses("b", ZeroDivisionError())
+    assert "connecting to b" in caplog.text
+    assert (exchange.row.hedge, world.backend("b").failed, world.backend("b").ignored) == (
+        "failed at b",
+        0,
+        1,
+    )
+    first.data_received(BEGINNING + END)
+    assert read(exchange).text == "onetwo"
+    world.check()
+
+
+def test_a_client_that_does_not_read_slows_the_second_attempt_too() -> None:
+    world = hedging_world()
+    exchange, first, second = both(world)
+    exchange.block()
+    close(first)
+    assert exchange.connection is second
+    assert not transport_of(second).reading
+    exchange.unblock()
+    assert transport_of(second).reading
+    second.data_received(BEGINNING + END)
+    assert read(exchange).text == "onetwo"
+    world.check()
 
 
 # When there is none

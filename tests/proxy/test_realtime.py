@@ -14,6 +14,7 @@ from proxy.endpoints import TABLE, WEBSOCKET
 from proxy.realtime import CLOSING_S
 from proxy.server import PIPELINE_BYTES, WRITE_BUFFER_BYTES
 from proxy.upstream import BackendConnection
+from proxy.websocket import MOST_MESSAGE
 from tests.proxy.fakes import FakeTransport, World, close, transport_of, whole
 from tests.proxy.test_server import BadKeys, OneKey, Peer
 from tests.proxy.test_websocket import ACCEPT, frame, handshake
@@ -22,7 +23,14 @@ SWITCH = (
     b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\n"
     b"sec-websocket-accept: %b\r\n\r\n" % ACCEPT
 )
-SAYS = Frame(Opcode.TEXT, b'{"type":"response.create"}').serialize(mask=True)
+
+
+def masked(payload: bytes, opcode: Opcode = Opcode.TEXT, *, fin: bool = True) -> bytes:
+    """A client's frame."""
+    return Frame(opcode, payload, fin).serialize(mask=True)
+
+
+SAYS = masked(b'{"type":"response.create"}')
 DONE = orjson.dumps(
     {
         "type": "response.done",
@@ -305,10 +313,120 @@ def test_a_slow_backend_slows_its_client() -> None:
     connection = caller.switched()
     transport: FakeTransport = transport_of(connection)
     transport.stop_reading(cast("Any", connection))
-    caller.send(b"x" * (transport.limit + 1))
+    caller.send(masked(b"x" * (transport.limit + 1), Opcode.BINARY))
     assert not caller.transport.reading
     transport.read_all()
     assert caller.transport.reading
+
+
+# What a client may say
+
+
+def update(**session: Any) -> bytes:
+    return orjson.dumps({"type": "session.update", "session": session})
+
+
+PICTURE = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        update(model="m", instructions='Say "url".'),
+        update(model="gpt"),
+        update(model=None),
+        b'{"type":"session.update","model":"m"}',
+        update(input_audio_transcription={"model": "whisper-1"}),  # beside the answers
+        orjson.dumps({"type": "conversation.item.create", "item": {"content": [PICTURE]}}),
+        update(tools=[{"parameters": orjson.loads('{"url":' * 20 + '{"type":"string"}' + "}" * 20)}]),
+        b'{"type":"input_audio_buffer.append","audio":"AAAA"}',
+    ],
+)
+def test_a_message_within_its_session_goes_on_as_it_is(message: bytes) -> None:
+    caller = Caller(World("a", aliases={"gpt": "m"}))
+    connection = caller.switched()
+    raw = masked(message[:9], fin=False) + masked(b"", Opcode.PING) + masked(message[9:], Opcode.CONT)
+    for byte in raw:
+        caller.send(bytes((byte,)))
+    assert transport_of(connection).written == raw
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (update(model="other"), "model_not_allowed"),
+        (update(model=["m"]), "model_not_allowed"),
+        (b'{"type":"session.update","model":"other"}', "model_not_allowed"),
+        (b'{"type":"session.update","session":{"m\\u006fdel":"other"}}', "model_not_allowed"),
+        (b'{"type":"response.create","response":{"model":"other"}}', "model_not_allowed"),
+        (b'{"session":{"model":"other"},"session":{"model":"m"}}', "duplicate_key"),
+        (b'{"session":{"model":"other","speed":NaN}}', "invalid_json"),
+        (update(tools=[{"type": "mcp", "server_url": "http://10.0.0.1"}]), "media_url"),
+        (b'{"item":{"content":[{"image_url":"http://10.0.0.1/x.png"}]}}', "media_url"),
+        (b'{"item":{"content":[{"image_ur\\u006c":"http://10.0.0.1/x.png"}]}}', "media_url"),
+    ],
+)
+def test_a_message_that_asks_for_more_ends_its_session_and_never_arrives(message: bytes, code: str) -> None:
+    caller = Caller(World("a"))
+    connection = caller.switched()
+    connection.data_received(frame(DONE))
+    raw = masked(message[:9], fin=False) + masked(message[9:], Opcode.CONT)
+    for byte in raw:
+        caller.send(bytes((byte,)))
+    assert transport_of(connection).written == raw[:-1]
+    assert connection.closed
+    assert caller.close_code == 1008
+    assert ended(caller) == ("client_error", code, 0)
+    assert caller.row.completion_tokens == 5
+    assert caller.world.backend("a").breaker.failures == 0
+
+
+def test_what_was_said_ahead_is_read_too() -> None:
+    caller = Caller(World("a"), handshake() + masked(update(model="other")))
+    connection = caller.world.connects("a")
+    connection.data_received(SWITCH + frame(b"hello"))
+    assert transport_of(connection).written.endswith(b"\r\n\r\n")
+    assert caller.close_code == 1008
+    assert ended(caller) == ("client_error", "model_not_allowed", 0)
+
+
+def test_urls_pass_where_they_may() -> None:
+    caller = Caller(World("a", media_urls=True))
+    connection = caller.switched()
+    caller.send(raw := masked(b'{"item":{"content":[{"image_url":"http://x.test/x.png"}]}}'))
+    assert transport_of(connection).written == raw
+
+
+def test_a_message_that_is_too_long_to_read_ends_its_session() -> None:
+    caller = Caller(World("a"))
+    connection = caller.switched()
+    caller.send(raw := masked(b"x" * MOST_MESSAGE, fin=False))
+    assert transport_of(connection).written == raw
+    caller.send(masked(b"x", Opcode.CONT))
+    assert transport_of(connection).written == raw
+    assert caller.close_code == 1009
+    assert ended(caller) == ("client_error", "body_too_large", 0)
+
+
+def test_what_a_client_sends_has_to_be_a_websocket() -> None:
+    caller = Caller(World("a"))
+    connection = caller.switched()
+    caller.send(frame(b"no mask"))
+    assert transport_of(connection).written == b""
+    assert caller.close_code == 1002
+    assert ended(caller) == ("client_error", "malformed_request", 0)
+
+
+def test_nothing_goes_on_behind_a_clients_close_frame() -> None:
+    caller = Caller(World("a"))
+    connection = caller.switched()
+    bye = masked(Close(1000, "").serialize(), Opcode.CLOSE)
+    caller.send(bye)
+    caller.send(masked(update(model="other")))
+    assert transport_of(connection).written == bye
+    connection.data_received(BYE)
+    close(connection)
+    assert ended(caller) == ("ok", "", 0)
 
 
 # The end

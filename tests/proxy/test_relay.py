@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import orjson
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from proxy.exchange import STALE_S, State
 from proxy.relay import UNTIL_CLOSE_BYTES, WHOLE_ANSWER_BYTES
 from proxy.sse import MAX_EVENT_BYTES
+from tests.proxy.endpoint_samples import USAGE, named, response
 from tests.proxy.fakes import (
     DONE,
     LAST_CHUNK,
@@ -274,6 +276,61 @@ def test_an_error_behind_half_an_event_stands_alone() -> None:
     close(connection, ConnectionResetError())
     assert read(exchange).body.split(b"\n\n")[-2].startswith(b'data: {"error":')
     world.check()
+
+
+PICTURE = {"type": "image_generation.completed", "b64_json": "A" * (MAX_EVENT_BYTES + 10), "usage": USAGE}
+RESPONSE = {"type": "response.completed", "response": response(output=["A" * (2 * MAX_EVENT_BYTES)])}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "last"),
+    [
+        ("images", {"prompt": "x", "stream": True}, PICTURE),
+        ("responses", {"input": "hi", "stream": True}, RESPONSE),
+    ],
+)
+@pytest.mark.parametrize("cut", [10_007, 1_000_003])
+def test_an_end_that_is_too_large_to_read_is_an_end_and_metered(
+    endpoint: str, body: dict[str, Any], last: dict[str, Any], cut: int
+) -> None:
+    world = World("a")
+    exchange = world.start(endpoint=endpoint, raw=orjson.dumps({"model": "m", **body}))
+    connection = world.answers(exchange, "a")
+    raw = named("x.partial", delta="x") + b"event: x\ndata: %b\n\n" % orjson.dumps(last)
+    connection.data_received(STREAM_HEAD)
+    for at in range(0, len(raw), cut):
+        connection.data_received(chunked(raw[at : at + cut]))
+    connection.data_received(LAST_CHUNK)
+    row = exchange.row
+    assert (row.outcome, row.usage_source) == ("ok", "reported")
+    assert (row.prompt_tokens, row.cached_tokens, row.completion_tokens) == (7, 2, 5)
+    assert world.backend("a").failed == 0
+    assert read(exchange).body == raw
+    world.check()
+
+
+@pytest.mark.parametrize("how", ["reset", "half"])
+def test_an_end_that_is_too_large_to_read_and_broken_off_is_none(how: str) -> None:
+    world = World("a")
+    exchange = world.start(endpoint="images", raw=b'{"model":"m","prompt":"x","stream":true}')
+    connection = world.answers(exchange, "a")
+    raw = b"data: " + orjson.dumps(PICTURE)
+    connection.data_received(STREAM_HEAD + chunked(raw if how == "half" else raw + b"\n\n"))
+    if how == "half":
+        connection.data_received(LAST_CHUNK)
+    else:
+        close(connection, ConnectionResetError())
+    assert (exchange.row.outcome, world.backend("a").failed) == ("cut", 1)
+
+
+def test_the_bytes_of_an_event_that_is_too_large_to_read_are_no_text() -> None:
+    world = World("a")
+    exchange = world.start(endpoint="responses", raw=b'{"model":"m","input":"hi","stream":true}')
+    connection = world.answers(exchange, "a")
+    large = named("response.image_generation_call.partial_image", b64="A" * MAX_EVENT_BYTES)
+    connection.data_received(STREAM_HEAD + chunked(named("response.output_text.delta", delta="hello"), large))
+    close(connection, ConnectionResetError())
+    assert (exchange.row.usage_source, exchange.row.completion_tokens) == ("estimated", 2)
 
 
 def test_an_event_that_can_be_read_and_not_written_goes_on_as_it_is() -> None:

@@ -12,7 +12,7 @@ from proxy.access.keys import Key
 from proxy.exchange import Exchange, State
 from proxy.responses import StoredResponse, StoredResponses
 from tests.proxy.endpoint_samples import response, response_events
-from tests.proxy.fakes import LAST_CHUNK, STREAM_HEAD, World, chunked, read, whole
+from tests.proxy.fakes import LAST_CHUNK, STREAM_HEAD, World, chunked, close, read, whole
 
 
 def stored(backend: str = "a", tenant: str = "acme", *, metered: bool = False) -> StoredResponse:
@@ -48,7 +48,21 @@ def test_the_oldest_is_forgotten() -> None:
 def test_tokens_are_counted_once() -> None:
     responses = StoredResponses()
     responses.add("r", stored())
-    assert [responses.count("r"), responses.count("r"), responses.count("unknown")] == [True, False, False]
+    counted = [responses.count(name, 7, 5, ended=True) for name in ("r", "r", "unknown")]
+    assert counted == [(7, 5), (0, 0), (0, 0)]
+
+
+def test_what_was_estimated_before_is_taken_off(tmp_path: Path) -> None:
+    path = tmp_path / "responses.jsonl"
+    responses = StoredResponses(path)
+    responses.add("r", stored())
+    assert responses.count("r", 4, 2, ended=False) == (4, 2)
+    assert responses.count("r", 4, 2, ended=False) == (0, 0)
+    responses.write(responses.take_unwritten())
+    responses = StoredResponses(path)  # as a restart does
+    assert responses.count("r", 0, 2, ended=False, resumed=True) == (0, 2)
+    assert responses.count("r", 3, 9, ended=True) == (0, 5)
+    assert responses.count("r", 3, 9, ended=True) == (0, 0)
 
 
 def test_a_restart_knows_what_was_written(tmp_path: Path) -> None:
@@ -58,13 +72,13 @@ def test_a_restart_knows_what_was_written(tmp_path: Path) -> None:
         responses.add(name, stored())
     responses.write(responses.take_unwritten())
     responses.forget("a")
-    responses.count("b")
+    responses.count("b", 7, 5, ended=True)
     responses.write(responses.take_unwritten())
     assert path.stat().st_mode & 0o777 == 0o600
     for _ in range(2):  # the second reads what the first has written anew
         again = StoredResponses(path)
         found = [again.find(name, "acme") for name in "abc"]
-        assert found == [None, stored(metered=True), stored()]
+        assert found == [None, StoredResponse("a", "acme", "m", True, 7, 5), stored()]
     assert [again.find(name, "acme") is not None for name in "bc"] == [True, True]
     assert len(path.read_bytes().splitlines()) == 2
     assert len(StoredResponses(path, most=1)) == 1
@@ -87,11 +101,11 @@ def test_two_processes_find_each_others_until_one_has_ended(tmp_path: Path) -> N
     write(new)
     assert [new.find(name, "acme") for name in "bc"] == [stored(), stored()]
     assert old.find("d", "acme") == stored("b")
-    assert old.count("b")
+    assert old.count("b", 7, 5, ended=True) == (7, 5)
     write(old)
-    assert not new.count("b")
-    old.count("c")  # and does not come to write it
-    assert new.count("c")
+    assert new.count("b", 7, 5, ended=True) == (0, 0)
+    old.count("c", 7, 5, ended=True)  # and does not come to write it
+    assert new.count("c", 7, 5, ended=True) == (7, 5)
     new.forget("c")
     write(new)
     for number in range(9):
@@ -240,19 +254,93 @@ def test_a_background_response_is_counted_by_who_first_sees_its_end() -> None:
     assert tokens == [0, 0, 5, 0]
 
 
+def leave(exchange: Exchange) -> None:
+    """The client hangs up."""
+    exchange.client.ended = "abort"  # type: ignore[attr-defined]
+    exchange.client_gone()
+
+
+def test_a_background_stream_that_is_left_is_counted_as_far_as_it_was_read() -> None:
+    world, acme, _ = two_tenants()
+    as_tenant(world, acme)
+    made = create(world, background=True, stream=True)
+    events = response_events(background=True)
+    world.answers(made, "a").data_received(STREAM_HEAD + chunked(*events[:4]))
+    leave(made)
+    assert made.facts is not None
+    row = made.row
+    assert (row.prompt_tokens, row.completion_tokens) == (made.facts.prompt_tokens, 3)  # "hello you"
+    assert (row.usage_source, row.cost_nano > 0) == ("estimated", True)
+    world.check()
+
+
+def test_a_stored_stream_that_is_left_is_counted_as_far_as_it_was_read() -> None:
+    world, acme, _ = two_tenants()
+    as_tenant(world, acme)
+    world.runtime.responses.add("resp_1", stored())
+    events = response_events(background=True)
+    tokens = []
+    for query, some in (("", events[:3]), ("", events[:3]), ("&starting_after=2", events[3:4]), ("", events)):
+        got = ask(world, "GET", "/v1/responses/resp_1?stream=true" + query)
+        connection = got.connection or world.answers(got, "a")
+        connection.data_received(STREAM_HEAD + chunked(*some))
+        if some is events:
+            connection.data_received(LAST_CHUNK)
+        else:
+            leave(got)
+        tokens.append((got.row.prompt_tokens, got.row.completion_tokens, got.row.usage_source))
+    assert tokens == [(0, 2, "estimated"), (0, 0, "none"), (0, 1, "estimated"), (7, 2, "reported")]
+    world.check()
+
+
 def test_a_background_stream_that_is_left_is_counted_later_and_not_twice() -> None:
     world, acme, _ = two_tenants()
     as_tenant(world, acme)
     made = create(world, background=True, stream=True)
     events = response_events(background=True)
     world.answers(made, "a").data_received(STREAM_HEAD + chunked(*events[:3]))
-    made.client.ended = "abort"  # type: ignore[attr-defined]
-    made.client_gone()
-    assert made.row.completion_tokens == 0
+    leave(made)
+    assert made.row.completion_tokens == 2
     got = ask(world, "GET", "/v1/responses/resp_1?stream=true")
     world.answers(got, "a").data_received(STREAM_HEAD + chunked(*events) + LAST_CHUNK)
     assert read(got).body == b"".join(events)
-    assert (got.row.outcome, got.row.completion_tokens) == ("ok", 5)
+    assert (got.row.outcome, got.row.completion_tokens, got.row.usage_source) == ("ok", 3, "reported")
+    assert (got.row.prompt_tokens, got.row.cached_tokens) == (0, 0)  # the estimate was higher
+
+
+@pytest.mark.parametrize("how", ["reset", "stale", "500"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_runs_in_the_background_is_sent_once(how: str, stream: bool) -> None:
+    world = World("a", "b")
+    if how == "stale":
+        world.answers(create(world), "a").data_received(whole(200, orjson.dumps(response())))
+    made = create(world, background=True, stream=stream)
+    connection = made.connection or world.answers(made, "a")
+    if how == "500":
+        connection.data_received(whole(500, b"{}"))
+    else:
+        close(connection)
+    assert (read(made).status >= 500, made.row.attempts, world.dialled()) == (True, 1, [])
+    world.check()
+
+
+def test_what_runs_in_the_background_may_go_elsewhere_if_it_was_never_sent() -> None:
+    world = World("a", "b")
+    made = create(world, background=True)
+    world.refuses("a")
+    world.answers(made, "b").data_received(whole(200, orjson.dumps(response("queued", background=True))))
+    assert (read(made).status, made.row.backend) == (200, "b")
+
+
+def test_what_runs_in_the_background_has_no_second_attempt() -> None:
+    world = World("a", "b", hedging={"after": "1s", "ratio": 1.0})
+    made = create(world, background=True, stream=True)
+    world.answers(made, "a")
+    world.wait(2.0)
+    assert (made.row.attempts, world.dialled()) == (1, [])
+    other = create(world, stream=True)
+    world.wait(2.0)
+    assert (other.row.attempts, world.dialled()) == (2, ["a", "b"])
 
 
 def test_a_deleted_one_is_forgotten() -> None:

@@ -232,9 +232,9 @@ def test_a_model_goes_into_the_query_of_a_backend() -> None:
 # Frames
 
 
-def frame(payload: bytes, opcode: Opcode = Opcode.TEXT, *, fin: bool = True) -> bytes:
+def frame(payload: bytes, opcode: Opcode = Opcode.TEXT, *, fin: bool = True, mask: bool = False) -> bytes:
     """As another implementation writes it."""
-    return Frame(opcode, payload, fin).serialize(mask=False)
+    return Frame(opcode, payload, fin).serialize(mask=mask)
 
 
 MESSAGE = st.tuples(
@@ -243,20 +243,22 @@ MESSAGE = st.tuples(
 CONTROL = st.tuples(st.sampled_from((Opcode.PING, Opcode.PONG)), st.binary(max_size=125))
 
 
-@given(st.lists(st.tuples(MESSAGE, st.lists(CONTROL, max_size=2)), max_size=5), st.data())
+@given(st.booleans(), st.lists(st.tuples(MESSAGE, st.lists(CONTROL, max_size=2)), max_size=5), st.data())
 def test_messages_are_found_wherever_the_bytes_are_cut(
-    messages: list[tuple[tuple[Opcode, list[bytes]], list[tuple[Opcode, bytes]]]], data: st.DataObject
+    masked: bool,
+    messages: list[tuple[tuple[Opcode, list[bytes]], list[tuple[Opcode, bytes]]]],
+    data: st.DataObject,
 ) -> None:
     raw, texts = b"", []
     for (opcode, pieces), controls in messages:
         for number, piece in enumerate(pieces):
             kind = Opcode.CONT if number else opcode
-            raw += frame(piece, kind, fin=number == len(pieces) - 1)
-            raw += b"".join(frame(payload, control) for control, payload in controls)
+            raw += frame(piece, kind, fin=number == len(pieces) - 1, mask=masked)
+            raw += b"".join(frame(payload, control, mask=masked) for control, payload in controls)
         if opcode is Opcode.TEXT:
             texts.append(b"".join(pieces))
     cuts = data.draw(st.lists(st.integers(0, len(raw)), max_size=8))
-    frames, found, at = Frames(), [], 0
+    frames, found, at = Frames(masked=masked), [], 0
     for cut in [*sorted(cuts), len(raw)]:
         found += frames.feed(raw[at:cut])
         at = cut
@@ -275,6 +277,20 @@ def test_a_message_that_is_too_long_is_passed_over() -> None:
     half = b"x" * (MOST_MESSAGE // 2 + 1)
     assert frames.feed(frame(half, fin=False) + frame(half, Opcode.CONT)) == []
     assert frames.feed(frame(b"next")) == [b"next"]
+
+
+@pytest.mark.parametrize("opcode", [Opcode.TEXT, Opcode.BINARY])
+def test_a_text_that_is_too_long_is_told(opcode: Opcode) -> None:
+    frames = Frames(masked=True)
+    frames.feed(frame(b"x" * MOST_MESSAGE, opcode, fin=False, mask=True))
+    assert not frames.too_long
+    frames.feed(frame(b"x", Opcode.CONT, mask=True))
+    assert frames.too_long == (opcode is Opcode.TEXT)
+
+
+def test_a_clients_frame_needs_its_mask() -> None:
+    with pytest.raises(ValueError, match="no mask"):
+        Frames(masked=True).feed(frame(b"x"))
 
 
 def test_a_frame_of_ours_stands_between_two() -> None:
