@@ -278,7 +278,7 @@ def test_an_error_behind_half_an_event_stands_alone() -> None:
     world.check()
 
 
-PICTURE = {"type": "image_generation.completed", "b64_json": "A" * (MAX_EVENT_BYTES + 10), "usage": USAGE}
+PICTURE = {"type": "image_generation.completed", "b64_json": "A" * (2 * MAX_EVENT_BYTES), "usage": USAGE}
 RESPONSE = {"type": "response.completed", "response": response(output=["A" * (2 * MAX_EVENT_BYTES)])}
 
 
@@ -315,10 +315,11 @@ def test_an_end_that_is_too_large_to_read_and_broken_off_is_none(how: str) -> No
     exchange = world.start(endpoint="images", raw=b'{"model":"m","prompt":"x","stream":true}')
     connection = world.answers(exchange, "a")
     raw = b"data: " + orjson.dumps(PICTURE)
-    connection.data_received(STREAM_HEAD + chunked(raw if how == "half" else raw + b"\n\n"))
+    connection.data_received(STREAM_HEAD + chunked(raw))
     if how == "half":
         connection.data_received(LAST_CHUNK)
     else:
+        connection.data_received(chunked(b"\n\n"))
         close(connection, ConnectionResetError())
     assert (exchange.row.outcome, world.backend("a").failed) == ("cut", 1)
 
@@ -328,7 +329,9 @@ def test_the_bytes_of_an_event_that_is_too_large_to_read_are_no_text() -> None:
     exchange = world.start(endpoint="responses", raw=b'{"model":"m","input":"hi","stream":true}')
     connection = world.answers(exchange, "a")
     large = named("response.image_generation_call.partial_image", b64="A" * MAX_EVENT_BYTES)
-    connection.data_received(STREAM_HEAD + chunked(named("response.output_text.delta", delta="hello"), large))
+    connection.data_received(STREAM_HEAD + chunked(named("response.output_text.delta", delta="hello")))
+    connection.data_received(chunked(large[:-9]))
+    connection.data_received(chunked(large[-9:]))
     close(connection, ConnectionResetError())
     assert (exchange.row.usage_source, exchange.row.completion_tokens) == ("estimated", 2)
 
