@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from policies.base import BackendView, Decision, Policy, RequestFacts
+from policies.base import BackendView, Decision, Policy, RequestFacts, Send
 from policies.state import Lease
 
 AVAILABILITY = "availability"
@@ -125,3 +125,8 @@ class Routing:
     """Why the attempt failed that this decision led to; empty: it did not."""
     lease: Lease | None = None
     """With a `Send` from the valve: load already counted; whoever gets it releases it."""
+
+
+def because(why: str, send: Send) -> Send:
+    """The same, with a reason in front of the policy's."""
+    return Send(send.backend, send.fallbacks, f"{why}: {send.reason}", send.scores, send.propensity)

@@ -29,7 +29,7 @@ from policies.base import Decision, Hold, Reject, RequestFacts, Send
 from policies.candidates import Candidates
 from policies.constraints import RETRY_AFTER_S
 from policies.fairness import FairQueue, Held
-from policies.routing import AVAILABILITY, HEDGE, SHARES, TIERS, WAIT_OVER, Routing, copy_figures
+from policies.routing import AVAILABILITY, HEDGE, SHARES, TIERS, WAIT_OVER, Routing, because, copy_figures
 from policies.rules import RuleSet
 from policies.shares import MOST_KEPT
 from policies.state import Fleet
@@ -170,7 +170,7 @@ class Valve:
         kept = backend.shares.kept_from(request.tenant, request.priority, backend.slots, now)
         if not backend.has_free_slot(now) or kept >= backend.slots - backend.in_flight:
             return None
-        routing.decision = _because("first token late, so here too", decision)
+        routing.decision = because("first token late, so here too", decision)
         routing.decided_by = HEDGE
         routing.lease = self.fleet.lease(request, decision.backend, now, None, HEDGE)
         return routing
@@ -275,7 +275,7 @@ class Valve:
         routing = self.rules.route(waits.request, self.fleet, now, others, most)
         if type(routing.decision) is not Send:
             return None
-        routing.decision = _because("others hold its share of the slots", routing.decision)
+        routing.decision = because("others hold its share of the slots", routing.decision)
         routing.decided_by = SHARES
         return routing
 
@@ -484,10 +484,6 @@ def _routing(
     tier = candidates.tier_of[decision.backend] if isinstance(decision, Send) else -1
     policy = rule.choosers[tier] if tier >= 0 else rule.guarded
     return Routing(request, rule.name, decision, decided_by, policy, tier, removed=candidates.removed, at=now)
-
-
-def _because(why: str, send: Send) -> Send:
-    return Send(send.backend, send.fallbacks, f"{why}: {send.reason}", send.scores, send.propensity)
 
 
 def _hopeless(request: RequestFacts, candidates: Candidates, wait: float, now: float) -> Routing:
