@@ -44,18 +44,18 @@ from policies.rules import RuleSet
 from policies.state import Backend, Fleet, Lease
 from policies.valve import Valve
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 
 CONFIGURED: Final = (
     *("name", "site", "slots", "weight", "models", "models_unknown", "models_awaited", "labels", "operator"),
     *("location", "data_classes", "context_tokens", "bandwidth", "price_input", "price_output"),
-    *("carbon_gco2_kwh", "probed_up"),
+    *("carbon_gco2_kwh", "probed_up", "kv_tokens"),
 )
 """Of a backend, what the first record holds."""
 
 OBSERVED: Final = (
     *("probed_up", "connects", "full_slots", "models", "models_unknown", "models_awaited", "context_tokens"),
-    *("rtt_s", "running", "waiting", "kv_use", "sampled_at", "host", "host_at"),
+    *("rtt_s", "running", "waiting", "kv_use", "sampled_at", "host", "host_at", "kv_tokens"),
 )
 """Of a backend, what probes set."""
 

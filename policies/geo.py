@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Annotated, NamedTuple, TypeAlias
 
 from policies.base import ENGINE_FIGURES_VALID_S, BackendView, Decision, Policy, RequestFacts
+from policies.lengths import EXPECTED_TOKENS
 from policies.ranking import REMEMBERED, Rank, Recent, Turns, best_first, only
 
 Place: TypeAlias = tuple[float, float]
@@ -23,9 +24,6 @@ EARTH_RADIUS_KM = 6371.0088
 
 UNKNOWN_KM = 20_040.0
 """Distance of a place that is not known: beyond the antipode, so after all known ones."""
-
-EXPECTED_TOKENS = 256
-"""Length of an answer that nobody has forecast, tokens (public chat traces have means of 200 to 350)."""
 
 TPOT_S = 0.03
 """Time per output token where no candidate has been measured: waiting for a slot is never free, seconds."""

@@ -32,6 +32,7 @@ class Guarded:
     __slots__ = (
         "_hears_dispatched",
         "_hears_finished",
+        "by_prefix",
         "failures",
         "last_failure",
         "name",
@@ -43,6 +44,7 @@ class Guarded:
         self.policy = policy
         self.name = name
         self.needs = policy.needs
+        self.by_prefix = "prefix" in policy.needs
         self._hears_dispatched = _overrides(policy, "dispatched")
         self._hears_finished = _overrides(policy, "finished")
         self.failures = 0

@@ -47,6 +47,10 @@ class Candidate(NamedTuple):
     waiting: int
     kv_use: float
     sampled_at: float
+    prefilling: int
+    prefill_tokens: int
+    ttft_fit: tuple[float, ...]
+    tpot_fit: tuple[float, ...]
 
 
 def copy_figures(backend: BackendView, saturation: float) -> Candidate:
@@ -66,6 +70,10 @@ def copy_figures(backend: BackendView, saturation: float) -> Candidate:
             backend.waiting,
             backend.kv_use,
             backend.sampled_at,
+            backend.prefilling,
+            backend.prefill_tokens,
+            backend.ttft_fit,
+            backend.tpot_fit,
         ),
     )
 

@@ -59,6 +59,8 @@ class RuleSet:
         assert len({rule.name for rule in rules}) == len(rules), "names of rules must be unique"
         self.rules = tuple(rules)
         self._sets = CandidateSets()
+        self.needs = frozenset[str]().union(*(chooser.needs for rule in rules for chooser in rule.choosers))
+        """Of all policies of the file."""
 
     @property
     def spills(self) -> Sequence[SpillState]:
@@ -176,6 +178,10 @@ class RuleSet:
     ) -> Routing:
         rule = candidates.rule
         chooser = rule.choosers[tier]
+        if chooser.by_prefix and request.prefix:
+            request.cached = {
+                backend.name: tokens for backend in eligible if (tokens := backend.cached_tokens(request))
+            }
         decision, decided_by = chooser.decide(request, eligible, now)
         if isinstance(decision, Send):
             fallbacks = candidates.fallbacks(tier, decision.backend, decision.fallbacks)

@@ -14,7 +14,6 @@ complete.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import socket
 from enum import StrEnum
@@ -39,6 +38,7 @@ from proxy.idempotency import request_hash
 from proxy.media import say_why_unmetered
 from proxy.meters import ResponsesMeter
 from proxy.openai import RequestBody, body_for_backend, is_slow_to_read, read_body, read_form
+from proxy.prompt_hashes import prompt_hashes
 from proxy.relay import EVENTS, RAW, WHOLE, Client, Relay
 from proxy.upstream import OUR_SHORTAGE, BackendConnection, Endpoint, connect_failure
 
@@ -52,9 +52,6 @@ STALE_S: Final = 1.0
 
 PROGRESS_S: Final = 0.4
 """Least time between two notes in the journal of how far a stream is; the sweep makes them half seconds."""
-
-PREFIX_BLOCK_BYTES: Final = 2048
-PREFIX_BLOCKS: Final = 512
 
 
 class State(StrEnum):
@@ -286,6 +283,9 @@ class Exchange(Relay):
         row.stream = body.stream
         model = runtime.aliases.get(body.model, body.model)
         self._check_model(body.model, model)
+        prefix: tuple[int, ...] = ()
+        if "prefix" in runtime.fleet.needs and not self.route.media:
+            prefix = prompt_hashes(body.raw, runtime.salt)
         self.include_usage = body.include_usage
         self.every_event = body.every_event
         if body.choices > 1:
@@ -306,6 +306,7 @@ class Exchange(Relay):
             prompt_tokens=body.prompt_tokens,
             max_tokens=body.max_tokens,
             expected_tokens=body.expected_tokens if self.route.generates else 0,
+            prefix=prefix,
         )
         if body.previous_response:
             previous = runtime.responses.find(body.previous_response, tenant)
@@ -320,7 +321,7 @@ class Exchange(Relay):
             facts.priority = key.priority
             facts.labels = key.labels
         row.max_tokens = facts.max_tokens
-        row.expected_tokens = facts.expected_tokens
+        row.expected_tokens = facts.expected_tokens  # the policy may know better
         self.facts = facts
         return facts
 
@@ -371,6 +372,7 @@ class Exchange(Relay):
         """The valve has decided."""
         self.routings.append(routing)
         self.routing = routing
+        self.row.expected_tokens = routing.request.expected_tokens
         decision = routing.decision
         if type(decision) is Send:
             self._dispatch(routing, decision)
@@ -878,12 +880,9 @@ class Exchange(Relay):
             runtime.limits.settle(
                 self.reservation, row.prompt_tokens + row.completion_tokens, row.cost_nano, now
             )
-        if (
-            self.body_read is not None
-            and len(self.body_read.raw) >= PREFIX_BLOCK_BYTES
-            and not route.media  # no engine has a cache of these
-        ):
-            row.prefix = _prefix_hashes(self.body_read.raw, runtime.salt)
+        if self.body_read is not None and not route.media:  # no engine has a cache of these
+            known = self.facts is not None and self.facts.prefix
+            row.prefix = known or prompt_hashes(self.body_read.raw, runtime.salt)
         if self.claim is not None:
             charged = outcome == records.OK or row.usage_source != "none"
             runtime.idempotency.end(self.claim, charged, self.kept)
@@ -928,17 +927,3 @@ class Exchange(Relay):
             row.prompt_tokens, row.completion_tokens, row.usage_source = prompt, completion, source
         # All of it is in the row.
         meter.reported, meter.text_bytes, meter.prompt = False, 0, 0
-
-
-def _prefix_hashes(raw: bytes, salt: bytes) -> tuple[int, ...]:
-    """Chained salted hashes of the prompt's leading 2 KiB blocks: equal beginnings share them, nothing else
-    can be told from them."""
-    start = max(raw.find(b'"messages"'), 0) or max(raw.find(b'"prompt"'), raw.find(b'"input"'), 0)
-    hashes = []
-    digest = salt
-    last = min(len(raw) - PREFIX_BLOCK_BYTES, start + PREFIX_BLOCKS * PREFIX_BLOCK_BYTES)
-    for at in range(start, last + 1, PREFIX_BLOCK_BYTES):
-        block = hashlib.blake2b(raw[at : at + PREFIX_BLOCK_BYTES], key=digest, digest_size=16).digest()
-        digest = block
-        hashes.append(int.from_bytes(block[:8], "big") >> 1)
-    return tuple(hashes)

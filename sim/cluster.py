@@ -21,6 +21,7 @@ from typing import Any, Final
 from policies.base import RequestFacts
 from policies.eventlog import EventLog
 from policies.health import Health
+from policies.lengths import EXPECTED_TOKENS
 from policies.rules import RuleSet
 from probes.base import Timing
 from probes.passive import AttemptError
@@ -35,8 +36,6 @@ SECOND: Final = 1_000_000
 """Microseconds."""
 SWEEP: Final = SECOND // 4
 """How often the proxy looks at what only time changes."""
-EXPECTED_TOKENS: Final = 256
-"""The proxy's forecast of an answer whose length the client did not limit further."""
 BYTES_PER_TOKEN: Final = 4
 
 
@@ -119,6 +118,8 @@ class Cluster(Router):
         is void."""
         self._sweeping = False
         self._available = [backend.available for backend in self.fleet]
+        self._unit_tokens = 512
+        """Prompt tokens that one hash of an arrival stands for."""
         self._model = next((model for backend in self.fleet for model in sorted(backend.models)), "")
         for incident in incidents:
             if incident.backend not in self.nodes:
@@ -146,6 +147,7 @@ class Cluster(Router):
                     f"{arrival.output_tokens} output tokens: times are zero or more, tokens one or more"
                 )
         self._ran = True
+        self._unit_tokens = workload.unit_tokens or self._unit_tokens
         collects = gc.isenabled()
         gc.disable()  # it would walk over all that was kept, again and again, and find nothing
         try:
@@ -260,6 +262,7 @@ class Cluster(Router):
             expected_tokens=min(most or EXPECTED_TOKENS, EXPECTED_TOKENS),
             priority=arrival.priority,
             prefix=arrival.hashes,
+            prefix_tokens=self._unit_tokens,
         )
         if arrival.session:
             facts.session = f"{arrival.tenant}\0{arrival.session}"
@@ -459,6 +462,7 @@ class Cluster(Router):
             self._advance(node)
             self._arm(node)
             backend.running, backend.waiting = engine.running, engine.waiting
+            backend.kv_tokens = node.member.settings.kv_tokens or 0
             backend.kv_use, backend.sampled_at = engine.kv_use(self.now), self.now / SECOND
             if self.log is not None:
                 self.log.figures(self.fleet, self.now / SECOND)
