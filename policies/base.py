@@ -26,6 +26,7 @@ from policies.values import (
     Reject,
     RequestFacts,
     Send,
+    Tunable,
 )
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Reject",
     "RequestFacts",
     "Send",
+    "Tunable",
 ]
 
 

@@ -46,6 +46,9 @@ from policies.valve import Valve
 
 FORMAT: Final = 3
 
+FACTS: Final = tuple([field for field in fields(RequestFacts) if field.name != "cached"])
+"""Of a request, what is recorded; what of it is cached follows from what was sent where."""
+
 CONFIGURED: Final = (
     *("name", "site", "slots", "weight", "models", "models_unknown", "models_awaited", "labels", "operator"),
     *("location", "data_classes", "context_tokens", "bandwidth", "price_input", "price_output"),
@@ -246,7 +249,7 @@ class EventLog:
             self._number += 1
 
     def _facts(self, request: RequestFacts) -> dict[str, Any]:
-        values = ((field, getattr(request, field.name)) for field in fields(RequestFacts))
+        values = ((field, getattr(request, field.name)) for field in FACTS)
         return {
             field.name: self._plain(field.name, value) for field, value in values if value != _default(field)
         }

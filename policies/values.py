@@ -20,6 +20,16 @@ several do while a long one is computed: one or two say nothing (the saturation 
 Inference Extension takes the same figure)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Tunable:
+    """Where `tidegate tune` looks for a policy's parameter: third in its annotation, after the text."""
+
+    low: float
+    high: float
+    log: bool = False
+    """By ratio instead of by difference: for what spans more than a decade."""
+
+
 @dataclass(slots=True)
 class RequestFacts:
     """What a decision may depend on, read once from the request and its key."""

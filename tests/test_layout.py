@@ -55,6 +55,7 @@ TESTED_BY = {
     "policies/filechecks.py": "tests/policies/test_files.py",
     "policies/fileschema.py": "tests/policies/test_files.py",
     "policies/guarded.py": "tests/policies/test_rules.py",
+    "policies/refusals.py": "tests/policies/test_valve.py",
     "policies/picks.py": "tests/policies/test_files.py",
     "policies/profile.py": "tests/sim/test_profiles.py",
     "policies/routing.py": "tests/policies/test_rules.py",

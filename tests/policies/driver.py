@@ -41,6 +41,7 @@ class Driver:
         self.fleet = Fleet(
             [Backend(**{"name": f"b{index}", "site": "remote", **facts}) for index in range(count)]
         )
+        self.fleet.see_to(policy.needs)
         self.every = every
         self.rng = Random(seed)
         self.now = 100.0
@@ -57,9 +58,12 @@ class Driver:
         self.now += self.every
         self.requests += 1
         self._settle()
-        return request(f"r{self.requests}", session=f"tenant/s{self.requests}", body_bytes=2000)
+        prefix = (4 * self.requests, 4 * self.requests + 1)
+        session = f"tenant/s{self.requests}"
+        return request(f"r{self.requests}", session=session, body_bytes=2000, prefix=prefix, prefix_tokens=50)
 
-    def decide(self, facts: RequestFacts, candidates: Sequence[BackendView]) -> Send:
+    def decide(self, facts: RequestFacts, candidates: Sequence[Backend]) -> Send:
+        facts.cached = {one.name: tokens for one in candidates if (tokens := one.cached_tokens(facts))}
         decision = self.policy.choose(facts, candidates, self.now)
         while isinstance(decision, Hold):
             assert decision.until > self.now

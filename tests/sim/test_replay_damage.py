@@ -4,7 +4,6 @@ difference, and nothing else ever."""
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.base import RequestFacts
-from policies.eventlog import CONFIGURED, OBSERVED
+from policies.eventlog import CONFIGURED, FACTS, OBSERVED
 from probes.base import Timing
 from sim.cluster import SECOND
 from sim.members import Change, Incident
@@ -66,7 +64,7 @@ def test_the_log_that_is_damaged_here_has_every_kind_of_record() -> None:
 @pytest.mark.parametrize(
     ("form", "names"),
     [
-        (FactsForm, {field.name for field in fields(RequestFacts)}),
+        (FactsForm, {field.name for field in FACTS}),
         (BackendForm, {*CONFIGURED, "breaker", "adaptive"}),
         (FiguresForm, set(OBSERVED)),
     ],
