@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from policies.base import BackendView, Reject, RequestFacts
@@ -167,6 +167,12 @@ class CandidateSets:
         self._version = -1
         self._found: dict[tuple[str, str, str, int], Candidates] = {}
         self._limits: dict[str, tuple[int, ...]] = {}
+
+    def aside(self) -> CandidateSets:
+        """Another one, its flags as they stand here."""
+        other = CandidateSets()
+        other.spills = {key: replace(state) for key, state in self.spills.items()}
+        return other
 
     def find(self, rule: Rule, request: RequestFacts, fleet: Fleet) -> Candidates:
         """The candidates of `request` under `rule`."""

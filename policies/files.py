@@ -141,10 +141,12 @@ def _hours(when: When, utc_offset_s: int) -> Hours | None:
 def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: list[Finding]) -> Rule | None:
     """The rule; or None, and findings, if a policy does not take its parameters."""
     made: dict[Path, Policy] = {}
+    generators: list[Random] = []
     for path, pick in filechecks.picks_of(section):
         stream = "/".join([str(seed), section.name, *map(str, path[:-1])])
+        generators.append(Random(stream))  # noqa: S311
         try:
-            policy = load(pick.policy, Random(stream), **pick.parameters)  # noqa: S311
+            policy = load(pick.policy, generators[-1], **pick.parameters)
         except PolicyError as error:
             findings.append(Finding((*at, *path), str(error)))
             continue
@@ -172,6 +174,7 @@ def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: lis
         tuple(tiers) or (Tier(),),
         Queue(section.queue.wait, section.queue.depth, section.queue.overflow),
         section.weights or {},
+        tuple(generators),
     )
 
 

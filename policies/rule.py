@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from random import Random
 
 from policies.base import BackendView, Policy
 from policies.guarded import Guarded
@@ -61,6 +62,8 @@ class Rule:
     queue: Queue = field(default_factory=Queue)
     weights: Mapping[str, float] = field(default_factory=dict)
     """By name of backend, in place of the configuration's."""
+    generators: tuple[Random, ...] = ()
+    """Where its policies draw from."""
     guarded: Guarded = field(init=False)
     """The policy, unable to take a request down; counts its failures."""
     choosers: tuple[Guarded, ...] = field(init=False)

@@ -83,6 +83,12 @@ class RuleSet:
         """Who may serve the request under its rule, by tier; cached until the fleet changes."""
         return self._sets.find(self.rule_for(request), request, fleet)
 
+    def aside(self) -> RuleSet:
+        """The same rules with flags of their own, as they stand: what is decided with it moves none here."""
+        other = RuleSet(self.rules)
+        other._sets = self._sets.aside()
+        return other
+
     def observe(self, fleet: Fleet, now: float) -> None:
         """Let the spill flags follow the load while no request comes to move them."""
         self._sets.move_spills(fleet, now)

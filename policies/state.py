@@ -12,7 +12,7 @@ pause much longer than tau the next sample replaces the average.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp, inf
 from typing import Final
 
@@ -188,6 +188,19 @@ class Fleet:
 
     def __len__(self) -> int:
         return len(self.backends)
+
+    def aside(self) -> Fleet:
+        """The same backends as they stand, copied as far as deciding changes them. Nothing is leased on it: what is
+        known of prefixes and speeds is shared."""
+        other = Fleet(
+            [
+                replace(backend, breaker=replace(backend.breaker), shares=backend.shares.aside())
+                for backend in self
+            ],
+            self.health,
+        )
+        other.needs, other.lengths = self.needs, self.lengths
+        return other
 
     def replace(self, backends: Sequence[Backend]) -> None:
         """Take a new set; a backend that stays the same object keeps its counts, a new one starts slowly."""

@@ -299,15 +299,12 @@ class Valve:
         queue = self._queues.get(candidates.key)
         if queue is None:
             queue = FairQueue(candidates.key)
-        limits = candidates.rule.queue
-        if limits.wait_s > 0.0 and len(queue) > self._overflow_room(candidates):
-            wait = queue.expected_wait(request, now)
-            if wait > limits.wait_s * MOST_OF_WAIT:
-                return hopeless(request, candidates, wait, now)
-        if len(queue) >= limits.depth:
+        refusal = self._no_place(request, candidates, queue, now)
+        if refusal is not None:
+            return refusal
+        if len(queue) >= candidates.rule.queue.depth:
             displaced = queue.displaced_by(request)
-            if displaced is None:
-                return queue_full(request, candidates, now)
+            assert displaced is not None
             self._take(displaced, served=False)
             refusal = queue_full(displaced.request, candidates, now)
             refusal.held_s = now - displaced.since
@@ -323,6 +320,19 @@ class Valve:
         self._held[request.id] = held
         heappush(self._ends, (held.until, held.sequence, held))
         return routing
+
+    def _no_place(
+        self, request: RequestFacts, candidates: Candidates, queue: FairQueue, now: float
+    ) -> Routing | None:
+        """Its refusal if it would wait in vain, or the queue is full and it may take no place; None: it waits."""
+        limits = candidates.rule.queue
+        if limits.wait_s > 0.0 and len(queue) > self._overflow_room(candidates):
+            wait = queue.expected_wait(request, now)
+            if wait > limits.wait_s * MOST_OF_WAIT:
+                return hopeless(request, candidates, wait, now)
+        if len(queue) >= limits.depth and queue.displaced_by(request) is None:
+            return queue_full(request, candidates, now)
+        return None
 
     def _take(self, held: Held, served: bool) -> None:
         """Take a request out of its queue."""

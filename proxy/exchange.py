@@ -31,6 +31,7 @@ from proxy.answers import error_answer, kept_answer
 from proxy.dialects import event_of, status_in
 from proxy.endpoints import INPUT, stored_id
 from proxy.errors import RequestError
+from proxy.facts import check_model, facts_of, no_model
 from proxy.forms import content_type
 from proxy.hedge import Hedge
 from proxy.http1 import LAST_CHUNK, RequestHead, chunk
@@ -248,7 +249,7 @@ class Exchange(Relay):
         usable = () if key is None or key.models is None else key.models
         # It may have been asked for by an alias.
         asked = next((name for name in usable if runtime.aliases.get(name) == model), model)
-        self._check_model(asked, model)
+        check_model(key, asked, model)
         self.facts = facts = RequestFacts(
             row.op,
             model,
@@ -266,23 +267,14 @@ class Exchange(Relay):
             facts.labels = key.labels
         return facts
 
-    def _check_model(self, asked: str, model: str) -> None:
-        """Raise RequestError if the key may use neither of these names of a model."""
-        key = self.key
-        if key is not None and key.models is not None and not (asked in key.models or model in key.models):
-            raise RequestError(
-                "model_not_allowed", f"this key may not use the model {asked[:128]!r}", "model"
-            )
-
     def _read(self, body: RequestBody) -> RequestFacts:
         """What a decision needs to know of the request. Raises RequestError."""
         runtime, head, key, row = self.runtime, self.request, self.key, self.row
-        tenant = row.tenant
         self.body_read = body
         row.model = body.model
         row.stream = body.stream
         model = runtime.aliases.get(body.model, body.model)
-        self._check_model(body.model, model)
+        check_model(key, body.model, model)
         prefix: tuple[int, ...] = ()
         if "prefix" in runtime.fleet.needs and not self.route.media:
             prefix = prompt_hashes(body.raw, runtime.salt)
@@ -290,36 +282,27 @@ class Exchange(Relay):
         self.every_event = body.every_event
         if body.choices > 1:
             self.meter = self.new_meter()
-        session = head.session.decode("latin-1")[:256] if head.session else body.session
-        facts = RequestFacts(
-            row.op,
+        facts = facts_of(
+            body,
+            self.route,
             model,
-            self.endpoint,
-            tenant=tenant,
-            key_id=row.key_id,
-            data_class=row.data_class,
+            key,
+            op=row.op,
+            session=head.session,
             arrived=self.arrived,
             wall=row.arrived,
-            deadline=self.arrived + runtime.timeouts.total,
-            stream=body.stream,
+            total_s=runtime.timeouts.total,
             body_bytes=row.body_bytes,
-            prompt_tokens=body.prompt_tokens,
-            max_tokens=body.max_tokens,
-            expected_tokens=body.expected_tokens if self.route.generates else 0,
-            prefix=prefix,
         )
+        facts.prefix = prefix
         if body.previous_response:
-            previous = runtime.responses.find(body.previous_response, tenant)
+            previous = runtime.responses.find(body.previous_response, row.tenant)
             if previous is None or previous.backend not in runtime.fleet.backends:
                 message = f"there is no response {body.previous_response!r}"
                 raise RequestError("response_not_found", message, "previous_response_id")
             facts.backend = previous.backend
-        if session:
-            facts.session = f"{tenant}\0{session}"
+        if facts.session:
             row.session = runtime.salted(facts.session.encode("utf-8", "replace"))
-        if key is not None:
-            facts.priority = key.priority
-            facts.labels = key.labels
         row.max_tokens = facts.max_tokens
         row.expected_tokens = facts.expected_tokens  # the policy may know better
         self.facts = facts
@@ -392,20 +375,8 @@ class Exchange(Relay):
         assert self.facts is not None
         message, param = decision.reason, None
         if decision.code == "model_not_found":
-            message, param = self._no_model(self.facts.model), "model"
+            message, param = no_model(self.row.model, self.facts.model, self.runtime.fleet), "model"
         self.refuse(RequestError(decision.code, message or decision.code, param, decision.retry_after_s))
-
-    def _no_model(self, model: str) -> str:
-        """What the client is told of a model that nothing may serve it."""
-        asked = self.row.model[:128]
-        fleet = self.runtime.fleet
-        if any(model in backend.models for backend in fleet):
-            return f"the policy of this proxy lets no backend serve the model {asked!r} to this request"
-        if model != self.row.model:
-            return f"the alias {asked!r} stands for {model[:128]!r}, which no backend serves"
-        if any(backend.models_unknown for backend in fleet):
-            return f"no backend is known to serve the model {asked!r}"
-        return f"the model {asked!r} does not exist"
 
     # Sending
 
