@@ -85,6 +85,7 @@ TESTED_BY = {
     "proxy/demo_traffic.py": "tests/proxy/test_demo.py",
     "proxy/demo_view.py": "tests/proxy/test_demo.py",
     "proxy/errors.py": "tests/test_docs.py",
+    "proxy/facts.py": "tests/proxy/test_exchange.py",
     "proxy/forms.py": "tests/proxy/test_multipart.py",
     "proxy/explain.py": "tests/e2e/test_docs_run.py",
     "proxy/linewriter.py": "tests/proxy/test_requestlog.py",
