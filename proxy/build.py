@@ -122,7 +122,7 @@ def build(
             endpoints[section.name] = _endpoint(section, key, tls, tls_files, config, loop, resolver)
             targets.append(_target(section, slots, key, tls))
         at = ()
-        prices = _prices(config)
+        prices_now = prices(config)
         # The present backends still stand where the old configuration had them.
         policy = load_policy(config, configured, seed)
         if before is not None and before.policy.text_hash == policy.text_hash:
@@ -135,7 +135,15 @@ def build(
     for old, fresh, section, slots in changes:
         _update(old, fresh, section, slots, slots_before[section.name])
     return Built(
-        config, backends, endpoints, targets, prices, policy, health(config), hosts_of(config), certificates
+        config,
+        backends,
+        endpoints,
+        targets,
+        prices_now,
+        policy,
+        health(config),
+        hosts_of(config),
+        certificates,
     )
 
 
@@ -392,15 +400,16 @@ def _with_file(section: BackendConfig, name: str, file: Path | None, use: Callab
         raise BadValueError(f"backend {section.name}: {file}: {reason}", at=(name,)) from error
 
 
-def _prices(config: Config) -> Prices:
-    prices: dict[str, dict[str, Price]] = {}
+def prices(config: Config) -> Prices:
+    """What each model costs at each backend."""
+    found: dict[str, dict[str, Price]] = {}
     for section in config.backends:
         by_model = {model: _price(price, config) for model, price in section.prices.items()}
         if section.price is not None:
             by_model["*"] = _price(section.price, config)
         if by_model:
-            prices[section.name] = by_model
-    return Prices(prices, config.ledger_currency)
+            found[section.name] = by_model
+    return Prices(found, config.ledger_currency)
 
 
 def _price(price: PriceConfig, config: Config) -> Price:

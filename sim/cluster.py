@@ -74,12 +74,13 @@ class Cluster(Router):
         attempts: int = ATTEMPTS,
         health: Health | None = None,
         log: EventLog | None = None,
+        epoch: float = 0.0,
     ) -> None:
         """`patience_s`: after which a client leaves that has not had its first token; no router knows of it.
         `first_token_s`, `between_tokens_s`, `total_s`: the router's own patience (`timeouts` of the proxy).
         `limited`: clients set `max_tokens`, to what their answers have; else they set none. `metrics`: the proxy
-        reads the engines' figures (`probing.metrics`). `log`: as of `Router`. Raises ValueError for no member, two
-        of one name, and an incident of a backend that is no member."""
+        reads the engines' figures (`probing.metrics`). `log`: as of `Router`. `epoch`: Unix time of the beginning,
+        for rules on the time of day. Raises ValueError for no member, two of a name, an incident of no member."""
         self.members = list(members)
         if not self.members:
             raise ValueError("a cluster has one member at least")
@@ -102,6 +103,7 @@ class Cluster(Router):
         self.result = Result()
         self._ran = False
         self._patience = patience_s
+        self._epoch = epoch
         self._timeouts = Timeouts(first_token_s, between_tokens_s, total_s)
         self._limited = limited
         self._metrics = metrics
@@ -250,22 +252,23 @@ class Cluster(Router):
         facts = RequestFacts(
             str(index),
             arrival.model or self._model,
+            arrival.endpoint,
             tenant=arrival.tenant,
             data_class=arrival.data_class,
             arrived=now,
-            wall=now,
+            wall=self._epoch + now,
             deadline=now + self._timeouts.total_s,
-            stream=True,
+            stream=arrival.stream,
             body_bytes=arrival.prompt_tokens * BYTES_PER_TOKEN,
             prompt_tokens=arrival.prompt_tokens,
             max_tokens=most,
             expected_tokens=min(most or EXPECTED_TOKENS, EXPECTED_TOKENS),
+            session=f"{arrival.tenant}\0{arrival.session}" if arrival.session else "",
             priority=arrival.priority,
+            labels=dict(arrival.labels),
             prefix=arrival.hashes,
             prefix_tokens=self._unit_tokens,
         )
-        if arrival.session:
-            facts.session = f"{arrival.tenant}\0{arrival.session}"
         trip = Trip(index, arrival, facts)
         self.result.trips.append(trip)
         self._timeouts.arrived(trip)
