@@ -60,6 +60,7 @@ TESTED_BY = {
     "policies/profile.py": "tests/sim/test_profiles.py",
     "policies/routing.py": "tests/policies/test_rules.py",
     "policies/rule.py": "tests/policies/test_rules.py",
+    "policies/siteschema.py": "tests/proxy/test_config.py",
     "policies/units.py": "tests/policies/test_files.py",
     "policies/values.py": "tests/policies/test_base.py",
     "policies/weights.py": "tests/policies/test_files.py",
