@@ -352,6 +352,7 @@ _ELSEWHERE = {
     "calibrate": "sim.calibrate_command:calibrate",
     "demo": "proxy.demo:demo",
     "emulate": "sim.emulate:emulate",
+    "leaderboard": "sim.leaderboard_command:leaderboard",
     "plan": "sim.plan_command:plan",
     "replay": "sim.replay_command:replay",
     "workload": "sim.workload_command:workload_app",
