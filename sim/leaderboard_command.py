@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -13,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sim.command_errors import error_text, fail
+from sim.command_errors import fail
+from sim.evaluate_options import cluster_and_traffic, readable_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sim.evaluate import Run
     from sim.leaderboard import Board, Job, Standing
-    from sim.traffic import Traffic
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -95,9 +92,9 @@ def leaderboard(
         if not (isfinite(one) and one > 0):
             fail(f"--speed is a number above 0, not {one:g}")
     errors = Console(stderr=True)
-    with _readable_errors(), errors.status("reading ..."):
+    with readable_errors(), errors.status("reading ..."):
         board = Board(
-            *_cluster_and_traffic(cluster, trace, form, start, duration, loop, users, speeds, seeds),
+            *cluster_and_traffic(cluster, trace, form, start, duration, loop, users, speeds, seeds),
             _policies([*policy, *(policies or [])]),
             range(seed, seed + seeds),
             speeds,
@@ -130,60 +127,6 @@ def _check_outputs(json_file: Path | None, plots: Path | None) -> None:
             fail(f"--plots {plots}: there is no folder {plots.parent} for it")
         if find_spec("matplotlib") is None:
             fail("--plots needs matplotlib: pip install 'tidegate[plot]'")
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """What a person can mend, without a traceback."""
-    from policies.yamlfile import FileProblems
-
-    try:
-        yield
-    except (OSError, FileProblems, ValueError, RuntimeError) as error:
-        fail(error_text(error))
-
-
-def _cluster_and_traffic(
-    cluster: Path,
-    trace: Path,
-    form: str | None,
-    start: str,
-    duration: str | None,
-    loop: str,
-    users: int | None,
-    speeds: tuple[float, ...],
-    seeds: int,
-) -> tuple[Any, Traffic]:
-    """Raises what `_readable_errors` knows."""
-    from sim.cluster_file import read_cluster
-    from sim.traffic import Loop, read_traffic
-
-    if loop not in list(Loop):
-        fail(f"--loop is {', '.join(Loop)}, not {loop!r}")
-    if users is not None and loop == Loop.OPEN:
-        fail("--users ask in a closed loop: leave --loop open out")
-    if users is not None and speeds != (1.0,):
-        fail("with --users the load is how many they are: leave --speed out")
-    found = read_cluster(cluster)
-    traffic = read_traffic(trace, form, _seconds("--start", start), _seconds("--duration", duration))
-    return found, replace(
-        traffic,
-        resamples=seeds > 1,
-        loop=Loop.CLOSED if users is not None else Loop(loop),
-        users=users or 0,
-        ttft_s=found.sla.ttft,
-        tpot_s=found.sla.tpot,
-    )
-
-
-def _seconds(option: str, text: str | None) -> Any:
-    from policies.units import BadValueError, parse_duration
-
-    try:
-        return None if text is None else parse_duration(text)
-    except BadValueError as error:
-        hint = f"; did you mean {error.suggestion}?" if error.suggestion else ""
-        fail(f"{option}: {error.message}{hint}")
 
 
 def _policies(asked: list[str]) -> list[Any]:
@@ -226,7 +169,7 @@ def _play(board: Board, workers: int, runs: list[tuple[Job, Run]], errors: Conso
             bar.update(task, advance=1, description=f"seed {job.seed}, {board.policies[job.policy].name}")
 
         try:
-            with _readable_errors():
+            with readable_errors():
                 board.play_all(workers, played)
         except KeyboardInterrupt:
             return True
@@ -255,7 +198,7 @@ def _write(
             "simulated_requests_per_second": round(simulated / elapsed, 1),
         }
         text = json.dumps(whole, indent=2, allow_nan=False)
-        with _readable_errors():
+        with readable_errors():
             if str(json_file) == "-":
                 typer.echo(text)
             else:
@@ -266,6 +209,6 @@ def _write(
     if plots is not None:
         from sim.leaderboard_plots import write_plots
 
-        with _readable_errors():
+        with readable_errors():
             for path in write_plots(board, standings, plots):
                 typer.echo(f"{path} written", err=True)
