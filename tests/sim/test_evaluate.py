@@ -124,6 +124,11 @@ def test_nothing_answered_is_the_worst_and_not_an_error(cluster: ClusterFile) ->
     assert found.fairness is None
 
 
+def test_a_first_token_is_worth_nothing_without_an_answer(cluster: ClusterFile) -> None:
+    for end in (End.CUT, End.GONE):
+        assert figures_of([trip(0.0, 0.5, 5.0, "there", end)], cluster, 1.0).ttft_s.p50 == inf
+
+
 def test_refusing_makes_nothing_faster(cluster: ClusterFile) -> None:
     slow = [trip(float(at), 0.5 + at, 60.0) for at in range(10)]
     refused = [*slow[:5], *(trip(float(at), None, 0.0, "", End.REJECTED) for at in range(5, 10))]
