@@ -231,9 +231,6 @@ def hosts_of(config: Config) -> list[HostTarget]:
 
 
 def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Backend:
-    data_classes = site.data_classes
-    if data_classes is None and section.site != "local":
-        data_classes = ["public"]
     price = section.price
     asks = section.models == "auto"
     return Backend(
@@ -247,7 +244,7 @@ def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Bac
         {**site.labels, **section.labels},
         site.operator,
         site.location,
-        None if data_classes is None else frozenset(data_classes),
+        site.accepts(section.site),
         bandwidth=float(section.bandwidth or 125_000_000),
         price_input=float(price.input) if price else None,
         price_output=float(price.output) if price else None,

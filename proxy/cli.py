@@ -352,8 +352,10 @@ _ELSEWHERE = {
     "calibrate": "sim.calibrate_command:calibrate",
     "demo": "proxy.demo:demo",
     "emulate": "sim.emulate:emulate",
+    "leaderboard": "sim.leaderboard_command:leaderboard",
     "plan": "sim.plan_command:plan",
     "replay": "sim.replay_command:replay",
+    "tune": "sim.tune_command:tune",
     "workload": "sim.workload_command:workload_app",
 }
 """Commands, and groups of them, that live beside what they start; imported when they are called or help is
