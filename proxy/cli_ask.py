@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from proxy.cli_common import ConfigOption, JsonOption, config_path, fail, load
+from proxy.cli_common import ConfigOption, JsonOption, config_path, fail, load, written_in
 
 AdminOption = Annotated[str | None, typer.Option("--admin", help="HOST:PORT of the admin port.")]
-_STATE_LINE = re.compile(r"""^state: *["']?([^"'#\n]*[^"'#\s])""", re.M)
-"""Where a file says `state`, also if it is not YAML as a whole."""
 WATCH_S = 1.0
 """Between two looks of `status --watch`."""
 RunningStateOption = Annotated[
@@ -132,8 +129,8 @@ def _beside_broken(path: Path) -> str | None:
     except OSError:
         return None
     except FileProblems:
-        found = _STATE_LINE.search(path.read_text(encoding="utf-8", errors="replace"))
-        state = path.parent / (found[1] if found else DEFAULT_STATE)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        state = path.parent / (written_in(text, "state") or DEFAULT_STATE)
         address = written_admin(state)
         if address is not None:
             typer.echo(
