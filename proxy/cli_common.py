@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from sqlalchemy import Engine
 
     from proxy.config import Config
 
+UNBOUNDED = 10_000
+"""Columns, where nobody says how many there are."""
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 ConfigOption = Annotated[
     Path | None,
@@ -45,6 +49,14 @@ def readable_errors() -> Iterator[None]:
         raise  # whoever read our output has left, as `head` does: typer ends quietly
     except READABLE_ERRORS as error:
         fail(in_words(error))
+
+
+def console() -> Console:
+    """Standard output for tables: as wide as the terminal or `COLUMNS`; into a pipe or file as wide as it gets."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=UNBOUNDED)
 
 
 def config_path(config: Path | None) -> Path | None:
@@ -108,9 +120,9 @@ def open_ledger(config: Path | None, state: Path | None, *, create: bool = False
     if place.database is None:
         if not place.configured and (noted := noted_database(directory)):
             fail(
-                f"the proxy on {directory} has its ledger in {noted}: give its configuration instead (--config FILE, "
-                "without --state); `list`, `revoke`, `usage` and `export` need only its `database: URL`, whatever "
-                "else is wrong in it"
+                f"the proxy on {directory} has its ledger in {noted}: give its configuration instead (--config "
+                "FILE, without --state); `list`, `revoke`, `usage` and `export` need only its `database: URL`, "
+                "whatever else is wrong in it"
             )
         if not create and not (directory / "tidegate.db").exists():
             fail(

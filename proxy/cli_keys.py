@@ -17,6 +17,7 @@ from proxy.cli_common import (
     JsonOption,
     StateOption,
     config_path,
+    console,
     fail,
     ledger_place,
     load,
@@ -202,7 +203,6 @@ def keys_list(
         typer.echo(f"no keys in {where}: requests need none, and the proxy serves this machine only")
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
@@ -219,7 +219,7 @@ def keys_list(
     for row in rows:
         cells = (row["id"], row["tenant"], row["status"], row["data_class"], _in_words(row, currency))
         table.add_row(*map(Text, cells))
-    Console().print(table)
+    console().print(table)
 
 
 def _row(stored: StoredKey, now: float, spent: Mapping[str, int]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ def test_the_note_has_no_password_and_one_reader(tmp_path: Path) -> None:
     note_database(tmp_path, URL)
     assert noted_database(tmp_path) == "postgresql://tidegate:***@db.example/ledger"
     text = (tmp_path / NOTE_FILE).read_text()
-    assert "cret" not in text and "hidden" not in text
+    assert "cret" not in text
+    assert "hidden" not in text
     assert stat.S_IMODE((tmp_path / NOTE_FILE).stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == [NOTE_FILE]
 

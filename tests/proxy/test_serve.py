@@ -82,7 +82,10 @@ async def test_a_given_socket_that_others_reach_needs_keys(
 
 async def test_the_state_directory_tells_of_a_ledger_elsewhere(tmp_path: Path) -> None:
     settings = {
-        **{"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "log": "off", "state": str(tmp_path / "state")},
+        "listen": "127.0.0.1:0",
+        "admin": "127.0.0.1:0",
+        "log": "off",
+        "state": str(tmp_path / "state"),
         "probing": {"enabled": False},
         "backends": [{"name": "a", "url": "http://127.0.0.1:1", "models": ["m"]}],
     }

@@ -123,7 +123,9 @@ def test_a_ledger_that_falls_behind_is_shown() -> None:
 
     def said(rows: int, oldest_s: float, trouble: str = "") -> str:
         ledger = {"lag_rows": rows, "oldest_s": oldest_s, "trouble": trouble, "failed": ""}
-        return next((row for row in shown({**now, "ledger": ledger}, 120).splitlines() if "ledger " in row), "")
+        return next(
+            (row for row in shown({**now, "ledger": ledger}, 120).splitlines() if "ledger " in row), ""
+        )
 
     assert said(5, 0.5) == ""
     assert said(0, 0.0, "refused") == "", "it comes before the next rows do"
