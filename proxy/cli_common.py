@@ -112,6 +112,7 @@ def open_ledger(config: Path | None, state: Path | None, *, create: bool = False
     who may `create` a ledger needs a whole one.
     """
     from proxy.database import open_database
+    from proxy.disk_room import told_if_full
     from proxy.ledger_note import noted_database
 
     path = config_path(config) if state is None and not create else None
@@ -128,7 +129,7 @@ def open_ledger(config: Path | None, state: Path | None, *, create: bool = False
             fail(
                 f"there is no ledger in {directory}: name its configuration (--config) or its directory (--state)"
             )
-    with readable_errors():
+    with readable_errors(), told_if_full(directory):
         return open_database(place.database or directory, check=False), place
 
 

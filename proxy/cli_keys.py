@@ -65,6 +65,7 @@ def keys_create(
     """
     from proxy.access.keys import KeyFieldError, create_key, list_keys
     from proxy.access.pepper import PepperError, load_pepper
+    from proxy.disk_room import told_if_full
 
     # Whatever can fail, fails before the key is made: it is shown once.
     path = config_path(config) if config or not state else None
@@ -72,7 +73,7 @@ def keys_create(
     labels, expiry = _labels(label), _expiry(expires)
     directory = ledger_place(config, state).directory
     is_new = not directory.exists()
-    with readable_errors():
+    with readable_errors(), told_if_full(directory):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # the ledger may be elsewhere
         engine, _ = open_ledger(config, state, create=True)
         try:
