@@ -20,6 +20,7 @@ from proxy.cli_common import (
     JsonOption,
     StateOption,
     config_path,
+    console,
     fail,
     load,
     open_ledger,
@@ -216,7 +217,7 @@ def schema(
 
 @app.command()
 def usage(
-    by: Annotated[str, typer.Option(help="tenant, model, backend, key, site or day.")] = "tenant",
+    by: Annotated[str, typer.Option(help="tenant, model, backend, key, site, day or code.")] = "tenant",
     since: SinceOption = None,
     until: UntilOption = None,
     config: ConfigOption = None,
@@ -246,9 +247,8 @@ def usage(
     elif not lines:
         typer.echo(f"no requests {reports.span_in_words(begin, end)}")
     else:
-        from rich.console import Console
-
-        Console().print(reports.usage_table(lines))
+        shown = console()
+        shown.print(reports.usage_table(lines, shown.width))
 
 
 def _span(since: str | None, until: str | None) -> tuple[float | None, float | None]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from proxy.cli_common import ConfigOption, JsonOption, config_path, fail, load
+from proxy.cli_common import ConfigOption, JsonOption, config_path, console, fail, load, written_in
 
 AdminOption = Annotated[str | None, typer.Option("--admin", help="HOST:PORT of the admin port.")]
-_STATE_LINE = re.compile(r"""^state: *["']?([^"'#\n]*[^"'#\s])""", re.M)
-"""Where a file says `state`, also if it is not YAML as a whole."""
 WATCH_S = 1.0
 """Between two looks of `status --watch`."""
 RunningStateOption = Annotated[
@@ -56,8 +53,6 @@ def status(
 
     Example: tidegate status --watch
     """
-    from rich.console import Console
-
     from proxy.ask import AskError, ask
     from proxy.status import screen
 
@@ -76,8 +71,8 @@ def status(
         except KeyboardInterrupt:
             raise typer.Exit from None
     else:
-        console = Console()
-        console.print(screen(shown, address, console.width))
+        output = console()
+        output.print(screen(shown, address, output.width))
 
 
 def _watch(address: str) -> None:
@@ -89,8 +84,8 @@ def _watch(address: str) -> None:
     from proxy.ask import AskError, ask
     from proxy.status import line, screen
 
-    console = Console()
-    if not console.is_terminal:
+    output = Console()
+    if not output.is_terminal:
         while True:
             try:
                 typer.echo(line(ask(address, "/state")))
@@ -98,10 +93,10 @@ def _watch(address: str) -> None:
                 typer.echo(str(error))
             time.sleep(WATCH_S)
     last = Group()
-    with Live(console=console, auto_refresh=False, screen=True) as live:
+    with Live(console=output, auto_refresh=False, screen=True) as live:
         while True:
             try:
-                last = Group(screen(ask(address, "/state"), address, console.width))
+                last = Group(screen(ask(address, "/state"), address, output.width))
                 live.update(last, refresh=True)
             except AskError as error:  # perhaps it is being restarted
                 live.update(Group(Text(str(error), "red"), last), refresh=True)
@@ -132,8 +127,8 @@ def _beside_broken(path: Path) -> str | None:
     except OSError:
         return None
     except FileProblems:
-        found = _STATE_LINE.search(path.read_text(encoding="utf-8", errors="replace"))
-        state = path.parent / (found[1] if found else DEFAULT_STATE)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        state = path.parent / (written_in(text, "state") or DEFAULT_STATE)
         address = written_admin(state)
         if address is not None:
             typer.echo(

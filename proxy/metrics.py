@@ -111,6 +111,16 @@ class Metrics:
             value=runtime.shedding,
         )
         yield GaugeMetricFamily("tidegate_ledger_lag_rows", "Rows not in SQL yet.", value=runtime.ledger.lag)
+        yield GaugeMetricFamily(
+            "tidegate_ledger_oldest_seconds",
+            "For so long the oldest of them has waited; about half a second while all is well.",
+            value=runtime.ledger.oldest_s,
+        )
+        yield GaugeMetricFamily(
+            "tidegate_keys_unread",
+            "1: keys cannot be read, so that no new or revoked one is seen.",
+            value=float(bool(runtime.keys.trouble)),
+        )
         yield CounterMetricFamily(
             "tidegate_ledger_rows_refused",
             "Rows that the database would not take; the log has them.",

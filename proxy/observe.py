@@ -109,6 +109,8 @@ class Observer:
         self.reloads_ok = 0
         self.reloads_failed = 0
         self.reload_ok = True
+        self.restart_for: list[str] = []
+        """Configured keys that take effect at the next start only."""
         self.recent: deque[Record] = deque(maxlen=recent)
         self.log = log
 

@@ -17,7 +17,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from math import inf
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,10 +35,11 @@ from proxy.admin.http import admin_app
 from proxy.ask import PORTS_FILE
 from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, timing, warn_of
 from proxy.certificates import ServerCertificates
-from proxy.changes import changes
+from proxy.changes import NEXT_START, changes, waiting_for_a_start
 from proxy.config import Config, load_config, override
 from proxy.config_values import is_metadata, time_zone
 from proxy.ledger import Ledger
+from proxy.ledger_note import note_database
 from proxy.listeners import Listeners, Listening, Ports, by_loop
 from proxy.notify import READY, STOPPING, notify, reloading
 from proxy.observe import Observer
@@ -70,11 +70,6 @@ IDLE_GRACE_S = 5.0
 """After a hand-over, how long an idle connection stays for a request that may be on its way."""
 SETTLE_S = 0.1
 """After a hand-over, how long connections may take to appear that had been accepted."""
-NEXT_START = (
-    *("listen", "admin", "admin_tls", "proxy_protocol", "state", "database", "log", "recent", "seed"),
-    *("probing", "budget_zone", "limits.memory", "retries.ratio", "retries.per_second"),
-)
-"""What a reload does not change."""
 
 
 class Service:
@@ -263,6 +258,7 @@ class Service:
     def publish(self) -> None:
         """Be the process that the state directory tells of."""
         self.ports.write(self.state / PORTS_FILE)
+        note_database(self.state, self._started_with.database)
         try:
             self._upgrades.open()
         except OSError as error:
@@ -415,10 +411,11 @@ class Service:
             log.error("reload refused, the old configuration goes on:\n%s", in_words(error))
             return False
         warn_of(built)
-        for name in NEXT_START:
-            if attrgetter(name)(config) != attrgetter(name)(self._started_with):
-                log.warning("a change of `%s` takes effect at the next start", name)
+        runtime.observer.restart_for = waiting_for_a_start(config, self._started_with)
+        for name in runtime.observer.restart_for:
+            log.warning("a change of `%s` takes effect at the next start", name)
         if bool(config.tls) != (self._certificates is not None):
+            runtime.observer.restart_for.append("tls")
             log.warning("to begin or to end HTTPS (`tls`) takes effect at the next start")
         elif self._certificates is not None:
             self._certificates.use(built.certificates)

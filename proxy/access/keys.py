@@ -128,6 +128,8 @@ class KeyStore:
         self._empty = True
         self.has_budgets = False
         """Whether some key that is not revoked has a budget."""
+        self.trouble = ""
+        """Why the keys could not be read when they were last looked at; empty: they were."""
         with engine.connect() as connection:
             _check_pepper(_setting(connection, "pepper_check"), pepper)
         self.refresh()

@@ -135,6 +135,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         "ready": not unready(runtime),
         "unready_reason": unready(runtime),
         "reload_ok": runtime.observer.reload_ok,
+        "restart_for": runtime.observer.restart_for,
         "policy": {"name": runtime.built.policy.name, "hash": runtime.built.policy.text_hash},
         "backends": backends,
         "certificates": [
@@ -154,6 +155,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             "by_tenant": runtime.valve.queued_by_tenant(),
         },
         "spill": spills(runtime),
+        "hedging": _hedging(runtime),
         "requests": observer.totals(),
         "errors": dict(observer.refusals),
         "tokens": {
@@ -162,7 +164,13 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             "completion": sum(sums[2] for sums in totals.values()),
         },
         "currency": runtime.prices.currency,
-        "ledger": {"lag_rows": runtime.ledger.lag, "failed": runtime.ledger.failed or runtime.journal.failed},
+        "ledger": {
+            "lag_rows": runtime.ledger.lag,
+            "oldest_s": runtime.ledger.oldest_s,
+            "trouble": runtime.ledger.trouble,
+            "failed": runtime.ledger.failed or runtime.journal.failed,
+        },
+        "keys": {"trouble": runtime.keys.trouble},
         "memory": {"use": round(runtime.pressure.use, 4), "shedding": runtime.shedding},
         "connections": {"clients": len(runtime.clients), "open_exchanges": len(runtime.exchanges)},
     }
@@ -177,6 +185,14 @@ def _adaptive(backend: Backend) -> dict[str, Any] | None:
         "minimum_ttft_s": adaptive.minimum_s or None,
         "measuring": backend.measuring_slots > 0,
     }
+
+
+def _hedging(runtime: Runtime) -> dict[str, Any] | None:
+    hedging = runtime.hedging
+    if hedging is None:
+        return None
+    made = runtime.observer.hedges
+    return {how: made.get(how, 0) for how in ("won", "lost", "failed")} | {"refused": hedging.refused}
 
 
 def spills(runtime: Runtime) -> list[dict[str, Any]]:

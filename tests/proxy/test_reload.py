@@ -14,6 +14,7 @@ import pytest
 import proxy.build
 import proxy.serve
 from proxy.access.keys import Key
+from proxy.admin.http import state
 from proxy.build import DEFAULT_SLOTS
 from proxy.config import load_config
 from proxy.process import print_banner
@@ -96,13 +97,19 @@ async def test_what_waits_for_the_next_start_is_told_and_nothing_else(
     assert service.reload()
     told = [record.getMessage() for record in caplog.records if "next start" in record.getMessage()]
     assert told == ["a change of `budget_zone` takes effect at the next start"]
+    assert state(service.runtime, 0.0)["restart_for"] == ["budget_zone"]
     service.path.write_text(text + "retries: {ratio: 0.5}\nbudget_zone: Asia/Shanghai\n")
     assert service.reload()
     assert "a change of `retries.ratio` takes effect at the next start" in caplog.text
+    assert state(service.runtime, 0.0)["restart_for"] == ["budget_zone", "retries.ratio"]
+    service.path.write_text(text + "tls: [{certificate: nowhere.pem, key: nowhere.pem}]\nbudget_zone: UTC\n")
+    assert not service.reload()
+    assert state(service.runtime, 0.0)["restart_for"] == ["budget_zone", "retries.ratio"], "it was refused"
     caplog.clear()
     service.path.write_text(text)  # as it runs
     assert service.reload()
     assert "next start" not in caplog.text
+    assert state(service.runtime, 0.0)["restart_for"] == []
 
 
 async def test_how_many_clients_there_may_be_changes_at_once(service: Service) -> None:
