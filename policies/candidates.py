@@ -24,12 +24,14 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Final
 
 from policies.base import BackendView, Reject, RequestFacts
 from policies.constraints import feasible, least_context
 from policies.host import HostBounds
 from policies.panic import in_spite
 from policies.rule import Rule, Spill
+from policies.split import Split
 from policies.state import Backend, Fleet
 
 
@@ -66,8 +68,10 @@ class SpillState:
         self.moved_at = now
 
 
-WHOLE = -1
+WHOLE: Final = -1
 """Instead of the index of a part: all backends of the rule."""
+OWN: Final = -2
+"""Instead of the index of a part: the one that a request belongs to, all of them if there is none."""
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -188,46 +192,57 @@ class CandidateSets:
         self._limits: dict[str, tuple[int, ...]] = {}
 
     def find(
-        self, rule: Rule, request: RequestFacts, fleet: Fleet, failed: frozenset[str] = NOTHING
+        self,
+        rule: Rule,
+        request: RequestFacts,
+        fleet: Fleet,
+        failed: frozenset[str] = NOTHING,
+        part: int = OWN,
     ) -> Candidates:
-        """The candidates of `request` under `rule`. A part with nobody available but those in `failed` gives way to
-        the next, unless it is strict."""
+        """The candidates of `request` under `rule`, among the backends of its own part, of another, or of all.
+
+        If nobody is available in its own part but those in `failed`, the next one is its own, unless the part is
+        strict.
+        """
         if fleet.version != self._version or fleet is not self._fleet:
             self._forget(fleet)
-        split = rule.split
-        if split is None or request.backend:  # what it asks for may be in any part
-            return self._find(rule, WHOLE, request, fleet)
-        own: Candidates | None = None
-        for part in split.order(request):
-            found = self._find(rule, part, request, fleet)
-            if found.refusal is not None:
-                continue  # nobody there could ever serve it
-            if any(name not in failed for name in found.order):
-                return found
-            if own is None:
-                if split.parts[part].strict:
-                    return found
-                own = found
-        return own or self._find(rule, WHOLE, request, fleet)
-
-    def _find(self, rule: Rule, part: int, request: RequestFacts, fleet: Fleet) -> Candidates:
-        """The candidates among the backends of one part, or of all."""
+        if part == OWN and rule.split is not None:
+            return self._of_own_part(rule, rule.split, request, fleet, failed)
         limits = self._limits.get(request.model)
         if limits is None:  # nobody serves it: not kept, or clients could fill the memory with invented names
             return self._build(rule, part, request, fleet)
         bucket = bisect_left(limits, least_context(request)) if limits else 0
-        distances = rule.distances(fleet) if rule.rtts else ()
+        distances = rule.distances(fleet.backends.values()) if rule.rtts else ()
         key = (rule.name, request.model, request.data_class, bucket, part, distances)
         found = self._found.get(key)
         if found is None:
             if distances and len(self._found) >= MOST_DISTANCES:
                 self._found.clear()
             found = self._found[key] = self._build(rule, part, request, fleet)
-        for state, names in found.moving:
-            state.backends = names
+        if found.moving:
+            for state, names in found.moving:
+                state.backends = names
         if request.backend:
             return found.only(request.backend)
         return found
+
+    def _of_own_part(
+        self, rule: Rule, split: Split, request: RequestFacts, fleet: Fleet, failed: frozenset[str]
+    ) -> Candidates:
+        if request.backend:  # what it asks for may be in any part
+            return self.find(rule, request, fleet, failed, WHOLE)
+        own: Candidates | None = None
+        for part in split.order(request):
+            found = self.find(rule, request, fleet, failed, part)
+            if found.refusal is not None:
+                continue  # nobody there could ever serve it
+            if found.order if not failed else not failed.issuperset(found.order):
+                return found
+            if own is None:
+                if split.parts[part].strict:
+                    return found
+                own = found
+        return own or self.find(rule, request, fleet, failed, WHOLE)
 
     def move_spills(self, fleet: Fleet, now: float) -> None:
         """Take a new figure for every flag."""
@@ -258,7 +273,7 @@ class CandidateSets:
     def _build(self, rule: Rule, part: int, request: RequestFacts, fleet: Fleet) -> Candidates:
         found = feasible(request, fleet, rule.allows, rule.name)
         possible, refusal = found.backends, found.refusal
-        if part != WHOLE:
+        if part >= 0:
             possible = _of_part(rule, part, possible, found.removed)
             if refusal is None and not possible:
                 refusal = Reject("model_not_found", "nothing in this part")  # `find` asks the next one
@@ -309,7 +324,7 @@ class CandidateSets:
             found.removed,
             refusal,
             {},
-            rule.split.parts[part].name if rule.split is not None and part != WHOLE else "",
+            rule.split.parts[part].name if rule.split is not None and part >= 0 else "",
             tuple(moving),
         )
 

@@ -159,7 +159,7 @@ def _order_of_rules(file: PolicyFile, matches: Sequence[Match]) -> Iterator[Find
 def _tiers(rule: Rule, at: Path, known: KnownNames | None) -> Iterator[Finding]:
     require = required(rule)
     tiers = [selector(tier) for tier in rule.prefer or ()]
-    walls = "the rule's sites" if rule.sites else "those of require"
+    walls = "the rule's sites" if rule.sites else "those of 'require'"
     for place, tier in enumerate(tiers):
         path = (*at, "prefer", place)
         for earlier in range(place):
@@ -174,7 +174,7 @@ def _tiers(rule: Rule, at: Path, known: KnownNames | None) -> Iterator[Finding]:
                 message = f"site '{site}' is not among {walls} ({_sites(sorted(require.sites))})"
                 yield Finding((*path, "site", number), message)
         if (key := disjoint(require, tier)) not in ("", "site"):
-            message = f"this tier is empty: no backend has the {key} of both this tier and require"
+            message = f"this tier is empty: no backend has the {key} of both this tier and 'require'"
             yield Finding((*path, key), message)
         if any(selector_covers(selector(avoided), tier) for avoided in rule.avoid or ()):
             message = (
@@ -191,13 +191,19 @@ def _avoided(rule: Rule, at: Path) -> Iterator[Finding]:
     for place, one in enumerate(avoided):
         path = (*at, "avoid", place)
         if key := disjoint(require, one):
-            yield Finding((*path, key), f"require leaves out everything with this {key} already")
+            message = f"'{_wall(rule, key)}' leaves out everything with this {key} already"
+            yield Finding((*path, key), message)
         elif all(disjoint(tier, one) for tier in tiers):
             yield Finding(path, "no tier of this rule has backends like this: leave it out")
         elif rule.prefer is None and selector_covers(one, require):
             yield Finding(path, "this is every backend of the rule: say which are to be asked before them")
         elif any(selector_covers(earlier, one) for earlier in avoided[:place]):
             yield Finding(path, "what stands above it has all of its backends")
+
+
+def _wall(rule: Rule, key: str) -> str:
+    """The key of a rule that leaves backends out by what `key` says."""
+    return "sites" if key == "site" and rule.sites else "require"
 
 
 def _parts(rule: Rule, at: Path) -> Iterator[Finding]:
@@ -211,8 +217,8 @@ def _parts(rule: Rule, at: Path) -> Iterator[Finding]:
         if above:
             yield Finding(path, f"this part is empty: part {above[0] + 1} above takes all of its backends")
         elif key := disjoint(require, part):
-            wall = "sites" if key == "site" and rule.sites else "require"
-            yield Finding((*path, key), f"this part is empty: {wall} leaves out everything with this {key}")
+            message = f"this part is empty: '{_wall(rule, key)}' leaves out everything with this {key}"
+            yield Finding((*path, key), message)
         elif all(disjoint(tier, part) for tier in tiers):
             yield Finding(path, "this part is empty: no tier of this rule has backends like this")
 

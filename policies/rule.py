@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from policies.base import BackendView, Policy
 from policies.guarded import Guarded
 from policies.host import HostBounds
-from policies.match import Between, Match, Selector, is_between
+from policies.match import Between, Match, Selector
 from policies.split import Split
 
 
@@ -118,5 +118,10 @@ class Rule:
         return not self.rtts or (self.require.accepts(backend) and self.tier_of(backend) >= 0)
 
     def distances(self, backends: Iterable[BackendView]) -> tuple[bool, ...]:
-        """For each of `rtts` and each backend, whether its round trip is inside."""
-        return tuple([is_between(rtt, backend) for rtt in self.rtts for backend in backends])
+        """For each of `rtts` and each backend, whether its round trip is inside: `is_between`, without calls."""
+        round_trips = [backend.rtt_s for backend in backends]
+        inside: list[bool] = []
+        for rtt in self.rtts:
+            low, high = rtt.low, rtt.high
+            inside += [0.0 < seconds <= high and low <= seconds for seconds in round_trips]
+        return tuple(inside)
