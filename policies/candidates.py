@@ -229,13 +229,11 @@ class CandidateSets:
     def _of_own_part(
         self, rule: Rule, split: Split, request: RequestFacts, fleet: Fleet, failed: frozenset[str]
     ) -> Candidates:
-        if request.backend:  # what it asks for may be in any part
-            return self.find(rule, request, fleet, failed, WHOLE)
         own: Candidates | None = None
         for part in split.order(request):
             found = self.find(rule, request, fleet, failed, part)
             if found.refusal is not None:
-                continue  # nobody there could ever serve it
+                continue  # nobody there could ever serve it, or has what it asks for
             if found.order if not failed else not failed.issuperset(found.order):
                 return found
             if own is None:
