@@ -79,9 +79,12 @@ class RuleSet:
                 return rule
         raise AssertionError("the last rule matches every request")
 
-    def candidates(self, request: RequestFacts, fleet: Fleet) -> Candidates:
-        """Who may serve the request under its rule, by tier; cached until the fleet changes."""
-        return self._sets.find(self.rule_for(request), request, fleet)
+    def candidates(
+        self, request: RequestFacts, fleet: Fleet, failed: frozenset[str] = NOTHING_TRIED
+    ) -> Candidates:
+        """Who may serve the request under its rule, by tier; cached until the fleet changes. `failed`: as for
+        `route`; they are not left out."""
+        return self._sets.find(self.rule_for(request), request, fleet, failed)
 
     def observe(self, fleet: Fleet, now: float) -> None:
         """Let the spill flags follow the load while no request comes to move them."""
@@ -94,15 +97,17 @@ class RuleSet:
         now: float,
         tried: frozenset[str] = NOTHING_TRIED,
         full: float = 1.0,
+        failed: frozenset[str] = NOTHING_TRIED,
     ) -> Routing:
-        """Decide; nothing is counted yet. Backends in `tried` (attempts that failed) are left out; one below the
-        saturation `full` has a free slot.
+        """Decide; nothing is counted yet. Backends in `tried` are left out; one below the saturation `full` has a
+        free slot. A request leaves its part of a split when all that is available of it is in `failed`, and not
+        because it is left out for another reason.
 
         Without a backend that may serve it: `Reject`, named after the constraint. With none that is
         available: `Reject` with `no_backend`. With no tier that takes it: `Hold`, until the first of the
         policies that asked to wait would be asked again.
         """
-        candidates = self._sets.find(self.rule_for(request), request, fleet)
+        candidates = self._sets.find(self.rule_for(request), request, fleet, failed)
         rule = candidates.rule
         if tried:
             candidates = candidates.without(tried)
@@ -143,6 +148,7 @@ class RuleSet:
                 routing = self._choose(request, candidates, tier.tier, free, figures, now)
                 decision = routing.decision
                 if type(decision) is not Hold:
+                    routing.part = candidates.part
                     routing.passed = passed
                     routing.spilling = spilling
                     routing.waits = waits
@@ -160,6 +166,7 @@ class RuleSet:
         held.passed = passed
         held.spilling = spilling
         held.waits = waits
+        held.part = candidates.part
         return held
 
     @staticmethod
@@ -221,6 +228,7 @@ class RuleSet:
             candidates.rule.guarded,
             removed=candidates.removed,
             at=now,
+            part=candidates.part,
         )
 
 

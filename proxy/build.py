@@ -199,7 +199,8 @@ def load_policy(config: Config, backends: list[Backend], seed: int) -> CompiledP
         text = Path(config.policy).read_text(encoding="utf-8")
     else:
         text = library_policy(config.policy)
-    known = KnownNames(backends, frozenset(config.sites))
+    operators = frozenset(site.operator for site in config.sites.values())
+    known = KnownNames(backends, frozenset(config.sites), operators)
     return read_policy(text, config.policy, known, seed)
 
 

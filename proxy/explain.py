@@ -54,7 +54,8 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
 
 def _decision(number: int, decision: dict[str, Any]) -> Iterator[str]:
     what = decision["decision"] + (f" to {decision['backend']}" if decision["backend"] else "")
-    yield f"  decision {number}: {what}, by {decision['decided_by']} under the rule '{decision['rule']}'"
+    part = f", part '{decision['part']}'" if decision["part"] else ""
+    yield f"  decision {number}: {what}, by {decision['decided_by']} under the rule '{decision['rule']}'{part}"
     if decision["reason"]:
         yield f"    because: {decision['reason']}"
     for name, reason in decision["removed"].items():

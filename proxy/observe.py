@@ -221,6 +221,7 @@ class Record:
             decisions.append(
                 {
                     "rule": routing.rule,
+                    "part": routing.part,
                     "decided_by": routing.decided_by,
                     "decision": type(decision).__name__.lower(),
                     "backend": getattr(decision, "backend", None),
