@@ -28,12 +28,12 @@ grow with the level, so the level at which they add up to Phi is found by bisect
 selfish equilibrium is the bargain.
 
 The same optimum is where best responses lead, each request to the least marginal cost at the present rates (a
-potential game: arXiv 2501.15324). Water filling is what is used here, with shares that are kept request by
-request. With rates of the last 20 s both are at the optimum in the long run, and in every hundred requests water
-filling is nearer to it (off by 1.5 % on average, best responses by 1.8 %). Best responses follow a load that
-doubles sooner (off by 1.8 % instead of 2.4 % over the next 4000 requests), but they do so by making up for what
-was not sent: one that returns, or is found to be faster than was thought, gets nearly everything until its rate
-is what it should be, and is flooded. Nothing is made up for here (`tests/policies/test_game.py` has both).
+potential game: arXiv 2501.15324). Water filling is what is used here, with shares that are kept request by request.
+With rates of the last 20 s both are at the optimum in the long run, and while the load stays, water filling is
+nearer to it in every hundred requests (1.5 of them are elsewhere, 1.9 with best responses; eight fleets as in
+`tests/policies/test_game.py`). When the load doubles, best responses follow sooner (1.5 instead of 2.4 over the
+next 4000), but by making up for what was not sent: a backend that returns, or is found to be faster than was
+thought, gets nearly everything until its rate is what it should be, and is flooded. Shares make up for nothing.
 
 When as much arrives as can be served, there is no such point, and shares go in proportion to mu.
 

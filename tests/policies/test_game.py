@@ -222,6 +222,24 @@ def test_best_responses_lead_to_the_social_optimum(number: int) -> None:
         assert got[name] / 6000 == pytest.approx(x / phi, abs=0.02)
 
 
+def test_shares_are_steadier_and_best_responses_follow_a_change_sooner() -> None:
+    """How many of a hundred requests are where they should not be, before and after the load doubles."""
+    off = {"shares": [0.0, 0.0], "best responses": [0.0, 0.0]}
+    for number in (0, 6):
+        made, mu, rtt, _ = street(number)
+        best = BestResponse(Random(0), dict(zip(made, mu, strict=True)))
+        for name, one in (("shares", policy("wardrop")), ("best responses", best)):
+            driven = Street(one, made, number)
+            driven.run(4000, 0.4 * sum(mu))
+            for when, phi in enumerate((0.4 * sum(mu), 0.8 * sum(mu))):
+                want = dict(zip(made, water_filling(mu, rtt, phi), strict=True))
+                for _ in range(20):
+                    got = driven.run(100, phi)
+                    off[name][when] += sum(abs(got[b] - 100 * want[b] / phi) for b in made) / 2 / 40
+    assert off["shares"][0] < off["best responses"][0] < 3.0
+    assert off["best responses"][1] < off["shares"][1] < 5.0
+
+
 def test_best_responses_flood_a_backend_that_returns_and_shares_do_not() -> None:
     made = {f"b{index}": Made(16, 0.02, 1e-6, 0.01) for index in range(4)}
     mu = [one.mu(Street.PROMPT, Street.ANSWER) for one in made.values()]
@@ -359,7 +377,7 @@ def test_estimates_that_are_not_surely_different_are_one() -> None:
 
 def test_equals_whose_estimates_differ_by_noise_get_alike() -> None:
     made = {f"b{index}": Made(16, 0.05, 1e-5, 0.02) for index in range(6)}
-    phi = 0.3 * sum(one.mu(Street.PROMPT, Street.ANSWER) for one in made.values())
+    phi = 0.05 * sum(one.mu(Street.PROMPT, Street.ANSWER) for one in made.values())
     driven = Street(policy("nash"), made, noise=0.3)
     driven.run(3000, phi)
     assert all(count == pytest.approx(500, abs=60) for count in driven.run(3000, phi).values())
