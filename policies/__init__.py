@@ -38,6 +38,9 @@ POLICIES: dict[str, str] = {
     "session-affinity": "policies.prefix:SessionAffinity",
     "geo": "policies.geo:Geo",
     "shortest-path": "policies.geo:ShortestPath",
+    "cost": "policies.cost:Cost",
+    "nash": "policies.game:Nash",
+    "wardrop": "policies.game:Wardrop",
 }
 """Name to `module:Class`; imported when asked for."""
 
