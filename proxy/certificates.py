@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from policies.units import BadValueError
+from proxy.certificate_dates import words_on
 
 if TYPE_CHECKING:
     from proxy.config import CertificateConfig
 
-SOON_S: Final = 21 * 86400.0
-"""A certificate that ends sooner than this is warned of: what renews them by itself does so a month before."""
 _NO_CHECK_TIME: Final = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME: an expired certificate is to be read too."""
 _FLIGHTS: Final = 8
@@ -48,15 +47,9 @@ class Certificate:
 
     def warning(self, wall: float) -> str:
         """What is or will soon be wrong with its dates, for people; empty: nothing."""
-        if wall < self.not_before:
-            return f"certificate {self.file} is not valid yet: clients refuse it"
-        left = self.seconds_left(wall)
-        if left <= 0:
-            return f"certificate {self.file} has expired: clients refuse it"
-        if left < SOON_S:
-            days = int(left // 86400)
-            return f"certificate {self.file} expires in {days} day{'' if days == 1 else 's'}"
-        return ""
+        return words_on(
+            f"certificate {self.file}", self.not_before, self.not_after, wall, "clients refuse it"
+        )
 
 
 def load_certificates(sections: Sequence[CertificateConfig]) -> tuple[Certificate, ...]:

@@ -17,6 +17,7 @@ from policies.yamlfile import Document, FileProblems, Problem, parse_yaml
 from policies.yamlproblems import closest
 from proxy.build import (
     DEFAULT_SLOTS,
+    backend_certificates,
     load_policy,
     make_backends,
     refused_without_keys,
@@ -175,6 +176,10 @@ def _unused(config: Config, document: Document) -> Iterator[Problem]:
     for number, certificate in enumerate(load_certificates(config.tls)):
         if warning := certificate.warning(time.time()):
             yield document.problem(("tls", number, "certificate"), warning)
+    for number, section in enumerate(config.backends):
+        for dated in backend_certificates(section):
+            if warning := dated.warning(time.time()):
+                yield document.problem(("backends", number, "tls", dated.key), warning)
     refusal = refused_without_keys(config.listen, Path(document.name), None)
     if refusal and _has_keys(config) is None:
         message = f"whether there are keys cannot be seen from here: {refusal}"

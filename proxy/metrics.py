@@ -33,11 +33,13 @@ class Metrics:
         yield from self._process()
         expiry = GaugeMetricFamily(
             "tidegate_certificate_expiry_timestamp_seconds",
-            "Unix time at which a certificate for clients ends.",
+            "Unix time at which a certificate for clients ends, or a file in the `tls` of a backend.",
             labels=["certificate"],
         )
-        for certificate in self._runtime.built.certificates:
-            expiry.add_metric([str(certificate.file)], certificate.not_after)
+        built = self._runtime.built
+        ends = {found.file: found.not_after for found in (*built.backend_certificates, *built.certificates)}
+        for file, end in ends.items():
+            expiry.add_metric([str(file)], end)
         yield expiry
 
     def _backends(self) -> Iterator[Metric]:

@@ -73,7 +73,7 @@ def _backends(rows: Sequence[State], width: int) -> Table:
 def _lines(state: State) -> Iterator[str]:
     if not state["reload_ok"]:
         yield "! the last reload was refused: what was configured before goes on (the log says why)"
-    for certificate in state.get("certificates", ()):
+    for certificate in (*state.get("certificates", ()), *state.get("backend_certificates", ())):
         if certificate["warning"]:
             yield f"! {certificate['warning']}"
     memory = state.get("memory")

@@ -147,6 +147,17 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             }
             for certificate in runtime.built.certificates
         ],
+        "backend_certificates": [
+            {
+                "backend": certificate.backend,
+                "key": certificate.key,
+                "file": str(certificate.file),
+                "expires": certificate.not_after,
+                "days_left": int((certificate.not_after - runtime.wall()) // 86400),
+                "warning": certificate.warning(runtime.wall()),
+            }
+            for certificate in runtime.built.backend_certificates
+        ],
         "hosts": runtime.hosts(),
         "queue": {
             "waiting": runtime.valve.queued,

@@ -210,6 +210,19 @@ def test_certificates_for_clients_are_tried_and_their_end_is_warned_of(folder: P
     )
 
 
+def test_the_end_of_a_certificate_for_a_backend_is_warned_of(folder: Path) -> None:
+    authority = trustme.CA()
+    made = authority.issue_cert("tidegate", not_after=datetime(2020, 1, 1))
+    authority.cert_pem.write_to_path("ca.pem")
+    (folder / "a.pem").write_bytes(made.cert_chain_pems[0].bytes())
+    (folder / "a.key").write_bytes(made.private_key_pem.bytes())
+    tls = "tls: {ca_file: ca.pem, certificate: a.pem, key: a.key}"
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("site: nanjing\n", f"site: nanjing\n    {tls}\n"))
+    (warning,) = reported()["warnings"]
+    assert (warning["line"], warning["path"]) == (7, "backends[1].tls.certificate")
+    assert warning["message"] == f"backend nj-1: our certificate {folder}/a.pem has expired: it refuses us"
+
+
 def test_models_that_nobody_serves_are_warned_of(folder: Path) -> None:
     (folder / "tidegate.yaml").write_text(
         """\
