@@ -452,8 +452,10 @@ def _price(price: PriceConfig, config: Config) -> Price:
 
 def warn_of(built: Built) -> None:
     """Say what is odd in a policy file (what is in the library is as it should be), and which certificates end."""
-    for certificate in (*built.certificates, *built.backend_certificates):
-        if warning := certificate.warning(time.time()):
-            log.warning("%s", warning)
+    wall = time.time()
+    ends = [certificate.warning(wall) for certificate in built.certificates]
+    ends += [certificate.warning(wall) for certificate in built.backend_certificates]
+    for warning in filter(None, ends):
+        log.warning("%s", warning)
     for found in built.policy.warnings if is_policy_file(built.config.policy) else ():
         log.warning("policy %s:%s: %s", built.policy.name, found.line, found.message)

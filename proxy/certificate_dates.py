@@ -23,8 +23,10 @@ _SEQUENCE, _VERSION, _UTC_TIME = 0x30, 0xA0, 0x17
 
 
 def words_on(what: str, not_before: float, not_after: float, wall: float, refuses: str) -> str:
-    """What is or will soon be wrong with dates (Unix times) at `wall`, for people; empty: nothing. `refuses`: who does
-    not take what has ended."""
+    """What is or will soon be wrong with dates at `wall` (Unix times), for people; empty: nothing.
+
+    `refuses`: who does not take what has ended.
+    """
     if wall < not_before:
         return f"{what} is not valid yet: {refuses}"
     left = not_after - wall

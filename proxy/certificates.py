@@ -13,6 +13,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,7 +40,8 @@ class Certificate:
     not_after: float
     """Unix times."""
     context: ssl.SSLContext = field(repr=False, compare=False)
-    serial: str = ""
+    fingerprint: str = ""
+    """SHA-256 of the certificate itself, hexadecimal."""
 
     def seconds_left(self, wall: float) -> float:
         """Until it ends, at Unix time `wall`; negative: it has ended."""
@@ -57,6 +59,11 @@ def load_certificates(sections: Sequence[CertificateConfig]) -> tuple[Certificat
     return tuple(_load(number, section) for number, section in enumerate(sections))
 
 
+def fingerprints(certificates: Sequence[Certificate]) -> list[str]:
+    """Of each."""
+    return [certificate.fingerprint for certificate in certificates]
+
+
 def _load(number: int, section: CertificateConfig) -> Certificate:
     context = server_context()
     try:
@@ -65,7 +72,7 @@ def _load(number: int, section: CertificateConfig) -> Certificate:
         raise _unusable(number, "key", section.key, (error.strerror or "cannot be read").lower()) from error
     try:
         load_chain(context, section.certificate, section.key)
-        said = _read(context, section.certificate)
+        said, der = _read(context, section.certificate)
     except ssl.SSLError as error:
         raise _unusable(number, "certificate", section.certificate, not_for_tls(error)) from None
     except OSError as error:
@@ -82,7 +89,7 @@ def _load(number: int, section: CertificateConfig) -> Certificate:
         float(ssl.cert_time_to_seconds(said["notBefore"])),
         float(ssl.cert_time_to_seconds(said["notAfter"])),
         context,
-        said["serialNumber"],
+        sha256(der).hexdigest(),
     )
 
 
@@ -123,8 +130,8 @@ def not_for_tls(error: ssl.SSLError) -> str:
     return f"cannot be used for TLS ({reason})"
 
 
-def _read(server: ssl.SSLContext, file: Path) -> dict[str, Any]:
-    """What the certificate of `server` says. Raises ssl.SSLError: no handshake succeeds with it."""
+def _read(server: ssl.SSLContext, file: Path) -> tuple[dict[str, Any], bytes]:
+    """What the certificate of `server` says, and itself. Raises ssl.SSLError: no handshake succeeds with it."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.load_verify_locations(file)
@@ -137,9 +144,10 @@ def _read(server: ssl.SSLContext, file: Path) -> dict[str, Any]:
                 end.do_handshake()
             except ssl.SSLWantReadError:
                 pass
-    said = ends[0].getpeercert()
+    said, der = ends[0].getpeercert(), ends[0].getpeercert(binary_form=True)
     assert said
-    return said
+    assert der
+    return said, der
 
 
 def _names(said: dict[str, Any]) -> tuple[str, ...]:

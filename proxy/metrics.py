@@ -37,7 +37,8 @@ class Metrics:
             labels=["certificate"],
         )
         built = self._runtime.built
-        ends = {found.file: found.not_after for found in (*built.backend_certificates, *built.certificates)}
+        ends = {shown.file: shown.not_after for shown in built.certificates}
+        ends |= {used.file: used.not_after for used in built.backend_certificates}
         for file, end in ends.items():
             expiry.add_metric([str(file)], end)
         yield expiry
