@@ -31,6 +31,8 @@ from proxy.certificates import Certificate, load_certificates, load_chain, not_f
 from proxy.config import DEFAULT_FILE, BackendConfig, Config, SiteConfig, Tls, backend_key, is_policy_file
 from proxy.config import Price as PriceConfig
 from proxy.config_values import is_loopback, split_address
+from proxy.masking import without_secrets
+from proxy.places import unusable_places
 from proxy.prices import Price, Prices
 from proxy.upstream import Endpoint
 
@@ -104,6 +106,8 @@ def build(
     at: tuple[str | int, ...] = ()
     """What is being read, in the configuration."""
     try:
+        for problem in unusable_places(config, None if before is None else before.config):
+            raise problem
         certificates = load_certificates(config.tls)
         backends, configured, endpoints, targets, changes = [], [], {}, [], []
         dated: list[BackendCertificate] = []
@@ -163,7 +167,7 @@ def _placed(error: BadValueError, at: tuple[str | int, ...], path: Path | None) 
         document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, ValueError, FileProblems):
         return str(error)
-    return str(document.failed([document.problem(at, error.message)]))
+    return str(without_secrets(document.failed([document.problem(at, error.message)])))
 
 
 def make_backends(config: Config) -> list[Backend]:

@@ -28,6 +28,7 @@ from proxy.certificates import load_certificates
 from proxy.config import BackendConfig, Config, Price, backend_key, is_policy_file, load_config
 from proxy.database import OpenError, has_keys
 from proxy.masking import database_shown, without_secrets
+from proxy.places import unusable_places
 from proxy.readable import in_words
 
 
@@ -144,6 +145,8 @@ def _check_configuration(file: Path, text: str) -> Report:
 
 def _unusable(config: Config, document: Document) -> Iterator[Problem]:
     """What the proxy would not start with, beyond what the file itself says."""
+    for found in unusable_places(config):
+        yield document.problem(found.at, found.message)
     try:
         load_certificates(config.tls)
     except BadValueError as error:
