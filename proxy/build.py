@@ -27,7 +27,7 @@ from probes.base import Target, Timing
 from probes.host import HostTarget
 from probes.resolver import Resolver
 from proxy.certificate_dates import BackendCertificate, backend_certificate, end_of
-from proxy.certificates import Certificate, load_certificates, load_chain, not_for_tls
+from proxy.certificates import Certificate, load_certificates, load_chain, not_for_tls, unreadable
 from proxy.config import DEFAULT_FILE, BackendConfig, Config, SiteConfig, Tls, backend_key, is_policy_file
 from proxy.config import Price as PriceConfig
 from proxy.config_values import is_loopback, split_address
@@ -378,7 +378,9 @@ def tls_context(
     )
     if tls.certificate is not None and tls.key is not None:
         certificate, key = tls.certificate, tls.key
-        _with_file(section, "key", key, key.read_bytes)  # OpenSSL does not say which of the two it misses
+        if missing := unreadable(certificate, key):
+            at = "key" if certificate not in missing else "certificate"
+            raise BadValueError(f"backend {section.name}: {'; '.join(missing.values())}", at=(at,))
         _with_file(section, "certificate", certificate, lambda: load_chain(context, certificate, key))
     elif shared is not None:
         shared[tls.ca_file] = context

@@ -66,10 +66,9 @@ def fingerprints(certificates: Sequence[Certificate]) -> list[str]:
 
 def _load(number: int, section: CertificateConfig) -> Certificate:
     context = server_context()
-    try:
-        section.key.open("rb").close()  # OpenSSL does not say which of the two it misses
-    except OSError as error:
-        raise _unusable(number, "key", section.key, (error.strerror or "cannot be read").lower()) from error
+    if missing := unreadable(section.certificate, section.key):
+        key = "key" if section.certificate not in missing else "certificate"
+        raise BadValueError("; ".join(missing.values()), at=("tls", number, key))
     try:
         load_chain(context, section.certificate, section.key)
         said, der = _read(context, section.certificate)
@@ -91,6 +90,17 @@ def _load(number: int, section: CertificateConfig) -> Certificate:
         context,
         sha256(der).hexdigest(),
     )
+
+
+def unreadable(*files: Path) -> dict[Path, str]:
+    """Those that cannot be read, each with words on it: OpenSSL does not say which one it misses."""
+    found = {}
+    for file in files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            found[file] = f"{file}: {(error.strerror or 'cannot be read').lower()}"
+    return found
 
 
 def _unusable(number: int, key: str, file: Path, reason: str) -> BadValueError:

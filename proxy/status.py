@@ -122,10 +122,14 @@ def _complaints(row: State) -> Iterator[str]:
 
 def _cost(state: State) -> str:
     cost = sum(row["cost"] for row in state["backends"])
+    unpriced = state["unpriced_tokens"]
+    besides = f", and {unpriced:,} tokens without a price" if unpriced else ""
     if cost:
-        return f"{amount(round(cost * 1e9))} {state['currency']}"
-    # The figures do not tell a price of 0 from none.
-    return "unpriced, or free" if any(state["tokens"].values()) else "nothing yet"
+        return f"{amount(round(cost * 1e9))} {state['currency']}{besides}"
+    tokens = state["tokens"]["prompt"] + state["tokens"]["completion"]
+    if not tokens:
+        return "nothing yet"
+    return "unpriced" if unpriced >= tokens else f"free, at a price of 0{besides}"
 
 
 def _queue(queue: State) -> str:

@@ -87,6 +87,11 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         sums = totals.setdefault(name, [0, 0, 0, 0])
         for index, value in enumerate((series.prompt, series.cached, series.completion, series.cost_nano)):
             sums[index] += value
+    unpriced = sum(
+        series.prompt + series.completion
+        for (name, model), series in observer.series.items()
+        if runtime.prices.price(name, model) is None
+    )
     probes = runtime.probes()
     in_spite = runtime.valve.rules.in_spite
     backends = []
@@ -172,6 +177,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             "cached": sum(sums[1] for sums in totals.values()),
             "completion": sum(sums[2] for sums in totals.values()),
         },
+        "unpriced_tokens": unpriced,
         "currency": runtime.prices.currency,
         "ledger": {"lag_rows": runtime.ledger.lag, "failed": runtime.ledger.failed or runtime.journal.failed},
         "memory": {"use": round(runtime.pressure.use, 4), "shedding": runtime.shedding},
