@@ -15,7 +15,7 @@ import orjson
 
 from proxy.endpoints import ANTHROPIC, RESPONSES, Route
 from proxy.errors import CLIENT_ERRORS, STATUS, error_body, error_event
-from proxy.http1 import ResponseHead
+from proxy.http1 import RequestHead, ResponseHead
 
 _STATUSES: Final = {500: 500, 502: 500, 503: 529}
 """Anthropic's own for those of ours that it does not have; all others stay."""
@@ -101,7 +101,7 @@ def translated(dialect: str, status: int, body: bytes) -> bytes:
 
 
 def not_served(
-    dialect: str, reply: ResponseHead, body: bytes, model: str, target: bytes
+    dialect: str, reply: ResponseHead, body: bytes, model: str, request: RequestHead
 ) -> tuple[ResponseHead, bytes]:
     """A backend's 404 or 405 for its client. If it says no more than that it does not know the path, it is put into
     words: the path is one of ours, so it is the backend that lacks it. The status stays."""
@@ -110,7 +110,7 @@ def not_served(
     lines = reply.fields.split(b"\r\n")[:-1]
     kept = [line for line in lines if line[:13].lower() != b"content-type:"]
     fields = b"\r\n".join([*kept, b"content-type: application/json", b""])
-    path = target.partition(b"?")[0].decode("latin-1")
+    path = request.target.partition(b"?")[0].decode("latin-1")
     message = f"the backend of {model[:128]!r} has no {path}"
     head = ResponseHead(reply.status, reply.phrase, fields, content_type=b"application/json")
     return head, body_in(dialect, "endpoint_not_served", message)

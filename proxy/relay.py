@@ -385,8 +385,7 @@ class Relay(Receiver):
     def _answer_whole(self, reply: ResponseHead, body: bytes) -> None:
         status, dialect = reply.status, self.route.dialect
         if status in (404, 405):
-            reply, body = not_served(dialect, reply, body, self.row.model, self.request.target)
-            self.reply = reply
+            reply, body = self.reply, body = not_served(dialect, reply, body, self.row.model, self.request)
         if self.head_sent:
             if status < 300:
                 self.meter.body(body)
