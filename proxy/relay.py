@@ -386,15 +386,14 @@ class Relay(Receiver):
         status, dialect = reply.status, self.route.dialect
         if status in (404, 405):
             reply, body = self.reply, body = not_served(dialect, reply, body, self.row.model, self.request)
-        if self.head_sent:
-            if status < 300:
-                self.meter.body(body)
-                self._end_without_stream()
-            else:
-                self._end_in_event(status, body, outcome_of(status))
-            return
         if 200 <= status < 300:
             self.meter.body(body)
+            if self.head_sent:
+                self._end_without_stream()
+                return
+        elif self.head_sent:
+            self._end_in_event(status, body, outcome_of(status))
+            return
         else:
             body = translated(dialect, status, body)
         if self.claim is not None:
