@@ -853,6 +853,7 @@ class Exchange(Relay):
         now = runtime.now()
         if self.hedge is not None:
             self.hedge.end()
+            self.hedge = None  # they hold each other, and would wait for the garbage collector
         row.outcome = outcome
         row.status = status
         row.total_s = now - self.arrived
