@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
 from typing import Any
 
 from pydantic import BaseModel
 
 from proxy.build import Built
-from proxy.config import Config
-
-NEXT_START = (
-    *("listen", "admin", "admin_tls", "proxy_protocol", "state", "database", "log", "recent", "seed"),
-    *("probing", "budget_zone", "limits.memory", "retries.ratio", "retries.per_second"),
-)
-"""What a reload does not change."""
-
-
-def waiting_for_a_start(config: Config, started_with: Config) -> list[str]:
-    """Keys that say something else than what runs, and will until the next start."""
-    return [name for name in NEXT_START if attrgetter(name)(config) != attrgetter(name)(started_with)]
 
 
 def changes(old: Built, new: Built, without: Sequence[str] = ()) -> list[str]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxy.cli_common import ConfigOption, JsonOption, config_path, console, fail, load, written_in
+
+if TYPE_CHECKING:
+    from proxy.ask import AdminPort
 
 AdminOption = Annotated[str | None, typer.Option("--admin", help="HOST:PORT of the admin port.")]
 WATCH_S = 1.0
@@ -34,7 +37,7 @@ def explain(
     from proxy.explain import fetch, render
 
     try:
-        record = fetch(request_id, _address(admin, config, state))
+        record = fetch(request_id, _port(admin, config, state))
     except AskError as error:
         fail(str(error), 1)
     typer.echo(json.dumps(record, indent=2) if json_output else render(record))
@@ -59,23 +62,23 @@ def status(
     if watch and json_output:
         fail("give --watch or --json, not both")
     try:
-        address = _address(admin, config, state)
-        shown = ask(address, "/state")
+        port = _port(admin, config, state)
+        shown = ask(port, "/state")
     except AskError as error:
         fail(str(error), 1)
     if json_output:
         typer.echo(json.dumps(shown, indent=2))
     elif watch:
         try:
-            _watch(address)
+            _watch(port)
         except KeyboardInterrupt:
             raise typer.Exit from None
     else:
         output = console()
-        output.print(screen(shown, address, output.width))
+        output.print(screen(shown, str(port), output.width))
 
 
-def _watch(address: str) -> None:
+def _watch(port: AdminPort | str) -> None:
     """Show the state again and again: in place on a terminal, else as a line each time."""
     from rich.console import Console, Group
     from rich.live import Live
@@ -88,7 +91,7 @@ def _watch(address: str) -> None:
     if not output.is_terminal:
         while True:
             try:
-                typer.echo(line(ask(address, "/state")))
+                typer.echo(line(ask(port, "/state")))
             except AskError as error:
                 typer.echo(str(error))
             time.sleep(WATCH_S)
@@ -96,30 +99,36 @@ def _watch(address: str) -> None:
     with Live(console=output, auto_refresh=False, screen=True) as live:
         while True:
             try:
-                last = Group(screen(ask(address, "/state"), address, output.width))
+                last = Group(screen(ask(port, "/state"), str(port), output.width))
                 live.update(last, refresh=True)
             except AskError as error:  # perhaps it is being restarted
                 live.update(Group(Text(str(error), "red"), last), refresh=True)
             time.sleep(WATCH_S)
 
 
-def _address(admin: str | None, config: Path | None, state: Path | None) -> str:
+def _port(admin: str | None, config: Path | None, state: Path | None) -> AdminPort | str:
     """Where the admin port is. Raises AskError."""
-    from proxy.ask import admin_address
+    from proxy.ask import DEFAULT_STATE, AdminPort, admin_address
 
     if admin is not None or state is not None:
-        return admin_address(admin, state, None)
+        address = admin_address(admin, state, None)
+        return address if state is None else AdminPort(address, state)
     path = config_path(config)
     if path is None:
-        return admin_address(None, None, None)
-    return _beside_broken(path) or admin_address(None, None, load(path, "--admin HOST:PORT"))
+        return AdminPort(admin_address(None, None, None), DEFAULT_STATE)
+    beside = _beside_broken(path)
+    if beside is not None:
+        return beside
+    loaded = load(path, "--admin HOST:PORT")
+    files = tuple(section.certificate for section in loaded.tls)
+    return AdminPort(admin_address(None, None, loaded), loaded.state, files)
 
 
-def _beside_broken(path: Path) -> str | None:
+def _beside_broken(path: Path) -> AdminPort | None:
     """The admin port of the proxy that runs on although its file was broken since; None: the file is right, or
     where the state is cannot be told from it."""
     from policies.yamlfile import FileProblems
-    from proxy.ask import DEFAULT_STATE, written_admin
+    from proxy.ask import DEFAULT_STATE, AdminPort, written_admin
     from proxy.config import load_config
 
     try:
@@ -134,5 +143,5 @@ def _beside_broken(path: Path) -> str | None:
             typer.echo(
                 f"note: {path} cannot be used as it is: this is the proxy that runs on {state}", err=True
             )
-        return address
+            return AdminPort(address, state)
     return None

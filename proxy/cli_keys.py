@@ -36,7 +36,9 @@ keys_app = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=T
 
 @keys_app.command("create")
 def keys_create(
-    tenant: Annotated[str, typer.Option(help="Who uses it: usage is summed and traffic shared by tenant.")],
+    tenant: Annotated[
+        str, typer.Option(help="Who uses it, a word: usage is summed and traffic shared by tenant.")
+    ],
     name: Annotated[str, typer.Option(help="A note for people.")] = "",
     data_class: Annotated[
         str, typer.Option(help="Class of its data; only sites that may see it serve it.")

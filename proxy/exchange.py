@@ -50,6 +50,9 @@ log = logging.getLogger("tidegate")
 STALE_S: Final = 1.0
 """A backend that closed a connection while our request was on its way is heard of sooner than this."""
 
+UNREACHABLE_RETRY_S: Final = 1.0
+"""When to come again if no backend could be connected to: as often as the probes ask one that is down."""
+
 PROGRESS_S: Final = 0.4
 """Least time between two notes in the journal of how far a stream is; the sweep makes them half seconds."""
 
@@ -652,7 +655,9 @@ class Exchange(Relay):
             code = "backend_auth" if error in (401, 403) else "backend_error"
         else:
             code = _GIVE_UP_CODES.get(error, "backend_error")
-        self.refuse(RequestError(code, message))
+        # It may be back by the next probe, or those will have said that it is down.
+        wait = UNREACHABLE_RETRY_S if code == "backend_unreachable" else None
+        self.refuse(RequestError(code, message, retry_after_s=wait))
 
     def _cut(self, error: AttemptError, message: str) -> None:
         """The answer has begun and cannot go on."""
@@ -850,6 +855,7 @@ class Exchange(Relay):
         now = runtime.now()
         if self.hedge is not None:
             self.hedge.end()
+            self.hedge = None  # they hold each other, and would wait for the garbage collector
         row.outcome = outcome
         row.status = status
         row.total_s = now - self.arrived

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
-from proxy.ask import ask
+from proxy.ask import AdminPort, ask
 
 
-def fetch(request_id: str, admin: str) -> dict[str, Any]:
-    """What the admin port at HOST:PORT knows of a request. Raises AskError."""
+def fetch(request_id: str, admin: AdminPort | str) -> dict[str, Any]:
+    """What an admin port, or the one at HOST:PORT, knows of a request. Raises AskError."""
     return ask(admin, f"/explain/{quote(request_id, safe='')}")
 
 

@@ -33,11 +33,14 @@ class Metrics:
         yield from self._process()
         expiry = GaugeMetricFamily(
             "tidegate_certificate_expiry_timestamp_seconds",
-            "Unix time at which a certificate for clients ends.",
+            "Unix time at which a certificate for clients ends, or a file in the `tls` of a backend.",
             labels=["certificate"],
         )
-        for certificate in self._runtime.built.certificates:
-            expiry.add_metric([str(certificate.file)], certificate.not_after)
+        built = self._runtime.built
+        ends = {shown.file: shown.not_after for shown in built.certificates}
+        ends |= {used.file: used.not_after for used in built.backend_certificates}
+        for file, end in ends.items():
+            expiry.add_metric([str(file)], end)
         yield expiry
 
     def _backends(self) -> Iterator[Metric]:

@@ -77,7 +77,7 @@ def _lines(state: State) -> Iterator[str]:
         yield f"! a restart is owed: what the file says of {', '.join(names)} is not in force yet"
     if reason := state.get("keys", {}).get("trouble"):
         yield f"! keys cannot be read, no new or revoked one is seen: {reason}"
-    for certificate in state.get("certificates", ()):
+    for certificate in (*state.get("certificates", ()), *state.get("backend_certificates", ())):
         if certificate["warning"]:
             yield f"! {certificate['warning']}"
     memory = state.get("memory")
@@ -137,10 +137,14 @@ def _complaints(row: State) -> Iterator[str]:
 
 def _cost(state: State) -> str:
     cost = sum(row["cost"] for row in state["backends"])
+    unpriced = state.get("unpriced_tokens", 0)
+    besides = f", and {unpriced:,} tokens without a price" if unpriced else ""
     if cost:
-        return f"{amount(round(cost * 1e9))} {state['currency']}"
-    # The figures do not tell a price of 0 from none.
-    return "unpriced, or free" if any(state["tokens"].values()) else "nothing yet"
+        return f"{amount(round(cost * 1e9))} {state['currency']}{besides}"
+    tokens = state["tokens"]["prompt"] + state["tokens"]["completion"]
+    if not tokens:
+        return "nothing yet"
+    return "unpriced" if unpriced >= tokens else f"free, at a price of 0{besides}"
 
 
 def _queue(queue: State) -> str:

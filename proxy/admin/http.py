@@ -87,6 +87,11 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         sums = totals.setdefault(name, [0, 0, 0, 0])
         for index, value in enumerate((series.prompt, series.cached, series.completion, series.cost_nano)):
             sums[index] += value
+    unpriced = sum(
+        series.prompt + series.completion
+        for (name, model), series in observer.series.items()
+        if runtime.prices.price(name, model) is None
+    )
     probes = runtime.probes()
     in_spite = runtime.valve.rules.in_spite
     backends = []
@@ -148,6 +153,17 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             }
             for certificate in runtime.built.certificates
         ],
+        "backend_certificates": [
+            {
+                "backend": certificate.backend,
+                "key": certificate.key,
+                "file": str(certificate.file),
+                "expires": certificate.not_after,
+                "days_left": int((certificate.not_after - runtime.wall()) // 86400),
+                "warning": certificate.warning(runtime.wall()),
+            }
+            for certificate in runtime.built.backend_certificates
+        ],
         "hosts": runtime.hosts(),
         "queue": {
             "waiting": runtime.valve.queued,
@@ -163,6 +179,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             "cached": sum(sums[1] for sums in totals.values()),
             "completion": sum(sums[2] for sums in totals.values()),
         },
+        "unpriced_tokens": unpriced,
         "currency": runtime.prices.currency,
         "ledger": {
             "lag_rows": runtime.ledger.lag,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import trustme
 
 import proxy.build
 import proxy.serve
@@ -110,6 +111,36 @@ async def test_what_waits_for_the_next_start_is_told_and_nothing_else(
     assert service.reload()
     assert "next start" not in caplog.text
     assert state(service.runtime, 0.0)["restart_for"] == []
+
+
+async def test_https_that_neither_begins_nor_ends_is_no_change(
+    service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    made = trustme.CA().issue_cert("a.example")
+    (tmp_path / "a.pem").write_bytes(made.cert_chain_pems[0].bytes())
+    (tmp_path / "a.key").write_bytes(made.private_key_pem.bytes())
+    assert service.path is not None
+    text = service.path.read_text()
+    service.path.write_text(text + "tls: [{certificate: a.pem, key: a.key}]\n")
+    assert service.reload()
+    assert caplog.messages[-2:] == [
+        "`tls` was not applied: until the next start clients speak plain HTTP",
+        "reloaded: nothing changed",
+    ]
+    with_tls = Service(load_config(service.path), service.path, {"state": tmp_path / "another"})
+    with_tls.config = with_tls._started_with = with_tls.config.model_copy(
+        update={"state": tmp_path / "another"}
+    )
+    await with_tls.start()
+    service.path.write_text(text)
+    caplog.clear()
+    assert with_tls.reload()
+    assert caplog.messages[-2:] == [
+        "`tls` was not applied: until the next start clients speak HTTPS, with the certificates it has",
+        "reloaded: nothing changed",
+    ]
+    await with_tls.stop()
 
 
 async def test_how_many_clients_there_may_be_changes_at_once(service: Service) -> None:

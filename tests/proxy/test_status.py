@@ -10,6 +10,7 @@ from rich.console import Console
 from policies.adaptive import AdaptiveSlots
 from policies.hedging import Hedging
 from proxy.admin.http import state
+from proxy.prices import Prices
 from proxy.status import duration, line, screen
 from tests.proxy.fakes import World, answer_body, whole
 
@@ -61,9 +62,14 @@ def test_no_cost_is_not_shown_as_a_figure() -> None:
     _, now = busy()
     for row in now["backends"]:
         row["cost"] = 0.0
-    assert "cost      unpriced, or free" in shown(now)
+    assert "cost      free, at a price of 0\n" in shown(now) + "\n"
+    now["unpriced_tokens"] = 5
+    assert "cost      free, at a price of 0, and 5 tokens without a price" in shown(now)
+    now["unpriced_tokens"] = 12
+    assert "cost      unpriced\n" in shown(now) + "\n"
     now["tokens"] = {"prompt": 0, "cached": 0, "completion": 0}
     assert "cost      nothing yet" in shown(now)
+    now["unpriced_tokens"] = 0
     now["backends"][0]["cost"] = 1234.56789
     assert "cost      1,234.5679 EUR" in shown(now)
 
@@ -240,3 +246,12 @@ def test_the_line_for_a_log() -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_tokens_without_a_price_are_counted() -> None:
+    world = World("appliance")
+    world.runtime.prices = Prices({}, "EUR")
+    world.answers(world.start(stream=False), "appliance").data_received(whole(200, answer_body()))
+    found = state(world.runtime, world.loop.now)
+    assert found["unpriced_tokens"] == 12
+    assert "cost      unpriced" in shown(found)
