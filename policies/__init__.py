@@ -36,6 +36,11 @@ POLICIES: dict[str, str] = {
     "power-of-two": "policies.simple:PowerOfTwo",
     "weighted-qps": "policies.simple:WeightedQps",
     "session-affinity": "policies.prefix:SessionAffinity",
+    "prefix-affinity": "policies.prefix:PrefixAffinity",
+    "cache-aware": "policies.cache:CacheAware",
+    "skylb": "policies.pushing:SkyLB",
+    "kv-threshold": "policies.pushing:KvThreshold",
+    "weighted-scores": "policies.scores:WeightedScores",
     "geo": "policies.geo:Geo",
     "shortest-path": "policies.geo:ShortestPath",
 }
