@@ -22,15 +22,15 @@ from policies.base import (
     RequestFacts,
     Tunable,
 )
+from policies.geo import ALIKE, FADE_S
 from policies.lengths import EXPECTED_TOKENS
 from policies.pushing import kv_uses
-from policies.ranking import Rank, Turns, best_first, only
+from policies.ranking import Rank, Recent, Turns, best_first, only
 from policies.rendezvous import home, number_of_session
 from policies.speeds import TTFT
 from policies.values import WAITING_FULL
 
 Views: TypeAlias = Sequence[BackendView]
-Scorer: TypeAlias = Callable[[RequestFacts, Views, float, Turns], list[float]]
 Filter: TypeAlias = Callable[[RequestFacts, Views, float], list[BackendView]]
 
 KV_SATURATED: Final = 0.8
@@ -41,10 +41,22 @@ STICKY_PENALTY_S: Final = 5.0
 """... unless the first token would come so much later than elsewhere."""
 
 
+class Uses:
+    """Who was dispatched to when, by one policy."""
+
+    def __init__(self) -> None:
+        self.turns = Turns()
+        self.cold_turns = Turns()
+        """Of prompts that nobody had cached."""
+        self.at: Recent[float] = Recent()
+
+
+Scorer: TypeAlias = Callable[[RequestFacts, Views, float, Uses], list[float]]
+
 # Scorers
 
 
-def _prefix(request: RequestFacts, backends: Views, now: float, turns: Turns) -> list[float]:
+def _prefix(request: RequestFacts, backends: Views, now: float, uses: Uses) -> list[float]:
     """The share of the prompt that is cached."""
     cached = request.cached
     if not cached or request.prompt_tokens < 1:
@@ -53,7 +65,7 @@ def _prefix(request: RequestFacts, backends: Views, now: float, turns: Turns) ->
     return [min(cached.get(backend.name, 0) / tokens, 1.0) for backend in backends]
 
 
-def _queue(request: RequestFacts, backends: Views, now: float, turns: Turns) -> list[float]:
+def _queue(request: RequestFacts, backends: Views, now: float, uses: Uses) -> list[float]:
     """(longest - own) / (longest - shortest); 1 if all are alike."""
     queues = _queues(backends, now)
     longest, shortest = max(queues), min(queues)
@@ -63,22 +75,31 @@ def _queue(request: RequestFacts, backends: Views, now: float, turns: Turns) -> 
     return [(longest - queue) / span for queue in queues]
 
 
-def _load(request: RequestFacts, backends: Views, now: float, turns: Turns) -> list[float]:
+def _load(request: RequestFacts, backends: Views, now: float, uses: Uses) -> list[float]:
     """The share of its slots that is free."""
     return [max(1.0 - backend.in_flight / backend.slots, 0.0) for backend in backends]
 
 
-def _kv(request: RequestFacts, backends: Views, now: float, turns: Turns) -> list[float]:
+def _kv(request: RequestFacts, backends: Views, now: float, uses: Uses) -> list[float]:
     """The share of its KV cache that is free."""
     return [max(1.0 - use, 0.0) for use in kv_uses(backends, now)]
 
 
-def _latency(request: RequestFacts, backends: Views, now: float, turns: Turns) -> list[float]:
-    """The shortest expected time to the first token over its own."""
-    return _least_over_own(_first_tokens(request, backends))
+def _latency(request: RequestFacts, backends: Views, now: float, uses: Uses) -> list[float]:
+    """The shortest expected time to the first token over its own; times within a tenth of it are alike.
+
+    That of a backend without requests fades, so that one that was slow once is tried again.
+    """
+    times = _first_tokens(request, backends)
+    for index, backend in enumerate(backends):
+        if not backend.in_flight and times[index] > backend.rtt_s:
+            age = now - uses.at.get(backend.name, -inf)
+            times[index] = backend.rtt_s + (times[index] - backend.rtt_s) * exp(-age / FADE_S)
+    alike = min(times) * (1.0 + ALIKE) + 0.001
+    return [alike / time if time > alike else 1.0 for time in times]
 
 
-def _cost(request: RequestFacts, backends: Views, now: float, turns: Turns) -> list[float]:
+def _cost(request: RequestFacts, backends: Views, now: float, uses: Uses) -> list[float]:
     """The least price of this request over its own; 0 if its price is not known."""
     prompt, answer = request.prompt_tokens, request.expected_tokens or EXPECTED_TOKENS
     return _least_over_own(
@@ -91,14 +112,14 @@ def _cost(request: RequestFacts, backends: Views, now: float, turns: Turns) -> l
     )
 
 
-def _carbon(request: RequestFacts, backends: Views, now: float, turns: Turns) -> list[float]:
+def _carbon(request: RequestFacts, backends: Views, now: float, uses: Uses) -> list[float]:
     """The least carbon intensity over its own; 0 if it is not known."""
     return _least_over_own(
         [inf if backend.carbon_gco2_kwh is None else backend.carbon_gco2_kwh for backend in backends]
     )
 
 
-def _session(request: RequestFacts, backends: Views, now: float, turns: Turns) -> list[float]:
+def _session(request: RequestFacts, backends: Views, now: float, uses: Uses) -> list[float]:
     """1 for the backend that the session belongs to by rendezvous hashing, 0 for others."""
     if not request.session:
         return [0.0] * len(backends)
@@ -106,10 +127,11 @@ def _session(request: RequestFacts, backends: Views, now: float, turns: Turns) -
     return [1.0 if backend.name == name else 0.0 for backend in backends]
 
 
-def _least_recent(request: RequestFacts, backends: Views, now: float, turns: Turns) -> list[float]:
+def _least_recent(request: RequestFacts, backends: Views, now: float, uses: Uses) -> list[float]:
     """Of a prompt that nobody has cached: from 1 for whoever got such a one longest ago down to 0; else 0.5."""
     if request.cached or len(backends) < 2:
         return [0.5] * len(backends)
+    turns = uses.cold_turns
     order = sorted(range(len(backends)), key=[turns[backend.name] for backend in backends].__getitem__)
     scores = [0.0] * len(backends)
     for place, index in enumerate(order):
@@ -134,10 +156,10 @@ SCORERS: Final[Mapping[str, Scorer]] = {
 
 def _not_saturated(request: RequestFacts, backends: Views, now: float) -> list[BackendView]:
     """Those with fewer than 5 requests in their engine's queue and KV use below 0.8."""
-    uses, queues = kv_uses(backends, now), _queues(backends, now)
+    kv, queues = kv_uses(backends, now), _queues(backends, now)
     return [
         backend
-        for backend, use, queue in zip(backends, uses, queues, strict=True)
+        for backend, use, queue in zip(backends, kv, queues, strict=True)
         if queue < WAITING_FULL and use < KV_SATURATED
     ]
 
@@ -189,7 +211,7 @@ class WeightedScores(Policy):
     `queue`         (longest - own) / (longest - shortest) over requests that wait; all alike: 1
     `load`          1 - in-flight / slots
     `kv`            1 - KV use (as `kv-threshold` has it)
-    `latency`       least / own expected time to the first token
+    `latency`       least / own expected time to the first token; within a tenth of the least: 1
     `cost`          least / own price of this request; unknown: 0
     `carbon`        least / own gCO2 per kWh; unknown: 0
     `session`       1 for the session's own backend (as `session-affinity` has it, by slots), else 0
@@ -208,7 +230,8 @@ class WeightedScores(Policy):
     Ours: a queue is the engine's, if that figure is fresh, or the requests there that have no first token, which
     the router knows exactly, whichever is more; `latency`, `cost` and `carbon` are ratios to the least, since over
     their range a difference of a per cent would count as much as one of a hundred; times to a first token are by
-    the speed that is learnt, where llm-d has a peak rate. Those that a filter leaves out are the last fallbacks.
+    the speed that is learnt, where llm-d has a peak rate, and fade as those of `shortest-path` while a backend has
+    nothing to do. Those that a filter leaves out are the last fallbacks, the emptiest first.
 
     Scores: the weighted sum; more is better. The reason tells its parts.
     """
@@ -245,9 +268,7 @@ class WeightedScores(Policy):
         self._picker = picker
         self._temperature = temperature
         self._rng = rng
-        self._turns = Turns()
-        self._cold_turns = Turns()
-        """Of prompts that nobody had cached."""
+        self._uses = Uses()
 
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
         if len(backends) == 1:
@@ -258,10 +279,10 @@ class WeightedScores(Policy):
         totals = [0.0] * len(kept)
         parts = []
         for name, weight, score in self._scorers:
-            values = score(request, kept, now, self._cold_turns)
+            values = score(request, kept, now, self._uses)
             parts.append((name, weight, values))
             totals = [total + weight * value for total, value in zip(totals, values, strict=True)]
-        turns = self._turns
+        turns = self._uses.turns
         scores = {}
         ranking: list[Rank] = []
         for index, backend in enumerate(kept):
@@ -275,7 +296,13 @@ class WeightedScores(Policy):
             send.backend = kept[chosen].name
             send.fallbacks = tuple([rank[4] for rank in ranking if rank[3] != chosen])
         if len(kept) < len(backends):
-            send.fallbacks += tuple([one.name for one in backends if one.name not in scores])
+            rest: list[Rank] = []
+            for index, backend in enumerate(backends):
+                name = backend.name
+                if name not in scores:
+                    rest.append((backend.in_flight / backend.slots, turns[name], 0.0, index, name))
+            rest.sort()
+            send.fallbacks += tuple([rank[4] for rank in rest])
         told = ", ".join([f"{name} {weight:g} x {values[chosen]:.2f}" for name, weight, values in parts])
         how = "best" if self._picker == "best" else "drawn"
         send.reason = f"{how} of {len(kept)}: {told}"
@@ -300,9 +327,11 @@ class WeightedScores(Policy):
         return chosen, weights[chosen] / whole
 
     def dispatched(self, request: RequestFacts, backend: BackendView, now: float) -> None:
-        self._turns.took(backend.name)
+        uses = self._uses
+        uses.turns.took(backend.name)
+        uses.at.note(backend.name, now)
         if not request.cached:
-            self._cold_turns.took(backend.name)
+            uses.cold_turns.took(backend.name)
 
 
 def _queues(backends: Views, now: float) -> list[int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from random import Random
 
 from policies.files import KnownNames, read_policy
 from policies.state import Backend
 from sim.cluster import SECOND, Cluster
 from sim.engine import EngineSettings, StepCost
-from sim.members import Member
+from sim.members import Incident, Member
 from sim.trips import Trip
 from sim.workload import Arrival, Workload, in_order
 
@@ -47,11 +48,15 @@ def shared_prefixes(
 class Run:
     """A workload played under a `pick` (YAML) over all members."""
 
-    def __init__(self, pick: str, workload: Workload, cluster: list[Member], wait: str = "10s") -> None:
+    def __init__(
+        self, pick: str, workload: Workload, cluster: list[Member], incidents: Iterable[Incident] = ()
+    ) -> None:
         sites = frozenset({"local", *(member.backend.site for member in cluster)})
         known = KnownNames([member.backend for member in cluster], sites)
-        text = f"rules: [{{name: all, pick: {pick}, queue: {{wait: {wait}, depth: 1000}}}}]"
-        self.cluster = Cluster(cluster, read_policy(text, "test", known, 1).rules, seed=1)
+        text = f"rules: [{{name: all, pick: {pick}, queue: {{wait: 10s, depth: 1000}}}}]"
+        self.cluster = Cluster(
+            cluster, read_policy(text, "test", known, 1).rules, seed=1, incidents=incidents
+        )
         self.trips: list[Trip] = self.cluster.run(workload).trips
 
     @property
