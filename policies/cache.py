@@ -31,9 +31,9 @@ class CacheAware(Policy):
     Ours: queues are in-flight over slots, since backends differ, so `balance_abs_threshold` is counted as if each
     had 256 slots, which an engine has by default: 64 is a quarter of them. Room: theirs is the smallest tree, which
     evictions make smallest where most is going on; here it is what was to compute there, prompt tokens over the
-    room of its KV cache, and never less than the least of those present had at the last such choice (the virtual
-    time of start-time fair queueing, Goyal et al. 1996): who was away makes up for nothing, and is not flooded.
-    Ties go by load, then to the one dispatched to longest ago.
+    room of its KV cache, counted from what the least of those present had at the last such choice, if that is more
+    (the virtual time of start-time fair queueing, Goyal et al. 1996): who was away makes up for nothing, and is not
+    flooded. Ties go by load, then to the one dispatched to longest ago.
 
     Scores: in-flight over slots; or the share that is cached, more is better; or what was to compute over the room.
     """
@@ -112,13 +112,12 @@ class CacheAware(Policy):
         return best_first(ranking, f"has {match / tokens:.0%} of the prompt cached", scores)
 
     def _most_room(self, request: RequestFacts, backends: Sequence[BackendView]) -> Send:
-        turns, level, of = self._turns, self._level, self._filled
+        turns, of = self._turns, self._filled
         scores = {}
         ranking: list[Rank] = []
         for index, backend in enumerate(backends):
             name = backend.name
-            filled = of.get(name, 0.0)
-            scores[name] = filled = filled if filled > level else level
+            scores[name] = filled = of.get(name, 0.0)
             ranking.append((filled, backend.in_flight / backend.slots, turns[name], index, name))
         send = best_first(ranking, f"most room in its cache, of {len(ranking)}", scores)
         self._decided = (request.id, ranking[0][0])

@@ -10,6 +10,9 @@ from policies.base import BackendView, Send
 REMEMBERED = 4096
 """Backends a policy remembers something of; of more, those it has used lately."""
 
+ALIKE = 0.10
+"""Costs that differ by less than this share (and 1 ms) are alike: averages are no more exact than that."""
+
 Value = TypeVar("Value")
 
 Rank: TypeAlias = tuple[float, float, float, int, str]

@@ -22,10 +22,10 @@ from policies.base import (
     RequestFacts,
     Tunable,
 )
-from policies.geo import ALIKE, FADE_S
+from policies.geo import FADE_S
 from policies.lengths import EXPECTED_TOKENS
 from policies.pushing import kv_uses
-from policies.ranking import Rank, Recent, Turns, best_first, only
+from policies.ranking import ALIKE, Rank, Recent, Turns, best_first, only
 from policies.rendezvous import home, number_of_session
 from policies.speeds import TTFT
 from policies.values import WAITING_FULL

@@ -61,6 +61,7 @@ FIT = {"ttft_fit": (0.1, 0.001, 0.01)}
         ),
         ("queue", pool({"prefilling": 2}, {"waiting": 4, **OLD}, {"prefilling": 10}), {}, [0.8, 1.0, 0.0]),
         ("queue", pool({"prefilling": 4}, {"prefilling": 1, "waiting": 4, **FRESH}), {}, [1.0, 1.0]),
+        ("queue", pool({"prefilling": 4, "waiting": 1, **FRESH}, {"prefilling": 4}), {}, [1.0, 1.0]),
         (
             "load",
             pool({"in_flight": 8}, {"in_flight": 4, "slots": 8}, {"in_flight": 40}),
