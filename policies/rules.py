@@ -31,7 +31,7 @@ from policies.host import HostBounds
 from policies.match import Hours, Match, Selector
 from policies.routing import AVAILABILITY, TIERS, Candidate, Routing, copy_figures
 from policies.rule import Queue, Rule, Spill, Tier
-from policies.state import Backend, Fleet
+from policies.state import Backend, Fleet, cached_in
 
 __all__ = [
     "Candidate",
@@ -179,9 +179,7 @@ class RuleSet:
         rule = candidates.rule
         chooser = rule.choosers[tier]
         if chooser.by_prefix and request.prefix:
-            request.cached = {
-                backend.name: tokens for backend in eligible if (tokens := backend.cached_tokens(request))
-            }
+            request.cached = cached_in(eligible, request)
         decision, decided_by = chooser.decide(request, eligible, now)
         if isinstance(decision, Send):
             fallbacks = candidates.fallbacks(tier, decision.backend, decision.fallbacks)

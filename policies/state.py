@@ -11,7 +11,7 @@ pause much longer than tau the next sample replaces the average.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import exp, inf
 from typing import Final
@@ -123,6 +123,11 @@ def _ewma(average: float, sample: float, age: float) -> float:
         return sample
     # Two samples of one moment still count: each moves the average at least as 50 ms would.
     return average + (1.0 - exp(-max(age, 0.05) / AVERAGE_TAU_S)) * (sample - average)
+
+
+def cached_in(backends: Iterable[Backend], request: RequestFacts) -> dict[str, int]:
+    """What of the request each backend has cached, tokens (`RequestFacts.cached`)."""
+    return {backend.name: tokens for backend in backends if (tokens := backend.cached_tokens(request))}
 
 
 class Lease:
