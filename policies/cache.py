@@ -92,33 +92,33 @@ class CacheAware(Policy):
         return self._most_room(request, backends)
 
     def _shortest_queue(self, backends: Sequence[BackendView]) -> Send:
-        turns = self._turns
+        turn = self._turns.get
         scores = {}
         ranking: list[Rank] = []
         for index, backend in enumerate(backends):
             name = backend.name
             scores[name] = load = backend.in_flight / backend.slots
-            ranking.append((load, turns[name], 0.0, index, name))
+            ranking.append((load, turn(name, 0), 0.0, index, name))
         return best_first(ranking, f"imbalanced: shortest queue of {len(ranking)}", scores)
 
     def _best_match(self, request: RequestFacts, backends: Sequence[BackendView], match: int) -> Send:
-        cached, tokens, turns = request.cached, request.prompt_tokens, self._turns
+        cached, tokens, turn = request.cached, request.prompt_tokens, self._turns.get
         scores = {}
         ranking: list[Rank] = []
         for index, backend in enumerate(backends):
             name = backend.name
             scores[name] = share = cached.get(name, 0) / tokens
-            ranking.append((-share, backend.in_flight / backend.slots, turns[name], index, name))
+            ranking.append((-share, backend.in_flight / backend.slots, turn(name, 0), index, name))
         return best_first(ranking, f"has {match / tokens:.0%} of the prompt cached", scores)
 
     def _most_room(self, request: RequestFacts, backends: Sequence[BackendView]) -> Send:
-        turns, of = self._turns, self._filled
+        turn, filled_of = self._turns.get, self._filled.lookup
         scores = {}
         ranking: list[Rank] = []
         for index, backend in enumerate(backends):
             name = backend.name
-            scores[name] = filled = of.get(name, 0.0)
-            ranking.append((filled, backend.in_flight / backend.slots, turns[name], index, name))
+            scores[name] = filled = filled_of(name, 0.0)
+            ranking.append((filled, backend.in_flight / backend.slots, turn(name, 0), index, name))
         send = best_first(ranking, f"most room in its cache, of {len(ranking)}", scores)
         self._decided = (request.id, ranking[0][0])
         return send

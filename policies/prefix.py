@@ -101,7 +101,7 @@ class PrefixAffinity(_OrFallback):
         if blocks < 1:
             raise ValueError(f"blocks must be at least 1, not {blocks}")
         super().__init__(rng, fallback, bound, bound_from)
-        self.needs |= {"prefix"}
+        self.needs |= {"hashes"}
         self._blocks = blocks
 
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:

@@ -57,7 +57,7 @@ class SkyLB(Policy):
         self._turns = Turns()
 
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
-        cached, turns, unprobed = request.cached, self._turns, self._unprobed
+        cached, turn, unprobed = request.cached, self._turns.get, self._unprobed
         since = now - ENGINE_FIGURES_VALID_S
         scores: dict[str, float] = {}
         ranking: list[Rank] = []
@@ -70,7 +70,7 @@ class SkyLB(Policy):
                 available = in_flight < slots and in_flight < unprobed
             if available:
                 scores[name] = tokens = cached.get(name, 0)
-                ranking.append((-tokens, in_flight / slots, turns[name], index, name))
+                ranking.append((-tokens, in_flight / slots, turn(name, 0), index, name))
             else:
                 rest.append((in_flight / slots, 0.0, 0.0, index, name))
         if not ranking:
@@ -130,7 +130,7 @@ class KvThreshold(Policy):
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
         if len(backends) == 1:
             return only(backends[0])
-        turns = self._turns
+        turn = self._turns.get
         members: dict[str, list[Rank]] = {}
         used: dict[str, float] = {}
         slots_of: dict[str, int] = {}
@@ -145,7 +145,7 @@ class KvThreshold(Policy):
             if 0.0 < backend.rtt_s < rtt[site]:
                 rtt[site] = backend.rtt_s
             members[site].append(
-                (backend.in_flight_tokens / slots, backend.in_flight / slots, turns[name], index, name)
+                (backend.in_flight_tokens / slots, backend.in_flight / slots, turn(name, 0), index, name)
             )
         preferred, last, threshold = self._preferred, len(self._preferred), self._threshold
         # The list is walked as a ranking: those with room in order of preference, then the others by KV use.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeAlias, TypeVar
 
 from policies.base import BackendView, Send
@@ -28,6 +28,11 @@ class Recent(Generic[Value]):
 
     def get(self, name: str, default: Value) -> Value:
         return self._values.get(name, default)
+
+    @property
+    def lookup(self) -> Callable[[str, Value], Value]:
+        """`get`, for loops over many backends."""
+        return self._values.get
 
     def note(self, name: str, value: Value) -> None:
         values = self._values
@@ -56,6 +61,11 @@ class Turns:
 
     def __getitem__(self, name: str) -> int:
         return self._last.get(name, 0)
+
+    @property
+    def get(self) -> Callable[[str, int], int]:
+        """The same of a name, with 0 as the second argument: for loops over many backends."""
+        return self._last.lookup
 
     def __len__(self) -> int:
         return len(self._last)

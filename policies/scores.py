@@ -62,7 +62,7 @@ def _prefix(request: RequestFacts, backends: Views, now: float, uses: Uses) -> l
     if not cached or request.prompt_tokens < 1:
         return [0.0] * len(backends)
     tokens = request.prompt_tokens
-    return [min(cached.get(backend.name, 0) / tokens, 1.0) for backend in backends]
+    return [cached.get(backend.name, 0) / tokens for backend in backends]
 
 
 def _queue(request: RequestFacts, backends: Views, now: float, uses: Uses) -> list[float]:
@@ -82,7 +82,7 @@ def _load(request: RequestFacts, backends: Views, now: float, uses: Uses) -> lis
 
 def _kv(request: RequestFacts, backends: Views, now: float, uses: Uses) -> list[float]:
     """The share of its KV cache that is free."""
-    return [max(1.0 - use, 0.0) for use in kv_uses(backends, now)]
+    return [1.0 - use if use < 1.0 else 0.0 for use in kv_uses(backends, now)]
 
 
 def _latency(request: RequestFacts, backends: Views, now: float, uses: Uses) -> list[float]:
@@ -131,8 +131,8 @@ def _least_recent(request: RequestFacts, backends: Views, now: float, uses: Uses
     """Of a prompt that nobody has cached: from 1 for whoever got such a one longest ago down to 0; else 0.5."""
     if request.cached or len(backends) < 2:
         return [0.5] * len(backends)
-    turns = uses.cold_turns
-    order = sorted(range(len(backends)), key=[turns[backend.name] for backend in backends].__getitem__)
+    turn = uses.cold_turns.get
+    order = sorted(range(len(backends)), key=[turn(backend.name, 0) for backend in backends].__getitem__)
     scores = [0.0] * len(backends)
     for place, index in enumerate(order):
         scores[index] = 1.0 - place / (len(order) - 1)
@@ -261,9 +261,11 @@ class WeightedScores(Policy):
             _check("filter", name, FILTERS)
         if not 0.0 < temperature < inf:
             raise ValueError(f"temperature must be above 0, not {temperature:g}")
-        self._scorers = [(name, weight, SCORERS[name]) for name, weight in scorers.items() if weight]
+        self._scorers = [
+            (f"{name} {weight:g} x", weight, SCORERS[name]) for name, weight in scorers.items() if weight
+        ]
         self._filters = [FILTERS[name] for name in filters]
-        used = [name for name, _, _ in self._scorers]
+        used = [name for name, weight in scorers.items() if weight]
         self.needs = frozenset().union(*[NEEDS.get(name, frozenset()) for name in (*used, *filters)])
         self._picker = picker
         self._temperature = temperature
@@ -276,19 +278,22 @@ class WeightedScores(Policy):
         kept = backends
         for leave in self._filters:
             kept = leave(request, kept, now) or kept
-        totals = [0.0] * len(kept)
+        totals: list[float] = []
         parts = []
-        for name, weight, score in self._scorers:
+        for label, weight, score in self._scorers:
             values = score(request, kept, now, self._uses)
-            parts.append((name, weight, values))
-            totals = [total + weight * value for total, value in zip(totals, values, strict=True)]
-        turns = self._uses.turns
+            parts.append((label, values))
+            if totals:
+                totals = [total + weight * value for total, value in zip(totals, values, strict=True)]
+            else:
+                totals = [weight * value for value in values]
+        turn = self._uses.turns.get
         scores = {}
         ranking: list[Rank] = []
         for index, backend in enumerate(kept):
             name = backend.name
             scores[name] = total = totals[index]
-            ranking.append((-total, backend.in_flight / backend.slots, turns[name], index, name))
+            ranking.append((-total, backend.in_flight / backend.slots, turn(name, 0), index, name))
         send = best_first(ranking, "", scores)
         chosen = ranking[0][3]
         if self._picker != "best":
@@ -300,10 +305,10 @@ class WeightedScores(Policy):
             for index, backend in enumerate(backends):
                 name = backend.name
                 if name not in scores:
-                    rest.append((backend.in_flight / backend.slots, turns[name], 0.0, index, name))
+                    rest.append((backend.in_flight / backend.slots, turn(name, 0), 0.0, index, name))
             rest.sort()
             send.fallbacks += tuple([rank[4] for rank in rest])
-        told = ", ".join([f"{name} {weight:g} x {values[chosen]:.2f}" for name, weight, values in parts])
+        told = ", ".join([f"{label} {values[chosen]:.2f}" for label, values in parts])
         how = "best" if self._picker == "best" else "drawn"
         send.reason = f"{how} of {len(kept)}: {told}"
         return send

@@ -304,14 +304,14 @@ def test_the_reason_tells_whose_backend_it_is() -> None:
 def test_a_short_prompt_is_the_fallbacks() -> None:
     assert belongs(PrefixAffinity(Random(0)), loaded(2, 1, 4)).reason == "least saturation of 3"
     policy = PrefixAffinity(Random(0), fallback=f"{__name__}:Hears")
-    assert policy.needs == {"prefix", "weight"}
+    assert policy.needs == {"hashes", "prefix", "weight"}
     policy.first_token(request("r1"), BackendView("b"), 0.0)
     assert Hears.heard == ["first_token r1"]
 
 
 def test_the_session_may_come_first() -> None:
     policy = SessionAffinity(Random(0), fallback="prefix-affinity")
-    assert policy.needs == {"prefix", "weight"}
+    assert policy.needs == {"hashes", "weight"}
     pool = views(20)
     alone = PrefixAffinity(Random(0))
     assert belongs(policy, pool, 1, 2).scores == belongs(alone, pool, 1, 2).scores
