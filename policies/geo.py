@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 
 from policies.base import ENGINE_FIGURES_VALID_S, BackendView, Decision, Policy, RequestFacts
 from policies.lengths import EXPECTED_TOKENS
-from policies.ranking import REMEMBERED, Rank, Recent, Turns, best_first, only
+from policies.ranking import ALIKE, REMEMBERED, Rank, Recent, Turns, best_first, only
 
 Place: TypeAlias = tuple[float, float]
 """Latitude and longitude, degrees."""
@@ -30,9 +30,6 @@ TPOT_S = 0.03
 
 FADE_S = 60.0
 """Time constant with which the TTFT of a backend that nothing is sent to loses its weight, seconds."""
-
-ALIKE = 0.10
-"""Costs that differ by less than this share (and 1 ms) are alike: averages are no more exact than that."""
 
 
 class Geo(Policy):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeAlias, TypeVar
 
 from policies.base import BackendView, Send
 
 REMEMBERED = 4096
 """Backends a policy remembers something of; of more, those it has used lately."""
+
+ALIKE = 0.10
+"""Costs that differ by less than this share (and 1 ms) are alike: averages are no more exact than that."""
 
 Value = TypeVar("Value")
 
@@ -25,6 +28,11 @@ class Recent(Generic[Value]):
 
     def get(self, name: str, default: Value) -> Value:
         return self._values.get(name, default)
+
+    @property
+    def lookup(self) -> Callable[[str, Value], Value]:
+        """`get`, for loops over many backends."""
+        return self._values.get
 
     def note(self, name: str, value: Value) -> None:
         values = self._values
@@ -53,6 +61,11 @@ class Turns:
 
     def __getitem__(self, name: str) -> int:
         return self._last.get(name, 0)
+
+    @property
+    def get(self) -> Callable[[str, int], int]:
+        """The same of a name, with 0 as the second argument: for loops over many backends."""
+        return self._last.lookup
 
     def __len__(self) -> int:
         return len(self._last)

@@ -287,7 +287,8 @@ class Exchange(Relay):
         model = runtime.aliases.get(body.model, body.model)
         self._check_model(body.model, model)
         prefix: tuple[int, ...] = ()
-        if "prefix" in runtime.fleet.needs and not self.route.media:
+        needs = runtime.fleet.needs
+        if ("prefix" in needs or "hashes" in needs) and not self.route.media:
             prefix = prompt_hashes(body.raw, runtime.salt)
         self.include_usage = body.include_usage
         self.every_event = body.every_event

@@ -58,6 +58,7 @@ TESTED_BY = {
     "policies/refusals.py": "tests/policies/test_valve.py",
     "policies/picks.py": "tests/policies/test_files.py",
     "policies/profile.py": "tests/sim/test_profiles.py",
+    "policies/rendezvous.py": "tests/policies/test_prefix.py",
     "policies/routing.py": "tests/policies/test_rules.py",
     "policies/rule.py": "tests/policies/test_rules.py",
     "policies/siteschema.py": "tests/proxy/test_config.py",

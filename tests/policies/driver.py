@@ -68,6 +68,7 @@ class Driver:
         while isinstance(decision, Hold):
             assert decision.until > self.now
             self.now = decision.until
+            self._settle()
             decision = self.policy.choose(facts, candidates, self.now)
         assert isinstance(decision, Send)
         return decision

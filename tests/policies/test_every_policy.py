@@ -23,8 +23,20 @@ from tests.policies.driver import Driver, loaded, request, views
 
 Make = Callable[[Random], Policy]
 
-TAKE_THE_IDLER = ("least-load", "power-of-two", "geo", "shortest-path")
+TAKE_THE_IDLER = (
+    "least-load",
+    "power-of-two",
+    "geo",
+    "shortest-path",
+    "skylb",
+    "kv-threshold",
+    "weighted-scores",
+)
 DRAW = ("random", "power-of-two")
+DRAW_IF_TOLD: tuple[tuple[str, dict[str, object]], ...] = (
+    ("weighted-scores", {"picker": "weighted-random"}),
+    ("weighted-scores", {"picker": "softmax", "temperature": 0.3}),
+)
 SHARE = ("round-robin", "weighted-qps")
 """Give each its share of the requests whatever the load is."""
 
@@ -228,13 +240,14 @@ def test_of_two_always_the_idler(name: str) -> None:
     takes_the_idler(lambda rng: load(name, rng))
 
 
-def test_without_a_session_affinity_takes_the_idler_too() -> None:
-    takes_the_idler(lambda rng: load("session-affinity", rng))
+@pytest.mark.parametrize("name", ["session-affinity", "prefix-affinity"])
+def test_without_anything_to_hash_affinity_takes_the_idler_too(name: str) -> None:
+    takes_the_idler(lambda rng: load(name, rng))
 
 
-@pytest.mark.parametrize("name", DRAW)
-def test_propensities_are_frequencies(name: str) -> None:
-    propensities_are_frequencies(lambda rng: load(name, rng))
+@pytest.mark.parametrize(("name", "parameters"), [*((name, {}) for name in DRAW), *DRAW_IF_TOLD])
+def test_propensities_are_frequencies(name: str, parameters: dict[str, object]) -> None:
+    propensities_are_frequencies(lambda rng: load(name, rng, **parameters))
 
 
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - set(DRAW)))

@@ -59,7 +59,8 @@ def _default(value: object) -> str:
     if value is policies.REQUIRED:
         return ", required"
     written = str(value).lower() if isinstance(value, bool) else str(value)
-    return f", default {written}" if value is not None and not isinstance(value, Mapping) else ""
+    said = value is not None and value != () and not isinstance(value, Mapping)
+    return f", default {written}" if said else ""
 
 
 def test_every_library_file_is_listed() -> None:

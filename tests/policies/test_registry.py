@@ -130,11 +130,10 @@ def test_every_kind_of_parameter() -> None:
     [
         (
             "least-laod",
-            "no policy 'least-laod'; did you mean 'least-load'? There are cost, geo, least-load, nash, "
-            "power-of-two, random, round-robin, session-affinity, shortest-path, wardrop, weighted-qps, "
-            "and package.module:Class",
+            "no policy 'least-laod'; did you mean 'least-load'? There are "
+            f"{', '.join(sorted(POLICIES))}, and package.module:Class",
         ),
-        ("zzz", "no policy 'zzz'. There are cost, geo, "),
+        ("zzz", f"no policy 'zzz'. There are {min(POLICIES)}, "),
         (
             "nowhere.at_all:Policy",
             "policy nowhere.at_all:Policy cannot be imported from nowhere.at_all:Policy: No ",
