@@ -38,6 +38,12 @@ POLICIES: dict[str, str] = {
     "session-affinity": "policies.prefix:SessionAffinity",
     "geo": "policies.geo:Geo",
     "shortest-path": "policies.geo:ShortestPath",
+    "prequal": "policies.latency:Prequal",
+    "peak-ewma": "policies.latency:PeakEwma",
+    "forecast": "policies.latency:Forecast",
+    "lmetric": "policies.prefill:Lmetric",
+    "gorgo": "policies.prefill:Gorgo",
+    "mooncake": "policies.prefill:Mooncake",
 }
 """Name to `module:Class`; imported when asked for."""
 

@@ -23,7 +23,10 @@ from tests.policies.driver import Driver, loaded, request, views
 
 Make = Callable[[Random], Policy]
 
-TAKE_THE_IDLER = ("least-load", "power-of-two", "geo", "shortest-path")
+TAKE_THE_IDLER = (
+    *("least-load", "power-of-two", "geo", "shortest-path"),
+    *("prequal", "peak-ewma", "forecast", "lmetric", "gorgo", "mooncake"),
+)
 DRAW = ("random", "power-of-two")
 SHARE = ("round-robin", "weighted-qps")
 """Give each its share of the requests whatever the load is."""
