@@ -87,15 +87,16 @@ class TestPrequal:
         assert send.backend == "b0"
         assert send.scores == {"b0": pytest.approx(0.4), "b1": pytest.approx(0.55)}
 
-    def test_the_load_is_that_of_the_dispatch(self) -> None:
+    def test_the_load_is_that_beside_it_when_it_was_sent(self) -> None:
         policy = Prequal(Random(1))
         (view,) = pool(1)
-        policy.dispatched(request("a"), view, NOW)
-        view.in_flight = 9
-        policy.first_token(request("a"), view, NOW + 0.3)
-        policy.dispatched(request("b"), view, NOW)
-        policy.first_token(request("b"), view, NOW + 0.7)
+        policy.dispatched(request("first"), view, NOW)
+        view.in_flight = 2
+        policy.dispatched(request("second"), view, NOW)
+        policy.first_token(request("first"), view, NOW + 0.3)
+        policy.first_token(request("second"), view, NOW + 0.7)
         assert chosen(policy, pool(0, 0), NOW + 1).scores["b0"] == pytest.approx(0.3)
+        assert chosen(policy, pool(1, 1), NOW + 1).scores["b0"] == pytest.approx(0.7)
 
     def test_alike_times_go_by_load_and_then_by_turn(self) -> None:
         policy = Prequal(Random(1), quantile=1.0)
