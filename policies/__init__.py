@@ -46,6 +46,12 @@ POLICIES: dict[str, str] = {
     "cost": "policies.cost:Cost",
     "nash": "policies.game:Nash",
     "wardrop": "policies.game:Wardrop",
+    "prequal": "policies.latency:Prequal",
+    "peak-ewma": "policies.latency:PeakEwma",
+    "forecast": "policies.latency:Forecast",
+    "lmetric": "policies.prefill:Lmetric",
+    "gorgo": "policies.prefill:Gorgo",
+    "mooncake": "policies.prefill:Mooncake",
 }
 """Name to `module:Class`; imported when asked for."""
 

@@ -24,13 +24,9 @@ from tests.policies.driver import Driver, loaded, request, views
 Make = Callable[[Random], Policy]
 
 TAKE_THE_IDLER = (
-    "least-load",
-    "power-of-two",
-    "geo",
-    "shortest-path",
-    "skylb",
-    "kv-threshold",
-    "weighted-scores",
+    *("least-load", "power-of-two", "geo", "shortest-path"),
+    *("prequal", "peak-ewma", "forecast", "lmetric", "gorgo", "mooncake"),
+    *("skylb", "kv-threshold", "weighted-scores"),
 )
 DRAW = ("random", "power-of-two")
 DRAW_IF_TOLD: tuple[tuple[str, dict[str, object]], ...] = (
