@@ -187,14 +187,14 @@ def propensities_are_frequencies(make: Make) -> None:
 
 
 def memory_is_bounded(make: Make) -> None:
-    """100,000 sessions and twice as many backends come and go; the second half leaves nothing behind.
+    """24,000 sessions and twice as many backends come and go; the second half leaves nothing behind.
 
     Every other decision is never carried out.
     """
     policy = make(Random(9))
     pool = views(2, ttft_s=0.1, location=(31.2, 121.5))
     blocks = 0
-    for number in range(100_000):
+    for number in range(24_000):
         pool[0].name, pool[1].name = f"new{number}", f"newer{number}"
         labels = {"location": f"{number % 90},{number % 179}"}
         facts = request(f"r{number}", session=f"tenant/s{number}", labels=labels)
@@ -205,7 +205,7 @@ def memory_is_bounded(make: Make) -> None:
             policy.dispatched(facts, chosen, float(number))
             policy.first_token(facts, chosen, float(number))
             policy.finished(Finished(facts, chosen.name, Outcome.OK, float(number)))
-        if number == 50_000:
+        if number == 12_000:
             gc.collect()
             blocks = sys.getallocatedblocks()
     gc.collect()
