@@ -36,8 +36,22 @@ POLICIES: dict[str, str] = {
     "power-of-two": "policies.simple:PowerOfTwo",
     "weighted-qps": "policies.simple:WeightedQps",
     "session-affinity": "policies.prefix:SessionAffinity",
+    "prefix-affinity": "policies.prefix:PrefixAffinity",
+    "cache-aware": "policies.cache:CacheAware",
+    "skylb": "policies.pushing:SkyLB",
+    "kv-threshold": "policies.pushing:KvThreshold",
+    "weighted-scores": "policies.scores:WeightedScores",
     "geo": "policies.geo:Geo",
     "shortest-path": "policies.geo:ShortestPath",
+    "cost": "policies.cost:Cost",
+    "nash": "policies.game:Nash",
+    "wardrop": "policies.game:Wardrop",
+    "prequal": "policies.latency:Prequal",
+    "peak-ewma": "policies.latency:PeakEwma",
+    "forecast": "policies.latency:Forecast",
+    "lmetric": "policies.prefill:Lmetric",
+    "gorgo": "policies.prefill:Gorgo",
+    "mooncake": "policies.prefill:Mooncake",
 }
 """Name to `module:Class`; imported when asked for."""
 

@@ -20,7 +20,8 @@ def undecided(
     rule = candidates.rule
     tier = candidates.tier_of[decision.backend] if isinstance(decision, Send) else -1
     policy = rule.choosers[tier] if tier >= 0 else rule.guarded
-    return Routing(request, rule.name, decision, decided_by, policy, tier, removed=candidates.removed, at=now)
+    removed, part = candidates.removed, candidates.part
+    return Routing(request, rule.name, decision, decided_by, policy, tier, removed=removed, at=now, part=part)
 
 
 def hopeless(request: RequestFacts, candidates: Candidates, wait: float, now: float) -> Routing:

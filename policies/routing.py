@@ -118,7 +118,7 @@ class Routing:
     spilling: bool = False
     """Whether the tier that took it, or one asked before, stood open."""
     removed: Mapping[str, str] | None = None
-    """Backends that constraints or weight 0 removed, with the reason. Shared between decisions: not to be
+    """Backends that constraints, the rule or weight 0 removed, with the reason. Shared between decisions: not to be
     changed."""
     candidates: tuple[Candidate, ...] = ()
     """What the policy chose from. A feasible backend that is not here had no free slot, was not available,
@@ -131,6 +131,8 @@ class Routing:
     """Tiers passed that have room, but whose policy asked to wait: index and reason."""
     failure: str = ""
     """Why the attempt failed that this decision led to; empty: it did not."""
+    part: str = ""
+    """The part of the rule's split whose backends it was decided among; empty: there is none."""
     lease: Lease | None = None
     """With a `Send` from the valve: load already counted; whoever gets it releases it."""
 

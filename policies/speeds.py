@@ -80,8 +80,9 @@ class Line:
         for i in range(size):
             self.theta[i] += direction[i] * gain * surprise
             row = covariance[i]
-            for j in range(size):
+            for j in range(i, size):
                 row[j] -= direction[i] * gain * direction[j]
+                covariance[j][i] = row[j]  # the same to the last bit: forgetting makes any difference grow
             trace += row[i] * self._scale[i]
         if trace < MOST_GAIN:
             for row in covariance:

@@ -11,7 +11,7 @@ pause much longer than tau the next sample replaces the average.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp, inf
 from typing import Final
@@ -125,6 +125,11 @@ def _ewma(average: float, sample: float, age: float) -> float:
     return average + (1.0 - exp(-max(age, 0.05) / AVERAGE_TAU_S)) * (sample - average)
 
 
+def cached_in(backends: Iterable[Backend], request: RequestFacts) -> dict[str, int]:
+    """What of the request each backend has cached, tokens (`RequestFacts.cached`)."""
+    return {backend.name: tokens for backend in backends if (tokens := backend.cached_tokens(request))}
+
+
 class Lease:
     """Load that one attempt holds on a backend, from dispatch until its stream has ended."""
 
@@ -199,7 +204,7 @@ class Fleet:
             ],
             self.health,
         )
-        other.needs, other.lengths = self.needs, self.lengths
+        other.needs, other.lengths, other.version = self.needs, self.lengths, self.version
         return other
 
     def replace(self, backends: Sequence[Backend]) -> None:

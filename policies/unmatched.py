@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from policies.base import RequestFacts
-from policies.match import Match
+from policies.match import SLA, TASK, Match
 from policies.yamlproblems import listed
 
 
@@ -32,11 +32,12 @@ def why_not(match: Match, request: RequestFacts) -> str:
             return f"its {what} is {number}, below {low}"
         if high is not None and number > high:
             return f"its {what} is {number}, above {high}"
-    for key, wanted_label in match.labels.items():
+    one_each = ((key, frozenset({value})) for key, value in match.labels.items())
+    for key, values in ((SLA, match.sla), (TASK, match.task), *one_each):
         have = request.labels.get(key)
-        if have != wanted_label:
+        if values and have not in values:
             said = "no label" if have is None else f"the label {key}={have}, not"
-            return f"it has {said} {key}={wanted_label}"
+            return f"it has {said} {_any([f'{key}={value}' for value in values])}"
     if match.hours is not None and not match.hours.contains(request.wall):
         return "it is not the time"
     return "its `when` does not hold"

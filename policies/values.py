@@ -62,7 +62,8 @@ class RequestFacts:
     """Higher goes first."""
     labels: Mapping[str, str] = field(default_factory=dict)
     prefix: tuple[int, ...] = ()
-    """Chained hashes of the prompt's leading blocks; filled only for policies that need `prefix`."""
+    """Chained hashes of the prompt's leading blocks; filled only for policies that need `prefix` or
+    `hashes`."""
     prefix_tokens: int = 512
     """Prompt tokens that each of `prefix` stands for (in the proxy an estimate: 2 KiB of the body)."""
     cached: Mapping[str, int] = field(default_factory=dict)

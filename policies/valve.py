@@ -139,7 +139,7 @@ class Valve:
         if now >= self._back_at or self.fleet.version != self._version:
             self._follow_fleet(now)
         excluded = frozenset(tried)
-        candidates = self.rules.candidates(request, self.fleet).without(excluded)
+        candidates = self.rules.candidates(request, self.fleet, excluded).without(excluded)
         if type(routing.decision) is Send:
             left = tuple(name for name in routing.decision.fallbacks if name in candidates.order)
             if left:
@@ -149,7 +149,7 @@ class Valve:
                 again.candidates = (copy_figures(backend, backend.saturation(now)),)
                 self._lease(again, now)
                 return again
-        again = self.rules.route(request, self.fleet, now, excluded)
+        again = self.rules.route(request, self.fleet, now, excluded, failed=excluded)
         if type(again.decision) is Hold:
             again = self._to_any(request, candidates, "fallback", "no tier has room for another attempt", now)
         self._lease(again, now)

@@ -1,8 +1,8 @@
 """What a valve would decide over a request now, without its being sent: nothing is counted, leased or held, no flag
-of a spill moves, and no generator of random numbers is drawn from.
+of a spill moves, and no policy hears of it or draws a number.
 
-It is the valve's own `submit`, over a copy of whatever deciding changes. What it only reads is shared: the queues,
-what is known of prefixes, speeds and lengths, and the policies, whose `choose` leaves no trace (but may draw).
+It is the valve's own `submit`, over a copy of whatever deciding changes, the policies among it. What it only reads
+is shared: the queues, and what is known of prefixes, speeds and lengths.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ class DryRun(Valve):
     """Decides once as another valve would."""
 
     def __init__(self, valve: Valve) -> None:
+        """Raises whatever a policy raises that cannot be copied."""
         super().__init__(valve.rules.aside(), valve.fleet.aside())
         self._held, self._queues = valve._held, valve._queues  # to be read only
+        self._version, self._back_at = valve._version, valve._back_at  # time is looked at when it would do so
         self._salted = valve.log.salted if isinstance(valve, RecordedValve) else None
         self.waiting = 0
         """Those that wait in the queue that the request would be put into."""
@@ -30,18 +32,7 @@ class DryRun(Valve):
         changes it."""
         if self._salted is not None and request.session:
             request.session = self._salted(request.session)  # while it is recorded, policies see it so
-        generators = [
-            (generator, generator.getstate()) for rule in self.rules.rules for generator in rule.generators
-        ]
-        choosers = {chooser for rule in self.rules.rules for chooser in (rule.guarded, *rule.choosers)}
-        failures = [(chooser, chooser.failures, chooser.last_failure) for chooser in choosers]
-        try:
-            return self.submit(request, now)
-        finally:
-            for generator, state in generators:
-                generator.setstate(state)
-            for chooser, count, last in failures:
-                chooser.failures, chooser.last_failure = count, last
+        return self.submit(request, now)
 
     def _lease(self, routing: Routing, now: float) -> None:
         pass

@@ -263,7 +263,7 @@ def _finding(one: _Located) -> Finding:
         return _mismatch(path, [one.expected], got, at_key)
     if kind in _BOUNDS:
         words, bound = _BOUNDS[kind]
-        return Finding(path, f"{words} {context[bound]:g}, got {shown(got)}")
+        return Finding(path, f"{words} {_bound(context[bound], got)}, got {shown(got)}")
     if kind == "too_short":
         count = context["min_length"]
         return Finding(path, f"needs at least {count} {'entry' if count == 1 else 'entries'}")
@@ -275,6 +275,15 @@ def _finding(one: _Located) -> Finding:
         return Finding(path, f"takes at most {context['max_length']} characters")
     message = error["msg"][:1].lower() + error["msg"][1:]
     return Finding(path, f"{message.replace('input should be', 'expected')}, got {shown(got)}", None, at_key)
+
+
+def _bound(bound: float, got: object) -> str:
+    """In the unit of what was given: `64MiB` beside `10MiB`."""
+    if isinstance(got, str) and got.endswith("B"):
+        for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+            if bound >= size and bound % size == 0:
+                return f"{bound / size:g}{unit}"
+    return f"{bound:.15g}"
 
 
 def _mismatch(path: Path, expected: list[str], got: object, at_key: bool = False) -> Finding:

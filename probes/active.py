@@ -8,6 +8,7 @@ probe finds out whether new connections work and never meets a pooled one that i
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Mapping
 from typing import Final
 
@@ -35,6 +36,9 @@ MODEL_NAME_LIMIT: Final = 512
 
 NO_HEALTH_ENDPOINT: Final = frozenset({401, 403, 404, 405, 501})
 """Answers to `GET /health` that say the server has none, or not for us: then its list of models tells."""
+
+REFUSALS: Final = frozenset({400, 401, 403, 495, 496})
+"""Answers to who shows a certificate that is not taken; the last two are nginx's."""
 
 
 class _Known(AbstractResolver):
@@ -117,7 +121,8 @@ async def _fetch(
             allow_redirects=False,
         ) as response:
             if not 200 <= response.status < 300:
-                raise ProbeError(str(response.status), response.status)
+                hint = _own_fault(target) if response.status in REFUSALS else ""
+                raise ProbeError(f"{response.status}{hint}", response.status)
             answer = bytearray()
             async for piece in response.content.iter_any():
                 answer += piece
@@ -125,7 +130,22 @@ async def _fetch(
                     raise ProbeError(f"answer longer than {limit} bytes")
             return bytes(answer)
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise ProbeError(_describe(error)) from error
+        raise ProbeError(_describe(error) + _hint(error, target)) from error
+
+
+def _hint(error: Exception, target: Target) -> str:
+    """What of ours may be the reason that a connection failed."""
+    match error:
+        case aiohttp.ClientConnectorCertificateError():
+            return ": the authority in `ca_file` has expired" if target.authorities_end <= time.time() else ""
+        case aiohttp.ClientConnectorDNSError() | aiohttp.ClientPayloadError() | ValueError():
+            return ""
+        case _:  # it may end the handshake, or, with TLS 1.3, what comes behind it
+            return _own_fault(target)
+
+
+def _own_fault(target: Target) -> str:
+    return ": our certificate has expired" if target.certificate_ends <= time.time() else ""
 
 
 def _describe(error: Exception) -> str:

@@ -52,6 +52,10 @@ class Target:
     """How its certificate is checked; None: by the system's authorities."""
     server_name: str | None = None
     """Name its certificate must carry; None: the URL's host."""
+    certificate_ends: float = inf
+    """When the certificate ends that we show it, Unix time; inf: we show none."""
+    authorities_end: float = inf
+    """The same of the authorities that `tls` trusts for it alone."""
 
     def __post_init__(self) -> None:
         if self.socket_path:

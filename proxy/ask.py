@@ -5,11 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from policies.units import BadValueError
 from probes.base import certificate_reason
+from proxy.certificate_dates import first_der
 
 if TYPE_CHECKING:
     from proxy.config import Config
@@ -20,6 +23,35 @@ PORTS_FILE = "ports.json"
 DEFAULT_ADMIN = "127.0.0.1:8081"
 CLIENTS_ERROR = "x-tidegate-clients-error"
 """Field of an answer of the admin port that is the error a client would get."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdminPort:
+    """Where a command has found an admin port by itself, and what that shows."""
+
+    address: str
+    """HOST:PORT, with `https://` in front where it speaks that."""
+    state: Path
+    """Of the proxy: there it says which certificates it shows."""
+    files: tuple[Path, ...] = ()
+    """The certificates that its configuration names."""
+
+    def fingerprints(self) -> frozenset[str]:
+        """Of the certificates that are trusted, as they stand now. Their names and dates do not matter: an address
+        of this machine is in few certificates, and whoever looks after one that has expired has to get in."""
+        found = _written(self.state).get("certificates")
+        known = {str(each) for each in found} if isinstance(found, list) else set()
+        for file in self.files:
+            try:
+                der = first_der(file)
+            except OSError:
+                continue  # what is running may have told
+            if der is not None:
+                known.add(sha256(der).hexdigest())
+        return frozenset(known)
+
+    def __str__(self) -> str:
+        return self.address
 
 
 class AskError(Exception):
@@ -80,24 +112,36 @@ def _given(admin: str, state: Path | None) -> str:
 
 def written_admin(state: Path) -> str | None:
     """The admin port that a running proxy wrote into its state directory."""
+    address = _written(state).get("admin")
+    return None if address is None else str(address)
+
+
+def _written(state: Path) -> dict[str, Any]:
+    """What a running proxy wrote there; empty: none does."""
     try:
-        return str(json.loads((state / PORTS_FILE).read_text(encoding="utf-8"))["admin"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        written = json.loads((state / PORTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return written if isinstance(written, dict) else {}
 
 
-def ask(address: str, path: str, body: bytes | None = None) -> dict[str, Any]:
-    """What the admin port at HOST:PORT answers to `GET path`, or to a `POST` of `body`. Raises AskError;
-    ClientsError for an error of the API in answer to a body.
+def ask(port: AdminPort | str, path: str, body: bytes | None = None) -> dict[str, Any]:
+    """What an admin port answers to `GET path`, or to a `POST` of `body`.
 
-    `address` may begin with `https://`: the certificate is checked by the system's authorities.
+    Raises AskError; ClientsError for an error of the API in answer to a body.
+
+    The certificate of one that was found has to be among those it is known to show. Of an address that was given
+    (HOST:PORT, with `https://` in front) the system's authorities decide.
     """
-    connection: http.client.HTTPConnection
-    if address.startswith("https://"):
-        connection = http.client.HTTPSConnection(address.removeprefix("https://"), timeout=5)
-    else:
-        connection = http.client.HTTPConnection(address, timeout=5)
+    address = str(port)
+    trusted = port.fingerprints() if isinstance(port, AdminPort) else frozenset()
+    connection = _connection(address, pinned=bool(trusted))
     try:
+        connection.connect()
+        if trusted and isinstance(connection.sock, ssl.SSLSocket):
+            shown = connection.sock.getpeercert(binary_form=True) or b""
+            if sha256(shown).hexdigest() not in trusted:
+                raise AskError(f"what answers at {address} shows another certificate than this proxy")
         if body is None:
             connection.request("GET", path)
         else:
@@ -107,7 +151,8 @@ def ask(address: str, path: str, body: bytes | None = None) -> dict[str, Any]:
     except ssl.SSLCertVerificationError as error:
         raise AskError(
             f"the certificate at {address} was refused: {certificate_reason(error)}; name the host as its "
-            "certificate does (--admin https://NAME:PORT), and its authority in SSL_CERT_FILE"
+            "certificate does (--admin https://NAME:PORT), and its authority in SSL_CERT_FILE; or, on the machine "
+            "of the proxy, leave --admin out"
         ) from None
     except OSError as error:
         reason = (error.strerror or "no answer within 5 s").lower()
@@ -124,3 +169,13 @@ def ask(address: str, path: str, body: bytes | None = None) -> dict[str, Any]:
     if not isinstance(refusal, dict) or "code" in refusal:  # errors of the API have a code
         raise AskError(f"what answers at {address} is not the admin port of tidegate")
     raise AskError(str(refusal.get("message")))
+
+
+def _connection(address: str, *, pinned: bool) -> http.client.HTTPConnection:
+    """`pinned`: what its certificate says is not looked at, but which one it is."""
+    if not address.startswith("https://"):
+        return http.client.HTTPConnection(address, timeout=5)
+    context = ssl.create_default_context()
+    if pinned:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return http.client.HTTPSConnection(address.removeprefix("https://"), timeout=5, context=context)

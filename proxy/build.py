@@ -11,6 +11,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TypeVar
@@ -25,10 +26,13 @@ from policies.yamlfile import FileProblems, parse_yaml
 from probes.base import Target, Timing
 from probes.host import HostTarget
 from probes.resolver import Resolver
-from proxy.certificates import Certificate, load_certificates, load_chain, not_for_tls
+from proxy.certificate_dates import BackendCertificate, backend_certificate, end_of
+from proxy.certificates import Certificate, load_certificates, load_chain, not_for_tls, unreadable
 from proxy.config import DEFAULT_FILE, BackendConfig, Config, SiteConfig, Tls, backend_key, is_policy_file
 from proxy.config import Price as PriceConfig
 from proxy.config_values import is_loopback, split_address
+from proxy.masking import without_secrets
+from proxy.places import unusable_places
 from proxy.prices import Price, Prices
 from proxy.upstream import Endpoint
 
@@ -81,6 +85,8 @@ class Built:
     hosts: list[HostTarget]
     certificates: tuple[Certificate, ...] = ()
     """What clients are shown; empty: they speak plain HTTP."""
+    backend_certificates: tuple[BackendCertificate, ...] = ()
+    """What backends are shown, and the authorities that they are checked by."""
 
 
 def build(
@@ -100,8 +106,11 @@ def build(
     at: tuple[str | int, ...] = ()
     """What is being read, in the configuration."""
     try:
+        for problem in unusable_places(config, None if before is None else before.config):
+            raise problem
         certificates = load_certificates(config.tls)
         backends, configured, endpoints, targets, changes = [], [], {}, [], []
+        dated: list[BackendCertificate] = []
         contexts: dict[Path | None, ssl.SSLContext] = {}
         for number, section in enumerate(config.backends):
             at = ("backends", number)
@@ -120,7 +129,9 @@ def build(
                 backends.append(old)
                 changes.append((old, fresh, section, slots))
             endpoints[section.name] = _endpoint(section, key, tls, tls_files, config, loop, resolver)
-            targets.append(_target(section, slots, key, tls))
+            dates = backend_certificates(section)
+            dated += dates
+            targets.append(_target(section, slots, key, tls, dates))
         at = ()
         prices_now = prices(config)
         # The present backends still stand where the old configuration had them.
@@ -144,6 +155,7 @@ def build(
         health(config),
         hosts_of(config),
         certificates,
+        tuple(dated),
     )
 
 
@@ -155,7 +167,7 @@ def _placed(error: BadValueError, at: tuple[str | int, ...], path: Path | None) 
         document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, ValueError, FileProblems):
         return str(error)
-    return str(document.failed([document.problem(at, error.message)]))
+    return str(without_secrets(document.failed([document.problem(at, error.message)])))
 
 
 def make_backends(config: Config) -> list[Backend]:
@@ -207,8 +219,13 @@ def load_policy(config: Config, backends: list[Backend], seed: int) -> CompiledP
         text = Path(config.policy).read_text(encoding="utf-8")
     else:
         text = library_policy(config.policy)
-    known = KnownNames(backends, frozenset(config.sites))
-    return read_policy(text, config.policy, known, seed)
+    return read_policy(text, config.policy, known_names(config, backends), seed)
+
+
+def known_names(config: Config, backends: list[Backend]) -> KnownNames:
+    """What policy files may name."""
+    operators = frozenset(site.operator for site in config.sites.values())
+    return KnownNames(backends, frozenset(config.sites), operators)
 
 
 def timing(config: Config) -> Timing:
@@ -239,9 +256,6 @@ def hosts_of(config: Config) -> list[HostTarget]:
 
 
 def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Backend:
-    data_classes = site.data_classes
-    if data_classes is None and section.site != "local":
-        data_classes = ["public"]
     price = section.price
     asks = section.models == "auto"
     return Backend(
@@ -255,7 +269,7 @@ def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Bac
         {**site.labels, **section.labels},
         site.operator,
         site.location,
-        None if data_classes is None else frozenset(data_classes),
+        site.accepts(section.site),
         bandwidth=float(section.bandwidth or 125_000_000),
         price_input=float(price.input) if price else None,
         price_output=float(price.output) if price else None,
@@ -328,10 +342,24 @@ def _endpoint(
     )
 
 
-def _target(section: BackendConfig, slots: int | None, key: str | None, tls: ssl.SSLContext | None) -> Target:
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    models = None if section.models == "auto" else frozenset(section.models)
-    return Target(section.name, section.url, models, slots, headers, tls, section.tls.server_name)
+def _target(
+    section: BackendConfig,
+    slots: int | None,
+    key: str | None,
+    tls: ssl.SSLContext | None,
+    dates: tuple[BackendCertificate, ...],
+) -> Target:
+    return Target(
+        section.name,
+        section.url,
+        None if section.models == "auto" else frozenset(section.models),
+        slots,
+        {} if key is None else {"Authorization": f"Bearer {key}"},
+        tls,
+        section.tls.server_name,
+        end_of(dates, "certificate"),
+        end_of(dates, "ca_file"),
+    )
 
 
 def tls_context(
@@ -352,11 +380,26 @@ def tls_context(
     )
     if tls.certificate is not None and tls.key is not None:
         certificate, key = tls.certificate, tls.key
-        _with_file(section, "key", key, key.read_bytes)  # OpenSSL does not say which of the two it misses
+        if missing := unreadable(certificate, key):
+            at = "key" if certificate not in missing else "certificate"
+            raise BadValueError(f"backend {section.name}: {'; '.join(missing.values())}", at=(at,))
         _with_file(section, "certificate", certificate, lambda: load_chain(context, certificate, key))
     elif shared is not None:
         shared[tls.ca_file] = context
     return context
+
+
+def backend_certificates(section: BackendConfig) -> tuple[BackendCertificate, ...]:
+    """The dates of what stands in the `tls` of a backend, as far as they can be read."""
+    if not section.url.startswith("https:"):
+        return ()
+    found = []
+    for key, file in (("certificate", section.tls.certificate), ("ca_file", section.tls.ca_file)):
+        if file is not None:
+            found.append(
+                _with_file(section, key, file, partial(backend_certificate, section.name, key, file))
+            )
+    return tuple(dated for dated in found if dated is not None)
 
 
 def _tls_files(section: Tls) -> bytes:
@@ -418,8 +461,10 @@ def _price(price: PriceConfig, config: Config) -> Price:
 
 def warn_of(built: Built) -> None:
     """Say what is odd in a policy file (what is in the library is as it should be), and which certificates end."""
-    for certificate in built.certificates:
-        if warning := certificate.warning(time.time()):
-            log.warning("%s", warning)
+    wall = time.time()
+    ends = [certificate.warning(wall) for certificate in built.certificates]
+    ends += [certificate.warning(wall) for certificate in built.backend_certificates]
+    for warning in filter(None, ends):
+        log.warning("%s", warning)
     for found in built.policy.warnings if is_policy_file(built.config.policy) else ():
         log.warning("policy %s:%s: %s", built.policy.name, found.line, found.message)

@@ -13,16 +13,16 @@ from __future__ import annotations
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from policies.units import BadValueError
+from proxy.certificate_dates import words_on
 
 if TYPE_CHECKING:
     from proxy.config import CertificateConfig
 
-SOON_S: Final = 21 * 86400.0
-"""A certificate that ends sooner than this is warned of: what renews them by itself does so a month before."""
 _NO_CHECK_TIME: Final = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME: an expired certificate is to be read too."""
 _FLIGHTS: Final = 8
@@ -40,7 +40,8 @@ class Certificate:
     not_after: float
     """Unix times."""
     context: ssl.SSLContext = field(repr=False, compare=False)
-    serial: str = ""
+    fingerprint: str = ""
+    """SHA-256 of the certificate itself, hexadecimal."""
 
     def seconds_left(self, wall: float) -> float:
         """Until it ends, at Unix time `wall`; negative: it has ended."""
@@ -48,15 +49,9 @@ class Certificate:
 
     def warning(self, wall: float) -> str:
         """What is or will soon be wrong with its dates, for people; empty: nothing."""
-        if wall < self.not_before:
-            return f"certificate {self.file} is not valid yet: clients refuse it"
-        left = self.seconds_left(wall)
-        if left <= 0:
-            return f"certificate {self.file} has expired: clients refuse it"
-        if left < SOON_S:
-            days = int(left // 86400)
-            return f"certificate {self.file} expires in {days} day{'' if days == 1 else 's'}"
-        return ""
+        return words_on(
+            f"certificate {self.file}", self.not_before, self.not_after, wall, "clients refuse it"
+        )
 
 
 def load_certificates(sections: Sequence[CertificateConfig]) -> tuple[Certificate, ...]:
@@ -64,15 +59,19 @@ def load_certificates(sections: Sequence[CertificateConfig]) -> tuple[Certificat
     return tuple(_load(number, section) for number, section in enumerate(sections))
 
 
+def fingerprints(certificates: Sequence[Certificate]) -> list[str]:
+    """Of each."""
+    return [certificate.fingerprint for certificate in certificates]
+
+
 def _load(number: int, section: CertificateConfig) -> Certificate:
     context = server_context()
-    try:
-        section.key.open("rb").close()  # OpenSSL does not say which of the two it misses
-    except OSError as error:
-        raise _unusable(number, "key", section.key, (error.strerror or "cannot be read").lower()) from error
+    if missing := unreadable(section.certificate, section.key):
+        key = "key" if section.certificate not in missing else "certificate"
+        raise BadValueError("; ".join(missing.values()), at=("tls", number, key))
     try:
         load_chain(context, section.certificate, section.key)
-        said = _read(context, section.certificate)
+        said, der = _read(context, section.certificate)
     except ssl.SSLError as error:
         raise _unusable(number, "certificate", section.certificate, not_for_tls(error)) from None
     except OSError as error:
@@ -89,8 +88,19 @@ def _load(number: int, section: CertificateConfig) -> Certificate:
         float(ssl.cert_time_to_seconds(said["notBefore"])),
         float(ssl.cert_time_to_seconds(said["notAfter"])),
         context,
-        said["serialNumber"],
+        sha256(der).hexdigest(),
     )
+
+
+def unreadable(*files: Path) -> dict[Path, str]:
+    """Those that cannot be read, each with words on it: OpenSSL does not say which one it misses."""
+    found = {}
+    for file in files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            found[file] = f"{file}: {(error.strerror or 'cannot be read').lower()}"
+    return found
 
 
 def _unusable(number: int, key: str, file: Path, reason: str) -> BadValueError:
@@ -130,8 +140,8 @@ def not_for_tls(error: ssl.SSLError) -> str:
     return f"cannot be used for TLS ({reason})"
 
 
-def _read(server: ssl.SSLContext, file: Path) -> dict[str, Any]:
-    """What the certificate of `server` says. Raises ssl.SSLError: no handshake succeeds with it."""
+def _read(server: ssl.SSLContext, file: Path) -> tuple[dict[str, Any], bytes]:
+    """What the certificate of `server` says, and itself. Raises ssl.SSLError: no handshake succeeds with it."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.load_verify_locations(file)
@@ -144,9 +154,10 @@ def _read(server: ssl.SSLContext, file: Path) -> dict[str, Any]:
                 end.do_handshake()
             except ssl.SSLWantReadError:
                 pass
-    said = ends[0].getpeercert()
+    said, der = ends[0].getpeercert(), ends[0].getpeercert(binary_form=True)
     assert said
-    return said
+    assert der
+    return said, der
 
 
 def _names(said: dict[str, Any]) -> tuple[str, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from policies.yamlfile import Document, FileProblems, Problem, parse_yaml
 from policies.yamlproblems import closest
 from proxy.build import (
     DEFAULT_SLOTS,
+    backend_certificates,
     load_policy,
     make_backends,
     refused_without_keys,
@@ -27,7 +29,12 @@ from proxy.certificates import load_certificates
 from proxy.config import BackendConfig, Config, Price, backend_key, is_policy_file, load_config
 from proxy.database import OpenError, has_keys
 from proxy.masking import database_shown, without_secrets
+from proxy.places import unusable_places
+from proxy.prices import amount
 from proxy.readable import in_words
+
+PROBE_TOKENS = 10
+"""About what a chat template makes of the prompt of `probing.generate`, a full stop."""
 
 
 @dataclass(slots=True)
@@ -137,12 +144,16 @@ def _check_configuration(file: Path, text: str) -> Report:
         if isinstance(error, UnicodeDecodeError):
             words = f"{config.policy}: {words}"
         raise document.failed([document.problem(("policy",), words)]) from None
+    if not is_policy_file(config.policy):
+        policy = replace(policy, warnings=[])  # what is in the library is as it should be
     warnings = [(str(file), problem) for problem in _unused(config, document)]
     return _good(str(file), "configuration", f"{_in_words(file, config, backends)}\n\n", warnings, policy)
 
 
 def _unusable(config: Config, document: Document) -> Iterator[Problem]:
     """What the proxy would not start with, beyond what the file itself says."""
+    for found in unusable_places(config):
+        yield document.problem(found.at, found.message)
     try:
         load_certificates(config.tls)
     except BadValueError as error:
@@ -172,9 +183,14 @@ def _has_keys(config: Config) -> bool | None:
 def _unused(config: Config, document: Document) -> Iterator[Problem]:
     """What is written in a configuration and does nothing, or cannot work as things stand."""
     yield from _unknown_models(config, document)
+    yield from _generation_costs(config, document)
     for number, certificate in enumerate(load_certificates(config.tls)):
         if warning := certificate.warning(time.time()):
             yield document.problem(("tls", number, "certificate"), warning)
+    for number, section in enumerate(config.backends):
+        for dated in backend_certificates(section):
+            if warning := dated.warning(time.time()):
+                yield document.problem(("backends", number, "tls", dated.key), warning)
     refusal = refused_without_keys(config.listen, Path(document.name), None)
     if refusal and _has_keys(config) is None:
         message = f"whether there are keys cannot be seen from here: {refusal}"
@@ -235,15 +251,59 @@ def _in_words(file: Path, config: Config, backends: list[Backend]) -> str:
         f"Policy: {policy}.",
         "",
     ]
+    if on := list(_switched_on(config)):
+        lines += [*on, ""]
     for section, backend in zip(config.backends, backends, strict=True):
         lines += _backend(section, backend, config.ledger_currency)
     return "\n".join(lines)
+
+
+def _switched_on(config: Config) -> Iterator[str]:
+    """What is off unless it is asked for."""
+    hedging, probing = config.hedging, config.probing
+    if hedging.after != "off":
+        when = "95 % had theirs" if hedging.after == "p95" else f"{hedging.after:g} s"
+        most = f"{hedging.ratio:.3g} of all at most"
+        yield f"Hedging: a stream without its first token after {when} is sent once more, {most}."
+    if probing.enabled and probing.generate is not None:
+        yield f"Probes ask a backend for one token that has given clients none for {probing.generate:g} s."
+    if config.timeouts.heartbeat:
+        every = f"{config.timeouts.heartbeat:g} s"
+        yield f"Heartbeats: a stream that waits for its first token gets a comment every {every}."
+    for name, site in config.sites.items():
+        urls = [f"{key} {url}" for key, url in (("dcgm", site.host.dcgm), ("node", site.host.node)) if url]
+        if urls:
+            yield f"The machine of site {name} is watched: {', '.join(urls)}."
+
+
+def _generation_costs(config: Config, document: Document) -> Iterator[Problem]:
+    """`probing.generate` pays for tokens that no client has asked for."""
+    probing = config.probing
+    if probing.generate is None or not probing.enabled:
+        return
+    an_hour = 3600 / max(probing.generate, probing.interval)
+    for section in config.backends:
+        prices = [price for price in (section.price, *section.prices.values()) if price is not None]
+        dearest = max(
+            (PROBE_TOKENS * Decimal(price.input) + Decimal(price.output) for price in prices),
+            default=Decimal(),
+        )
+        if dearest:
+            cost = amount(round(dearest * round(an_hour) * 1000))  # nano-units, of a price for a million
+            tokens = f"{round(an_hour):,} tokens, each for a prompt of some {PROBE_TOKENS}"
+            message = (
+                f"backend {section.name} has a price: while no client asks, its probes cost up to {cost} "
+                f"{config.ledger_currency} an hour ({tokens})"
+            )
+            yield document.problem(("probing", "generate"), message)
 
 
 def _backend(section: BackendConfig, backend: Backend, currency: str) -> Iterator[str]:
     slots = f"as many slots as its engine says (until then {DEFAULT_SLOTS})"
     if (count := slots_of(section)) is not None:
         slots = f"{count} slots" + (f", as {section.profile} says" if section.slots == "auto" else "")
+    if section.adaptive:
+        slots += ", fewer while it would only queue more (adaptive)"
     models = "whatever models it serves" if section.models == "auto" else ", ".join(section.models)
     classes = "all data classes"
     if backend.data_classes is not None:

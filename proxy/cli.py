@@ -20,6 +20,7 @@ from proxy.cli_common import (
     JsonOption,
     StateOption,
     config_path,
+    console,
     fail,
     load,
     open_ledger,
@@ -216,7 +217,7 @@ def schema(
 
 @app.command()
 def usage(
-    by: Annotated[str, typer.Option(help="tenant, model, backend, key, site or day.")] = "tenant",
+    by: Annotated[str, typer.Option(help="tenant, model, backend, key, site, day or code.")] = "tenant",
     since: SinceOption = None,
     until: UntilOption = None,
     config: ConfigOption = None,
@@ -246,9 +247,8 @@ def usage(
     elif not lines:
         typer.echo(f"no requests {reports.span_in_words(begin, end)}")
     else:
-        from rich.console import Console
-
-        Console().print(reports.usage_table(lines))
+        shown = console()
+        shown.print(reports.usage_table(lines, shown.width))
 
 
 def _span(since: str | None, until: str | None) -> tuple[float | None, float | None]:
@@ -360,9 +360,11 @@ _ELSEWHERE = {
     "calibrate": "sim.calibrate_command:calibrate",
     "demo": "proxy.demo:demo",
     "emulate": "sim.emulate:emulate",
+    "leaderboard": "sim.leaderboard_command:leaderboard",
     "plan": "sim.plan_command:plan",
     "replay": "sim.replay_command:replay",
     "simulate": "sim.simulate_command:simulate",
+    "tune": "sim.tune_command:tune",
     "workload": "sim.workload_command:workload_app",
 }
 """Commands, and groups of them, that live beside what they start; imported when they are called or help is

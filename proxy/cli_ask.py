@@ -7,15 +7,25 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxy.cli_common import ConfigOption, JsonOption, config_path, fail, load, readable_errors
+from proxy.cli_common import (
+    ConfigOption,
+    JsonOption,
+    config_path,
+    console,
+    fail,
+    load,
+    readable_errors,
+    written_in,
+)
+
+if TYPE_CHECKING:
+    from proxy.ask import AdminPort
 
 AdminOption = Annotated[str | None, typer.Option("--admin", help="HOST:PORT of the admin port.")]
-_STATE_LINE = re.compile(r"""^state: *["']?([^"'#\n]*[^"'#\s])""", re.M)
-"""Where a file says `state`, also if it is not YAML as a whole."""
 _KEY = re.compile(r"tg_([0-9A-Za-z]{10})_[0-9A-Za-z]{43}_[0-9A-Za-z]{6}")
 WATCH_S = 1.0
 """Between two looks of `status --watch`."""
@@ -89,7 +99,7 @@ def explain(
     if asked:
         fail(f"--{asked[0][0].replace('_', '-')} is for --request: what was, is known")
     try:
-        record = fetch(request_id, _address(admin, config, state))
+        record = fetch(request_id, _port(admin, config, state))
     except AskError as error:
         fail(str(error), 1)
     typer.echo(json.dumps(record, indent=2) if json_output else render(record))
@@ -120,7 +130,7 @@ def _explain_what_if(
     path = None if admin is not None or state is not None else config_path(config)
     try:
         try:
-            record = fetch_what_if(asked, raw, _address(admin, config, state))
+            record = fetch_what_if(asked, raw, _port(admin, config, state))
         except NobodyError:
             if path is None:
                 raise
@@ -174,31 +184,29 @@ def status(
 
     Example: tidegate status --watch
     """
-    from rich.console import Console
-
     from proxy.ask import AskError, ask
     from proxy.status import screen
 
     if watch and json_output:
         fail("give --watch or --json, not both")
     try:
-        address = _address(admin, config, state)
-        shown = ask(address, "/state")
+        port = _port(admin, config, state)
+        shown = ask(port, "/state")
     except AskError as error:
         fail(str(error), 1)
     if json_output:
         typer.echo(json.dumps(shown, indent=2))
     elif watch:
         try:
-            _watch(address)
+            _watch(port)
         except KeyboardInterrupt:
             raise typer.Exit from None
     else:
-        console = Console()
-        console.print(screen(shown, address, console.width))
+        output = console()
+        output.print(screen(shown, str(port), output.width))
 
 
-def _watch(address: str) -> None:
+def _watch(port: AdminPort | str) -> None:
     """Show the state again and again: in place on a terminal, else as a line each time."""
     from rich.console import Console, Group
     from rich.live import Live
@@ -207,42 +215,48 @@ def _watch(address: str) -> None:
     from proxy.ask import AskError, ask
     from proxy.status import line, screen
 
-    console = Console()
-    if not console.is_terminal:
+    output = Console()
+    if not output.is_terminal:
         while True:
             try:
-                typer.echo(line(ask(address, "/state")))
+                typer.echo(line(ask(port, "/state")))
             except AskError as error:
                 typer.echo(str(error))
             time.sleep(WATCH_S)
     last = Group()
-    with Live(console=console, auto_refresh=False, screen=True) as live:
+    with Live(console=output, auto_refresh=False, screen=True) as live:
         while True:
             try:
-                last = Group(screen(ask(address, "/state"), address, console.width))
+                last = Group(screen(ask(port, "/state"), str(port), output.width))
                 live.update(last, refresh=True)
             except AskError as error:  # perhaps it is being restarted
                 live.update(Group(Text(str(error), "red"), last), refresh=True)
             time.sleep(WATCH_S)
 
 
-def _address(admin: str | None, config: Path | None, state: Path | None) -> str:
+def _port(admin: str | None, config: Path | None, state: Path | None) -> AdminPort | str:
     """Where the admin port is. Raises AskError."""
-    from proxy.ask import admin_address
+    from proxy.ask import DEFAULT_STATE, AdminPort, admin_address
 
     if admin is not None or state is not None:
-        return admin_address(admin, state, None)
+        address = admin_address(admin, state, None)
+        return address if state is None else AdminPort(address, state)
     path = config_path(config)
     if path is None:
-        return admin_address(None, None, None)
-    return _beside_broken(path) or admin_address(None, None, load(path, "--admin HOST:PORT"))
+        return AdminPort(admin_address(None, None, None), DEFAULT_STATE)
+    beside = _beside_broken(path)
+    if beside is not None:
+        return beside
+    loaded = load(path, "--admin HOST:PORT")
+    files = tuple(section.certificate for section in loaded.tls)
+    return AdminPort(admin_address(None, None, loaded), loaded.state, files)
 
 
-def _beside_broken(path: Path) -> str | None:
+def _beside_broken(path: Path) -> AdminPort | None:
     """The admin port of the proxy that runs on although its file was broken since; None: the file is right, or
     where the state is cannot be told from it."""
     from policies.yamlfile import FileProblems
-    from proxy.ask import DEFAULT_STATE, written_admin
+    from proxy.ask import DEFAULT_STATE, AdminPort, written_admin
     from proxy.config import load_config
 
     try:
@@ -250,12 +264,12 @@ def _beside_broken(path: Path) -> str | None:
     except OSError:
         return None
     except FileProblems:
-        found = _STATE_LINE.search(path.read_text(encoding="utf-8", errors="replace"))
-        state = path.parent / (found[1] if found else DEFAULT_STATE)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        state = path.parent / (written_in(text, "state") or DEFAULT_STATE)
         address = written_admin(state)
         if address is not None:
             typer.echo(
                 f"note: {path} cannot be used as it is: this is the proxy that runs on {state}", err=True
             )
-        return address
+            return AdminPort(address, state)
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from sqlalchemy import Engine
 
     from proxy.config import Config
 
+UNBOUNDED = 10_000
+"""Columns, where nobody says how many there are."""
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 ConfigOption = Annotated[
     Path | None,
@@ -44,6 +49,14 @@ def readable_errors() -> Iterator[None]:
         raise  # whoever read our output has left, as `head` does: typer ends quietly
     except READABLE_ERRORS as error:
         fail(in_words(error))
+
+
+def console() -> Console:
+    """Standard output for tables: as wide as the terminal or `COLUMNS`; into a pipe or file as wide as it gets."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=UNBOUNDED)
 
 
 def config_path(config: Path | None) -> Path | None:
@@ -77,26 +90,69 @@ class Place(NamedTuple):
     currency: str = ""
     """Empty: no configuration says it."""
     budget_zone: str = "UTC"
+    configured: bool = False
+    """Whether a configuration without mistakes says all this."""
 
 
 def ledger_place(config: Path | None, state: Path | None) -> Place:
     """From the configuration, or from `--state` alone."""
+    from proxy.ask import DEFAULT_STATE
+
     path = config_path(config)
     if path is None or state is not None:
-        return Place(state or Path("tidegate-data"))
+        return Place(state or DEFAULT_STATE)
     loaded = load(path, "--state DIRECTORY")
-    return Place(loaded.state, loaded.database, loaded.ledger_currency, loaded.budget_zone)
+    return Place(loaded.state, loaded.database, loaded.ledger_currency, loaded.budget_zone, True)
 
 
 def open_ledger(config: Path | None, state: Path | None, *, create: bool = False) -> tuple[Engine, Place]:
-    """The ledger's database and its place, for commands that read or write it."""
-    from proxy.database import open_database
+    """The ledger's database and its place, for commands that read or write it.
 
-    place = ledger_place(config, state)
+    A mistake in the file keeps nobody from revoking a key: of a broken one, `state` and `database` are read. Only
+    who may `create` a ledger needs a whole one.
+    """
+    from proxy.database import open_database
+    from proxy.disk_room import told_if_full
+    from proxy.ledger_note import noted_database
+
+    path = config_path(config) if state is None and not create else None
+    place = (_place_in_broken(path) if path is not None else None) or ledger_place(config, state)
     directory = place.directory
-    if not create and place.database is None and not (directory / "tidegate.db").exists():
-        fail(
-            f"there is no ledger in {directory}: name its configuration (--config) or its directory (--state)"
-        )
-    with readable_errors():
+    if place.database is None:
+        if not place.configured and (noted := noted_database(directory)):
+            fail(
+                f"the proxy on {directory} has its ledger in {noted}: give its configuration instead (--config "
+                "FILE, without --state); `list`, `revoke`, `usage` and `export` need only its `database: URL`, "
+                "whatever else is wrong in it"
+            )
+        if not create and not (directory / "tidegate.db").exists():
+            fail(
+                f"there is no ledger in {directory}: name its configuration (--config) or its directory (--state)"
+            )
+    with readable_errors(), told_if_full(directory):
         return open_database(place.database or directory, check=False), place
+
+
+def _place_in_broken(path: Path) -> Place | None:
+    """What a file with mistakes says of the ledger's place; None: it has no mistakes, or cannot be read."""
+    from policies.yamlfile import FileProblems
+    from proxy.ask import DEFAULT_STATE
+    from proxy.config import load_config
+
+    try:
+        load_config(path)
+    except OSError:
+        return None
+    except FileProblems:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        said = f"note: {path} cannot be used as it is: only its `state` and `database` are read (`tidegate check`)"
+        typer.echo(said, err=True)
+        return Place(path.parent / (written_in(text, "state") or DEFAULT_STATE), written_in(text, "database"))
+    return None
+
+
+def written_in(text: str, key: str) -> str | None:
+    """The value of a key at the left margin, also of a file that is not YAML as a whole; None: it is not there."""
+    plain, quoted = r"""[^\s"'#](?:[^\n#]|(?<=\S)#)*""", r""""[^"\n]*"|'[^'\n]*'"""
+    found = re.search(rf"^{key}: *({quoted}|{plain})", text, re.MULTILINE)
+    return found[1].strip().strip("\"'") or None if found else None

@@ -17,6 +17,7 @@ from proxy.cli_common import (
     JsonOption,
     StateOption,
     config_path,
+    console,
     fail,
     ledger_place,
     load,
@@ -35,7 +36,9 @@ keys_app = typer.Typer(help="API keys: create, list, revoke.", no_args_is_help=T
 
 @keys_app.command("create")
 def keys_create(
-    tenant: Annotated[str, typer.Option(help="Who uses it: usage is summed and traffic shared by tenant.")],
+    tenant: Annotated[
+        str, typer.Option(help="Who uses it, a word: usage is summed and traffic shared by tenant.")
+    ],
     name: Annotated[str, typer.Option(help="A note for people.")] = "",
     data_class: Annotated[
         str, typer.Option(help="Class of its data; only sites that may see it serve it.")
@@ -64,6 +67,7 @@ def keys_create(
     """
     from proxy.access.keys import KeyFieldError, create_key, list_keys
     from proxy.access.pepper import PepperError, load_pepper
+    from proxy.disk_room import told_if_full
 
     # Whatever can fail, fails before the key is made: it is shown once.
     path = config_path(config) if config or not state else None
@@ -71,7 +75,7 @@ def keys_create(
     labels, expiry = _labels(label), _expiry(expires)
     directory = ledger_place(config, state).directory
     is_new = not directory.exists()
-    with readable_errors():
+    with readable_errors(), told_if_full(directory):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # the ledger may be elsewhere
         engine, _ = open_ledger(config, state, create=True)
         try:
@@ -202,7 +206,6 @@ def keys_list(
         typer.echo(f"no keys in {where}: requests need none, and the proxy serves this machine only")
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
@@ -219,7 +222,7 @@ def keys_list(
     for row in rows:
         cells = (row["id"], row["tenant"], row["status"], row["data_class"], _in_words(row, currency))
         table.add_row(*map(Text, cells))
-    Console().print(table)
+    console().print(table)
 
 
 def _row(stored: StoredKey, now: float, spent: Mapping[str, int]) -> dict[str, Any]:

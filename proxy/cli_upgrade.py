@@ -38,7 +38,8 @@ def upgrade(drain: DrainOption = None, config: ConfigOption = None, state: Runni
         told = ask_for_upgrade(ledger_place(config, state).directory, drain_s)
     except UpgradeError as error:
         fail(str(error), 1)
+    count = told["running"]
+    left = f"still ends {count} request{'' if count == 1 else 's'}, for {told['drain']:g} s at most"
     typer.echo(
-        f"process {told['pid']} serves; process {told['old']} still ends {told['running']} requests, "
-        f"for {told['drain']:g} s at most"
+        f"process {told['pid']} serves; process {told['old']} {left if count else 'has no request to end'}"
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from policies.units import BadValueError, Duration, Fraction, Size
+from policies.units import BadValueError, Duration, Fraction, Size, parse_duration, shown
 from policies.yamlfile import FileModel
 
 
@@ -97,6 +97,18 @@ class HedgingConfig(FileModel):
     ratio: float = Field(
         0.05, ge=0, le=1, description="Second attempts allowed per streaming request of the last minute."
     )
+
+    @field_validator("after", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in ("off", "p95"):
+            try:
+                parse_duration(value)
+            except BadValueError as error:
+                meant = error.suggestion or ("p95" if value[:1] in "pP" else None)
+                message = f"expected a duration such as 500ms, `p95` or `off`, got {shown(value)}"
+                raise BadValueError(message, meant) from None
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> HedgingConfig:

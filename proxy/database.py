@@ -80,6 +80,11 @@ def open_database(target: str | Path, *, check: bool = True) -> Engine:
     return engine
 
 
+def check_target(target: str | Path) -> None:
+    """Raise OpenError for a URL that cannot be used, whoever may answer there. Connects to nobody."""
+    _engine(_url(target)).dispose()
+
+
 def has_keys(target: str | Path) -> bool | None:
     """Whether a key was ever made there; None: it cannot be seen without changing anything.
 
@@ -131,7 +136,7 @@ def _known(url: URL) -> URL:
 
 def _engine(url: URL) -> Engine:
     try:
-        return create_engine(url)
+        engine = create_engine(url)
     except ImportError as error:
         if postgres.is_postgres(url):
             raise OpenError(
@@ -141,6 +146,9 @@ def _engine(url: URL) -> Engine:
         raise OpenError(f"database {database_shown(url)}: {error}") from None
     except ArgumentError as error:
         raise OpenError(f"database {database_shown(url)}: {error}") from None
+    if postgres.is_postgres(url) and (unknown := postgres.unknown_parameter(url)):
+        raise OpenError(f"database {database_shown(url)}: its driver knows no parameter {unknown}")
+    return engine
 
 
 def _postgres_has_keys(url: URL) -> bool | None:

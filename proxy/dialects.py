@@ -15,6 +15,7 @@ import orjson
 
 from proxy.endpoints import ANTHROPIC, RESPONSES, Route
 from proxy.errors import CLIENT_ERRORS, STATUS, error_body, error_event
+from proxy.http1 import RequestHead, ResponseHead
 
 _STATUSES: Final = {500: 500, 502: 500, 503: 529}
 """Anthropic's own for those of ours that it does not have; all others stay."""
@@ -97,6 +98,35 @@ def translated(dialect: str, status: int, body: bytes) -> bytes:
     if not isinstance(document, dict) or document.get("type") == "error":
         return body
     return _anthropic(status, _message(document), client=status < 500)
+
+
+def not_served(
+    dialect: str, reply: ResponseHead, body: bytes, model: str, request: RequestHead
+) -> tuple[ResponseHead, bytes]:
+    """A backend's 404 or 405 for its client. If it says no more than that it does not know the path, it is put into
+    words: the path is one of ours, so it is the backend that lacks it. The status stays."""
+    if reply.content_encoding not in (b"", b"identity") or not _says_nothing(body):
+        return reply, body
+    lines = reply.fields.split(b"\r\n")[:-1]
+    kept = [line for line in lines if line[:13].lower() != b"content-type:"]
+    fields = b"\r\n".join([*kept, b"content-type: application/json", b""])
+    path = request.target.partition(b"?")[0].decode("latin-1")
+    message = f"the backend of {model[:128]!r} has no {path}"
+    head = ResponseHead(reply.status, reply.phrase, fields, content_type=b"application/json")
+    return head, body_in(dialect, "endpoint_not_served", message)
+
+
+def _says_nothing(body: bytes) -> bool:
+    """Whether an error has only the words of FastAPI for an unknown path, or none that a client of ours reads."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return True
+    if not isinstance(document, dict):
+        return True
+    if "error" in document or isinstance(document.get("message"), str):
+        return False
+    return document.get("detail") in (None, "Not Found", "Method Not Allowed")
 
 
 def _message(document: dict[str, Any]) -> str:

@@ -154,6 +154,8 @@ _WEBSOCKETS: Final = {route.path.encode(): route for route in TABLE if route.bod
 RESPONSE_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 """Ids of responses that are kept, and looked up."""
 
+_ANSWERED_HERE: Final = (b"/v1/models",)
+
 _STORED_PATH: Final = re.compile(
     rb"(/v1/responses/([A-Za-z0-9_-]{1,128})(/cancel)?)(?:\?[A-Za-z0-9_=&.,%\[\]-]*)?"
 )
@@ -182,6 +184,23 @@ def stored_id(target: bytes) -> str:
     """The id of the response that a target names; empty: its query holds what none of the parameters needs."""
     match = _STORED_PATH.fullmatch(target)
     return "" if match is None else match[2].decode()
+
+
+def no_such_path(path: bytes) -> str:
+    """What to say of a path that is not there: which one may be meant."""
+    bare = path.rstrip(b"/")
+    without_v1 = bare.startswith(b"/v1/v1/")
+    for meant in (bare, b"/v1" + bare, bare[3:] if without_v1 else bare):
+        if meant in BY_PATH or meant in _WEBSOCKETS or meant in _ANSWERED_HERE:
+            break
+    else:
+        return f"there is no path {path[:64].decode('latin-1')!a} here; docs/api.md lists the endpoints"
+    message = f"there is no path {path[:64].decode('latin-1')!a} here: did you mean {meant.decode()}?"
+    if meant == b"/v1" + bare:
+        message += " API paths begin with /v1, so the base_url of an OpenAI client ends in /v1"
+    elif meant != bare:
+        message += " The base_url of an Anthropic client ends before /v1"
+    return message
 
 
 def dialect_of(target: bytes) -> str:

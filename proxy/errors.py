@@ -40,6 +40,7 @@ CLIENT_ERRORS: Final[dict[str, int]] = {
     "model_not_allowed": 403,
     "origin_refused": 403,
     "not_found": 404,
+    "endpoint_not_served": 404,
     "model_not_found": 404,
     "response_not_found": 404,
     "method_not_allowed": 405,

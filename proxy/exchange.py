@@ -31,7 +31,7 @@ from proxy.answers import error_answer, kept_answer
 from proxy.dialects import event_of, status_in
 from proxy.endpoints import INPUT, stored_id
 from proxy.errors import RequestError
-from proxy.facts import check_model, facts_of, no_model
+from proxy.facts import check_model, facts_of, no_model, wants_hashes
 from proxy.forms import content_type
 from proxy.hedge import Hedge
 from proxy.http1 import LAST_CHUNK, RequestHead, chunk
@@ -50,6 +50,9 @@ log = logging.getLogger("tidegate")
 
 STALE_S: Final = 1.0
 """A backend that closed a connection while our request was on its way is heard of sooner than this."""
+
+UNREACHABLE_RETRY_S: Final = 1.0
+"""When to come again if no backend could be connected to: as often as the probes ask one that is down."""
 
 PROGRESS_S: Final = 0.4
 """Least time between two notes in the journal of how far a stream is; the sweep makes them half seconds."""
@@ -276,7 +279,7 @@ class Exchange(Relay):
         model = runtime.aliases.get(body.model, body.model)
         check_model(key, body.model, model)
         prefix: tuple[int, ...] = ()
-        if "prefix" in runtime.fleet.needs and not self.route.media:
+        if wants_hashes(runtime.fleet.needs, self.route):
             prefix = prompt_hashes(body.raw, runtime.salt)
         self.include_usage = body.include_usage
         self.every_event = body.every_event
@@ -623,7 +626,9 @@ class Exchange(Relay):
             code = "backend_auth" if error in (401, 403) else "backend_error"
         else:
             code = _GIVE_UP_CODES.get(error, "backend_error")
-        self.refuse(RequestError(code, message))
+        # It may be back by the next probe, or those will have said that it is down.
+        wait = UNREACHABLE_RETRY_S if code == "backend_unreachable" else None
+        self.refuse(RequestError(code, message, retry_after_s=wait))
 
     def _cut(self, error: AttemptError, message: str) -> None:
         """The answer has begun and cannot go on."""
@@ -821,6 +826,7 @@ class Exchange(Relay):
         now = runtime.now()
         if self.hedge is not None:
             self.hedge.end()
+            self.hedge = None  # they hold each other, and would wait for the garbage collector
         row.outcome = outcome
         row.status = status
         row.total_s = now - self.arrived

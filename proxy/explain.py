@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
-from proxy.ask import ask
+from proxy.ask import AdminPort, ask
 
 
-def fetch(request_id: str, admin: str) -> dict[str, Any]:
-    """What the admin port at HOST:PORT knows of a request. Raises AskError."""
+def fetch(request_id: str, admin: AdminPort | str) -> dict[str, Any]:
+    """What an admin port, or the one at HOST:PORT, knows of a request. Raises AskError."""
     return ask(admin, f"/explain/{quote(request_id, safe='')}")
 
 
-def fetch_what_if(asked: list[tuple[str, str]], request: bytes, admin: str) -> dict[str, Any]:
-    """What the proxy at HOST:PORT would do with a request now. Raises AskError."""
+def fetch_what_if(asked: list[tuple[str, str]], request: bytes, admin: AdminPort | str) -> dict[str, Any]:
+    """What the proxy of an admin port, or of the one at HOST:PORT, would do with a request now. Raises AskError."""
     return ask(admin, f"/explain?{urlencode(asked)}", request)
 
 
@@ -76,7 +76,8 @@ PRESENT = Tense(
 
 def _what(decision: dict[str, Any]) -> str:
     where = f" to {decision['backend']}" if decision["backend"] else ""
-    return f"{decision['decision']}{where}, by {decision['decided_by']} under the rule '{decision['rule']}'"
+    part = f", part '{decision['part']}'" if decision["part"] else ""
+    return f"{decision['decision']}{where}, by {decision['decided_by']} under the rule '{decision['rule']}'{part}"
 
 
 def _decision(decision: dict[str, Any], words: Tense) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from policies.base import BackendView, RequestFacts
 from proxy.access.keys import Key
@@ -49,6 +49,11 @@ def facts_of(
     if named:
         facts.session = f"{facts.tenant}\0{named}"
     return facts
+
+
+def wants_hashes(needs: Collection[str], route: Route) -> bool:
+    """Whether policies with these `needs` are to know the hashes of a prompt; media have none."""
+    return ("prefix" in needs or "hashes" in needs) and not route.media
 
 
 def check_model(key: Key | None, asked: str, model: str) -> None:

@@ -122,6 +122,8 @@ class RequestHead:
     expects_continue: bool = False
     credential: bytes | None = None
     """Value of `Authorization`, or of `x-api-key`."""
+    by_api_key: bool = False
+    """It is the latter's."""
     request_id: bytes = b""
     session: bytes = b""
     idempotency_key: bytes = b""
@@ -264,8 +266,8 @@ class RequestGrammar:
                 # `Content_Length` and the like: some servers read them as the real ones. We don't, and what
                 # might be read in two ways ends the connection.
                 twin = True
-        if head.credential is None:
-            head.credential = api_key
+        if head.credential is None and api_key is not None:
+            head.credential, head.by_api_key = api_key, True
         if host is None:
             if head.version == 1 and complete:
                 raise RequestError("bad_host", "HTTP/1.1 request without a Host field")

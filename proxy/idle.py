@@ -74,7 +74,8 @@ def explanation(config: Config, given: list[tuple[str, str]], raw: bytes) -> dic
     wanted = asked(given, lambda key_id: _key(config, key_id), time.time())
     body = read_body(wanted.endpoint, raw, media_urls=config.media_urls)
     imagined = Imagined(config, config.aliases.get(body.model, body.model))
-    return {**what_if(imagined, body, wanted), "notes": imagined.notes}
+    shown = what_if(imagined, body, wanted)
+    return {**shown, "notes": imagined.notes + shown["notes"]}
 
 
 def _key(config: Config, key_id: str) -> Key | None:

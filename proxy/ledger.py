@@ -52,6 +52,8 @@ BATCH_ROWS = 4096
 KNOWN_ROWS = 500
 """Operation ids that are looked up at once."""
 LONGEST_PAUSE_S = 5.0
+SAID_AGAIN_S, LONGEST_SILENCE_S = 10.0, 300.0
+"""A database that is away is told at once, then after twice as long each time."""
 Sums: TypeAlias = dict[tuple[Any, ...], list[int]]
 FINAL_SQLITE_ERRORS = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 SHORTAGES = (
@@ -95,7 +97,14 @@ class Ledger:
         self._budgets = budgets
         self._insert = _Insert(engine)
         self._may_pass = postgres.may_pass if postgres.is_postgres(engine.url) else _may_pass
-        self._queue: SimpleQueue[list[Values]] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[float, list[Values]]] = SimpleQueue()
+        """Rows, and when they came."""
+        self._oldest = inf
+        """When the first of those came that are being moved; inf: there are none."""
+        self._followed = -1
+        """Rows that the database has taken since its trouble was told; -1: nothing is to be told."""
+        self._say_at = 0.0
+        self._silence_s = SAID_AGAIN_S
         self._taken = 0
         self._moved = 0
         self._unsaved: dict[str, Values] = {}
@@ -109,6 +118,11 @@ class Ledger:
     def lag(self) -> int:
         """Finished rows that are in the journal but not in SQL yet."""
         return self._taken - self._moved
+
+    @property
+    def oldest_s(self) -> float:
+        """Seconds for which the oldest of those rows has waited: half of one, while all is well."""
+        return max(0.0, time.monotonic() - self._oldest)
 
     @property
     def failed(self) -> str:
@@ -165,7 +179,7 @@ class Ledger:
         if self.journal.ended:
             self._unsaved.update((row[0], row) for row in rows)
         if not self._broken:
-            self._queue.put(rows)
+            self._queue.put((time.monotonic(), rows))
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Flush, sync, drain into SQL, release the journal. Blocks: run it in a thread.
@@ -177,7 +191,7 @@ class Ledger:
         self.journal.stop(timeout_s)
         self._give_up_at = deadline
         self._stopping.set()
-        self._queue.put([])  # for a thread that waits for rows
+        self._queue.put((inf, []))  # for a thread that waits for rows
         if self._worker is not None:
             self._worker.join(max(0.0, deadline - time.monotonic()) + BUSY_TIMEOUT_S)
         unsaved = list(self._unsaved.values())
@@ -194,6 +208,10 @@ class Ledger:
             while batch := self._gather():
                 if not self._move(batch):
                     return
+                self._oldest = inf
+                if self._followed >= 0 and self._queue.empty():
+                    log.info("ledger: %s followed, nothing waits", _rows(self._followed))
+                    self._followed, self._say_at, self._silence_s = -1, 0.0, SAID_AGAIN_S
         except Exception as error:  # a thread that ends must not end unseen
             log.exception("ledger: rows are not moved any more, new requests are refused")
             self.trouble = repr(error)
@@ -206,7 +224,9 @@ class Ledger:
         """
         batch: list[Values] = []
         if not self._stopping.is_set():
-            batch += self._queue.get()
+            came, rows = self._queue.get()
+            self._oldest = came
+            batch += rows
             self._take_waiting(batch)
             if len(batch) < BATCH_ROWS:
                 self._stopping.wait(self._interval_s)
@@ -217,9 +237,11 @@ class Ledger:
         """Add what waits already, until the batch is full."""
         while len(batch) < BATCH_ROWS:
             try:
-                batch += self._queue.get_nowait()
+                came, rows = self._queue.get_nowait()
             except Empty:
                 return
+            self._oldest = min(self._oldest, came)
+            batch += rows
 
     def _put(self, rows: list[Values]) -> None:
         if self._budgets is None:
@@ -253,16 +275,28 @@ class Ledger:
                 break
             if time.monotonic() + pause_s > self._give_up_at:
                 return False
-            log.warning("ledger: %s; %d rows wait, next try in %.2g s", self.trouble, self.lag, pause_s)
+            self._say_that_rows_wait(pause_s)
             time.sleep(pause_s) if self._stopping.is_set() else self._stopping.wait(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         self.trouble = ""
         self._moved += len(rows)
+        if self._followed >= 0:
+            self._followed += len(rows)
         if self._unsaved:
             for row in rows:
                 self._unsaved.pop(row[0], None)
         self.journal.settled(self._moved)
         return True
+
+    def _say_that_rows_wait(self, pause_s: float) -> None:
+        """At once, then ever more rarely: `/state` has it all the time."""
+        self._followed = max(self._followed, 0)
+        now = time.monotonic()
+        if now < self._say_at:
+            return
+        self._say_at = now + self._silence_s
+        self._silence_s = min(2 * self._silence_s, LONGEST_SILENCE_S)
+        log.warning("ledger: %s; %s waiting, next try in %.2g s", self.trouble, _rows(self.lag), pause_s)
 
 
 class _KnownError(Exception):
@@ -379,6 +413,10 @@ def _add_up_text() -> str:
 
 def _positional(statement: Any) -> str:
     return str(statement.compile(dialect=sqlite.dialect(paramstyle="qmark")))
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 def _is_final(error: Exception) -> bool:

@@ -12,7 +12,7 @@ import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -126,6 +126,8 @@ class Ports:
     listen: str
     admin: str
     admin_tls: bool = False
+    certificates: list[str] = field(default_factory=list)
+    """Fingerprints of those that clients are shown."""
 
     @property
     def admin_url(self) -> str:
@@ -135,9 +137,10 @@ class Ports:
     def write(self, path: Path) -> None:
         """Into a file, for scripts that let the system choose the ports. Raises OSError."""
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({"listen": self.listen, "admin": self.admin_url, "pid": os.getpid()}), encoding="utf-8"
-        )
+        told: dict[str, Any] = {"listen": self.listen, "admin": self.admin_url, "pid": os.getpid()}
+        if self.admin_tls:
+            told["certificates"] = self.certificates
+        temporary.write_text(json.dumps(told), encoding="utf-8")
         temporary.replace(path)
 
 

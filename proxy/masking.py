@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 _NAME = r"(?:key|passwo?r?d|(?<!first_)(?<!between_)token|secret|database|authorization|credential)"
 _SENSITIVE = re.compile(_NAME, re.IGNORECASE)
+_FILE = r"""["']?[\w./-]{1,200}\.(?:pem|key|crt)["']?\s*(?:[,}]|$)"""
+"""The path of a certificate or key is none, and what is wrong with it has to be seen."""
 _VALUE = re.compile(
-    rf"""({_NAME}[\w.-]{{0,64}}["']?\s*:\s*)(.+?)(?=,\s*["']?[\w.-]{{1,64}}["']?\s*:\s|$)""", re.IGNORECASE
+    rf"""({_NAME}[\w.-]{{0,64}}["']?\s*:\s*+)(?!{_FILE})"""
+    rf"""(.+?)(?=,\s*["']?[\w.-]{{1,64}}["']?\s*:\s|$)""",
+    re.IGNORECASE,
 )
 """A key that sounds like a secret, and its value: up to the next key of a mapping in braces, or the line's end."""
-_USER = re.compile(r"(?<=://)[^\s\"']+(?=@)")
-"""User and password in a URL, also where the password holds what it should not."""
+_USER = re.compile(r"(?<=://)(?!USER:PASSWORD@)[^\s\"']+(?=@)")
+"""User and password in a URL, also where the password holds what it should not; not those of our own example."""
 _BREAK = re.compile("(\r\n|[\r\n\x85\u2028\u2029])")
 _GOT = re.compile(r", got .*", re.DOTALL)
 

@@ -33,11 +33,14 @@ class Metrics:
         yield from self._process()
         expiry = GaugeMetricFamily(
             "tidegate_certificate_expiry_timestamp_seconds",
-            "Unix time at which a certificate for clients ends.",
+            "Unix time at which a certificate for clients ends, or a file in the `tls` of a backend.",
             labels=["certificate"],
         )
-        for certificate in self._runtime.built.certificates:
-            expiry.add_metric([str(certificate.file)], certificate.not_after)
+        built = self._runtime.built
+        ends = {shown.file: shown.not_after for shown in built.certificates}
+        ends |= {used.file: used.not_after for used in built.backend_certificates}
+        for file, end in ends.items():
+            expiry.add_metric([str(file)], end)
         yield expiry
 
     def _backends(self) -> Iterator[Metric]:
@@ -111,6 +114,16 @@ class Metrics:
             value=runtime.shedding,
         )
         yield GaugeMetricFamily("tidegate_ledger_lag_rows", "Rows not in SQL yet.", value=runtime.ledger.lag)
+        yield GaugeMetricFamily(
+            "tidegate_ledger_oldest_seconds",
+            "For so long the oldest of them has waited; about half a second while all is well.",
+            value=runtime.ledger.oldest_s,
+        )
+        yield GaugeMetricFamily(
+            "tidegate_keys_unread",
+            "1: keys cannot be read, so that no new or revoked one is seen.",
+            value=float(bool(runtime.keys.trouble)),
+        )
         yield CounterMetricFamily(
             "tidegate_ledger_rows_refused",
             "Rows that the database would not take; the log has them.",

@@ -109,6 +109,8 @@ class Observer:
         self.reloads_ok = 0
         self.reloads_failed = 0
         self.reload_ok = True
+        self.restart_for: list[str] = []
+        """Configured keys that take effect at the next start only."""
         self.recent: deque[Record] = deque(maxlen=recent)
         self.log = log
 
@@ -252,6 +254,7 @@ def decision_shown(routing: Routing) -> dict[str, Any]:
     decision = routing.decision
     return {
         "rule": routing.rule,
+        "part": routing.part,
         "decided_by": routing.decided_by,
         "decision": type(decision).__name__.lower(),
         "backend": getattr(decision, "backend", None),

@@ -27,20 +27,24 @@ SAID_AGAIN_S = 60.0
 """How often the log has it at most that files are short."""
 
 
-def most_clients(wanted: int) -> int:
-    """Client connections that the open files suffice for, after the limit was raised as far as it goes."""
+def most_clients(wanted: int, before: int = 0, *, told: bool = False) -> int:
+    """Client connections that the open files suffice for, after the limit was raised as far as it goes.
+
+    Fewer than `wanted` are told in the log, unless it was so `before`, or another process has `told` it.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard == resource.RLIM_INFINITY or hard >= 2 * wanted + OWN_FILES:
         return wanted
     possible = max((hard - OWN_FILES) // 2, 8)
-    log.warning(
-        "%d open files are allowed: %d client connections instead of %d; raise `ulimit -Hn`",
-        hard,
-        possible,
-        wanted,
-    )
+    if possible != before and not told:
+        log.warning(
+            "%d open files are allowed: %d client connections instead of %d; raise `ulimit -Hn`",
+            hard,
+            possible,
+            wanted,
+        )
     return possible
 
 

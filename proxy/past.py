@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from policies.state import Backend
 from policies.units import BadValueError
-from proxy.build import health, make_backends, slots_of, timing
+from proxy.build import health, known_names, make_backends, slots_of, timing
 from proxy.build import prices as prices_of
 from proxy.cli_common import config_path, fail, load, open_ledger, readable_errors
 from proxy.config import Config, is_policy_file
@@ -20,6 +20,8 @@ from proxy.records import Row
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
+
+    from policies.files import KnownNames
 
 
 class Installation:
@@ -31,7 +33,6 @@ class Installation:
         self._prices = prices_of(config)
         self._engine: Engine | None = None
         self.currency = self._prices.currency
-        self.sites = frozenset(config.sites)
         self.aliases: Mapping[str, str] = config.aliases
         self.profiles: Mapping[str, Path | None] = {one.name: one.profile for one in config.backends}
         """By name of backend."""
@@ -55,6 +56,10 @@ class Installation:
         name = self._config.policy
         with readable_errors():
             return name, Path(name).read_text("utf-8") if is_policy_file(name) else library_policy(name)
+
+    def known(self) -> KnownNames:
+        """What policy files may name."""
+        return known_names(self._config, make_backends(self._config))
 
     def cluster_options(self) -> dict[str, Any]:
         """How the proxy is set up, in the words of `sim.cluster.Cluster`."""

@@ -21,6 +21,7 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+from policies.yamlproblems import closest
 from proxy.records import COLUMNS, Values
 from proxy.tables import HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
 
@@ -48,6 +49,9 @@ _AWAY = re.compile(
 )
 """In what libpq says of a server that is not there, not there yet, or full."""
 
+_PSYCOPG = ("autocommit", "prepare_threshold")
+"""Parameters that are not libpq's but the driver's own."""
+
 Sums = Mapping[tuple[Any, ...], Sequence[int]]
 
 
@@ -60,6 +64,19 @@ def with_defaults(url: URL) -> URL:
     """The URL with our driver, and parameters where it says nothing of them."""
     missing = {name: value for name, value in SESSION.items() if name not in url.query}
     return url.set(drivername=DRIVER).update_query_dict(missing)
+
+
+def unknown_parameter(url: URL) -> str:
+    """A parameter of the URL that libpq does not know, and what may be meant; empty: it knows them all."""
+    # Imported here: the driver is not always there.
+    from psycopg.pq import Conninfo
+
+    known = [option.keyword.decode() for option in Conninfo.get_defaults()]
+    for name in url.query:
+        if name not in known and name not in _PSYCOPG:
+            meant = closest(name, known)
+            return f"'{name}'" + (f" (did you mean '{meant}'?)" if meant else "")
+    return ""
 
 
 def set_up_sessions(engine: Engine, lock_timeout_s: float) -> None:

@@ -13,6 +13,7 @@ import uvloop
 from proxy import server
 from proxy.build import first_key
 from proxy.config import Config
+from proxy.disk_room import told_if_full
 from proxy.masking import database_shown
 from proxy.notify import READY, notify
 from proxy.serve import Service
@@ -36,7 +37,8 @@ def serve(
             config, path, overrides, record=record, take_over=take_over, command=successor_command()
         )
         service.handle_signals()
-        await service.start()
+        with told_if_full(config.state):
+            await service.start()
         own_stderr()
         notify(READY)
         # What lives as long as the process is not looked at again, and what a request leaves behind holds no

@@ -18,7 +18,7 @@ from probes.passive import AttemptError, outcome_of, tried_elsewhere
 from proxy import records
 from proxy.access.keys import Key
 from proxy.answers import answer
-from proxy.dialects import event_of_answer, translated
+from proxy.dialects import event_of_answer, not_served, translated
 from proxy.endpoints import BY_NAME, RESPONSE_ID, RUNNING
 from proxy.errors import REASON_PHRASES
 from proxy.http1 import LAST_CHUNK, RequestHead, ResponseHead, chunk
@@ -383,22 +383,22 @@ class Relay(Receiver):
         return True
 
     def _answer_whole(self, reply: ResponseHead, body: bytes) -> None:
-        status = reply.status
-        if self.head_sent and status < 300:
-            self.meter.body(body)
-            self._end_without_stream()
-            return
-        if self.head_sent:
-            self._end_in_event(status, body, outcome_of(status))
-            return
+        status, dialect = reply.status, self.route.dialect
+        if status in (404, 405):
+            reply, body = self.reply, body = not_served(dialect, reply, body, self.row.model, self.request)
         if 200 <= status < 300:
             self.meter.body(body)
+            if self.head_sent:
+                self._end_without_stream()
+                return
+        elif self.head_sent:
+            self._end_in_event(status, body, outcome_of(status))
+            return
         else:
-            body = translated(self.route.dialect, status, body)
+            body = translated(dialect, status, body)
         if self.claim is not None:
             self.kept = (status, reply.fields, body)
-        head = self._commit(b"content-length: %b\r\n" % str(len(body)).encode())
-        self.client.write(head + body)
+        self.client.write(self._commit(b"content-length: %b\r\n" % str(len(body)).encode()) + body)
         self._release(outcome_of(status))
         self._end(_outcome(status), status, keep_alive=True)
 

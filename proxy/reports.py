@@ -19,29 +19,56 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import orjson
-from sqlalchemy import BigInteger, ColumnElement, Engine, Select, cast, func, select, tuple_, union_all
+from sqlalchemy import BigInteger, ColumnElement, Engine, Select, Text, cast, func, select, tuple_, union_all
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from proxy.prices import amount
-from proxy.records import COLUMNS, FIELDS, Row, as_json, from_values
+from proxy.records import COLUMNS, DETAIL, FIELDS, Row, as_json, from_values
 from proxy.tables import HOUR_US, HOURLY_GROUPS, HOURLY_SUMS, ledger, usage_hourly
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 NANO = 10**9
-GROUPS: dict[str, tuple[ColumnElement[Any], ColumnElement[Any]]] = {
+
+
+class _Code(FunctionElement[str]):
+    """The error code of a row of the ledger: an element of its JSON array, or empty."""
+
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(_Code, "sqlite")
+def _code_in_sqlite(element: _Code, compiler: Any, **options: Any) -> str:
+    return f"coalesce(json_extract({ledger.name}.detail, '$[{DETAIL.index('code')}]'), '')"
+
+
+@compiles(_Code, "postgresql")
+def _code_in_postgresql(element: _Code, compiler: Any, **options: Any) -> str:
+    # A client may have called a model \u0000, which no text can hold: JSON with it is not read at all.
+    detail = rf"replace({ledger.name}.detail, E'\\u0000', E'\\ufffd')"
+    return f"coalesce({detail}::json ->> {DETAIL.index('code')}, '')"
+
+
+GROUPS: dict[str, tuple[ColumnElement[Any] | None, ColumnElement[Any]]] = {
     "tenant": (usage_hourly.c.tenant, ledger.c.tenant),
     "model": (usage_hourly.c.model, HOURLY_GROUPS["model"]),
     "backend": (usage_hourly.c.backend, ledger.c.backend),
     "key": (usage_hourly.c.key_id, ledger.c.key_id),
     "site": (usage_hourly.c.site, ledger.c.site),
     "day": (usage_hourly.c.hour // 86_400, ledger.c.arrived_us // (24 * HOUR_US)),
+    "code": (None, _Code()),
 }
-"""What usage can be summed by, in the hourly table and in the rows. Days are UTC."""
+"""What usage can be summed by, in the hourly table and in the rows. Days are UTC. None: the hours do not tell it
+apart, so that all rows of the span are read."""
+
+_FOLDED_CELLS = 10
+"""To so few columns of a terminal a name is folded."""
 
 PAGE_ROWS = 1000
 """Rows that an export reads at once: no read is long, so the write-ahead log can be recycled meanwhile."""
-
 
 SUMS = tuple(HOURLY_SUMS)
 
@@ -167,10 +194,11 @@ def latest_currency(engine: Engine) -> str:
         return connection.execute(statement).scalar() or ""
 
 
-def usage_table(lines: list[Usage]) -> Table:
+def usage_table(lines: list[Usage], width: int | None = None) -> Table:
     """For people: money with 4 decimals, and totals if there is more than one line.
 
-    Refused and failed requests and tokens of failed attempts have a column when there are any.
+    Refused and failed requests and tokens of failed attempts have a column when there are any. In fewer columns of
+    the terminal (`width`) than the figures need, they stand one below the other: none is ever cut or left out.
     """
     currencies = sorted({line.currency for line in lines} - {""})
     one_currency = len(currencies) <= 1
@@ -179,16 +207,9 @@ def usage_table(lines: list[Usage]) -> Table:
         for name, count, is_optional in _COUNTS
         if not is_optional or any(count(line) for line in lines)
     ]
-    from rich import box  # not above: the ledger needs this module, and `serve` no tables
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     groups = list(lines[0].group) if lines else []
-    for name in groups:
-        table.add_column(name, overflow="fold", min_width=10)
     cost = " ".join(["cost", *currencies]) if one_currency else "cost"
-    for name in (*(name for name, _ in counts), cost):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = [*groups, *(name for name, _ in counts), cost]
 
     def cells(line: Usage) -> list[str]:
         figures = [f"{count(line):,}" for _, count in counts]
@@ -198,18 +219,52 @@ def usage_table(lines: list[Usage]) -> Table:
         return [*figures, cost if one_currency else f"{cost} {line.currency}"]
 
     totals: dict[str, Usage] = {}
+    rows = []
     for line in lines:
-        table.add_row(*(line.group[name] or "-" for name in groups), *cells(line))
+        rows.append([*(line.group[name] or "-" for name in groups), *cells(line)])
         totals.setdefault(line.currency, Usage({}, line.currency)).add(line)
-    if len(lines) > 1:
-        table.add_section()
-        for total in totals.values():
-            table.add_row("total", *[""] * (len(groups) - 1), *cells(total))
+    sums = [["total", *[""] * (len(groups) - 1), *cells(total)] for total in totals.values()]
+    table = _table(names, len(groups), rows, sums if len(lines) > 1 else [], width)
     unpriced = sum(line.unpriced for line in lines)
     if unpriced:
         requests = "1 request" if unpriced == 1 else f"{unpriced:,} requests"
         table.caption = f"{requests} had no price: what they cost is not in here"
         table.caption_justify = "left"
+    return table
+
+
+def _table(
+    names: list[str], groups: int, rows: list[list[str]], sums: list[list[str]], width: int | None
+) -> Table:
+    """Side by side, or a line to each cell where that is too wide. The first `groups` columns may be folded."""
+    from rich import box  # not above: the ledger needs this module, and `serve` no tables
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
+    needed = [max(map(cell_len, column)) for column in zip(names, *rows, *sums, strict=True)]
+    needed[:groups] = [min(cells, _FOLDED_CELLS) for cells in needed[:groups]]
+    if width is not None and sum(needed) + len(needed) + 1 > width:
+        table = Table(box=None, show_header=False, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for row in [*rows, *sums]:
+            for name, cell in zip(names, row, strict=True):
+                if cell:
+                    table.add_row(name, Text(cell))
+            table.add_row()
+        return table
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for name, cells in zip(names[:groups], needed, strict=False):
+        table.add_column(name, overflow="fold", min_width=max(cells, len(name)))
+    for name in names[groups:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    if sums:
+        table.add_section()
+    for row in sums:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -320,6 +375,8 @@ def money(nano: int, decimals: int) -> str:
 
 def _sums(groups: list[str], since: float | None, until: float | None) -> Select[tuple[Any, ...]]:
     """Sums by group and currency: whole hours from the hourly table, the ends of the span from the rows."""
+    if any(GROUPS[name][0] is None for name in groups):
+        return _of_rows(groups, *_arrived(since, until))
     first = 0 if since is None else -(-_us(since) // HOUR_US)
     last = None if until is None else _us(until) // HOUR_US
     if last is not None and last <= first:
@@ -340,7 +397,7 @@ def _sums(groups: list[str], since: float | None, until: float | None) -> Select
 
 
 def _of_hours(groups: list[str], *where: ColumnElement[bool]) -> Select[tuple[Any, ...]]:
-    columns = [GROUPS[name][0].label(name) for name in groups]
+    columns = [column.label(name) for name in groups if (column := GROUPS[name][0]) is not None]
     sums = [usage_hourly.c[name] for name in SUMS]
     return select(*columns, usage_hourly.c.currency, *sums).where(*where)
 

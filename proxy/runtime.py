@@ -25,7 +25,7 @@ from proxy.answers import answer
 from proxy.build import Built
 from proxy.client_address import TrustedProxies
 from proxy.config_sections import HedgingConfig
-from proxy.endpoints import BY_PATH, TABLE, Route, find
+from proxy.endpoints import ANTHROPIC, BY_PATH, Route, dialect_of, find, no_such_path
 from proxy.errors import RequestError
 from proxy.heartbeat import beat
 from proxy.http1 import HeadLimits, RequestGrammar, RequestHead, chunk
@@ -51,11 +51,6 @@ _LOCAL_ORIGIN: Final = re.compile(rb"https?://(?:localhost|127\.[0-9.]++|\[::1\]
 """Web pages of this machine's own."""
 
 _ID_BYTES: Final = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_.:")
-
-
-def _no_such_path(path: bytes) -> str:
-    paths = ", ".join(dict.fromkeys(route.path for route in TABLE))
-    return f"there is no path {path[:64].decode('latin-1')!a} here, but {paths} and {_MODELS.decode()}"
 
 
 @dataclass(slots=True)
@@ -229,7 +224,7 @@ class Runtime:
         if not keys.empty:
             key = keys.authenticate(head.credential, self.wall())
             if key is None:
-                return Admission(error=self._unauthorized(peer))
+                return Admission(error=self._unauthorized(head, peer))
         elif head.origin and _LOCAL_ORIGIN.fullmatch(head.origin) is None:
             # A browser sends it, for whatever page its user looks at; without keys nothing else stops that page.
             return Admission(error=RequestError("origin_refused", "web pages need an API key here"))
@@ -246,23 +241,23 @@ class Runtime:
             )
         if path.startswith(_MODELS):
             return self._models(head, path, key)
-        message = _no_such_path(path)
-        if b"/v1" + path in BY_PATH or (b"/v1" + path).startswith(_MODELS):
-            message += "; API paths begin with /v1, so the base_url of an OpenAI client ends in /v1"
-        return Admission(error=RequestError("not_found", message))
+        return Admission(error=RequestError("not_found", no_such_path(path)))
 
-    def _unauthorized(self, peer: str) -> RequestError:
+    def _unauthorized(self, head: RequestHead, peer: str) -> RequestError:
         wait = self.auth_failures.failed(peer, self.now())
         if wait > 0:
             return RequestError(
                 "auth_rate_limit", "too many requests without a valid key", retry_after_s=wait
             )
-        return RequestError("invalid_api_key", "no valid API key: send it as `Authorization: Bearer KEY`")
+        # Whoever has an Anthropic client has no say in the field that it uses.
+        anthropic = head.by_api_key or dialect_of(head.target) == ANTHROPIC
+        field = "x-api-key: KEY" if anthropic else "Authorization: Bearer KEY"
+        return RequestError("invalid_api_key", f"no valid API key: send it as `{field}`")
 
     def _models(self, head: RequestHead, path: bytes, key: Key | None) -> Admission:
         rest = path[len(_MODELS) :]
         if rest and not rest.startswith(b"/"):
-            return Admission(error=RequestError("not_found", _no_such_path(path)))
+            return Admission(error=RequestError("not_found", no_such_path(path)))
         if head.method not in (b"GET", b"HEAD"):
             return Admission(
                 error=RequestError("method_not_allowed", "models are read with GET", allow="GET, HEAD")

@@ -17,7 +17,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from math import inf
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,11 +34,12 @@ from proxy.access.shared import limits_of_this_month, shared_budgets
 from proxy.admin.http import admin_app
 from proxy.ask import PORTS_FILE
 from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, timing, warn_of
-from proxy.certificates import ServerCertificates
+from proxy.certificates import ServerCertificates, fingerprints
 from proxy.changes import changes
 from proxy.config import Config, load_config, override
 from proxy.config_values import is_metadata, time_zone
 from proxy.ledger import Ledger
+from proxy.ledger_note import note_database
 from proxy.listeners import Listeners, Listening, Ports, by_loop
 from proxy.notify import READY, STOPPING, notify, reloading
 from proxy.observe import Observer
@@ -47,6 +47,7 @@ from proxy.open_files import Reserve, most_clients, watch_open_files
 from proxy.pressure import Memory
 from proxy.proxied_server import accepting
 from proxy.readable import in_words
+from proxy.reload import NEXT_START, keep_connections, owed
 from proxy.requestlog import RequestLog
 from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
@@ -70,11 +71,6 @@ IDLE_GRACE_S = 5.0
 """After a hand-over, how long an idle connection stays for a request that may be on its way."""
 SETTLE_S = 0.1
 """After a hand-over, how long connections may take to appear that had been accepted."""
-NEXT_START = (
-    *("listen", "admin", "admin_tls", "proxy_protocol", "state", "database", "log", "recent", "seed"),
-    *("probing", "budget_zone", "limits.memory", "retries.ratio", "retries.per_second"),
-)
-"""What a reload does not change."""
 
 
 class Service:
@@ -176,7 +172,7 @@ class Service:
         runtime.responses = StoredResponses(config.state / "responses.jsonl", shared=shared)
         keys_file = config.state / "idempotency.jsonl"
         runtime.idempotency.open(keys_file, runtime.tasks, runtime.wall(), shared=shared)
-        runtime.most_clients = most_clients(config.limits.connections)
+        runtime.most_clients = most_clients(config.limits.connections, told=predecessor is not None)
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
         runtime.pressure.memory = Memory(config.limits.memory)
@@ -240,7 +236,8 @@ class Service:
         await self._listening.open(
             "admin", config.admin, given.get("admin", ()), by_loop(lambda: cast("Any", admin.server)(), front)
         )
-        self.ports = Ports(**self._listening.addresses, admin_tls=config.admin_tls)
+        addresses, shown = self._listening.addresses, fingerprints(runtime.built.certificates)
+        self.ports = Ports(addresses["listen"], addresses["admin"], config.admin_tls, shown)
 
     # Being replaced: `proxy.upgrade.Host`
 
@@ -263,6 +260,7 @@ class Service:
     def publish(self) -> None:
         """Be the process that the state directory tells of."""
         self.ports.write(self.state / PORTS_FILE)
+        note_database(self.state, self._started_with.database)
         try:
             self._upgrades.open()
         except OSError as error:
@@ -415,16 +413,16 @@ class Service:
             log.error("reload refused, the old configuration goes on:\n%s", in_words(error))
             return False
         warn_of(built)
-        for name in NEXT_START:
-            if attrgetter(name)(config) != attrgetter(name)(self._started_with):
-                log.warning("a change of `%s` takes effect at the next start", name)
-        if bool(config.tls) != (self._certificates is not None):
-            log.warning("to begin or to end HTTPS (`tls`) takes effect at the next start")
-        elif self._certificates is not None:
+        waiting = dict(owed(config, self._started_with))
+        runtime.observer.restart_for = list(waiting)
+        for words in waiting.values():
+            log.warning("%s", words)
+        if self._certificates is not None and built.certificates:
             self._certificates.use(built.certificates)
+            self._tell_certificates(built)
         old = runtime.endpoints
-        self._keep_connections(old, built)
-        changed = changes(runtime.built, built, NEXT_START)
+        keep_connections(runtime.built, built, old)
+        changed = changes(runtime.built, built, (*NEXT_START, *waiting))
         self.config = config
         for name, endpoint in old.items():
             if built.endpoints.get(name) is not endpoint:
@@ -435,7 +433,7 @@ class Service:
             )
             runtime.limits.change_currency(runtime.prices.currency, built.prices.currency)
         runtime.use(built)
-        runtime.most_clients = most_clients(config.limits.connections)
+        runtime.most_clients = most_clients(config.limits.connections, runtime.most_clients)
         runtime.fleet.replace(built.backends)
         runtime.valve.swap(built.policy.rules, runtime.now())
         if self._prober is not None:
@@ -446,18 +444,12 @@ class Service:
         log.info("reloaded: %s", "; ".join(changed) or "nothing changed")
         return True
 
-    def _keep_connections(self, old: Mapping[str, Any], built: Built) -> None:
-        """An endpoint whose section did not change keeps its pool."""
-        sections = {section.name: section for section in self.runtime.config.backends}
-        for section in built.config.backends:
-            before = old.get(section.name)
-            if sections.get(section.name) == section and before is not None:
-                fresh = built.endpoints[section.name]
-                if fresh.same_credentials(before):  # what stands in files may be new
-                    before.pool.idle_s = fresh.pool.idle_s
-                    before.pool.age_s = fresh.pool.age_s
-                    before.pool.most_requests = fresh.pool.most_requests
-                    built.endpoints[section.name] = before
+    def _tell_certificates(self, built: Built) -> None:
+        """For commands on this machine, which trust just these."""
+        shown = fingerprints(built.certificates)
+        if shown != self.ports.certificates and not self._handed_over:
+            self.ports.certificates = shown
+            self.ports.write(self.state / PORTS_FILE)
 
     def _files(self, config: Config) -> list[Path]:
         return [*([self.path] if self.path is not None else []), *files_of(config)]

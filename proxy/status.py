@@ -16,8 +16,8 @@ from proxy.prices import amount
 
 _LEAST_BAR_CELLS, _MOST_BAR_CELLS = 10, 30
 
-_MANY_ROWS = 1000
-"""So many rows on their way into the database are more than a moment's."""
+_MANY_ROWS, _LONG_S = 1000, 5.0
+"""So many rows on their way into the database, or for so long, are more than a moment's."""
 
 State = Mapping[str, Any]
 
@@ -73,7 +73,11 @@ def _backends(rows: Sequence[State], width: int) -> Table:
 def _lines(state: State) -> Iterator[str]:
     if not state["reload_ok"]:
         yield "! the last reload was refused: what was configured before goes on (the log says why)"
-    for certificate in state.get("certificates", ()):
+    if names := state.get("restart_for"):
+        yield f"! a restart is owed: what the file says of {', '.join(names)} is not in force yet"
+    if reason := state.get("keys", {}).get("trouble"):
+        yield f"! keys cannot be read, no new or revoked one is seen: {reason}"
+    for certificate in (*state.get("certificates", ()), *state.get("backend_certificates", ())):
         if certificate["warning"]:
             yield f"! {certificate['warning']}"
     memory = state.get("memory")
@@ -85,6 +89,10 @@ def _lines(state: State) -> Iterator[str]:
     yield f"queue     {_queue(state['queue'])}"
     yield from _spill(state["spill"])
     yield from _hosts(state["hosts"])
+    yield from _adaptive(state["backends"])
+    if hedging := state.get("hedging"):
+        counts = ", ".join(f"{hedging[how]:,} {how}" for how in ("won", "lost", "failed"))
+        yield f"hedges    {counts}, {hedging['refused']:,} not made for want of budget"
     requests, tokens = state["requests"], state["tokens"]
     yield (
         f"requests  {requests['total']:,}: {requests['ok']:,} ok, {requests['rejected']:,} turned away, "
@@ -99,10 +107,17 @@ def _lines(state: State) -> Iterator[str]:
         yield f"errors    {', '.join(f'{code} {count:,}' for code, count in most)}"
     yield f"tokens    {tokens['prompt']:,} in ({tokens['cached']:,} cached), {tokens['completion']:,} out"
     yield f"cost      {_cost(state)}"
-    if state["ledger"]["failed"]:
-        yield f"ledger    FAILED: {state['ledger']['failed']}"
-    elif state["ledger"]["lag_rows"] > _MANY_ROWS:
-        yield f"ledger    {state['ledger']['lag_rows']:,} rows are not in the database yet"
+    yield from _ledger(state["ledger"])
+
+
+def _ledger(ledger: State) -> Iterator[str]:
+    rows, trouble, oldest_s = ledger["lag_rows"], ledger.get("trouble", ""), ledger.get("oldest_s", 0.0)
+    if ledger["failed"]:
+        yield f"ledger    FAILED: {ledger['failed']}"
+    elif rows and (trouble or rows > _MANY_ROWS or oldest_s > _LONG_S):
+        are = "1 row is" if rows == 1 else f"{rows:,} rows are"
+        why = f": {trouble}" if trouble else ""
+        yield f"ledger    {are} not in the database yet, the oldest for {duration(oldest_s)}{why}"
 
 
 def _complaints(row: State) -> Iterator[str]:
@@ -122,10 +137,14 @@ def _complaints(row: State) -> Iterator[str]:
 
 def _cost(state: State) -> str:
     cost = sum(row["cost"] for row in state["backends"])
+    unpriced = state.get("unpriced_tokens", 0)
+    besides = f", and {unpriced:,} tokens without a price" if unpriced else ""
     if cost:
-        return f"{amount(round(cost * 1e9))} {state['currency']}"
-    # The figures do not tell a price of 0 from none.
-    return "unpriced, or free" if any(state["tokens"].values()) else "nothing yet"
+        return f"{amount(round(cost * 1e9))} {state['currency']}{besides}"
+    tokens = state["tokens"]["prompt"] + state["tokens"]["completion"]
+    if not tokens:
+        return "nothing yet"
+    return "unpriced" if unpriced >= tokens else f"free, at a price of 0{besides}"
 
 
 def _queue(queue: State) -> str:
@@ -169,6 +188,17 @@ def _hosts(hosts: Mapping[str, State]) -> Iterator[str]:
         yield f"host      {site}: {said}"
         for exporter, reason in host["reasons"].items():
             yield f"          ! {exporter}: {reason}"
+
+
+def _adaptive(rows: Sequence[State]) -> Iterator[str]:
+    for row in rows:
+        if (found := row.get("adaptive")) is None:
+            continue
+        least = found["minimum_ttft_s"]
+        said = f"{found['slots']} of {row['full_slots']} slots"
+        said += f", first token after {least:.2f} s at the least" if least else ""
+        said += ", measures that now with few in flight" if found["measuring"] else ""
+        yield f"adaptive  {row['name']}: {said}"
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,8 @@
 """What the past would have been under another policy: one workload, and each policy file simulated over it.
 
 `figures` are few on purpose: those that the ledger has as well, so that what was stands beside what is simulated.
+They mean what they do in `evaluate.py`: who has no whole answer misses the service level, and has a first token
+that never came.
 """
 
 from __future__ import annotations
@@ -10,14 +12,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import inf, isfinite
 from typing import Any, Final
-
-import numpy as np
 
 from policies.files import KnownNames, read_policy
 from policies.profile import Profile
 from policies.state import Backend
 from sim.cluster import Cluster
+from sim.evaluate import PolicyText, Quantiles, away, failures_of, quantiles, within
 from sim.from_ledger import Served
 from sim.members import Member
 from sim.profile import engine_settings
@@ -25,7 +27,6 @@ from sim.router import End
 from sim.trips import Trip
 from sim.workload import Workload
 
-PERCENTILES: Final = (50, 95, 99)
 Cost = Callable[[str, str, int, int, int], int | None]
 """Of a backend, a model, prompt tokens, those that were cached, and answer tokens: nano-units; None: unknown."""
 
@@ -38,10 +39,13 @@ class Figures:
 
     requests: int
     goodput: float | None
-    """Share of the streams, refused and failed ones included, that met the service level; None: none was given."""
-    ttft: tuple[float, ...] | None
-    """At `PERCENTILES`, from the arrival at the router, of streams; None: there were none."""
-    tpot: tuple[float, ...] | None
+    """Share of the streams, refused and failed ones included, that met the service level; None: none was given.
+    Those whose client left say nothing, and are left out."""
+    ttft_s: Quantiles | None
+    """Of the same streams, from the arrival at the router; infinite: of one that had no whole answer. None: there
+    were none."""
+    tpot_s: Quantiles | None
+    """Of whole answers of two tokens or more."""
     sites: Mapping[str, float]
     """Share of the requests that reached a site, by site."""
     spill: float | None
@@ -55,14 +59,16 @@ class Figures:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
 
-        def at(values: tuple[float, ...] | None) -> dict[str, float] | None:
-            return None if values is None else {f"p{p}": v for p, v in zip(PERCENTILES, values, strict=True)}
+        def shown(times: Quantiles | None) -> dict[str, float | None] | None:
+            if times is None:
+                return None
+            return {name: value if isfinite(value) else None for name, value in times._asdict().items()}
 
         return {
             "requests": self.requests,
             "goodput": self.goodput,
-            "ttft_s": at(self.ttft),
-            "tpot_s": at(self.tpot),
+            "ttft_s": shown(self.ttft_s),
+            "tpot_s": shown(self.tpot_s),
             "sites": dict(self.sites),
             "spill_share": self.spill,
             "cost": self.cost_nano / 1e9,
@@ -72,23 +78,25 @@ class Figures:
         }
 
 
-def figures(served: Iterable[Served], ttft_s: float | None = None, tpot_s: float | None = None) -> Figures:
-    """`ttft_s`, `tpot_s`: the service level, at most."""
+def figures(served: Iterable[Served], ttft_s: float = inf, tpot_s: float = inf) -> Figures:
+    """`ttft_s`, `tpot_s`: the service level, at most; both infinite: there is none."""
     rows = list(served)
-    streams = [one for one in rows if one.stream]
-    reached = Counter(one.site for one in rows if one.site)
-    there = reached.total()
-    has_level = ttft_s is not None or tpot_s is not None
-    met = sum(one.outcome == "ok" and _meets(one, ttft_s, tpot_s) for one in streams)
-    judged = sum(one.outcome != "gone" for one in streams)
+    streams = [one for one in rows if one.stream and one.outcome != "gone"]
+    whole = [one for one in streams if one.outcome == "ok"]
+    has_level = min(ttft_s, tpot_s) < inf
+    met = sum(within(one.ttft_s, one.tpot_s, ttft_s, tpot_s) for one in whole)
+    tpots = [one.tpot_s for one in whole if one.tpot_s is not None]
+    never = [inf] * (len(streams) - len(whole))
+    ttfts = [inf if one.ttft_s is None else one.ttft_s for one in whole] + never
+    sites = [one.site for one in rows if one.site]
     outcomes = Counter(one.outcome for one in rows)
     return Figures(
         len(rows),
-        met / judged if has_level and judged else None,
-        _percentiles([one.ttft_s for one in streams if one.ttft_s is not None]),
-        _percentiles([one.tpot_s for one in streams if one.tpot_s is not None]),
-        {site: count / there for site, count in sorted(reached.items())},
-        1.0 - reached["local"] / there if there else None,
+        met / len(streams) if has_level and streams else None,
+        quantiles(ttfts) if ttfts else None,
+        quantiles(tpots) if tpots else None,
+        {site: count / len(sites) for site, count in sorted(Counter(sites).items())},
+        away(sites),
         sum(one.cost_nano or 0 for one in rows),
         sum(one.cost_nano is None and one.outcome == "ok" for one in rows),
         outcomes["rejected"],
@@ -102,17 +110,6 @@ def by_day(served: Sequence[Served]) -> dict[str, list[Served]]:
     for one in served:
         days[datetime.fromtimestamp(one.at, UTC).date().isoformat()].append(one)
     return dict(sorted(days.items()))
-
-
-def _meets(one: Served, ttft_s: float | None, tpot_s: float | None) -> bool:
-    """An answer of one token has no TPOT to miss."""
-    return (ttft_s is None or (one.ttft_s is not None and one.ttft_s <= ttft_s)) and (
-        tpot_s is None or one.tpot_s is None or one.tpot_s <= tpot_s
-    )
-
-
-def _percentiles(values: list[float]) -> tuple[float, ...] | None:
-    return tuple(np.percentile(values, PERCENTILES).tolist()) if values else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +127,17 @@ class Run:
     served: list[Served]
     requests_per_s: float
     """Simulated in a second of this machine's."""
+    policy_failures: int
+    """Calls of a policy that raised or gave no answer."""
+    last_failure: str
 
 
 def simulate(
     workload: Workload,
     backends: Sequence[Backend],
     hardware: Mapping[str, Hardware],
-    policy: tuple[str, str],
-    sites: frozenset[str],
+    policy: PolicyText,
+    known: KnownNames,
     cost: Cost,
     *,
     epoch: float = 0.0,
@@ -145,9 +145,9 @@ def simulate(
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Run:
-    """`backends`: new ones, with their models and slots. `policy`: name and text of its file. `options`: of
+    """`backends`: new ones, with their models and slots. `known`: what policy files may name. `options`: of
     `sim.cluster.Cluster`. Raises FileProblems for a policy file that is wrong."""
-    rules = read_policy(policy[1], policy[0], KnownNames(list(backends), sites), seed).rules
+    rules = read_policy(policy.text, policy.name, known, seed).rules
     members = []
     for backend in backends:
         there = hardware[backend.name]
@@ -159,7 +159,8 @@ def simulate(
     seconds = time.perf_counter() - begun
     trips.sort(key=lambda trip: trip.index)
     site_of = {backend.name: backend.site for backend in backends}
-    return Run([_served(trip, site_of, cost, epoch) for trip in trips], len(trips) / max(seconds, 1e-9))
+    served = [_served(trip, site_of, cost, epoch) for trip in trips]
+    return Run(served, len(trips) / max(seconds, 1e-9), *failures_of(rules))
 
 
 def _served(trip: Trip, site_of: Mapping[str, str], cost: Cost, epoch: float) -> Served:

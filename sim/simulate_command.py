@@ -6,18 +6,22 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from sim.command_errors import error_text, fail
+from sim.command_errors import fail
+from sim.evaluate_options import policies_of, readable_errors, show_warnings
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
+    from policies.files import KnownNames
     from policies.state import Backend
+    from sim.evaluate import PolicyText, Quantiles
     from sim.from_ledger import LedgerRow, Past, Served
     from sim.simulate import Figures, Hardware
     from sim.workload import Workload
@@ -30,13 +34,14 @@ class Installation(Protocol):
     """What the command line knows of a configuration and its ledger (`proxy/past.py`)."""
 
     currency: str
-    sites: frozenset[str]
     aliases: Mapping[str, str]
     profiles: Mapping[str, Path | None]
 
     def backends(self) -> list[Backend]: ...
 
     def policy(self) -> tuple[str, str]: ...
+
+    def known(self) -> KnownNames: ...
 
     def cluster_options(self) -> dict[str, Any]: ...
 
@@ -72,8 +77,13 @@ class Column:
 def simulate(
     context: typer.Context,
     policy: Annotated[
-        list[str], typer.Option("--policy", help="Policy file, or a name of the library; repeat for several.")
+        list[str],
+        typer.Option(
+            help="A policy file, a name of the library, or a policy's own name: it chooses among all backends. "
+            "Several: --policy a b c."
+        ),
     ],
+    policies: Annotated[list[str] | None, typer.Argument(help="Further policies.")] = None,
     from_ledger: Annotated[
         str | None, typer.Option(help="Requests of the ledger since: `7d`, `24h`, `2026-11-01`.")
     ] = None,
@@ -107,8 +117,7 @@ def simulate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from policies.yamlfile import FileProblems
-    from sim.traces import TraceError
+    from sim.evaluate import PolicyText
 
     if (from_ledger is None) == (trace is None):
         fail("give --from-ledger 7d or --trace FILE" + ("" if trace is None else ", not both"))
@@ -119,27 +128,18 @@ def simulate(
     doors: Doors = context.obj()
     home = doors.installation(config)
     console = Console(stderr=True)
-    try:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            policies = [home.policy(), *(_policy(name) for name in policy)]
-            past = _from_ledger(doors, home, from_ledger, until, bar) if trace is None else _from_trace(trace)
-            found = _Simulation(home, past, trace is None, seed, bar)
-            columns = found.columns(policies)
-    except (ValueError, OSError, FileProblems, TraceError) as error:
-        fail(error_text(error))
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with readable_errors(), bar:
+        present, new = PolicyText(*home.policy()), policies_of([*policy, *(policies or [])])
+        show_warnings(new, home.known())
+        past = _from_ledger(doors, home, from_ledger, until, bar) if trace is None else _from_trace(trace)
+        found = _Simulation(home, past, trace is None, seed, bar)
+        columns = found.columns([present, *new])
+    level = inf if ttft is None else ttft, inf if tpot is None else tpot
     if as_json:
-        typer.echo(json.dumps(_as_json(found, columns, ttft, tpot, by), indent=2))
+        typer.echo(json.dumps(_as_json(found, columns, level, by), indent=2, allow_nan=False))
     else:
-        _show(found, columns, ttft, tpot, by)
-
-
-def _policy(name: str) -> tuple[str, str]:
-    """Name and text. Raises OSError and ValueError."""
-    from policies.files import library_policy
-
-    if name.endswith((".yaml", ".yml")) or "/" in name:
-        return name, Path(name).read_text(encoding="utf-8")
-    return name, library_policy(name)
+        _show(found, columns, level, by)
 
 
 def _from_ledger(
@@ -241,7 +241,7 @@ class _Simulation:
             )
         return hardware
 
-    def columns(self, policies: list[tuple[str, str]]) -> list[Column]:
+    def columns(self, policies: list[PolicyText]) -> list[Column]:
         """What was, and each policy file. Raises FileProblems."""
         from sim.simulate import simulate as run
 
@@ -249,22 +249,27 @@ class _Simulation:
         if self.ledger:
             columns.append(Column("was", "ledger", "", self.past.served))
         for place, policy in enumerate(policies):
-            task = self.bar.add_task(f"simulating {policy[0]}", total=len(self.workload))
+            task = self.bar.add_task(f"simulating {policy.name}", total=len(self.workload))
             found = run(
                 self.workload,
                 self._backends(),
                 self.hardware,
                 policy,
-                self.home.sites,
+                self.home.known(),
                 self.home.cost,
                 epoch=self.past.epoch,
                 seed=self.seed,
                 options=self.home.cluster_options(),
                 progress=lambda done, task=task: self.bar.update(task, completed=done),  # type: ignore[misc]
             )
-            title = f"{'present, simulated' if place == 0 else 'simulated'}\n{Path(policy[0]).name}"
+            title = f"{'present, simulated' if place == 0 else 'simulated'}\n{Path(policy.name).name}"
             kind = "present" if place == 0 else "new"
-            columns.append(Column(title, kind, policy[0], found.served, found.requests_per_s))
+            columns.append(Column(title, kind, policy.name, found.served, found.requests_per_s))
+            if found.policy_failures:
+                self.notes.append(
+                    f"{policy.name} failed in {found.policy_failures:,} calls, and the least loaded backend was "
+                    f"taken instead: {found.last_failure}"
+                )
         return columns
 
 
@@ -280,7 +285,7 @@ def _days(columns: list[Column]) -> Iterator[tuple[str, list[list[Served]]]]:
 
 
 def _as_json(
-    found: _Simulation, columns: list[Column], ttft: float | None, tpot: float | None, by: str | None
+    found: _Simulation, columns: list[Column], level: tuple[float, float], by: str | None
 ) -> dict[str, Any]:
     from sim.simulate import figures
 
@@ -288,7 +293,7 @@ def _as_json(
         {
             "kind": column.kind,
             "policy": column.policy or None,
-            **figures(column.served, ttft, tpot).as_dict(),
+            **figures(column.served, *level).as_dict(),
             "simulated_requests_per_second": column.requests_per_s,
         }
         for column in columns
@@ -298,7 +303,7 @@ def _as_json(
             run["by_day"] = {}
         for day, parts in _days(columns):
             for run, part in zip(runs, parts, strict=True):
-                run["by_day"][day] = figures(part, ttft, tpot).as_dict()
+                run["by_day"][day] = figures(part, *level).as_dict()
     return {
         "requests": len(found.workload),
         "currency": found.home.currency,
@@ -311,9 +316,7 @@ def _as_json(
     }
 
 
-def _show(
-    found: _Simulation, columns: list[Column], ttft: float | None, tpot: float | None, by: str | None
-) -> None:
+def _show(found: _Simulation, columns: list[Column], level: tuple[float, float], by: str | None) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -324,7 +327,7 @@ def _show(
     currency = found.home.currency
     parts = [("", [column.served for column in columns]), *(_days(columns) if by == "day" else ())]
     for day, served in parts:
-        console.print(_table(day, titles, [figures(one, ttft, tpot) for one in served], currency))
+        console.print(_table(day, titles, [figures(one, *level) for one in served], currency))
     for note in found.notes:
         console.print(Text(f"note: {note}"))
 
@@ -333,7 +336,7 @@ def _table(day: str, titles: list[str], columns: list[Figures], currency: str) -
     from rich import box
     from rich.table import Table
 
-    from sim.simulate import PERCENTILES
+    from sim.evaluate import Quantiles
 
     table = Table(title=day or None, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("", no_wrap=True)
@@ -346,10 +349,10 @@ def _table(day: str, titles: list[str], columns: list[Figures], currency: str) -
     row("requests", lambda one: f"{one.requests:,}")
     if any(one.goodput is not None for one in columns):
         row("goodput", lambda one: _share(one.goodput))
-    for place, percentile in enumerate(PERCENTILES):
-        row(f"TTFT p{percentile} s", lambda one, at=place: _at(one.ttft, at, 1.0))  # type: ignore[misc]
-    for place, percentile in enumerate(PERCENTILES):
-        row(f"TPOT p{percentile} ms", lambda one, at=place: _at(one.tpot, at, 1e3))  # type: ignore[misc]
+    for place, name in enumerate(Quantiles._fields):
+        row(f"TTFT {name} s", lambda one, at=place: _at(one.ttft_s, at, 1.0))  # type: ignore[misc]
+    for place, name in enumerate(Quantiles._fields):
+        row(f"TPOT {name} ms", lambda one, at=place: _at(one.tpot_s, at, 1e3))  # type: ignore[misc]
     for site in sorted(set[str]().union(*(one.sites for one in columns))):
         row(f"at {site}", lambda one, site=site: _share(one.sites.get(site, 0.0)))  # type: ignore[misc]
     row("spill", lambda one: _share(one.spill))
@@ -365,5 +368,9 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _at(values: tuple[float, ...] | None, place: int, scale: float) -> str:
-    return "-" if values is None else f"{values[place] * scale:.3g}"
+def _at(times: Quantiles | None, place: int, scale: float) -> str:
+    from sim.leaderboard_table import NEVER
+
+    if times is None:
+        return "-"
+    return f"{times[place] * scale:.3g}" if isfinite(times[place]) else NEVER

@@ -21,20 +21,19 @@ async def watch_keys(keys: KeyStore, limits: Limits) -> None:
     What fails (the database, descriptors, memory) is told once, and tried again at the next turn, also if it is
     the same for hours: revoked keys must go on being refused.
     """
-    unread = False
     while True:
         await asyncio.sleep(KEYS_S)
         keyless = keys.empty
         try:
             changed = await asyncio.to_thread(keys.refresh)
         except Exception as error:
-            if not unread:
+            if not keys.trouble:
                 log.error("keys cannot be read, the known ones go on, no revocation is seen: %s", said(error))
-            unread = True
+            keys.trouble = said(error)
             continue
-        if unread:
+        if keys.trouble:
             log.warning("keys can be read again")
-        unread = False
+        keys.trouble = ""
         if changed:
             limits.keep(keys.ids)
             if keyless and not keys.empty:

@@ -57,6 +57,7 @@ _CREDENTIAL = re.compile(
     rb"(?:(?i:bearer) ++)?(tg_([0-9A-Za-z]{10})_[0-9A-Za-z]{43})_([0-9A-Za-z]{6})"
 ).fullmatch
 _ID = re.compile(r"[0-9A-Za-z]{10}").fullmatch
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*").fullmatch
 _WORD = re.compile(DATA_CLASS).fullmatch
 _PAIRS = [(a + b).encode() for a in ALPHABET for b in ALPHABET]
 
@@ -128,6 +129,8 @@ class KeyStore:
         self._empty = True
         self.has_budgets = False
         """Whether some key that is not revoked has a budget."""
+        self.trouble = ""
+        """Why the keys could not be read when they were last looked at; empty: they were."""
         with engine.connect() as connection:
             _check_pepper(_setting(connection, "pepper_check"), pepper)
         self.refresh()
@@ -217,7 +220,7 @@ def create_key(
     now = time.time()
     key = Key(
         id=_random_text(ID_LENGTH),
-        tenant=_text("tenant", tenant),
+        tenant=_tenant(tenant),
         name=_text("name", name) if name else "",
         data_class=_data_class(data_class),
         models=_models(models),
@@ -374,6 +377,14 @@ def _text(field_name: str, value: object) -> str:
             field_name, f"must be at most {MAX_TEXT} printable characters without spaces at its ends"
         )
     return value
+
+
+def _tenant(value: object) -> str:
+    """A word, as names in the configuration are: it stands in logs, metrics and options of commands."""
+    tenant = _text("tenant", value)
+    if _TENANT(tenant) is None:
+        raise KeyFieldError("tenant", "is made of letters (A to Z), digits, '.', '_' and '-'")
+    return tenant
 
 
 def _integer(field_name: str, value: object, low: int, high: int) -> int:

@@ -67,7 +67,7 @@ def admin_app(runtime: Runtime, started: float) -> web.Application:
             body = await asyncio.to_thread(read) if is_slow_to_read(raw) else read()
             shown = what_if(Running(runtime), body, wanted)
             if reason := unready(runtime):
-                shown["notes"] = [f"the proxy is not ready: {reason}"]
+                shown["notes"].insert(0, f"the proxy is not ready: {reason}")
             return _json(shown)
         except AskedError as error:
             return _json({"error": {"message": str(error)}}, 400)
@@ -117,6 +117,11 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         sums = totals.setdefault(name, [0, 0, 0, 0])
         for index, value in enumerate((series.prompt, series.cached, series.completion, series.cost_nano)):
             sums[index] += value
+    unpriced = sum(
+        series.prompt + series.completion
+        for (name, model), series in observer.series.items()
+        if runtime.prices.price(name, model) is None
+    )
     probes = runtime.probes()
     in_spite = runtime.valve.rules.in_spite
     backends = []
@@ -165,6 +170,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         "ready": not unready(runtime),
         "unready_reason": unready(runtime),
         "reload_ok": runtime.observer.reload_ok,
+        "restart_for": runtime.observer.restart_for,
         "policy": {"name": runtime.built.policy.name, "hash": runtime.built.policy.text_hash},
         "backends": backends,
         "certificates": [
@@ -177,6 +183,17 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             }
             for certificate in runtime.built.certificates
         ],
+        "backend_certificates": [
+            {
+                "backend": certificate.backend,
+                "key": certificate.key,
+                "file": str(certificate.file),
+                "expires": certificate.not_after,
+                "days_left": int((certificate.not_after - runtime.wall()) // 86400),
+                "warning": certificate.warning(runtime.wall()),
+            }
+            for certificate in runtime.built.backend_certificates
+        ],
         "hosts": runtime.hosts(),
         "queue": {
             "waiting": runtime.valve.queued,
@@ -184,6 +201,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             "by_tenant": runtime.valve.queued_by_tenant(),
         },
         "spill": spills(runtime),
+        "hedging": _hedging(runtime),
         "requests": observer.totals(),
         "errors": dict(observer.refusals),
         "tokens": {
@@ -191,8 +209,15 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             "cached": sum(sums[1] for sums in totals.values()),
             "completion": sum(sums[2] for sums in totals.values()),
         },
+        "unpriced_tokens": unpriced,
         "currency": runtime.prices.currency,
-        "ledger": {"lag_rows": runtime.ledger.lag, "failed": runtime.ledger.failed or runtime.journal.failed},
+        "ledger": {
+            "lag_rows": runtime.ledger.lag,
+            "oldest_s": runtime.ledger.oldest_s,
+            "trouble": runtime.ledger.trouble,
+            "failed": runtime.ledger.failed or runtime.journal.failed,
+        },
+        "keys": {"trouble": runtime.keys.trouble},
         "memory": {"use": round(runtime.pressure.use, 4), "shedding": runtime.shedding},
         "connections": {"clients": len(runtime.clients), "open_exchanges": len(runtime.exchanges)},
     }
@@ -207,6 +232,14 @@ def _adaptive(backend: Backend) -> dict[str, Any] | None:
         "minimum_ttft_s": adaptive.minimum_s or None,
         "measuring": backend.measuring_slots > 0,
     }
+
+
+def _hedging(runtime: Runtime) -> dict[str, Any] | None:
+    hedging = runtime.hedging
+    if hedging is None:
+        return None
+    made = runtime.observer.hedges
+    return {how: made.get(how, 0) for how in ("won", "lost", "failed")} | {"refused": hedging.refused}
 
 
 def spills(runtime: Runtime) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from proxy.access.limits import Refusal
 from proxy.admin.explain import WHY, Deciding, tier_of, tiers, unavailable
 from proxy.endpoints import BY_NAME, FORM_BODY, NO_BODY, WEBSOCKET
 from proxy.errors import STATUS, RequestError
-from proxy.facts import check_model, facts_of, no_model
+from proxy.facts import check_model, facts_of, no_model, wants_hashes
 from proxy.observe import decision_shown
 from proxy.openai import RequestBody
 from proxy.prompt_hashes import prompt_hashes
@@ -34,6 +34,8 @@ ENDPOINTS_ASKED: Final = tuple(
     name for name in ENDPOINTS if BY_NAME[name].body not in (FORM_BODY, NO_BODY, WEBSOCKET)
 )
 """Those with a JSON body."""
+
+BY_LOT: Final = "without a session its part follows from its id: the next one like it may be of another"
 
 _CLOCK: Final = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
 
@@ -155,7 +157,10 @@ def what_if(reading: Reading, body: RequestBody, asked: Asked) -> dict[str, Any]
         refusal = reading.refusal(asked.key, body, facts)
         if refusal is not None:
             raise RequestError(refusal.code, refusal.message, retry_after_s=refusal.retry_after_s)
-    trial = DryRun(reading.valve)
+    try:
+        trial = DryRun(reading.valve)
+    except Exception as error:  # copying runs somebody else's code
+        raise AskedError(f"what the policies would do is not known: one cannot be copied ({error})") from None
     routing = trial.decide(facts, reading.now())
     chosen = routing.decision.backend if type(routing.decision) is Send else ""
     expected = next((one.ttft_s for one in routing.candidates if one.name == chosen and one.ttft_s > 0), None)
@@ -185,7 +190,7 @@ def what_if(reading: Reading, body: RequestBody, asked: Asked) -> dict[str, Any]
         "queue": _queue(trial, routing, reading.now()),
         "answer": _answer(reading, body, routing),
         "forecast": {"ttft_s": expected, "completion_tokens": facts.expected_tokens},
-        "notes": [],
+        "notes": [BY_LOT] if routing.part and not facts.session else [],
     }
 
 
@@ -206,7 +211,7 @@ def _facts(reading: Reading, body: RequestBody, asked: Asked) -> RequestFacts:
         total_s=reading.total_s,
         body_bytes=len(body.raw),
     )
-    if "prefix" in reading.fleet.needs and not route.media:
+    if wants_hashes(reading.fleet.needs, route):
         facts.prefix = prompt_hashes(body.raw, reading.salt)
     if body.previous_response:
         holder = reading.holder(body.previous_response, facts.tenant)

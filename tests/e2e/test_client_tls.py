@@ -6,13 +6,14 @@ import asyncio
 import json
 import os
 import ssl
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 
-from proxy.ask import AskError, ask
+from proxy.ask import AdminPort, AskError, ask
 from tests.e2e import backends as b
 from tests.e2e.proxy_fixtures import Client, Proxy, StartBackend, StartProxy, chat, eventually
 
@@ -26,9 +27,15 @@ class Files:
         self.folder = folder
         self.authority = trustme.CA()
 
-    def write(self, name: str, *hosts: str, authority: trustme.CA | None = None) -> dict[str, str]:
+    def write(
+        self,
+        name: str,
+        *hosts: str,
+        authority: trustme.CA | None = None,
+        not_after: datetime | None = None,
+    ) -> dict[str, str]:
         """Issue a certificate into the files of this name. -> its section of `tls`."""
-        made = (authority or self.authority).issue_cert(*hosts)
+        made = (authority or self.authority).issue_cert(*hosts, not_after=not_after)
         certificate, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
         for file, text in (
             (key, made.private_key_pem.bytes()),
@@ -172,6 +179,35 @@ async def test_plain_http_becomes_no_https_by_a_reload(
     file.write_text(json.dumps(document))
     assert proxy.service.reload()
     assert (await proxy.chat()).status == 200
+
+
+async def test_who_finds_the_admin_port_by_itself_trusts_its_certificate_and_no_other(
+    files: Files, start_backend: StartBackend, start_proxy: StartProxy, tmp_path: Path
+) -> None:
+    """It has expired, and it is for another name: just then somebody has to look."""
+    shown = files.write("a", "a.example", not_after=datetime(2020, 1, 1))
+    file = tmp_path / "tidegate.yaml"
+    proxy = await start_proxy(await start_backend(), tls=[shown], admin_tls=True, file=file)
+    address = proxy.service.ports.admin_url
+    nothing = tmp_path / "nothing"
+    by_state, by_file = (
+        AdminPort(address, proxy.state_folder),
+        AdminPort(address, nothing, (Path(shown["certificate"]),)),
+    )
+    for port in (by_state, by_file):
+        assert (await asyncio.to_thread(ask, port, "/state"))["certificates"][0]["names"] == ["a.example"]
+    # Of another one nothing is believed, and nothing is asked.
+    other = AdminPort(address, nothing, (Path(files.write("b", "a.example")["certificate"]),))
+    with pytest.raises(AskError, match="shows another certificate than this proxy"):
+        await asyncio.to_thread(ask, other, "/state")
+    # A renewed one is known at once; with the file alone, too.
+    files.write("a", "a.example")
+    assert proxy.service.reload()
+    for port in (by_state, by_file):
+        assert await asyncio.to_thread(ask, port, "/state")
+    # Without a certificate that is known, the authorities of the system decide.
+    with pytest.raises(AskError, match="nobody we trust has signed it"):
+        await asyncio.to_thread(ask, AdminPort(address, nothing), "/state")
 
 
 async def test_the_admin_port_speaks_https_if_it_is_told_so(

@@ -65,14 +65,20 @@ async def test_a_server_that_stops_and_starts_holds_up_nobody(
     stream = await client.answer()
     assert (stream.text, stream.done) == ("xxxxx", True)
     heard.append(stream)
-    await eventually(lambda: proxy.runtime.ledger.lag >= 11)
+    await eventually(lambda: proxy.runtime.ledger.lag >= 11 and proxy.runtime.ledger.trouble)
     assert (await proxy.get("/readyz"))[0] == 200
     state = (await proxy.state())["ledger"]
     assert (state["lag_rows"], state["failed"]) == (proxy.runtime.ledger.lag, "")
+    assert state["oldest_s"] > 0.0
+    assert state["trouble"] == proxy.runtime.ledger.trouble, "eleven rows are enough to say it"
+    await eventually(lambda: proxy.runtime.keys.trouble)
+    assert (await proxy.state())["keys"]["trouble"] == proxy.runtime.keys.trouble
+    assert b"tidegate_keys_unread 1.0" in (await proxy.get("/metrics"))[1]
     await asyncio.to_thread(own_server.start)
     heard.append(await proxy.chat())
     assert {answer.status for answer in heard} == {200}
     await eventually(lambda: proxy.runtime.ledger.lag == 0, within_s=30)
+    await eventually(lambda: not proxy.runtime.keys.trouble)
     await proxy.service.stop()
     ops, requests = found(url)
     assert sorted(ops) == sorted(answer.id for answer in heard)
@@ -200,7 +206,16 @@ async def test_commands_work_over_postgresql(
     assert "acme" in await run("usage", "--by", "tenant,day")
     assert '"tenant":"acme"' in await run("export")
     assert "of 5.00 EUR spent this month" in " ".join((await run("keys", "list")).split())
+    for arguments in (("keys", "revoke", key.split("_")[1]), ("keys", "create", "--tenant", "zz")):
+        status, out, complaint = await command(*arguments, "--state", str(state))
+        said.append(complaint)
+        assert (status, out) == (2, ""), "it would be in a ledger that nobody reads"
+        assert f"the proxy on {state} has its ledger in postgresql://tidegate:***@" in complaint
+    assert not (state / DATABASE_FILE).exists()
+    right = config.read_text()
+    config.write_text(right + "bogus: 1\n")
     await run("keys", "revoke", key.split("_")[1])
+    config.write_text(right)
     await eventually(lambda: not proxy.runtime.keys.ids)
     assert (await proxy.chat(f"authorization: Bearer {key}")).status == 401
     status, out, complaint = await command("check", str(config))

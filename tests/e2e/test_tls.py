@@ -141,6 +141,37 @@ async def test_why_a_certificate_was_refused_is_said_everywhere(
     figure("F28", 0, "bad certificates accepted")
 
 
+async def test_the_end_of_our_own_certificate_is_said_everywhere(
+    authority: tuple[trustme.CA, str],
+    start_backend: StartBackend,
+    start_proxy: StartProxy,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    made, ca_file = authority
+    leaf = made.issue_cert("tidegate", not_before=datetime(2019, 1, 1), not_after=datetime(2020, 1, 1))
+    certificate, key = tmp_path / "ours.pem", tmp_path / "ours.key"
+    certificate.write_bytes(b"".join(pem.bytes() for pem in leaf.cert_chain_pems))
+    key.write_bytes(leaf.private_key_pem.bytes())
+    context = server(made, "127.0.0.1")
+    context.verify_mode = ssl.CERT_REQUIRED
+    made.configure_trust(context)
+    backend = await start_backend(tls=context)
+    tls = {"ca_file": ca_file, "certificate": str(certificate), "key": str(key)}
+    probing = {"enabled": True, "interval": "20s", "timeout": "19s"}
+    proxy = await start_proxy({"url": backend.url, "tls": tls}, probing=probing)
+    warning = f"backend a: our certificate {certificate} has expired: it refuses us"
+    assert caplog.text.count(warning) == 1
+    await eventually(lambda: "backend a is down" in caplog.text)
+    state = await proxy.state()
+    assert state["backends"][0]["unavailable"].endswith(": our certificate has expired")
+    assert warning in [found["warning"] for found in state["backend_certificates"]]
+    (_, metrics) = await proxy.get("/metrics")
+    line = f'tidegate_certificate_expiry_timestamp_seconds{{certificate="{certificate}"}} 1.5778368e+09'
+    assert line in metrics.decode().splitlines()
+    assert f'{{certificate="{ca_file}"}}' in metrics.decode()
+
+
 async def test_a_connection_is_used_again_for_the_same_identity_only(
     authority: tuple[trustme.CA, str], start_backend: StartBackend, start_proxy: StartProxy, tmp_path: Path
 ) -> None:

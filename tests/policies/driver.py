@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from policies.base import BackendView, Hold, Outcome, Policy, RequestFacts, Send
-from policies.state import Backend, Fleet, Lease
+from policies.state import Backend, Fleet, Lease, cached_in
 
 
 def request(id: str = "r", **facts: Any) -> RequestFacts:
@@ -63,11 +63,12 @@ class Driver:
         return request(f"r{self.requests}", session=session, body_bytes=2000, prefix=prefix, prefix_tokens=50)
 
     def decide(self, facts: RequestFacts, candidates: Sequence[Backend]) -> Send:
-        facts.cached = {one.name: tokens for one in candidates if (tokens := one.cached_tokens(facts))}
+        facts.cached = cached_in(candidates, facts)
         decision = self.policy.choose(facts, candidates, self.now)
         while isinstance(decision, Hold):
             assert decision.until > self.now
             self.now = decision.until
+            self._settle()
             decision = self.policy.choose(facts, candidates, self.now)
         assert isinstance(decision, Send)
         return decision

@@ -23,8 +23,16 @@ from tests.policies.driver import Driver, loaded, request, views
 
 Make = Callable[[Random], Policy]
 
-TAKE_THE_IDLER = ("least-load", "power-of-two", "geo", "shortest-path")
+TAKE_THE_IDLER = (
+    *("least-load", "power-of-two", "geo", "shortest-path"),
+    *("prequal", "peak-ewma", "forecast", "lmetric", "gorgo", "mooncake"),
+    *("skylb", "kv-threshold", "weighted-scores"),
+)
 DRAW = ("random", "power-of-two")
+DRAW_IF_TOLD: tuple[tuple[str, dict[str, object]], ...] = (
+    ("weighted-scores", {"picker": "weighted-random"}),
+    ("weighted-scores", {"picker": "softmax", "temperature": 0.3}),
+)
 SHARE = ("round-robin", "weighted-qps")
 """Give each its share of the requests whatever the load is."""
 
@@ -179,14 +187,14 @@ def propensities_are_frequencies(make: Make) -> None:
 
 
 def memory_is_bounded(make: Make) -> None:
-    """100,000 sessions and twice as many backends come and go; the second half leaves nothing behind.
+    """24,000 sessions and twice as many backends come and go; the second half leaves nothing behind.
 
     Every other decision is never carried out.
     """
     policy = make(Random(9))
     pool = views(2, ttft_s=0.1, location=(31.2, 121.5))
     blocks = 0
-    for number in range(100_000):
+    for number in range(24_000):
         pool[0].name, pool[1].name = f"new{number}", f"newer{number}"
         labels = {"location": f"{number % 90},{number % 179}"}
         facts = request(f"r{number}", session=f"tenant/s{number}", labels=labels)
@@ -197,7 +205,7 @@ def memory_is_bounded(make: Make) -> None:
             policy.dispatched(facts, chosen, float(number))
             policy.first_token(facts, chosen, float(number))
             policy.finished(Finished(facts, chosen.name, Outcome.OK, float(number)))
-        if number == 50_000:
+        if number == 12_000:
             gc.collect()
             blocks = sys.getallocatedblocks()
     gc.collect()
@@ -228,13 +236,14 @@ def test_of_two_always_the_idler(name: str) -> None:
     takes_the_idler(lambda rng: load(name, rng))
 
 
-def test_without_a_session_affinity_takes_the_idler_too() -> None:
-    takes_the_idler(lambda rng: load("session-affinity", rng))
+@pytest.mark.parametrize("name", ["session-affinity", "prefix-affinity"])
+def test_without_anything_to_hash_affinity_takes_the_idler_too(name: str) -> None:
+    takes_the_idler(lambda rng: load(name, rng))
 
 
-@pytest.mark.parametrize("name", DRAW)
-def test_propensities_are_frequencies(name: str) -> None:
-    propensities_are_frequencies(lambda rng: load(name, rng))
+@pytest.mark.parametrize(("name", "parameters"), [*((name, {}) for name in DRAW), *DRAW_IF_TOLD])
+def test_propensities_are_frequencies(name: str, parameters: dict[str, object]) -> None:
+    propensities_are_frequencies(lambda rng: load(name, rng, **parameters))
 
 
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - set(DRAW)))

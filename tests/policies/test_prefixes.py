@@ -20,7 +20,10 @@ from tests.policies.driver import request
 
 def prompt(*pieces: int) -> tuple[int, ...]:
     """Chained hashes, as a prompt of these pieces has them."""
-    return tuple(hash(pieces[: end + 1]) for end in range(len(pieces)))
+    hashes = [0]
+    for piece in pieces:
+        hashes.append(hash((hashes[-1], piece)))
+    return tuple(hashes[1:])
 
 
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=8).map(lambda pieces: prompt(*pieces))

@@ -130,10 +130,10 @@ def test_every_kind_of_parameter() -> None:
     [
         (
             "least-laod",
-            "no policy 'least-laod'; did you mean 'least-load'? There are geo, least-load, power-of-two, random, "
-            "round-robin, session-affinity, shortest-path, weighted-qps, and package.module:Class",
+            "no policy 'least-laod'; did you mean 'least-load'? There are "
+            f"{', '.join(sorted(POLICIES))}, and package.module:Class",
         ),
-        ("zzz", "no policy 'zzz'. There are geo, "),
+        ("zzz", f"no policy 'zzz'. There are {min(POLICIES)}, "),
         (
             "nowhere.at_all:Policy",
             "policy nowhere.at_all:Policy cannot be imported from nowhere.at_all:Policy: No ",

@@ -62,6 +62,17 @@ def test_samples_that_are_all_alike_blow_nothing_up() -> None:
     assert all(one >= 0.0 for one in line.coefficients)
 
 
+def test_it_still_finds_them_after_very_many() -> None:
+    """What rounding leaves between the halves of a symmetric matrix grows by 1/e with each `MEMORY` of samples."""
+    rng = Random(2)
+    line = Line(TTFT, 0.01)
+    for _ in range(20_000):
+        inputs = (1.0, rng.uniform(100, 2000), float(rng.randint(15, 30)))
+        seconds = 0.06 + 4e-5 * inputs[1]
+        line.note(inputs, seconds * rng.uniform(0.97, 1.03))
+        assert line.expected(inputs) == pytest.approx(seconds, rel=0.1) or line.samples < 100
+
+
 def test_a_fleet_learns_only_where_it_is_needed() -> None:
     fleet = Fleet([Backend("a")])
     assert fleet["a"].ttft_fit == ()

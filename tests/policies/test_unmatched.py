@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -21,6 +22,13 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"max_prompt_tokens": 8}, {"prompt_tokens": 9}, "its prompt in tokens is 9, above 8"),
     ({"labels": {"kind": "batch"}}, {}, "it has no label kind=batch"),
     ({"labels": {"kind": "batch"}}, {"labels": {"kind": "x"}}, "it has the label kind=x, not kind=batch"),
+    ({"sla": frozenset({"gold", "silver"})}, {}, "it has no label sla=gold or sla=silver"),
+    ({"sla": frozenset({"gold"})}, {"labels": {"sla": "x"}}, "it has the label sla=x, not sla=gold"),
+    (
+        {"task": frozenset({"chat"})},
+        {"labels": {"task": "code"}},
+        "it has the label task=code, not task=chat",
+    ),
     ({"hours": Hours(60, 120)}, {"wall": 0.0}, "it is not the time"),
 ]
 
@@ -30,6 +38,10 @@ def test_the_condition_that_fails_is_named(
     conditions: dict[str, Any], facts: dict[str, Any], said: str
 ) -> None:
     assert why_not(Match(**conditions), request(**facts)) == said
+
+
+def test_every_condition_there_is_has_its_words() -> None:
+    assert {name for conditions, *_ in CASES for name in conditions} == {one.name for one in fields(Match)}
 
 
 def test_one_that_matches_has_no_reason() -> None:

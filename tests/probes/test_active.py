@@ -43,6 +43,22 @@ async def test_nothing_else_is(status: int) -> None:
         assert await health(backend.url) == (False, f"GET /health: {status}")
 
 
+@pytest.mark.parametrize(("status", "said"), [(400, True), (403, True), (404, False), (503, False)])
+async def test_a_refusal_may_be_of_our_certificate(status: int, said: bool) -> None:
+    async with FakeBackend(health=status) as backend, new_session() as session:
+        for ends, hint in ((0.0, ": our certificate has expired" if said else ""), (2.0**40, "")):
+            target = Target("a", backend.url, certificate_ends=ends)
+            result = await ask(Health(session), target, 30.0)
+            assert result.reason == f"GET /health: {status}{hint}"
+            assert result.status == status
+
+
+async def test_a_connection_that_is_closed_may_be_so_for_our_certificate() -> None:
+    async with RawServer(b"") as url, new_session() as session:
+        result = await ask(Health(session), Target("a", url, certificate_ends=0.0), 30.0)
+    assert result.reason == "GET /health: closed without an answer: our certificate has expired"
+
+
 async def test_a_redirect_is_not_followed() -> None:
     async with FakeBackend() as elsewhere:
         reply = f"HTTP/1.1 307 X\r\nLocation: {elsewhere.url}/health\r\nContent-Length: 0\r\n\r\n".encode()

@@ -323,12 +323,15 @@ class FakeJournal:
 
 class FakeLedger:
     failed = ""
+    trouble = ""
     lag = 0
+    oldest_s = 0.0
     refused = 0
 
 
 class FakeKeys:
     empty = True
+    trouble = ""
     version = ""
 
 

@@ -9,6 +9,7 @@ import pytest
 import trustme
 from typer.testing import CliRunner, Result
 
+from policies.files import library_policy
 from proxy.access.keys import create_key
 from proxy.access.pepper import load_pepper
 from proxy.cli import app
@@ -210,6 +211,19 @@ def test_certificates_for_clients_are_tried_and_their_end_is_warned_of(folder: P
     )
 
 
+def test_the_end_of_a_certificate_for_a_backend_is_warned_of(folder: Path) -> None:
+    authority = trustme.CA()
+    made = authority.issue_cert("tidegate", not_after=datetime(2020, 1, 1))
+    authority.cert_pem.write_to_path("ca.pem")
+    (folder / "a.pem").write_bytes(made.cert_chain_pems[0].bytes())
+    (folder / "a.key").write_bytes(made.private_key_pem.bytes())
+    tls = "tls: {ca_file: ca.pem, certificate: a.pem, key: a.key}"
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("site: nanjing\n", f"site: nanjing\n    {tls}\n"))
+    (warning,) = reported()["warnings"]
+    assert (warning["line"], warning["path"]) == (7, "backends[1].tls.certificate")
+    assert warning["message"] == f"backend nj-1: our certificate {folder}/a.pem has expired: it refuses us"
+
+
 def test_models_that_nobody_serves_are_warned_of(folder: Path) -> None:
     (folder / "tidegate.yaml").write_text(
         """\
@@ -351,3 +365,81 @@ def test_a_secret_in_a_policy_file_is_not_shown(tmp_path: Path) -> None:
     for result in (check(str(file)), check(str(file), "--json")):
         assert result.exit_code == 1
         assert "sk-verysecret" not in result.output
+
+
+# What is on
+
+
+def test_what_is_on_is_read_back_and_nothing_of_what_is_off(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG)
+    words = ("adaptive", "Hedging", "Probes ask", "Heartbeats", "machine of site")
+    text = check().stdout
+    assert not any(word in text for word in words)
+    on = CONFIG.replace("slots: 24", "slots: 24, adaptive: true").replace(
+        "internal]}", 'internal], host: {node: "http://10.0.0.5:9100"}}'
+    )
+    on += "hedging: {after: p95}\nprobing: {generate: 5s}\ntimeouts: {heartbeat: 15s}\n"
+    (folder / "tidegate.yaml").write_text(on)
+    text = check().stdout
+    for said in (
+        "24 slots, fewer while it would only queue more (adaptive); ",
+        "Hedging: a stream without its first token after 95 % had theirs is sent once more, 0.05 of all at most.",
+        "Probes ask a backend for one token that has given clients none for 5 s.",
+        "Heartbeats: a stream that waits for its first token gets a comment every 15 s.",
+        "The machine of site nanjing is watched: node http://10.0.0.5:9100.",
+    ):
+        assert said in text
+
+
+def test_what_probes_for_a_token_cost_is_warned_of(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG + "probing: {generate: 5s}\n")
+    (warning,) = reported()["warnings"]
+    assert warning["path"] == "probing.generate"
+    # 720 an hour, at the dearer of two prices: 10 tokens in at 2 and one out at 3, for a million of them
+    assert warning["message"] == (
+        "backend nj-1 has a price: while no client asks, its probes cost up to 0.0166 CNY an hour "
+        "(720 tokens, each for a prompt of some 10)"
+    )
+    (folder / "tidegate.yaml").write_text(CONFIG + "probing: {generate: 5s, enabled: false}\n")
+    assert "its probes cost" not in check().stdout
+
+
+def test_the_library_is_as_it_should_be(folder: Path) -> None:
+    """Without a remote backend a tier of it is empty; in a file of one's own that is worth a word."""
+    local = 'backends: [{name: a, url: "http://127.0.0.1:8000"}]\n'
+    (folder / "tidegate.yaml").write_text(local)
+    assert (check().exit_code, reported()["warnings"]) == (0, [])
+    (folder / "own.yaml").write_text(library_policy("local-first"))
+    (folder / "tidegate.yaml").write_text(local + "policy: own.yaml\n")
+    assert any("no backend is in this tier now" in found["message"] for found in reported()["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("limits: {memory: 10MiB}", "limits.memory: must be at least 64MiB, got '10MiB'"),
+        ("limits: {memory: 1000}", "limits.memory: must be at least 67108864, got 1000"),
+        (
+            "hedging: {after: p99}",
+            "hedging.after: expected a duration such as 500ms, `p95` or `off`, got 'p99' (did you mean 'p95'?)",
+        ),
+        ("hedging: {after: 1 sec}", "`p95` or `off`, got '1 sec' (did you mean '1s'?)"),
+    ],
+)
+def test_bounds_and_choices_are_told_in_the_words_of_the_file(folder: Path, line: str, said: str) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG + line + "\n")
+    assert said in check().stderr
+
+
+def test_a_missing_certificate_and_its_key_are_both_told_and_their_paths_shown(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG + "tls:\n  - {certificate: a.pem, key: a.key}\n")
+    missing = f"{folder}/a.pem: no such file or directory; {folder}/a.key: no such file or directory"
+    assert check().stderr == (
+        f"tidegate.yaml:13:19: tls[0].certificate: {missing}\n"
+        "  13 |   - {certificate: a.pem, key: a.key}\n"
+        "     |                   ^\n"
+    )
+    tls = "tls: {certificate: b.pem, key: b.key}"
+    (folder / "tidegate.yaml").write_text(CONFIG.replace("site: nanjing\n", f"site: nanjing\n    {tls}\n"))
+    missing = f"{folder}/b.pem: no such file or directory; {folder}/b.key: no such file or directory"
+    assert f"tls.certificate: backend nj-1: {missing}" in check().stderr

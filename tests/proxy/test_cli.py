@@ -46,6 +46,31 @@ def test_usage_of_nothing_says_so_and_of_when() -> None:
     assert tidegate("usage", "--until", "2026-11-08").stdout == "no requests to 2026-11-08 00:00 UTC\n"
 
 
+@pytest.mark.parametrize("columns", [None, "60"])
+def test_the_money_stands_in_every_table(
+    columns: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no terminal, a line is as long as it is; `COLUMNS` is as good as one."""
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    else:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    engine = open_database(tmp_path / "tidegate-data")
+    tenant = "a-tenant-with-a-name-of-more-than-half-a-line"
+    row = a_row(tenant=tenant, backend="a-backend-far-away", currency="CNY", cost_nano=1_234_567_890_123)
+    _Insert(engine).rows([to_values(row)])
+    engine.dispose()
+    text = tidegate("usage", "--by", "tenant,backend").stdout
+    assert "1,234.5679" in text
+    (heading,) = [line for line in text.splitlines() if "tenant " in line]
+    if columns:
+        assert tenant[:40] in text
+        assert all(len(line) <= 60 for line in text.splitlines())
+    else:
+        assert "cost CNY" in heading
+        assert any(tenant in line and "1,234.5679" in line for line in text.splitlines())
+
+
 def test_for_scripts_nothing_stays_what_it_was() -> None:
     assert json.loads(tidegate("usage", "--json").stdout) == []
     assert tidegate("usage", "--csv").stdout.startswith("requests,errors,")

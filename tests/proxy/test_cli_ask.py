@@ -75,6 +75,14 @@ def test_status_asks_the_admin_port() -> None:
     assert orjson.loads(found.stdout) == orjson.loads(STATE)
 
 
+def test_what_is_no_terminal_gets_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    keys = orjson.loads(STATE) | {"keys": {"trouble": "connection refused, " * 10 + "at last"}}
+    with answering(200, orjson.dumps(keys)) as address:
+        found = tidegate("status", "--admin", address)
+    assert any(line.startswith("! keys") and line.endswith("at last") for line in found.stdout.splitlines())
+
+
 def test_a_watch_looks_again_until_it_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
 

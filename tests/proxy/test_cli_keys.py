@@ -18,6 +18,7 @@ from proxy.cli import app
 from proxy.database import DATABASE_FILE, open_database
 from proxy.journal import Journal
 from proxy.ledger import Ledger
+from proxy.ledger_note import note_database
 from proxy.prices import Prices
 from proxy.records import Row
 
@@ -217,11 +218,49 @@ def test_a_state_directory_that_was_not_there_is_named(folder: Path) -> None:
     assert all(", kept in mistyped; it is shown this once:" in found.stderr for found in (first, second))
 
 
-def test_a_broken_file_says_how_to_do_without_it(folder: Path) -> None:
-    (folder / "tidegate.yaml").write_text("bakends: []")
-    found = tidegate("list")
-    assert found.exit_code == 2
-    assert "tidegate.yaml cannot be used (--state DIRECTORY needs no file):\n" in found.stderr
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "bogus: 1\ndatabase: {url}\n",
+        "database: '{url}'  # ours\nbackends: [\n",
+        'state: my state\ndatabase: "{url}"\n',
+        "backends: [\n\tstate: x\nstate: my state # and no more\n",
+    ],
+)
+def test_a_mistake_in_the_file_keeps_nobody_from_revoking(broken: str, folder: Path) -> None:
+    """Wherever the ledger is: what the file says of that is read, whatever else is wrong in it."""
+    url = f"sqlite:///{folder}/elsewhere/led#ger.db"
+    elsewhere = f"database: {url}\n" if "{url}" in broken else ""
+    state = "state: my state\n" if "my state" in broken else ""
+    (folder / "tidegate.yaml").write_text(CONFIG + elsewhere + state)
+    made, other = create(), create()
+    (folder / "tidegate.yaml").write_text(broken.format(url=url))
+    found = tidegate("revoke", made["id"])
+    assert (found.exit_code, found.stdout) == (0, f"key {made['id']} is revoked\n")
+    assert found.stderr == (
+        "note: tidegate.yaml cannot be used as it is: only its `state` and `database` are read (`tidegate check`)\n"
+    )
+    assert {row["id"]: row["status"] for row in listed()} == {made["id"]: "revoked", other["id"]: "active"}
+    found = tidegate("create", "--tenant", "acme")
+    assert (found.exit_code, found.stdout) == (2, ""), "what a new key may do is checked against a whole file"
+    assert "tidegate.yaml cannot be used:\n" in found.stderr
+
+
+def test_a_ledger_elsewhere_is_not_begun_anew_beside_the_proxys_state(folder: Path) -> None:
+    (folder / "pgstate").mkdir()
+    note_database(folder / "pgstate", "postgresql://tidegate:secret@db/ledger")
+    for command in (("create", "--tenant", "zz"), ("list",), ("revoke", "7Hq2mXw0Ab")):
+        found = tidegate(*command, "--state", "pgstate")
+        assert (found.exit_code, found.stdout) == (2, "")
+        assert found.stderr.startswith(
+            "tidegate: the proxy on pgstate has its ledger in postgresql://tidegate:***@db/ledger: give its "
+            "configuration instead (--config FILE, without --state)"
+        )
+    (folder / "tidegate.yaml").write_text("databse: postgresql://db/ledger\nstate: pgstate\n")
+    assert "has its ledger in postgresql://tidegate:***@db/ledger" in tidegate("list").stderr
+    assert [path.name for path in (folder / "pgstate").iterdir()] == ["database.json"]
+    (folder / "tidegate.yaml").write_text(CONFIG + "state: pgstate\n")
+    create()  # a whole configuration says that it is there now, and is right
 
 
 def test_a_data_class_that_nobody_accepts_is_warned_of(folder: Path) -> None:

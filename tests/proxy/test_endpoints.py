@@ -231,8 +231,66 @@ def test_no_backend_is_an_error_in_its_dialect(route: Route) -> None:
     found = read(exchange)
     assert found.status == (500 if route.dialect == ANTHROPIC else 502)
     assert error_of(route, found.body)["message"].startswith("cannot connect to a")
+    assert found.fields["retry-after"] == "1"
     assert exchange.row.status == found.status
     assert exchange.row.outcome == "backend_failed"
+
+
+NOT_THERE = [
+    (404, b'{"detail":"Not Found"}'),
+    (405, b'{"detail":"Method Not Allowed"}'),
+    (404, b"<html>404 Not Found</html>"),
+    (404, b""),
+    (404, b'["no"]'),
+]
+
+
+@every
+@pytest.mark.parametrize(("status", "body"), NOT_THERE)
+def test_a_backend_without_the_endpoint_is_told_in_words(route: Route, status: int, body: bytes) -> None:
+    exchange = start(w := world(), route)
+    reply = whole(status, body).replace(b"application/json", b"text/html")
+    w.answers(exchange, "a").data_received(reply)
+    found = read(exchange)
+    assert (found.status, found.fields["content-type"]) == (status, "application/json")
+    error = error_of(route, found.body)
+    assert error["type"] == "not_found_error"
+    path = exchange.request.target.partition(b"?")[0].decode()
+    assert error["message"] == f"the backend of 'm' has no {path}"
+    if route.dialect != ANTHROPIC:
+        assert error["code"] == "endpoint_not_served"
+    assert (exchange.row.outcome, exchange.row.status, exchange.row.code) == ("client_error", status, "")
+    assert w.backend("a").breaker.state(w.loop.now) == "closed"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"error":{"message":"no such model"}}',
+        b'{"error":"no such model"}',
+        b'{"object":"error","message":"The model `m` does not exist.","code":404}',
+        b'{"detail":"adapter m is not loaded"}',
+    ],
+)
+def test_a_404_that_says_more_is_the_backends_own(body: bytes) -> None:
+    exchange = start(w := world(), BY_NAME["embeddings"])
+    w.answers(exchange, "a").data_received(whole(404, body))
+    assert read(exchange).body == body
+
+
+def test_a_404_after_a_heartbeat_is_told_in_the_same_words() -> None:
+    event = event_after_head(404, b'{"detail":"Not Found"}')
+    assert event["error"]["message"] == "the backend of 'm' has no /v1/chat/completions"
+
+
+def event_after_head(status: int, body: bytes) -> Any:
+    """What a client gets that has the head of its stream already."""
+    exchange = start(w := world(), BY_NAME["chat"])
+    connection = w.answers(exchange, "a")
+    exchange.head_sent = True
+    connection.data_received(whole(status, body))
+    written = exchange.client.out  # type: ignore[attr-defined]
+    return orjson.loads(written.partition(b"data: ")[2].partition(b"\n\n")[0])
 
 
 @every

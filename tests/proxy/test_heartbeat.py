@@ -353,12 +353,12 @@ def test_an_error_that_is_no_json_has_its_status_at_least() -> None:
     exchange = w.start()
     connection = w.answers(exchange, "a")
     w.wait(EVERY_S)
-    connection.data_received(whole(404, b"<html>"))
+    connection.data_received(whole(400, b"<html>"))
     error = {
-        "message": "the backend answered 404",
+        "message": "the backend answered 400",
         "type": "invalid_request_error",
         "param": None,
-        "code": 404,
+        "code": 400,
     }
     assert last_event(exchange) == (b"", {"error": error})
 

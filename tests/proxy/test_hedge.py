@@ -613,3 +613,19 @@ def test_a_tier_that_lets_its_engines_queue_takes_no_second_attempt_beyond_its_s
             on_b.client_gone()
         world.wait(1.0)
         assert exchange.row.attempts == (1 if full else 2)
+
+
+@pytest.mark.parametrize("winner", ["a", "b", ""])
+def test_what_has_ended_does_not_wait_for_the_garbage_collector(winner: str) -> None:
+    """Exchange and second attempt know each other; in a cycle they would fill the memory between collections."""
+    world = hedging_world()
+    if winner:
+        exchange, first, second = both(world)
+        (first if winner == "a" else second).data_received(BEGINNING + END)
+    else:
+        exchange = world.start()
+        world.answers(exchange, "a")
+        assert exchange.connection is not None
+        exchange.connection.data_received(BEGINNING + END)
+    assert exchange.state is State.ENDED
+    assert exchange.hedge is None

@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -258,6 +259,56 @@ async def test_rows_wait_while_the_database_is_locked(
     eventually(lambda: moved.lag == 0)
     assert (moved.failed, moved.trouble) == ("", "")
     assert sqlite_state.rows() == rows
+
+
+async def test_a_database_that_is_away_and_comes_back_is_told_in_two_lines(
+    sqlite_state: State, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(proxy.database, "BUSY_TIMEOUT_S", 0.01)
+    sqlite_state.engine.dispose()
+    moved = sqlite_state.start()
+    assert moved.oldest_s == 0.0
+    tries: list[Exception] = []
+    may_pass = moved._may_pass
+
+    def failed(error: Exception) -> bool:
+        tries.append(error)
+        return may_pass(error)
+
+    moved._may_pass = failed
+    other = sqlite3.connect(sqlite_state.directory / DATABASE_FILE, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with caplog.at_level("INFO"):
+        moved.journal.close(a_row())
+        eventually(lambda: len(tries) > 3)
+        first = moved.oldest_s
+        moved.journal.close(a_row())
+        eventually(lambda: moved.lag == 2)
+        assert 0.0 < first < moved.oldest_s, "the oldest one goes on waiting"
+        other.execute("ROLLBACK")
+        other.close()
+        eventually(lambda: "followed" in caplog.text)
+        for _ in range(3):
+            moved.journal.close(a_row())
+        eventually(lambda: moved.lag == 0 and moved.oldest_s == 0.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "ledger: database is locked; 1 row waiting, next try in 0.05 s",
+        "ledger: 2 rows followed, nothing waits",
+    ]
+
+
+def test_what_lasts_is_told_ever_more_rarely(
+    sqlite_state: State, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved = Ledger(sqlite_state.engine, Journal(sqlite_state.directory / "journal"), PRICES)
+    told: list[float] = []
+    for second in range(0, 1500, 5):
+        monkeypatch.setattr(time, "monotonic", lambda now=float(second): now)
+        caplog.clear()
+        moved._say_that_rows_wait(5.0)
+        told += [second] * len(caplog.records)
+    assert told == [0, 10, 30, 70, 150, 310, 610, 910, 1210]
+    moved.journal.release()
 
 
 async def test_what_the_database_never_took_is_there_after_a_restart(

@@ -14,7 +14,7 @@ import pytest
 
 from proxy import open_files
 from proxy.listeners import Listening, by_loop
-from proxy.open_files import RESERVED, SAID_AGAIN_S, Reserve, watch_open_files
+from proxy.open_files import RESERVED, SAID_AGAIN_S, Reserve, most_clients, watch_open_files
 from proxy.tasks import Tasks
 from tests.proxy.fakes import World
 from tests.proxy.test_server import Peer
@@ -135,3 +135,18 @@ async def test_what_was_closed_while_it_was_paused_stays_closed() -> None:
     await listening.resume("listen")
     with pytest.raises(ConnectionRefusedError), socket.create_connection((host, int(port))):
         pass
+
+
+def test_fewer_clients_than_wanted_are_told_when_that_changes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every reload asks again."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (20_000, 20_000))
+    possible = most_clients(10_000)
+    assert possible == 9950
+    assert len(caplog.messages) == 1
+    assert most_clients(10_000, possible) == most_clients(12_000, possible) == possible
+    assert most_clients(10_000, told=True) == possible  # by the process before
+    assert len(caplog.messages) == 1
+    assert most_clients(10_000, 500) == possible
+    assert len(caplog.messages) == 2

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import orjson
+import pytest
 
 from proxy.prompt_hashes import BLOCKS, prompt_hashes
+from tests.proxy.fakes import World
 
 
 def body(text: str, **fields: object) -> bytes:
@@ -28,3 +30,17 @@ def test_short_ones_have_none_and_long_ones_have_an_end() -> None:
     assert prompt_hashes(body("a" * 100), b"") == ()
     assert len(prompt_hashes(body("a" * 2_000_000), b"")) <= BLOCKS + 1
     assert all(0 <= one < 2**63 for one in prompt_hashes(body("a" * 9000), b""))
+
+
+@pytest.mark.parametrize(
+    ("needs", "hashed"), [({"prefix"}, True), ({"hashes"}, True), ({"speed"}, False), (set(), False)]
+)
+def test_a_request_has_them_before_it_is_decided_where_a_policy_needs_them(
+    needs: set[str], hashed: bool
+) -> None:
+    world = World("a")
+    world.runtime.fleet.see_to(frozenset(needs))
+    raw = body("a" * 9000, model="m")
+    facts = world.start(raw=raw).facts
+    assert facts is not None
+    assert facts.prefix == (prompt_hashes(raw, world.runtime.salt) if hashed else ())

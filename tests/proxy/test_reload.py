@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import trustme
 
 import proxy.build
 import proxy.serve
 from proxy.access.keys import Key
+from proxy.admin.http import state
 from proxy.build import DEFAULT_SLOTS
 from proxy.config import load_config
 from proxy.process import print_banner
@@ -96,13 +98,49 @@ async def test_what_waits_for_the_next_start_is_told_and_nothing_else(
     assert service.reload()
     told = [record.getMessage() for record in caplog.records if "next start" in record.getMessage()]
     assert told == ["a change of `budget_zone` takes effect at the next start"]
+    assert state(service.runtime, 0.0)["restart_for"] == ["budget_zone"]
     service.path.write_text(text + "retries: {ratio: 0.5}\nbudget_zone: Asia/Shanghai\n")
     assert service.reload()
     assert "a change of `retries.ratio` takes effect at the next start" in caplog.text
+    assert state(service.runtime, 0.0)["restart_for"] == ["budget_zone", "retries.ratio"]
+    service.path.write_text(text + "tls: [{certificate: nowhere.pem, key: nowhere.pem}]\nbudget_zone: UTC\n")
+    assert not service.reload()
+    assert state(service.runtime, 0.0)["restart_for"] == ["budget_zone", "retries.ratio"], "it was refused"
     caplog.clear()
     service.path.write_text(text)  # as it runs
     assert service.reload()
     assert "next start" not in caplog.text
+    assert state(service.runtime, 0.0)["restart_for"] == []
+
+
+async def test_https_that_neither_begins_nor_ends_is_no_change(
+    service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    made = trustme.CA().issue_cert("a.example")
+    (tmp_path / "a.pem").write_bytes(made.cert_chain_pems[0].bytes())
+    (tmp_path / "a.key").write_bytes(made.private_key_pem.bytes())
+    assert service.path is not None
+    text = service.path.read_text()
+    service.path.write_text(text + "tls: [{certificate: a.pem, key: a.key}]\n")
+    assert service.reload()
+    assert caplog.messages[-2:] == [
+        "`tls` was not applied: until the next start clients speak plain HTTP",
+        "reloaded: nothing changed",
+    ]
+    with_tls = Service(load_config(service.path), service.path, {"state": tmp_path / "another"})
+    with_tls.config = with_tls._started_with = with_tls.config.model_copy(
+        update={"state": tmp_path / "another"}
+    )
+    await with_tls.start()
+    service.path.write_text(text)
+    caplog.clear()
+    assert with_tls.reload()
+    assert caplog.messages[-2:] == [
+        "`tls` was not applied: until the next start clients speak HTTPS, with the certificates it has",
+        "reloaded: nothing changed",
+    ]
+    await with_tls.stop()
 
 
 async def test_how_many_clients_there_may_be_changes_at_once(service: Service) -> None:

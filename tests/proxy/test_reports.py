@@ -16,6 +16,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 from sqlalchemy import Engine
 
@@ -72,6 +73,7 @@ def random_rows(count: int) -> list[Row]:
                 site=backend and draw.choice(["local", "nj"]),
                 served_model=draw.choice(["small", "big"]),
                 outcome=draw.choice(["ok", "client_gone", "rejected", "cut"]),
+                code=draw.choice(["", "queue_full", "rate_limit_tokens"]),
                 prompt_tokens=draw.randrange(3) * 100,
                 completion_tokens=draw.randrange(3),
                 currency="CNY" if backend == "nanjing" else "",
@@ -310,6 +312,35 @@ def test_two_groups_fit_a_terminal() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "1,234.5679" in text
     assert "2026-03-01" in text
+
+
+@given(st.lists(st.text("ab 月", min_size=1, max_size=40), min_size=1, max_size=3), st.integers(24, 140))
+@settings(deadline=None, max_examples=50)
+def test_no_column_is_ever_left_out_or_cut(tenants: list[str], width: int) -> None:
+    lines = [
+        replace(LINES[0], group={"tenant": name.strip() or "a", "day": "2026-03-01"}) for name in tenants
+    ]
+    console = Console(file=io.StringIO(), width=width)
+    console.print(usage_table(lines, width))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    for letter in "b月":  # in no heading
+        assert text.count(letter) == sum(line.group["tenant"].count(letter) for line in lines)
+    for cell in ("tenant", "day", "requests", "completion", "cost CNY", "1,234.5679", "9,000", "512"):
+        assert cell in text
+    assert all(cell_len(row) <= width for row in text.splitlines())
+
+
+def test_why_requests_were_refused_is_told_by_their_codes(engine: Engine) -> None:
+    put(
+        engine,
+        a_row(),
+        a_row(outcome="rejected", code="queue_full"),
+        a_row(outcome="rejected", code="budget"),
+    )
+    put(engine, a_row(outcome="client_error", code="model_not_found", model="\0\\u0000", backend=""))
+    found = {line.group["code"]: (line.requests, line.refused) for line in usage(engine, "code")}
+    assert found == {"": (1, 0), "queue_full": (1, 1), "budget": (1, 1), "model_not_found": (1, 1)}
 
 
 @given(st.integers(-(2**70), 2**70), st.integers(0, 9))

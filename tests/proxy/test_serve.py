@@ -13,6 +13,7 @@ from proxy import listeners
 from proxy.build import ConfigError
 from proxy.cli import app
 from proxy.config import Config, load_config
+from proxy.ledger_note import noted_database
 from proxy.serve import Service
 
 
@@ -77,3 +78,19 @@ async def test_a_given_socket_that_others_reach_needs_keys(
         await service.start()
     given_to[0]["listen"][0].close()
     service._engine.dispose()
+
+
+async def test_the_state_directory_tells_of_a_ledger_elsewhere(tmp_path: Path) -> None:
+    settings = {
+        "listen": "127.0.0.1:0",
+        "admin": "127.0.0.1:0",
+        "log": "off",
+        "state": str(tmp_path / "state"),
+        "probing": {"enabled": False},
+        "backends": [{"name": "a", "url": "http://127.0.0.1:1", "models": ["m"]}],
+    }
+    for database in (f"sqlite:///{tmp_path}/elsewhere/ledger.db", None):
+        service = Service(Config.model_validate({**settings, "database": database}))
+        await service.start()
+        await service.stop()
+        assert noted_database(tmp_path / "state") == database, "also while no proxy runs"

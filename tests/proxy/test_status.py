@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import io
+from random import Random
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from policies.adaptive import AdaptiveSlots
+from policies.hedging import Hedging
 from proxy.admin.http import state
+from proxy.prices import Prices
 from proxy.status import duration, line, screen
 from tests.proxy.fakes import World, answer_body, whole
 
@@ -58,9 +62,14 @@ def test_no_cost_is_not_shown_as_a_figure() -> None:
     _, now = busy()
     for row in now["backends"]:
         row["cost"] = 0.0
-    assert "cost      unpriced, or free" in shown(now)
+    assert "cost      free, at a price of 0\n" in shown(now) + "\n"
+    now["unpriced_tokens"] = 5
+    assert "cost      free, at a price of 0, and 5 tokens without a price" in shown(now)
+    now["unpriced_tokens"] = 12
+    assert "cost      unpriced\n" in shown(now) + "\n"
     now["tokens"] = {"prompt": 0, "cached": 0, "completion": 0}
     assert "cost      nothing yet" in shown(now)
+    now["unpriced_tokens"] = 0
     now["backends"][0]["cost"] = 1234.56789
     assert "cost      1,234.5679 EUR" in shown(now)
 
@@ -117,9 +126,65 @@ def test_who_waits_and_what_went_wrong_is_shown() -> None:
 
 def test_a_ledger_that_falls_behind_is_shown() -> None:
     _, now = busy()
-    assert "rows" not in shown({**now, "ledger": {"lag_rows": 5, "failed": ""}})
-    text = shown({**now, "ledger": {"lag_rows": 5000, "failed": ""}})
-    assert "ledger    5,000 rows are not in the database yet" in text
+
+    def said(rows: int, oldest_s: float, trouble: str = "") -> str:
+        ledger = {"lag_rows": rows, "oldest_s": oldest_s, "trouble": trouble, "failed": ""}
+        return next(
+            (row for row in shown({**now, "ledger": ledger}, 120).splitlines() if "ledger " in row), ""
+        )
+
+    assert said(5, 0.5) == ""
+    assert said(0, 0.0, "refused") == "", "it comes before the next rows do"
+    assert said(5000, 0.5) == "ledger    5,000 rows are not in the database yet, the oldest for 0.5 s"
+    assert said(12, 25.0) == "ledger    12 rows are not in the database yet, the oldest for 25 s"
+    told = "ledger    1 row is not in the database yet, the oldest for 0.1 s: connection refused"
+    assert said(1, 0.1, "connection refused") == told, "as soon as one try has failed"
+
+
+def test_keys_that_cannot_be_read_are_told() -> None:
+    world, _ = busy()
+    assert "keys" not in shown(state(world.runtime, 0.0))
+    world.runtime.keys.trouble = "connection refused"
+    assert "! keys cannot be read, no new or revoked one is seen: connection refused" in shown(
+        state(world.runtime, 0.0), 120
+    )
+
+
+def test_a_restart_that_is_owed_is_told() -> None:
+    world, _ = busy()
+    assert "restart" not in shown(state(world.runtime, 0.0))
+    world.runtime.observer.restart_for = ["listen", "database"]
+    said = "! a restart is owed: what the file says of listen, database is not in force yet"
+    assert said in shown(state(world.runtime, 0.0))
+
+
+def test_adaptive_slots_and_hedges_are_shown_where_they_are_on() -> None:
+    world, now = busy(slots=8)
+    assert "adaptive " not in shown(now)
+    assert "hedges " not in shown(now)
+    world.backend("appliance").adaptive = AdaptiveSlots(Random(1), 6.0)
+    world.runtime.hedging = Hedging()
+    world.runtime.observer.hedges = {"won": 1200, "lost": 3}
+    text = shown(state(world.runtime, 0.0))
+    assert "adaptive  appliance: 6 of 8 slots\n" in text
+    assert "hedges    1,200 won, 3 lost, 0 failed, 0 not made for want of budget" in text
+    found = {"slots": 6, "minimum_ttft_s": 0.214, "measuring": True}
+    now["backends"][0]["adaptive"] = found
+    assert (
+        "adaptive  appliance: 6 of 8 slots, first token after 0.21 s at the least, measures that now with few in "
+        "flight"
+    ) in shown(now, 130)
+
+
+def test_a_proxy_of_the_version_before_is_understood() -> None:
+    """Between the installation and the restart."""
+    _, now = busy()
+    for name in ("restart_for", "keys", "hedging"):
+        del now[name]
+    for row in now["backends"]:
+        del row["adaptive"]
+    now["ledger"] = {"lag_rows": 5000, "failed": ""}
+    assert "5,000 rows are not in the database yet" in shown(now)
 
 
 def test_spill_is_told_by_tier() -> None:
@@ -181,3 +246,12 @@ def test_the_line_for_a_log() -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_tokens_without_a_price_are_counted() -> None:
+    world = World("appliance")
+    world.runtime.prices = Prices({}, "EUR")
+    world.answers(world.start(stream=False), "appliance").data_received(whole(200, answer_body()))
+    found = state(world.runtime, world.loop.now)
+    assert found["unpriced_tokens"] == 12
+    assert "cost      unpriced" in shown(found)

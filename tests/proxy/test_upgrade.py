@@ -13,8 +13,10 @@ from stat import S_IMODE
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from proxy import upgrade
+from proxy.cli import app
 from proxy.config import Config
 from proxy.listeners import bind, host_port
 from proxy.state_lock import lock_state
@@ -224,3 +226,19 @@ async def test_an_answer_that_never_comes(tmp_path: Path) -> None:
         with pytest.raises(UpgradeError, match="has ended during the upgrade"):
             await asyncio.to_thread(ask_for_upgrade, tmp_path, 60.0)
         assert await dying == {"ask": "upgrade", "drain": 60.0}
+
+
+@pytest.mark.parametrize(
+    ("running", "said"),
+    [
+        (0, "process 2 serves; process 1 has no request to end\n"),
+        (1, "process 2 serves; process 1 still ends 1 request, for 30 s at most\n"),
+        (7, "process 2 serves; process 1 still ends 7 requests, for 30 s at most\n"),
+    ],
+)
+def test_the_command_says_what_is_still_to_end(
+    running: int, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = {"pid": 2, "old": 1, "running": running, "drain": 30.0}
+    monkeypatch.setattr("proxy.upgrade.ask_for_upgrade", lambda state, drain_s: told)
+    assert CliRunner().invoke(app, ["upgrade", "--state", str(tmp_path)]).stdout == said

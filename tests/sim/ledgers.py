@@ -17,7 +17,8 @@ from sim.trips import Trip
 from sim.workload import Workload
 from tests.proxy.rows import empty_database
 
-EPOCH = 1_700_000_000.0
+EPOCH = 1_700_006_000.0
+"""A few minutes before midnight."""
 UNIT = 512
 SPILLS = """\
 rules:

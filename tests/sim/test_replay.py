@@ -37,6 +37,10 @@ from tests.sim.test_cluster import LOCAL_FIRST, every, member, scenes
 PICK = "rules: [{{name: all, pick: {}, queue: {{wait: 2s, depth: 8}}}}]"
 POLICIES = [LOCAL_FIRST, *(PICK.format(name) for name in policies.names())]
 POLICIES.append(PICK.format("{policy: weighted-qps, max_qps: {a: 2}}"))
+POLICIES += [
+    "rules: [{name: all, split: [{name: x, share: 30%, backend: a}, {name: y, share: 70%}], queue: {wait: 2s}}]",
+    "rules: [{name: all, prefer: [{rtt: {max: 10ms}}, {site: '*'}], avoid: [{backend: a}], queue: {wait: 2s}}]",
+]
 Records = list[dict[str, Any]]
 
 

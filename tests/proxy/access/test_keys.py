@@ -262,8 +262,8 @@ def test_everything_about_a_key_comes_back(engine: sa.Engine) -> None:
     text, key = create_key(
         engine,
         PEPPER,
-        tenant="Köln 研究",
-        name="batch jobs",
+        tenant="koeln.research",
+        name="Köln 研究",
         data_class="internal",
         models=["qwen3", "smollm2"],
         rpm=60,
@@ -276,8 +276,8 @@ def test_everything_about_a_key_comes_back(engine: sa.Engine) -> None:
     )
     assert key == Key(
         id=text[3:13],
-        tenant="Köln 研究",
-        name="batch jobs",
+        tenant="koeln.research",
+        name="Köln 研究",
         data_class="internal",
         models=frozenset({"qwen3", "smollm2"}),
         rpm=60,
@@ -433,3 +433,10 @@ def test_a_key_cannot_be_changed_in_use() -> None:
     with pytest.raises(FrozenInstanceError):
         key.tenant = "other"  # type: ignore[misc]
     assert not hasattr(key, "__dict__")
+
+
+@pytest.mark.parametrize("tenant", ["a b", "a/b", "Köln", "a,b", ".a", 'a"b', "a\nb", ""])
+def test_a_tenant_is_a_word(engine: sa.Engine, tenant: str) -> None:
+    with pytest.raises(KeyFieldError, match="tenant"):
+        create_key(engine, PEPPER, tenant=tenant)
+    assert list_keys(engine) == []

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
+from random import Random
+from threading import Lock
 from typing import Any
 
 import orjson
 import pytest
 
+from policies.base import BackendView, Decision, Policy, RequestFacts, Send
 from policies.files import KnownNames, read_policy
 from proxy.access.keys import Key
 from proxy.admin.http import state
-from proxy.admin.whatif import Asked, AskedError, Running, asked, what_if
+from proxy.admin.whatif import BY_LOT, Asked, AskedError, Running, asked, what_if
 from proxy.errors import RequestError
 from proxy.explain import render_what_if
 from proxy.openai import read_body
@@ -220,9 +225,37 @@ def test_a_session_and_an_alias_are_seen_as_from_a_client() -> None:
     assert len(homes) > 1
 
 
-def test_prompts_are_hashed_where_a_policy_needs_it() -> None:
+PARTS = """
+rules:
+  - name: all
+    split: [{name: canary, share: 50%, backend: b}, {name: stable, share: 50%}]
+"""
+
+
+def test_the_part_of_a_split_is_the_sessions_own() -> None:
+    made = world("a", "b", policy=PARTS)
+    parts = set()
+    for number in range(8):
+        shown = told(made, raw(user=f"s{number}"))
+        (decision,) = shown["decisions"]
+        exchange = made.start(raw=raw(user=f"s{number}"))
+        assert exchange.routing is not None
+        assert (decision["part"], decision["backend"]) == (
+            exchange.routing.part,
+            exchange.routing.decision.backend,  # type: ignore[union-attr]
+        )
+        assert f"under the rule 'all', part '{decision['part']}'" in render_what_if(shown)
+        assert shown["notes"] == []
+        parts.add(decision["part"])
+        exchange.client_gone()
+    assert parts == {"canary", "stable"}
+    assert told(made)["notes"] == [BY_LOT]
+
+
+@pytest.mark.parametrize("need", ["prefix", "hashes"])
+def test_prompts_are_hashed_where_a_policy_needs_it(need: str) -> None:
     made = world("a", "b")
-    made.runtime.fleet.needs = frozenset({"prefix"})
+    made.runtime.fleet.needs = frozenset({need})
     long = raw(messages=[{"role": "user", "content": "x" * 9000}])
     exchange = made.start(raw=long)
     assert exchange.facts is not None
@@ -251,13 +284,29 @@ def state_of(made: World) -> Any:
         orjson.dumps(state(runtime, 0.0)),
         [repr(one) for one in runtime.fleet],
         [repr(flag) for flag in runtime.valve.rules.spills],
-        [g.getstate() for rule in runtime.valve.rules.rules for g in rule.generators],
+        [pickle.dumps(one.policy) for rule in runtime.valve.rules.rules for one in rule.choosers],
         len(limits),
         sorted(runtime.held),
         runtime.fleet.version,
         len(made.journal.opened),
         len(runtime.observer.recent),
     )
+
+
+class NoCopy(Policy):
+    """Holds what cannot be copied."""
+
+    def __init__(self, rng: Random) -> None:
+        self.lock = Lock()
+
+    def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
+        return Send(backends[0].name)
+
+
+def test_a_policy_that_cannot_be_copied_is_not_asked() -> None:
+    made = world("a", policy=f"rules: [{{name: all, pick: '{__name__}:NoCopy'}}]")
+    with pytest.raises(AskedError, match=r"what the policies would do is not known: one cannot be copied"):
+        told(made)
 
 
 # What is asked for
