@@ -10,6 +10,7 @@ journal. It ends in the same way when another process has taken over from it (`u
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -393,6 +394,8 @@ class Service:
         try:
             return self._reload()
         finally:
+            # What reads YAML leaves cycles, and requests leave none: nothing else would collect them for hours.
+            gc.collect()
             notify(READY)
 
     def _reload(self) -> bool:
