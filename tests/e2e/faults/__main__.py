@@ -1,7 +1,7 @@
 """Runs the tests of the fault matrix and writes what they measure into `docs/reliability.md`.
 
     python -m tests.e2e.faults              # all rows, as in CI
-    python -m tests.e2e.faults --slow       # the long forms too: half an hour
+    python -m tests.e2e.faults --slow       # the long forms too: a quarter of an hour
     python -m tests.e2e.faults F6 F24       # these, and nothing is written
 
 A row that a command shows is measured by that command. The exit status is pytest's.
