@@ -21,5 +21,6 @@ Loops. Open: requests come at their times. Closed: after the answer to the one b
 what an answer takes; only Mooncake's trace tells which requests are of one conversation (`conversations.py`).
 Azure's and ServeGen's do not, so they are played open alone.
 
-Claims. `claims.py` has what the authors of published policies say of them, and compares.
+Claims. `claims.py` has what the authors of published policies say of them, and compares. Where an advantage does
+not show on Mooncake's trace, `alike.yaml` tells why: the same traffic on five alike backends in one place.
 """

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from benchmarks.boards.claims import COLUMNS, Verdict, judge, reasons, rows
+from benchmarks.boards.claims import COLUMNS, Verdict, compared, judge, reasons, rows
 from benchmarks.boards.entries import Entry, entries
 from benchmarks.boards.meter import Meter
 from benchmarks.boards.runs import Kept, play
@@ -61,7 +61,9 @@ class Shown:
 
 
 def main(
-    board: Annotated[list[str] | None, typer.Option(help="azure, mooncake, servegen; default: all.")] = None,
+    board: Annotated[
+        list[str] | None, typer.Option(help="azure, mooncake, alike, servegen; default: all.")
+    ] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
     points: Annotated[int, typer.Option(help="Points that each search tries.", min=2)] = 40,
     tuning_seeds: Annotated[int, typer.Option(help="Samples that each point is played over.", min=1)] = 2,
@@ -139,6 +141,8 @@ def _plan(setup: Setup, asked: Sequence[str] | None, quick: bool) -> Plan:
     training, test = setup.traffic(setup.training), setup.traffic(setup.test)
     counts = (len(training.workload(0)), len(test.workload(0)))
     chosen = [one for one in known.values() if not asked or one.name in asked]
+    if setup.control:
+        chosen = [one for one in chosen if one.name in compared()]
     return Plan(setup, chosen, (training, test), counts)
 
 
@@ -200,7 +204,7 @@ def _boards(plan: Plan, samples: int) -> list[tuple[str, Board]]:
     policies = [plan.policies[entry.name] for entry in plan.entries]
     found = [
         (
-            f"{setup.name}, {loop.value}",
+            f"{setup.name}, {'control' if setup.control else loop.value}",
             Board(cluster, setup.traffic(setup.test, loop), policies, range(samples), (setup.speed,)),
         )
         for loop in setup.loops

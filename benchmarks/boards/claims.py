@@ -8,7 +8,7 @@ one was never answered is infinite.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Final
 
@@ -37,6 +37,9 @@ class Claim:
     def less_is_better(self) -> bool:
         return self.published < 1.0
 
+
+MOONCAKE, CONTROL = "mooncake, open", "alike, control"
+"""Claims on the first are judged on the second, too: alike backends in one place, as most authors had them."""
 
 _LMETRIC: Final = (
     "LMetric, arXiv 2603.15202: TTFT -92 %, TPOT -21 % against vLLM's balancer",
@@ -70,31 +73,33 @@ _PREQUAL: Final = (
 )
 
 CLAIMS: Final = (
-    Claim("lmetric", QUEUE_AND_BATCH, "ttft_s.p50", 0.08, _LMETRIC[0], "mooncake, open", _LMETRIC[1]),
-    Claim("lmetric", QUEUE_AND_BATCH, "tpot_s.p50", 0.79, _LMETRIC[0], "mooncake, open", _LMETRIC[1]),
-    Claim("gorgo", "session-affinity", "ttft_s.p95", 0.93, _GORGO[0], "mooncake, open", _GORGO[1]),
-    Claim("gorgo", "prefix-affinity", "ttft_s.p95", 0.93, _GORGO[0], "mooncake, open", _GORGO[1]),
-    Claim("gorgo", "session-affinity", "total_s.p95", 0.86, _GORGO[0], "mooncake, open", _GORGO[1]),
-    Claim("gorgo", "prefix-affinity", "total_s.p95", 0.86, _GORGO[0], "mooncake, open", _GORGO[1]),
-    Claim("skylb", "round-robin", "goodput_rps", 1.12, _SKYLB[0], "mooncake, open", _SKYLB[1]),
-    Claim("skylb", "least-load", "goodput_rps", 1.12, _SKYLB[0], "mooncake, open", _SKYLB[1]),
-    Claim("skylb", "least-load", "ttft_s.p50", 1 / 1.74, _SKYLB[0], "mooncake, open", _SKYLB[1]),
+    Claim("lmetric", QUEUE_AND_BATCH, "ttft_s.p50", 0.08, _LMETRIC[0], MOONCAKE, _LMETRIC[1]),
+    Claim("lmetric", QUEUE_AND_BATCH, "tpot_s.p50", 0.79, _LMETRIC[0], MOONCAKE, _LMETRIC[1]),
+    Claim("gorgo", "session-affinity", "ttft_s.p95", 0.93, _GORGO[0], MOONCAKE, _GORGO[1]),
+    Claim("gorgo", "prefix-affinity", "ttft_s.p95", 0.93, _GORGO[0], MOONCAKE, _GORGO[1]),
+    Claim("gorgo", "session-affinity", "total_s.p95", 0.86, _GORGO[0], MOONCAKE, _GORGO[1]),
+    Claim("gorgo", "prefix-affinity", "total_s.p95", 0.86, _GORGO[0], MOONCAKE, _GORGO[1]),
+    Claim("skylb", "round-robin", "goodput_rps", 1.12, _SKYLB[0], MOONCAKE, _SKYLB[1]),
+    Claim("skylb", "least-load", "goodput_rps", 1.12, _SKYLB[0], MOONCAKE, _SKYLB[1]),
+    Claim("skylb", "least-load", "ttft_s.p50", 1 / 1.74, _SKYLB[0], MOONCAKE, _SKYLB[1]),
     Claim("prequal", "weighted-qps", "ttft_s.p99", 0.5, _PREQUAL[0], "azure, overloaded", _PREQUAL[1]),
     Claim("prequal", "weighted-qps", "goodput_rps", 1.05, _PREQUAL[0], "azure, overloaded", _PREQUAL[1]),
-    Claim("mooncake", "random", "ttft_s.p50", 3.07 / 19.65, _MOONCAKE[0], "mooncake, open", _MOONCAKE[1]),
-    Claim("mooncake", "least-load", "ttft_s.p50", 3.07 / 5.27, _MOONCAKE[0], "mooncake, open", _MOONCAKE[1]),
-    Claim(
-        "weighted-scores", EQUAL_WEIGHTS, "total_s.p50", 13.42 / 16.42, _LLMD[0], "mooncake, open", _LLMD[1]
-    ),
-    Claim(
-        "weighted-scores", "round-robin", "total_s.p50", 13.42 / 15.98, _LLMD[0], "mooncake, open", _LLMD[1]
-    ),
+    Claim("mooncake", "random", "ttft_s.p50", 3.07 / 19.65, _MOONCAKE[0], MOONCAKE, _MOONCAKE[1]),
+    Claim("mooncake", "least-load", "ttft_s.p50", 3.07 / 5.27, _MOONCAKE[0], MOONCAKE, _MOONCAKE[1]),
+    Claim("weighted-scores", EQUAL_WEIGHTS, "total_s.p50", 13.42 / 16.42, _LLMD[0], MOONCAKE, _LLMD[1]),
+    Claim("weighted-scores", "round-robin", "total_s.p50", 13.42 / 15.98, _LLMD[0], MOONCAKE, _LLMD[1]),
 )
+ALL: Final = (*CLAIMS, *(replace(claim, on=CONTROL) for claim in CLAIMS if claim.on == MOONCAKE))
 NOT_COMPARED: Final = (
     "kv-threshold (SageServe, arXiv 2502.14617: GPU hours -25 %, waste -80 %): its advantage is of scaling the "
     "number of instances by forecasts; a leaderboard has a fixed cluster, so only its routing rule is here",
 )
 """What no leaderboard can show."""
+
+
+def compared() -> set[str]:
+    """Names of the policies that the control is played with."""
+    return {name for claim in ALL if claim.on == CONTROL for name in (claim.policy, claim.against)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,7 @@ class Verdict:
         return "shown" if (mean <= published if less else mean >= published) else "in part"
 
 
-def judge(shown: Mapping[str, Sequence[Standing]], claims: Iterable[Claim] = CLAIMS) -> list[Verdict]:
+def judge(shown: Mapping[str, Sequence[Standing]], claims: Iterable[Claim] = ALL) -> list[Verdict]:
     """Each claim whose leaderboard was played with both policies; `shown`: standings by name of leaderboard."""
     found = []
     for claim in claims:
@@ -142,7 +147,7 @@ def rows(verdicts: Iterable[Verdict]) -> list[tuple[str, ...]]:
             one.claim.on,
             one.claim.figure,
             f"{one.claim.published:.2f}",
-            "unknown" if one.found is None else _words(one.found),
+            _words(one.found),
             one.word,
         )
         for one in verdicts
@@ -153,15 +158,29 @@ COLUMNS: Final = ("policy", "against", "leaderboard", "ratio of", "published", "
 
 
 def reasons(verdicts: Sequence[Verdict]) -> list[str]:
-    """A line for each policy that does not show all that its authors have: the source, and what differs."""
+    """A line for each policy that does not show all that its authors have: the source, what differs there, and what
+    the control makes of it."""
+    controlled = {_pair(one.claim): one for one in verdicts if one.claim.on == CONTROL}
     lines: dict[str, str] = {}
     for one in verdicts:
-        if one.word != "shown":
-            claim = one.claim
-            lines.setdefault(claim.policy, f"{claim.policy} ({claim.source}): there, {claim.differs}")
+        claim = one.claim
+        if one.word == "shown" or claim.on == CONTROL:
+            continue
+        line = lines.get(claim.policy, f"{claim.policy} ({claim.source}): {claim.differs}")
+        if _pair(claim) in controlled:
+            control = controlled[_pair(claim)]
+            line += f"; {claim.figure} over {claim.against} is {one.word}, with alike backends in one place "
+            line += f"{control.word} ({_words(control.found)})"
+        lines[claim.policy] = line
     return [*lines.values(), *NOT_COMPARED]
 
 
-def _words(found: Estimate) -> str:
+def _pair(claim: Claim) -> tuple[str, str, str]:
+    return claim.policy, claim.against, claim.figure
+
+
+def _words(found: Estimate | None) -> str:
+    if found is None:
+        return "unknown"
     mean, half_width = found
     return f"{mean:.2f}" if half_width is None else f"{mean:.2f} ± {half_width:.2f}"

@@ -39,6 +39,8 @@ class Setup:
     loops: tuple[Loop, ...] = (Loop.OPEN,)
     conversations: bool = False
     """Whether they are told by the hashes of the prompts."""
+    control: bool = False
+    """Whether it is only played with the policies that are compared in `claims.py`, to say why they differ."""
 
     @property
     def cluster_path(self) -> Path:
@@ -86,6 +88,15 @@ SETUPS: Final = (
         speed=0.9,
         loops=(Loop.OPEN, Loop.CLOSED),
         conversations=True,
+    ),
+    Setup(
+        "alike",
+        "mooncake/conversation_trace.jsonl.gz",
+        training=Piece(0.0, 1500.0),
+        test=Piece(2100.0, 1400.0),
+        speed=0.9,
+        conversations=True,
+        control=True,
     ),
     Setup(
         "servegen",
