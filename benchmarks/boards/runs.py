@@ -50,7 +50,7 @@ class Kept:
 
 def _run(record: dict[str, Any]) -> Run:
     times = ("ttft_s", "tpot_s", "total_s")
-    figures = {
+    figures: dict[str, Any] = {
         name: Quantiles(*value) if name in times else value for name, value in record["figures"].items()
     }
     return Run(Figures(**figures), tuple(record["ttft_cdf"]), record["elapsed_s"], record["last_failure"])

@@ -17,7 +17,7 @@ from benchmarks.boards.setups import Setup
 from sim.evaluate import PolicyText
 from sim.intervals import estimate
 from sim.traffic import Traffic
-from sim.tune import OBJECTIVES, Search, Space, State, Task, Tuned, policy_file, tune
+from sim.tune import OBJECTIVES, Search, Space, State, Tuned, policy_file, tune
 from sim.workers import Workers
 
 OBJECTIVE: Final = "goodput"
@@ -84,7 +84,7 @@ def search(
             found = tune(asked, many, state, lambda done, _: progress(done))
         plain = replace(asked, given=dict(entry.given))
         with Workers(plain.play, workers) as many:
-            tasks = [Task((), seed, test) for test in (False, True) for seed in range(budget.seeds)]
+            tasks = [*plain.tasks({}), *plain.tasks({}, test=True)]
             values = dict(many.over(tasks))
     finally:
         state.close()

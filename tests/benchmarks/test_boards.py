@@ -12,7 +12,6 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from benchmarks.boards import __main__ as command
-from benchmarks.boards import tuning
 from benchmarks.boards.baselines import QueueAndBatch
 from benchmarks.boards.claims import ALL, CONTROL, Claim, Verdict, compared, judge, reasons
 from benchmarks.boards.conversations import Conversations, with_conversations
@@ -31,6 +30,7 @@ from sim.evaluate import Figures, Quantiles, Run
 from sim.intervals import Estimate
 from sim.leaderboard import Board, Standing
 from sim.traffic import Loop, Traffic
+from sim.tune import Search
 from sim.workload import Arrival, Workload
 
 TRACE = Workload("made up", [Arrival(at * 120_000, 400 + 90 * (at % 7), 20 + at % 11) for at in range(120)])
@@ -127,10 +127,10 @@ def test_what_was_tuned_is_kept_until_something_changes(setup: Setup, tmp_path: 
 def test_defaults_stay_where_nothing_is_better(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def as_good(self: tuning.Search, task: Any) -> float:
+    def as_good(self: Search, task: Any) -> float:
         return 1.0 if "picker" in self.given else 2.0
 
-    monkeypatch.setattr(tuning.Search, "play", as_good)
+    monkeypatch.setattr(Search, "play", as_good)
     entry = next(one for one in entries(setup.cluster()) if one.name == "weighted-scores")
     parts = (Traffic(TRACE), Traffic(TRACE))
     found = search(setup, entry, parts, Budget(3, 1), 1, tmp_path, tmp_path, lambda done: None)
@@ -172,7 +172,12 @@ def test_time_left_is_told_by_what_was_played() -> None:
 
 def test_the_fastest_speed_is_found() -> None:
     asked: list[int] = []
-    assert fastest(lambda step: asked.append(step) or step <= 17, 1, 40) == 17
+
+    def copes(step: int) -> bool:
+        asked.append(step)
+        return step <= 17
+
+    assert fastest(copes, 1, 40) == 17
     assert len(asked) < 8
     with pytest.raises(ValueError, match="too small"):
         fastest(lambda step: False, 1, 40)
