@@ -78,7 +78,7 @@ SETUPS: Final = (
         "azure/AzureLLMInferenceTrace_2023_conv.csv.gz",
         training=Piece(0.0, 1500.0),
         test=Piece(2100.0, 1400.0),
-        speed=2.2,
+        speed=2.1,
     ),
     Setup(
         "mooncake",
