@@ -12,6 +12,7 @@ from sim.leaderboard import Standing
 def plot(shown: Mapping[str, Sequence[Standing]], path: Path) -> None:
     """Standings by name of leaderboard, the best first. Raises ModuleNotFoundError and OSError."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     most = max(len(standings) for standings in shown.values())
     figure = Figure(figsize=(10, max(0.24 * most + 1.2, 2.5) * len(shown)), layout="constrained")
@@ -34,6 +35,7 @@ def plot(shown: Mapping[str, Sequence[Standing]], path: Path) -> None:
             if points:
                 ttft.plot(*zip(*points, strict=True), marker, label=quantile)
         ttft.set(xscale="log", xlabel="TTFT of all requests, s (none: never)", title=name)
+        ttft.xaxis.set_minor_formatter(NullFormatter())
         ttft.legend(fontsize="small")
         for axes in (goodput, ttft):
             axes.set_yticks(places, policies, fontsize="small")
