@@ -101,6 +101,8 @@ class Search:
     evaluations: int = 120
     """Points that are tried, the defaults among them."""
     speed: float = 1.0
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters that every point has, and that are not searched."""
     _drawn: dict[tuple[int, bool], Workload] = field(default_factory=dict, repr=False)
 
     def play(self, task: Task) -> float:
@@ -109,7 +111,7 @@ class Search:
         if key not in self._drawn:
             traffic = self.testing if task.test else self.training
             self._drawn[key] = traffic.workload(task.seed, self.speed)
-        policy = policy_file(self.policy, dict(task.point))
+        policy = policy_file(self.policy, {**self.given, **dict(task.point)})
         try:
             run = evaluate(self.cluster, policy, self._drawn[key], task.seed)
         except FileProblems:
@@ -181,7 +183,7 @@ def split(traffic: Traffic, test: float) -> tuple[Traffic, Traffic]:
     return replace(traffic, source=cut(source, 0.0, at)), replace(traffic, source=cut(source, at, None))
 
 
-def policy_file(policy: str, point: Point, comments: Sequence[str] = ()) -> PolicyText:
+def policy_file(policy: str, point: Mapping[str, Any], comments: Sequence[str] = ()) -> PolicyText:
     """A policy file in which the policy chooses among all backends, with these parameters."""
     name = json.dumps(policy)
     lines = [*(f"# {line}".rstrip() for line in comments), "rules:", f"  - name: {name}", "    pick:"]

@@ -224,6 +224,11 @@ def test_parameters_that_a_policy_refuses_are_the_worst(folder: Path) -> None:
     assert search(folder, objective="p95-ttft").play(refused) == inf
 
 
+def test_what_is_given_holds_for_every_point(folder: Path) -> None:
+    task = Task((), 0, False)
+    assert search(folder, given={"share": 0.1}).play(task) != search(folder, given={"share": 0.9}).play(task)
+
+
 def test_an_objective_that_nothing_tells_is_an_error(folder: Path) -> None:
     (folder / "cluster.yaml").write_text(
         CLUSTER.replace("watts: 1000, ", "").replace("watts: 2000", "weight: 1")

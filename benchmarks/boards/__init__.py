@@ -1,0 +1,26 @@
+"""Leaderboards: every policy of the registry on three real traces, over an appliance and three remote sites.
+
+Load. Azure's conversation trace (2023), Mooncake's conversation trace (FAST'25), ServeGen's clients of
+DeepSeek-R1, at the speeds of `setups.py`, which `--speeds` finds: the fastest at which the best of the untuned
+policies still answers 95 % within the SLA on the training part. So the best is busy and can cope.
+
+Clusters. `azure.yaml`, `mooncake.yaml`, `servegen.yaml` name context lengths, cards, prices and RTT (none in the
+house, then 5, 45 and 300 ms). The cards are the profiles of the white paper's configurations; prices are made up.
+
+Policies. All names of the registry, plus what published policies were compared with by their authors
+(`entries.py`). Each chooses among all backends, in one rule without tiers. What a policy has to be told and
+nobody should search (the promised times, the place of the house) is the cluster's. What has a `Tunable` is
+searched by `sim/tune.py` on the training part of the trace, for goodput; the defaults stay where the search found
+nothing better there. The test part comes later in time and is kept from the search.
+
+Why it is fair. All policies of a seed get the same requests; what was rejected or failed is a miss; intervals are
+of differences by seed. Every policy has the same budget of points. No policy has seen the test part, and the
+speeds were chosen on the training part, too.
+
+Loops. Open: requests come at their times. Closed: after the answer to the one before in their conversation, less
+what an answer takes; only Mooncake's trace tells which requests are of one conversation (`conversations.py`).
+Azure's and ServeGen's do not, so they are played open alone.
+
+Claims. `claims.py` has what the authors of published policies say of them, and compares. Where an advantage does
+not show on Mooncake's trace, `alike.yaml` tells why: the same traffic on five alike backends in one place.
+"""
