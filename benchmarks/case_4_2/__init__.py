@@ -24,8 +24,9 @@ that has a day with its peak, and answers that hold a model's reasoning, which t
 one hour; m-small lacks the lengths of its five largest clients, half of its requests. It is 16 requests a second
 on average and 35 in the peak hour. Of these a share is drawn at random, so that the peak hour (22 to 23 h) is three
 times what the box serves alone; the course of the day stays, bursts become less. Smaller loads are parts of
-greater ones. Requests that do not fit into the context are left out: 4 % in the peak hour, 13 % over the day. No data law applies:
-where one does, `sites: [local]` keeps those requests on the box, and its figures are those of the box.
+greater ones. Requests that do not fit into the context are left out: 4 % in the peak hour, 13 % over the day. No
+data law applies: where one does, `sites: [local]` keeps those requests on the box, and its figures are those of the
+box.
 
 Of each hour of the day one window of ten minutes is played, drawn by the seed; of the peak hour all of it.
 
