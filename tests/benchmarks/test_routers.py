@@ -29,6 +29,7 @@ from benchmarks.routers import (
     try_out,
 )
 from policies.files import read_policy
+from sim.evaluate import named_policy
 
 REQUESTS = 4
 DONE = Served({"here": 3, "there": 1}, 0.5)
@@ -111,7 +112,7 @@ def test_the_file_is_better_than_the_likes_of_theirs_in_the_simulator() -> None:
     (load,) = read_loads(LOADS)
     ours = try_out(load, "ours", POLICY.read_text(encoding="utf-8"), [201], load.requests)
     for name in ("round-robin", "power-of-two"):
-        theirs = try_out(load, name, routers.named_policy(name).text, [201], load.requests)
+        theirs = try_out(load, name, named_policy(name).text, [201], load.requests)
         assert ours.met > theirs.met + 0.1
         assert ours.ttft_s < theirs.ttft_s / 2
 
