@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 from benchmarks import routers
 from benchmarks.agreement import LATE_MS, Round
 from benchmarks.agreement_loads import Load, Outcome, read_loads
+from benchmarks.conversations import conversations
 from benchmarks.fleets import Served, served, start_emulators
+from benchmarks.open_loop import play
 from benchmarks.order import LOADS
 from benchmarks.processes import Services
 from benchmarks.routers import (
@@ -142,7 +145,16 @@ def test_without_the_peer_it_says_how_to_get_it(
 
 @pytest.mark.e2e
 def test_backends_tell_what_they_have_served(tmp_path: Path) -> None:
+    """The same prompt twice, with `X-Session-Id`: the second time it is in the cache."""
     (load,) = read_loads(LOADS)
     alone: Load = load.model_copy(update={"backends": load.backends[:1]})
+    asked = conversations(2, 4.0, 1)
+    first = asked.workload.arrivals[0]
+    again, bodies = first._replace(at=first.at + 500_000), asked.bodies()[:1] * 2
     with Services(tmp_path) as services:
-        assert served(alone, start_emulators(services, alone, 100.0, "bench")) == Served({"here": 0}, 0.0)
+        (emulator,) = start_emulators(services, alone, 100.0, "bench")
+        answers = asyncio.run(play(emulator.ports[0], [first, again], lambda: None, bodies))
+        done = served(alone, [emulator])
+    assert [answer.failure for answer in answers] == ["", ""]
+    assert done.requests == {"here": 2}
+    assert done.cached == pytest.approx(len(first.hashes) * 512 / first.prompt_tokens / 2, abs=0.01)
