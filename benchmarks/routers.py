@@ -88,7 +88,7 @@ PEERS: Final[Mapping[str, tuple[str, ...]]] = {
     "cache_aware": ("--policy", "cache_aware"),
     "cache_aware, balanced": _cache_aware(4, 1.5),
 }
-"""Options of vllm-router by what it is called here. The thresholds of the last are a guess until `--sweep` was run."""
+"""Options of vllm-router by what it is called here. Thresholds of the last are a guess until `--sweep` was run."""
 SWEPT: Final[Mapping[str, tuple[str, ...]]] = {
     f"cache_aware {absolute} {relative:g}": _cache_aware(absolute, relative)
     for absolute, relative in product((2, 4, 8, 16), (1.1, 1.5))
