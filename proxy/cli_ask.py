@@ -19,7 +19,8 @@ from proxy.cli_common import (
     fail,
     load,
     readable_errors,
-    written_in,
+    state_in_broken,
+    text_of_broken,
 )
 
 if TYPE_CHECKING:
@@ -255,21 +256,14 @@ def _port(admin: str | None, config: Path | None, state: Path | None) -> AdminPo
 def _beside_broken(path: Path) -> AdminPort | None:
     """The admin port of the proxy that runs on although its file was broken since; None: the file is right, or
     where the state is cannot be told from it."""
-    from policies.yamlfile import FileProblems
-    from proxy.ask import DEFAULT_STATE, AdminPort, written_admin
-    from proxy.config import load_config
+    from proxy.ask import AdminPort, written_admin
 
-    try:
-        load_config(path)
-    except OSError:
+    text = text_of_broken(path)
+    if text is None:
         return None
-    except FileProblems:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        state = path.parent / (written_in(text, "state") or DEFAULT_STATE)
-        address = written_admin(state)
-        if address is not None:
-            typer.echo(
-                f"note: {path} cannot be used as it is: this is the proxy that runs on {state}", err=True
-            )
-            return AdminPort(address, state)
-    return None
+    state = state_in_broken(path, text)
+    address = written_admin(state)
+    if address is None:
+        return None
+    typer.echo(f"note: {path} cannot be used as it is: this is the proxy that runs on {state}", err=True)
+    return AdminPort(address, state)

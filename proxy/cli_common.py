@@ -135,8 +135,19 @@ def open_ledger(config: Path | None, state: Path | None, *, create: bool = False
 
 def _place_in_broken(path: Path) -> Place | None:
     """What a file with mistakes says of the ledger's place; None: it has no mistakes, or cannot be read."""
+    text = text_of_broken(path)
+    if text is None:
+        return None
+    said = (
+        f"note: {path} cannot be used as it is: only its `state` and `database` are read (`tidegate check`)"
+    )
+    typer.echo(said, err=True)
+    return Place(state_in_broken(path, text), written_in(text, "database"))
+
+
+def text_of_broken(path: Path) -> str | None:
+    """The text of a configuration with mistakes; None: it has no mistakes, or cannot be read."""
     from policies.yamlfile import FileProblems
-    from proxy.ask import DEFAULT_STATE
     from proxy.config import load_config
 
     try:
@@ -144,11 +155,15 @@ def _place_in_broken(path: Path) -> Place | None:
     except OSError:
         return None
     except FileProblems:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        said = f"note: {path} cannot be used as it is: only its `state` and `database` are read (`tidegate check`)"
-        typer.echo(said, err=True)
-        return Place(path.parent / (written_in(text, "state") or DEFAULT_STATE), written_in(text, "database"))
+        return path.read_text(encoding="utf-8", errors="replace")
     return None
+
+
+def state_in_broken(path: Path, text: str) -> Path:
+    """The state directory that a configuration with mistakes means."""
+    from proxy.ask import DEFAULT_STATE
+
+    return path.parent / (written_in(text, "state") or DEFAULT_STATE)
 
 
 def written_in(text: str, key: str) -> str | None:
