@@ -16,6 +16,7 @@ a `Tunable` is one that `tidegate tune` may search.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -155,6 +156,12 @@ def summary(name: str) -> str:
 
 
 def _installed() -> dict[str, str]:
+    return _installed_in(tuple(sys.path))
+
+
+@lru_cache(maxsize=1)
+def _installed_in(path: tuple[str, ...]) -> dict[str, str]:
+    """Looking for them reads a file of every installed package: once is enough."""
     return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 

@@ -48,8 +48,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def shared_fixtures(test: str) -> str:
-    """What runs in one process with a test: all tests with a real vLLM, which takes long to start; none with another
-    of the slow end-to-end tests; elsewhere its file.
+    """What runs in one process with a test: with a real vLLM, which takes long to start, all of that kind; with an
+    end-to-end test nothing else; elsewhere all of its file.
     """
     if "real_vllm" in test:
         return "real vLLM"

@@ -217,7 +217,7 @@ def write_workload(workload: Workload, file: BinaryIO) -> None:
     head = {VERSION_KEY: VERSION, "name": workload.name, "unit_tokens": workload.unit_tokens}
     file.write(orjson.dumps(head, option=orjson.OPT_APPEND_NEWLINE))
     for arrival in workload:
-        line = {
+        line: dict[str, Any] = {
             key: arrival[index]
             for key, index, default in _WRITTEN
             if key in _ALWAYS or arrival[index] != default

@@ -27,6 +27,7 @@ from policies.state import Backend, Fleet
 from policies.weights import WithWeights
 from policies.yamlfile import BadValueError, FileProblems, Problem, parse_yaml
 from proxy.access.keys import _WORD
+from tests.patience import examples
 
 KNOWN = KnownNames(
     [
@@ -766,7 +767,7 @@ def same(text: str) -> PolicyFile:
 
 
 @given(files)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_what_was_read_and_written_is_read_again_as_the_same(value: dict[str, Any]) -> None:
     try:
         file = same(dump(value))
@@ -799,7 +800,7 @@ text_like_a_file = st.lists(
 @example("rules: [{name: a, pick: {policy: geo, home: [1, 2, 3], skip_full: maybe}}]")
 @example("rules: [{name: a, pick: {policy: shortest-path, classes: {a: {rtt: x}, b: 3}}}]")
 @example("rules: [{name: a, pick: {policy: session-affinity, fallback: 3, bound: 0.1, rng: 3, self: 4}}]")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_any_text_compiles_or_raises_file_problems(text: str) -> None:
     found: list[Problem] = []
     try:

@@ -138,6 +138,9 @@ def test_without_rtt_the_selfish_are_the_bargainers() -> None:
 # Learnt online.
 
 
+STREETS = (0, 1, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 3, 4)))
+
+
 @lru_cache
 def street(number: int) -> tuple[dict[str, Made], list[float], list[float], float]:
     """Backends by chance, with mu, RTT and Phi."""
@@ -167,13 +170,13 @@ def furthest_off(number: int, kind: str, by: str) -> float:
     return max(abs(got[name] / 4000 - x / phi) for name, x in zip(made, want, strict=True))
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", STREETS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_shares_are_those_of_the_closed_form(kind: str, number: int) -> None:
     assert furthest_off(number, kind, kind) < 0.02
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", STREETS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_those_of_least_load_are_not(kind: str, number: int) -> None:
     assert furthest_off(number, kind, "least-load") > 0.02
@@ -212,7 +215,7 @@ class BestResponse(Wardrop):
         self.sent[backend.name] = (self.rate(backend.name, now) + 1 / self.memory_s, now)
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", STREETS)
 def test_best_responses_lead_to_the_social_optimum(number: int) -> None:
     made, mu, rtt, phi = street(number)
     driven = Street(BestResponse(Random(0), dict(zip(made, mu, strict=True))), made, number)

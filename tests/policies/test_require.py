@@ -14,6 +14,7 @@ from policies.routing import Routing
 from policies.rules import RuleSet
 from policies.state import Backend, Fleet
 from policies.valve import Valve
+from tests.patience import examples
 from tests.policies.builders import backend, decided, fleet, ids, request
 
 
@@ -106,7 +107,7 @@ STEPS = st.lists(
 
 @pytest.mark.parametrize("number", range(len(requirements())))
 @given(data=st.data(), more=st.sets(st.sampled_from(MORE)), steps=STEPS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_no_path_leads_past_what_is_required(
     number: int, data: st.DataObject, more: set[str], steps: list[tuple[str, int]]
 ) -> None:

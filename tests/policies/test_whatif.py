@@ -158,7 +158,7 @@ def test_it_decides_as_the_valve_does_next_and_changes_nothing(name: str) -> Non
     """The same drive with and without dry runs has the same record of events and decisions, to the last bit."""
     with_trials, without = Drive(pick(name), 3, tries=True), Drive(pick(name), 3, tries=False)
     for drive in (with_trials, without):
-        drive.run(250)
+        drive.run(150)
         drive.end()
     assert with_trials.log == without.log
     for foretold, decided in with_trials.foretold:

@@ -19,6 +19,7 @@ from sim.members import Change, Incident
 from sim.record_forms import BackendForm, FactsForm, FiguresForm, damage
 from sim.recording import BadLogError, Recording
 from sim.replay import compare
+from tests.patience import examples
 from tests.sim.damage import DROP, NEVER, Records, changed, kind_of, paths_in, places
 from tests.sim.test_cluster import every
 from tests.sim.test_replay import eventful, record
@@ -107,7 +108,7 @@ ANYTHING = st.one_of(
 
 
 @given(st.data())
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_whatever_a_field_holds_a_replay_ends_with_an_answer(data: st.DataObject) -> None:
     records = RECORDS
     for _ in range(data.draw(st.integers(1, 3))):
