@@ -102,8 +102,8 @@ SETUPS: Final = (
     Setup(
         "servegen",
         "servegen/deepseek-r1_rates.csv.gz",
-        training=Piece(9 * 3600.0, 1200.0),
-        test=Piece(9 * 3600.0 + 2400.0, 1200.0),
+        training=Piece(14 * 3600.0, 400.0),
+        test=Piece(14 * 3600.0 + 1800.0, 400.0),
         speed=0.7,
     ),
 )
