@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 from benchmarks.boards.conversations import Conversations
 from sim.cluster_file import ClusterFile, read_cluster
+from sim.profile import dump_profile
 from sim.traces import Span, read_workload
 from sim.traffic import Loop, Traffic, cut
 
@@ -50,6 +51,12 @@ class Setup:
     @property
     def trace_path(self) -> Path:
         return DATA / self.trace
+
+    @property
+    def machines(self) -> str:
+        """The cluster file and the profiles that it names, as text. Raises FileProblems and OSError."""
+        profiles = {dump_profile(one.profile) for one in self.cluster().backends}
+        return "".join([self.cluster_path.read_text(encoding="utf-8"), *sorted(profiles)])
 
     def cluster(self) -> ClusterFile:
         """Raises FileProblems and OSError."""
