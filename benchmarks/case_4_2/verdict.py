@@ -134,11 +134,13 @@ def words(chosen: Verdict, shown: Sequence[Verdict]) -> list[str]:
     """What came of the policy that was chosen in training, and of the others, in lines. `shown` has all of them."""
     named = f"{chosen.policy}, chosen on the training day,"
     spill = f"spilling {chosen.spill_peak:.0%} in the peak hour and {chosen.spill_day:.0%} over the day"
-    kept = "all three claims" if chosen.keeps_all else f"not the claim of {' and '.join(chosen.missed)}"
+    kept = "keeps all three claims"
+    if chosen.missed:
+        kept = f"does not keep the claim of {' and '.join(chosen.missed)}"
     reached = "reached" if chosen.at_capacity_cut >= LATENCY_CUT else "not reached"
     keep = [one.policy for one in shown if one.keeps_all]
     return [
-        f"{named} keeps {kept} on the days that are shown, {spill}.",
+        f"{named} {kept} on the days that are shown, {spill}.",
         f"Against the box under the load that it just serves, its latency falls by {chosen.at_capacity_cut:.0%}: "
         f"by that reading {LATENCY_CUT:.0%} are {reached}.",
         f"All three claims on the days that are shown: {len(keep)} of {len(shown)} policies"
