@@ -36,8 +36,8 @@ class Setup:
     training: Piece
     test: Piece
     speed: float
-    """Times the load of the trace; `--speeds` finds it, and of `alike` and `servegen` has not yet: theirs are first
-    guesses."""
+    """Times the load of the trace; `--speeds` finds it, and of `alike` and `servegen` has not yet: theirs are
+    guesses from single runs on the training part."""
     loops: tuple[Loop, ...] = (Loop.OPEN,)
     conversations: bool = False
     """Whether they are told by the hashes of the prompts."""
@@ -111,6 +111,6 @@ SETUPS: Final = (
         "servegen/deepseek-r1_rates.csv.gz",
         training=Piece(14 * 3600.0, 400.0),
         test=Piece(14 * 3600.0 + 1800.0, 400.0),
-        speed=0.7,
+        speed=0.5,
     ),
 )
