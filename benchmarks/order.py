@@ -19,6 +19,8 @@ Compared are pairs of policies inside each round. A pair is decided in the simul
 in 95 % of its runs, and measured when one is ahead in every round; else it is a tie, and named. `--check` fails
 when a pair is decided one way here and the other way there, when fewer than eight of ten pairs are decided on both
 sides, or when a round is spoiled (`agreement.py`) after it was repeated.
+
+Takes about 15 minutes, as it plays in half of real time; 2 of them are simulations.
 """
 
 from __future__ import annotations
@@ -295,9 +297,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.speed <= 0 or options.rate <= 0 or options.rounds < 1:
         parser.error("--speed, --rate and --rounds are above zero")
+    names = options.policies.split(",")
+    if len(names) < 2 or len(set(names)) < len(names):
+        parser.error("--policies are two or more, each once: one alone has no order")
     raise_open_files(20_000)
     rounds = 1 if options.quick else options.rounds
-    names = options.policies.split(",")
     played = [Played(name) for name in names]
     try:
         (load,) = read_loads(LOADS)

@@ -63,8 +63,9 @@ def play(
     whether it was kept. Raises as `Board.play_all`."""
     runs: list[tuple[Job, Run]] = []
     missing: list[tuple[Job, str]] = []
+    machines = setup.machines
     for job in board.jobs:
-        key = _key(setup, board, job)
+        key = _key(setup, machines, board, job)
         run = kept.get(key)
         if run is None:
             missing.append((job, key))
@@ -80,11 +81,11 @@ def play(
     return runs
 
 
-def _key(setup: Setup, board: Board, job: Job) -> str:
+def _key(setup: Setup, machines: str, board: Board, job: Job) -> str:
     policy = board.policies[job.policy]
     rules = "\n".join(line for line in policy.text.splitlines() if not line.startswith("#"))
     parts = [
-        setup.cluster_path.read_text(encoding="utf-8"),
+        machines,
         [setup.trace, *setup.test, board.traffic.loop.value, board.traffic.resamples],
         [job.seed, job.speed, rules, code_digest()],
     ]

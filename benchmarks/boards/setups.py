@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 from benchmarks.boards.conversations import Conversations
 from sim.cluster_file import ClusterFile, read_cluster
+from sim.profile import dump_profile
 from sim.traces import Span, read_workload
 from sim.traffic import Loop, Traffic, cut
 
@@ -35,8 +36,8 @@ class Setup:
     training: Piece
     test: Piece
     speed: float
-    """Times the load of the trace; `--speeds` finds it, and of `alike` and `servegen` has not yet: theirs are first
-    guesses."""
+    """Times the load of the trace; `--speeds` finds it, and of `alike` and `servegen` has not yet: theirs are
+    guesses from single runs on the training part."""
     loops: tuple[Loop, ...] = (Loop.OPEN,)
     conversations: bool = False
     """Whether they are told by the hashes of the prompts."""
@@ -50,6 +51,12 @@ class Setup:
     @property
     def trace_path(self) -> Path:
         return DATA / self.trace
+
+    @property
+    def machines(self) -> str:
+        """The cluster file and the profiles that it names, as text. Raises FileProblems and OSError."""
+        profiles = {dump_profile(one.profile) for one in self.cluster().backends}
+        return "".join([self.cluster_path.read_text(encoding="utf-8"), *sorted(profiles)])
 
     def cluster(self) -> ClusterFile:
         """Raises FileProblems and OSError."""
@@ -102,8 +109,8 @@ SETUPS: Final = (
     Setup(
         "servegen",
         "servegen/deepseek-r1_rates.csv.gz",
-        training=Piece(9 * 3600.0, 1200.0),
-        test=Piece(9 * 3600.0 + 2400.0, 1200.0),
-        speed=0.7,
+        training=Piece(14 * 3600.0, 400.0),
+        test=Piece(14 * 3600.0 + 1800.0, 400.0),
+        speed=0.5,
     ),
 )

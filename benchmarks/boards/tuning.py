@@ -126,7 +126,7 @@ def _rests_on(setup: Setup, entry: Entry, budget: Budget) -> str:
     """A digest of all that a search depends on, but the number of points, which may grow, and the code."""
     space = [[one.name, *tunable] for one, tunable in _bounds(entry)]
     parts: list[Any] = [
-        setup.cluster_path.read_text(encoding="utf-8"),
+        setup.machines,
         _digest(setup.trace_path),
         [*setup.training, setup.speed, budget.seeds, OBJECTIVE],
         [entry.policy, dict(entry.given), dict(entry.searched_with), space],

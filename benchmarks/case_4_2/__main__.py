@@ -13,19 +13,19 @@ import typer
 
 from benchmarks.case_4_2.policies import BOX_ALONE, POLICIES, QUICK, named
 from benchmarks.case_4_2.simulated import REMOTE, Figures, alone, play
-from benchmarks.case_4_2.traffic import MOST, PEAK_HOUR, Piece, day, peak
+from benchmarks.case_4_2.traffic import MOST, PEAK_HOUR, TRAINING_HOUR, TRAINING_SEED, Piece, day, peak
 from benchmarks.case_4_2.verdict import (
     CARD_HOURS,
     SHARE,
     TIMES,
     TOKEN_FACTORS,
     Verdict,
-    best,
     box_hour,
     most_token_factor,
     nearest,
     sensitivity,
     verdict,
+    words,
 )
 from benchmarks.summary import RESULTS, facts_line, print_table, write_result
 from sim.workers import Workers, cores
@@ -36,7 +36,7 @@ STEPS: Final = 7
 """Bisections of the box's capacity."""
 MOST_BOXES: Final = 12
 QUICK_SECONDS: Final = 600.0
-QUICK_HOURS: Final = (10, PEAK_HOUR)
+QUICK_HOURS: Final = (TRAINING_HOUR, 10, PEAK_HOUR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +99,10 @@ def basis(pieces: Pieces, seed: int) -> Basis:
     if at_capacity is None:
         raise RuntimeError("the box alone serves nothing within the SLA")
     loaded = piece.workload(TIMES * low)
-    boxes = next(
-        count
-        for count in range(1, MOST_BOXES + 1)
-        if count == MOST_BOXES or alone(loaded, piece.seconds, seed, count).met >= SHARE
-    )
+    counts = range(1, MOST_BOXES + 1)
+    boxes = next((count for count in counts if alone(loaded, piece.seconds, seed, count).met >= SHARE), None)
+    if boxes is None:
+        raise RuntimeError(f"{MOST_BOXES} boxes do not serve {TIMES:g} times what one does")
     return Basis(seed, low, at_capacity, alone(loaded, piece.seconds, seed), boxes, piece.left_out)
 
 
@@ -119,24 +118,28 @@ def main(
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = cores(),
     remote: Annotated[str, typer.Option(help="Profile of the cloud's backends.")] = REMOTE,
     quick: Annotated[bool, typer.Option("--quick", help="Minutes instead of hours: does it run?")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Fail if no policy keeps all claims.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Fail if the policy chosen in training misses a claim.")
+    ] = False,
     result: Annotated[bool, typer.Option(help="Write a file and a picture into benchmarks/results.")] = True,
 ) -> None:
     """A medical institute's box and the cloud behind it: latency, throughput and cost of many policies.
+
+    Takes about 20 minutes of CPU for three days, by an estimate; `--quick` one.
 
     Example: python -m benchmarks.case_4_2 --check
     """
     from rich.console import Console
     from rich.progress import Progress
 
-    numbers = range(1, 2 if quick else seeds + 1)
+    numbers = [TRAINING_SEED, *range(1, 2 if quick else seeds + 1)]
     pieces = Pieces(quick)
     policies = QUICK if quick else tuple(entry.name for entry in POLICIES)
     with Progress(console=Console(stderr=True)) as bar:
         bases: list[Basis] = []
         with Workers(partial(basis, pieces), min(jobs, len(numbers))) as workers:
             task = bar.add_task("the box alone", total=len(numbers))
-            for _, found in workers.over(list(numbers)):
+            for _, found in workers.over(numbers):
                 bases.append(found)
                 bar.advance(task)
         bases.sort(key=lambda one: one.seed)
@@ -152,10 +155,12 @@ def main(
             for place, figures in workers.over(plan):
                 runs[plan[place]] = figures
                 bar.advance(task)
-            verdicts = [_verdict(policy, bases, runs) for policy in policies]
-            chosen = nearest(verdicts)
+            training, *shown = bases
+            trained = [_verdict(policy, [training], runs) for policy in policies]
+            verdicts = [_verdict(policy, shown, runs) for policy in policies]
+            chosen = verdicts[trained.index(nearest(trained))]
             curve = [
-                Job("load", policy, bases[0].seed, load * bases[0].share)
+                Job("load", policy, shown[0].seed, load * shown[0].share)
                 for policy in (BOX_ALONE.name, chosen.policy)
                 for load in LOADS
             ]
@@ -165,15 +170,15 @@ def main(
                 loads[curve[place]] = figures
                 bar.advance(task)
     curves = {
-        policy: {load: loads[Job("load", policy, bases[0].seed, load * bases[0].share)] for load in LOADS}
+        policy: {load: loads[Job("load", policy, shown[0].seed, load * shown[0].share)] for load in LOADS}
         for policy in dict.fromkeys(job.policy for job in curve)
     }
-    _print(bases, verdicts, chosen, curves)
+    _print(bases, trained, verdicts, chosen, curves)
     print(facts_line())
     if result and not quick:
-        _write(bases, verdicts, runs, curves, remote)
-    if check and best(verdicts) is None:
-        typer.echo("no policy keeps all three claims", err=True)
+        _write(bases, trained, verdicts, chosen, runs, curves, remote)
+    if check and chosen.missed:
+        typer.echo(f"{chosen.policy} does not keep the claim of {' and '.join(chosen.missed)}", err=True)
         raise typer.Exit(1)
 
 
@@ -194,10 +199,16 @@ def _verdict(policy: str, bases: Sequence[Basis], runs: dict[Job, Figures]) -> V
 Curves = dict[str, dict[float, Figures]]
 
 
-def _print(bases: Sequence[Basis], verdicts: Sequence[Verdict], chosen: Verdict, curves: Curves) -> None:
+def _print(
+    bases: Sequence[Basis],
+    trained: Sequence[Verdict],
+    verdicts: Sequence[Verdict],
+    chosen: Verdict,
+    curves: Curves,
+) -> None:
     rows = [
         [
-            f"seed {one.seed}",
+            f"seed {one.seed}" if one.seed != TRAINING_SEED else "training",
             f"{one.at_capacity.rate:.2f}",
             f"{one.at_capacity.mean_s:.1f}",
             f"{one.alone.rate:.2f}",
@@ -234,12 +245,13 @@ def _print(bases: Sequence[Basis], verdicts: Sequence[Verdict], chosen: Verdict,
             f"{box_hour() + one.tokens_per_hour:.2f}",
             f"{one.cost_cut:+.0%}",
             "yes" if one.keeps_all else "no",
+            "yes" if before.keeps_all else "no",
         ]
-        for one in verdicts
+        for one, before in zip(verdicts, trained, strict=True)
     ]
     columns = (
         "policy", "spill peak", "day", "mean s", "TTFT p95", "in SLA peak", "day", "lost",
-        "latency cut", "at capacity", "$/h", "cost cut", "all",
+        "latency cut", "at capacity", "$/h", "cost cut", "all", "in training",
     )  # fmt: skip
     print_table(f"{TIMES:g} times what the box serves alone: the peak hour, and the day", columns, rows)
     rows = [
@@ -251,7 +263,7 @@ def _print(bases: Sequence[Basis], verdicts: Sequence[Verdict], chosen: Verdict,
         for load in LOADS
     ]
     print_table("Mean seconds by load of the peak hour", ("times", *curves, "cut"), rows)
-    boxes = fmean(one.boxes for one in bases)
+    boxes = _boxes(bases)
     rows = [
         [f"{price:g}", *(f"{cut:+.0%}" for cut in row)]
         for price, row in zip(CARD_HOURS, sensitivity(chosen.tokens_per_hour, boxes), strict=True)
@@ -262,14 +274,13 @@ def _print(bases: Sequence[Basis], verdicts: Sequence[Verdict], chosen: Verdict,
         f"{chosen.policy} halves the cost up to {most_token_factor(chosen.tokens_per_hour, boxes):.1f} times the "
         "price of tokens"
     )
-    winner = best(verdicts)
-    if winner is None:
-        print("No policy keeps all three claims.")
-    else:
-        print(
-            f"All three claims, with the least spill: {winner.policy}, {winner.spill_peak:.0%} in the peak hour, "
-            f"{winner.spill_day:.0%} over the day."
-        )
+    for line in words(chosen, verdicts):
+        print(line)
+
+
+def _boxes(bases: Sequence[Basis]) -> float:
+    """Mean over the days that are shown."""
+    return fmean(one.boxes for one in bases if one.seed != TRAINING_SEED)
 
 
 def _cut(curves: Curves, load: float) -> float:
@@ -279,7 +290,9 @@ def _cut(curves: Curves, load: float) -> float:
 
 def _write(
     bases: Sequence[Basis],
+    trained: Sequence[Verdict],
     verdicts: Sequence[Verdict],
+    chosen: Verdict,
     runs: dict[Job, Figures],
     curves: Curves,
     remote: str,
@@ -289,6 +302,8 @@ def _write(
     shown: dict[str, Any] = {
         "remote": remote,
         "bases": [asdict(one) for one in bases],
+        "chosen_in_training": chosen.policy,
+        "training": [asdict(one) for one in trained],
         "verdicts": [asdict(one) for one in verdicts],
         "runs": [{**job._asdict(), **asdict(figures)} for job, figures in runs.items()],
         "curves": {
@@ -298,8 +313,8 @@ def _write(
     }
     path = write_result("case-4-2", _finite(shown))
     means = {policy: {load: one.mean_s for load, one in curve.items()} for policy, curve in curves.items()}
-    boxes = fmean(one.boxes for one in bases)
-    plot(verdicts, boxes, fmean(one.alone.mean_s for one in bases), means, path.with_suffix(".png"))
+    alone_s = fmean(one.alone.mean_s for one in bases if one.seed != TRAINING_SEED)
+    plot(verdicts, _boxes(bases), alone_s, means, path.with_suffix(".png"))
     print(f"written to {path.name} and {path.with_suffix('.png').name} in {RESULTS.name}")
 
 

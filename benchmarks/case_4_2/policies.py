@@ -72,6 +72,9 @@ POLICIES: Final = (
             "least-load",
             "shortest-path",
             "peak-ewma",
+            "prequal",
+            "skylb",
+            "weighted-scores",
             "lmetric",
             "gorgo",
             "mooncake",
@@ -86,7 +89,20 @@ POLICIES: Final = (
 queue in the box's engine before that. `cheapest`: then to the cheaper site before the dearer one. `cost M`: a
 dollar is worth M seconds."""
 
+NOT_PLAYED: Final = {
+    "cache-aware": "prefixes, which the trace does not know",
+    "prefix-affinity": "prefixes",
+    "session-affinity": "sessions, which the trace does not know",
+    "geo": "the map, on which the box is always nearest",
+    "power-of-two": "chance, whatever it costs",
+    "random": "chance",
+    "round-robin": "turns, whatever it costs",
+    "weighted-qps": "turns by weight",
+}
+"""Policies of the registry that are not here, and by what they choose."""
+
 QUICK: Final = ("local-first 24", "local-first 48", "local-first 48, cheapest", "cost 10000", "forecast")
+"""To see whether it runs: each kind once, and a second level."""
 
 
 def named(name: str) -> Entry:

@@ -14,6 +14,10 @@ TRACE: Final = Path(__file__).parents[3] / "shared" / "data" / "servegen" / "dee
 CONTEXT: Final = 5000
 """Tokens of the longest prompt plus answer."""
 PEAK_HOUR: Final = 22
+TRAINING_SEED: Final = 0
+"""Its peak hour and day are of windows that no other seed's are of: on them a policy is chosen."""
+TRAINING_HOUR: Final = 2
+"""The other peak of the day."""
 MOST: Final = 0.3
 """Greatest share that is ever drawn."""
 HOUR_S: Final = 3600
@@ -42,14 +46,34 @@ class Piece(NamedTuple):
 
 
 def peak(seed: int, seconds: float = HOUR_S) -> Piece:
-    """The peak hour, or its beginning. Raises OSError and TraceError, as the next one."""
-    return _joined([_spans(seed, PEAK_HOUR * HOUR_S, seconds)])
+    """The peak hour, or its beginning; in training, the even windows of `TRAINING_HOUR`. Raises OSError and
+    TraceError, as the next one."""
+    return _joined([_spans(seed, start_s, length) for start_s, length in peak_spans(seed, seconds)])
 
 
 def day(seed: int, hours: Sequence[int] = range(24)) -> Piece:
-    """Of each hour one window of ten minutes, drawn by the seed: four hours that stand for a day."""
-    windows = stream(seed, "windows").integers(0, HOUR_S // WINDOW_S, 24).tolist()
-    return _joined([_spans(seed, hour * HOUR_S + windows[hour] * WINDOW_S, WINDOW_S) for hour in hours])
+    """Of each hour one window of ten minutes: four hours that stand for a day."""
+    return _joined([_spans(seed, start_s, WINDOW_S) for start_s in day_windows(seed, hours)])
+
+
+def peak_spans(seed: int, seconds: float = HOUR_S) -> list[tuple[float, float]]:
+    """Beginning and length of what `peak` plays, seconds."""
+    if seed != TRAINING_SEED:
+        return [(PEAK_HOUR * HOUR_S, seconds)]
+    starts = range(TRAINING_HOUR * HOUR_S, (TRAINING_HOUR + 1) * HOUR_S, 2 * WINDOW_S)
+    return [(start_s, min(seconds, WINDOW_S)) for start_s in starts]
+
+
+def day_windows(seed: int, hours: Sequence[int] = range(24)) -> list[int]:
+    """Beginnings of what `day` plays, drawn by the seed out of the odd windows of each hour; in training, out of
+    the even ones, without the peak hour, which `peak` shows whole."""
+    training = seed == TRAINING_SEED
+    places = stream(seed, "windows").integers(0, HOUR_S // WINDOW_S // 2, 24).tolist()
+    return [
+        hour * HOUR_S + (2 * places[hour] + (not training)) * WINDOW_S
+        for hour in hours
+        if not (training and hour == PEAK_HOUR)
+    ]
 
 
 class _Drawn(NamedTuple):

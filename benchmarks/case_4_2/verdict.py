@@ -1,4 +1,4 @@
-"""The claims of case 4.2, asked of each policy; money; and which policy keeps all three.
+"""The claims of case 4.2, asked of each policy; money; and which policy is chosen.
 
 Prices, dollars. A card of the box costs what an A6000 (48 GB, too) is rented for, 1.09 an hour (SkyPilot's
 catalogue, v8, 2026), whoever owns it: an assumption, since nobody publishes what an institute pays for an L20 with
@@ -69,8 +69,14 @@ class Verdict:
         return self.cost_cut >= COST_CUT
 
     @property
+    def missed(self) -> list[str]:
+        """Claims that it does not keep."""
+        kept = {"throughput": self.keeps_throughput, "latency": self.keeps_latency, "cost": self.keeps_cost}
+        return [claim for claim, keeps in kept.items() if not keeps]
+
+    @property
     def keeps_all(self) -> bool:
-        return self.keeps_throughput and self.keeps_latency and self.keeps_cost
+        return not self.missed
 
 
 def box_hour(card_hour: float = CARD_HOUR) -> float:
@@ -121,9 +127,25 @@ def best(found: Sequence[Verdict]) -> Verdict | None:
 
 def nearest(found: Sequence[Verdict]) -> Verdict:
     """The best, or who keeps most claims, and of those costs least. Raises ValueError for no policy."""
-    return best(found) or max(
-        found, key=lambda one: (one.keeps_throughput + one.keeps_latency + one.keeps_cost, one.cost_cut)
-    )
+    return best(found) or max(found, key=lambda one: (-len(one.missed), one.cost_cut))
+
+
+def words(chosen: Verdict, shown: Sequence[Verdict]) -> list[str]:
+    """What came of the policy that was chosen in training, and of the others, in lines. `shown` has all of them."""
+    named = f"{chosen.policy}, chosen on the training day,"
+    spill = f"spilling {chosen.spill_peak:.0%} in the peak hour and {chosen.spill_day:.0%} over the day"
+    kept = "keeps all three claims"
+    if chosen.missed:
+        kept = f"does not keep the claim of {' and '.join(chosen.missed)}"
+    reached = "reached" if chosen.at_capacity_cut >= LATENCY_CUT else "not reached"
+    keep = [one.policy for one in shown if one.keeps_all]
+    return [
+        f"{named} {kept} on the days that are shown, {spill}.",
+        f"Against the box under the load that it just serves, its latency falls by {chosen.at_capacity_cut:.0%}: "
+        f"by that reading {LATENCY_CUT:.0%} are {reached}.",
+        f"All three claims on the days that are shown: {len(keep)} of {len(shown)} policies"
+        + (f" ({', '.join(keep)})." if keep else "."),
+    ]
 
 
 def sensitivity(tokens_per_hour: float, boxes: float) -> list[list[float]]:

@@ -29,6 +29,7 @@ from policies.state import Backend
 from sim.evaluate import Figures, Quantiles, Run
 from sim.intervals import Estimate
 from sim.leaderboard import Board, Standing
+from sim.profile import dump_profile, load_profile
 from sim.traffic import Loop, Traffic
 from sim.tune import Search
 from sim.workload import Arrival, Workload
@@ -107,7 +108,9 @@ def test_those_that_wait_count_four_times() -> None:
 # Tuning
 
 
-def test_what_was_tuned_is_kept_until_something_changes(setup: Setup, tmp_path: Path) -> None:
+def test_what_was_tuned_is_kept_until_something_changes(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     entry = next(one for one in entries(setup.cluster()) if one.name == "prequal")
     budget = Budget(3, 1)
     parts = (Traffic(TRACE), Traffic(TRACE))
@@ -122,6 +125,22 @@ def test_what_was_tuned_is_kept_until_something_changes(setup: Setup, tmp_path: 
     assert kept(folder, setup, entry, Budget(3, 2)) is None
     assert kept(folder, replace(setup, speed=9.0), entry, budget) is None
     assert kept(folder, setup, replace(entry, given={"quantile": 0.5}), budget) is None
+    monkeypatch.setattr(Setup, "machines", property(lambda self: "others"))
+    assert kept(folder, setup, entry, budget) is None
+
+
+def test_other_profiles_are_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = SETUP.cluster_path.read_text(encoding="utf-8").replace("l40-4-32b", "./mine.yaml")
+    path = tmp_path / "azure.yaml"
+    path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(Setup, "cluster_path", property(lambda self: path))
+    profile = load_profile("l40-4-32b")
+    found = []
+    for overhead_us in (0.0, 50.0):
+        changed = profile.model_copy(update={"overhead_us": overhead_us})
+        (tmp_path / "mine.yaml").write_text(dump_profile(changed), encoding="utf-8")
+        found.append(SETUP.machines)
+    assert found[0] != found[1]
 
 
 def test_defaults_stay_where_nothing_is_better(
@@ -225,7 +244,7 @@ CLAIM = Claim("new", "old", "ttft_s.p50", 0.8, "its paper", "mooncake, open", "o
         ((1.8, 1.8, 1.81), "in part"),
         ((1.0, 3.0, 2.0), "not shown"),
         ((3.0, 3.0, 3.1), "worse"),
-        ((1.0, 1.0, inf), "unknown"),
+        ((1.0, 1.0, inf), "worse"),
     ],
 )
 def test_a_claim_is_judged_by_the_interval_of_its_ratio(medians: tuple[float, ...], word: str) -> None:
@@ -246,6 +265,9 @@ def test_more_may_be_better() -> None:
 def test_one_that_the_other_never_answered_says_nothing() -> None:
     shown = {CLAIM.on: [standing("new", 1.0, 1.0), standing("old", 2.0, inf)]}
     assert judge(shown, [CLAIM])[0].found is None
+    assert judge(shown, [CLAIM])[0].word == "unknown"
+    neither = {CLAIM.on: [standing("new", 1.0, inf), standing("old", 2.0, inf)]}
+    assert judge(neither, [CLAIM])[0].word == "unknown"
     assert judge({CLAIM.on: [standing("new", 1.0, 1.0)]}, [CLAIM]) == []
 
 
@@ -316,6 +338,15 @@ def test_the_command_tunes_plays_and_judges(
     assert "azure, overloaded" in done.output
     assert "prequal (Prequal, NSDI'24" in done.output
     assert "appliance 16384" in done.output
+
+
+def test_the_control_plays_only_what_is_compared(
+    setup: Setup, app: Typer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "DATA", Path(__file__).parent)
+    done = CliRunner().invoke(app, ["--quick", "--board", "alike", "--policy", "forecast"])
+    assert done.exit_code == 2
+    assert "only policies that are compared: 4q+r, " in done.output
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,17 @@ import pytest
 
 from benchmarks.case_4_2 import cards
 from benchmarks.case_4_2.plot import plot
-from benchmarks.case_4_2.policies import LEVELS, POLICIES, QUICK, SLOTS, named
+from benchmarks.case_4_2.policies import LEVELS, NOT_PLAYED, POLICIES, QUICK, SLOTS, named
 from benchmarks.case_4_2.simulated import Figures, alone, cluster, play
-from benchmarks.case_4_2.traffic import Piece, _Drawn, _joined
+from benchmarks.case_4_2.traffic import (
+    TRAINING_SEED,
+    WINDOW_S,
+    Piece,
+    _Drawn,
+    _joined,
+    day_windows,
+    peak_spans,
+)
 from benchmarks.case_4_2.verdict import (
     CARD_HOUR,
     best,
@@ -19,7 +27,9 @@ from benchmarks.case_4_2.verdict import (
     nearest,
     sensitivity,
     verdict,
+    words,
 )
+from policies import names
 from policies.files import read_policy
 from sim.workload import Arrival
 
@@ -45,6 +55,25 @@ def test_every_policy_can_be_read_and_has_a_name_of_its_own() -> None:
     assert len({entry.name for entry in POLICIES}) == len(POLICIES)
     assert all(named(name) for name in QUICK)
     assert max(LEVELS) < SLOTS
+
+
+def test_every_policy_of_the_registry_is_played_or_it_is_said_why_not() -> None:
+    text = "".join(entry.text for entry in POLICIES)
+    played = {name for name in names() if f"pick: {name}" in text or f"policy: {name}," in text}
+    assert played | set(NOT_PLAYED) == set(names())
+    assert not played & set(NOT_PLAYED)
+
+
+def test_no_day_that_is_shown_has_a_window_of_the_training_day() -> None:
+    def windows(seed: int) -> set[int]:
+        peaks = peak_spans(seed)
+        inside = {start + at for start, length in peaks for at in range(0, int(length), WINDOW_S)}
+        return {int(one) // WINDOW_S for one in (*inside, *day_windows(seed))}
+
+    training = windows(TRAINING_SEED)
+    assert len(training) >= 24
+    assert all(len(day_windows(seed)) == 24 for seed in range(1, 30))
+    assert not training & set().union(*(windows(seed) for seed in range(1, 30)))
 
 
 def test_a_smaller_share_is_a_part_of_a_greater_one() -> None:
@@ -106,6 +135,25 @@ def test_the_best_keeps_all_claims_and_spills_least() -> None:
     assert best([dear, slow, good, less]) is less
     assert best([dear, slow]) is None
     assert nearest([slow, dear]).policy in ("slow", "dear")
+    assert (slow.missed, dear.missed) == (["throughput"], ["cost"])
+
+
+def test_what_is_said_of_the_chosen_one_may_be_either() -> None:
+    good = verdict("good", [FIGURES], [FIGURES], [3], [ALONE], [SERVED])
+    dear = verdict(
+        "dear",
+        [replace(FIGURES, mean_s=40.0)],
+        [replace(FIGURES, tokens_per_hour=2.0)],
+        [3],
+        [ALONE],
+        [SERVED],
+    )
+    kept, missed = words(good, [good, dear]), words(dear, [good, dear])
+    assert kept[0].startswith("good, chosen on the training day, keeps all three claims")
+    assert "falls by 45%: by that reading 40% are reached" in kept[1]
+    assert missed[0].startswith("dear, chosen on the training day, does not keep the claim of cost")
+    assert "falls by 27%: by that reading 40% are not reached" in missed[1]
+    assert kept[2] == missed[2] == "All three claims on the days that are shown: 1 of 2 policies (good)."
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

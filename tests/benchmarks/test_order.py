@@ -126,10 +126,15 @@ def test_the_picture(tmp_path: Path) -> None:
 def test_bad_input_is_told_in_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["order", "--policies", "least-loud"])
+    monkeypatch.setattr("sys.argv", ["order", "--policies", "least-loud,forecast"])
     assert command.main() == 2
     assert "did you mean 'least-load'" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["order", "--rate", "0"])
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert "above zero" in capsys.readouterr().err
+    for policies in ("forecast", "forecast,forecast"):
+        monkeypatch.setattr("sys.argv", ["order", "--policies", policies])
+        with pytest.raises(SystemExit, match="2"):
+            command.main()
+        assert "one alone has no order" in capsys.readouterr().err
