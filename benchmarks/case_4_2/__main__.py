@@ -13,7 +13,16 @@ import typer
 
 from benchmarks.case_4_2.policies import BOX_ALONE, POLICIES, QUICK, named
 from benchmarks.case_4_2.simulated import REMOTE, Figures, alone, play
-from benchmarks.case_4_2.traffic import MOST, PEAK_HOUR, TRAINING_HOUR, TRAINING_SEED, Piece, day, peak
+from benchmarks.case_4_2.traffic import (
+    FIRST_SHOWN,
+    MOST,
+    PEAK_HOUR,
+    TRAINING_HOUR,
+    TRAINING_SEED,
+    Piece,
+    day,
+    peak,
+)
 from benchmarks.case_4_2.verdict import (
     CARD_HOURS,
     SHARE,
@@ -132,7 +141,7 @@ def main(
     from rich.console import Console
     from rich.progress import Progress
 
-    numbers = [TRAINING_SEED, *range(1, 2 if quick else seeds + 1)]
+    numbers = [TRAINING_SEED, *range(FIRST_SHOWN, FIRST_SHOWN + (1 if quick else seeds))]
     pieces = Pieces(quick)
     policies = QUICK if quick else tuple(entry.name for entry in POLICIES)
     with Progress(console=Console(stderr=True)) as bar:
