@@ -32,12 +32,13 @@ class SkyLB(Policy):
     they are fewer than `unprobed`, too. Of these the longest match, then the least in-flight over slots, then the
     one dispatched to longest ago. If none is available the request is held.
 
-    Ours: an engine has a queue if more than `queued` requests wait in it, where theirs is 0. Each prompt waits there
+    Ours: an engine has a queue if more than `queued` requests wait in it, where theirs is 0. A prompt waits there
     for the next step; taken for a queue, near saturation that sends prompts away from where they are cached, to be
     computed elsewhere and to push out what is cached there. Their balancer asks engines ten times a second, the
-    probes ask once; so of a queue that was seen no more counts than have no first token yet, which the router knows
-    exactly. Slots are a limit beside the queue. Their second level, balancers that push to each other over regions,
-    is the tiers of a rule; their FCFS queue is the valve's, which is fair between tenants.
+    probes ask once; so a queue that was seen counts only while more than `queued` requests there have no first
+    token, which the router knows exactly. Slots are a limit beside the queue. Their second level, balancers that
+    push to each other over regions, is the tiers of a rule; their FCFS queue is the valve's, which is fair between
+    tenants.
 
     Scores: prompt tokens that are cached, of those available; more is better.
     """

@@ -39,7 +39,7 @@ OLD = NOW - 2.001
         ({"sampled_at": FRESH, "in_flight": 31}, True),
         ({"sampled_at": FRESH, "in_flight": 32}, False),  # no free slot
         ({"sampled_at": FRESH, "in_flight": 8, "waiting": 3, "prefilling": 3}, False),  # a queue
-        ({"sampled_at": FRESH, "in_flight": 8, "waiting": 2, "prefilling": 9}, True),  # they wait for the next step
+        ({"sampled_at": FRESH, "in_flight": 8, "waiting": 2, "prefilling": 9}, True),  # for the next step
         ({"sampled_at": FRESH, "in_flight": 8, "waiting": 0, "prefilling": 3}, True),  # no queue
         ({"sampled_at": FRESH, "in_flight": 8, "waiting": 3, "prefilling": 2}, True),  # it has gone since
         ({"sampled_at": FRESH, "kv_use": 0.94, "in_flight": 20}, True),
