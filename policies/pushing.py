@@ -28,14 +28,17 @@ class SkyLB(Policy):
 
     Selective pushing of SkyLB (arXiv 2505.24095): a request that waits in an engine is bound to it, one that waits
     at the router goes to whoever is ready first. A backend is available if the router has fewer requests in flight
-    there than it has slots and its engine's queue is empty; where the engine has told nothing in the last 2 s, if
+    there than it has slots and its engine has no queue; where the engine has told nothing in the last 2 s, if
     they are fewer than `unprobed`, too. Of these the longest match, then the least in-flight over slots, then the
     one dispatched to longest ago. If none is available the request is held.
 
-    Ours: their balancer asks engines ten times a second, the probes ask once; so a queue that was seen counts only
-    while some request there has no first token, which the router knows exactly. Slots are a limit beside the queue.
-    Their second level, balancers that push to each other over regions, is the tiers of a rule; their FCFS queue is
-    the valve's, which is fair between tenants.
+    Ours: an engine has a queue if more than `queued` requests wait in it, where theirs is 0. A prompt waits there
+    for the next step; taken for a queue, near saturation that sends prompts away from where they are cached, to be
+    computed elsewhere and to push out what is cached there. Their balancer asks engines ten times a second, the
+    probes ask once; so a queue that was seen counts only while more than `queued` requests there have no first
+    token, which the router knows exactly. Slots are a limit beside the queue. Their second level, balancers that
+    push to each other over regions, is the tiers of a rule; their FCFS queue is the valve's, which is fair between
+    tenants.
 
     Scores: prompt tokens that are cached, of those available; more is better.
     """
@@ -49,15 +52,21 @@ class SkyLB(Policy):
             "Most requests in flight where the engine does not tell its queue, at least 1.",
             Tunable(1, 64, log=True),
         ] = 10,
+        queued: Annotated[
+            int, "Most requests in an engine's queue that are taken for none, 0 or more.", Tunable(0, 4)
+        ] = 2,
     ) -> None:
         if unprobed < 1:
             raise ValueError(f"unprobed must be at least 1, not {unprobed}")
+        if queued < 0:
+            raise ValueError(f"queued must be 0 or more, not {queued}")
         self.needs = frozenset({"prefix"})
         self._unprobed = unprobed
+        self._queued = queued
         self._turns = Turns()
 
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
-        cached, turn, unprobed = request.cached, self._turns.get, self._unprobed
+        cached, turn, unprobed, queued = request.cached, self._turns.get, self._unprobed, self._queued
         since = now - ENGINE_FIGURES_VALID_S
         scores: dict[str, float] = {}
         ranking: list[Rank] = []
@@ -65,7 +74,7 @@ class SkyLB(Policy):
         for index, backend in enumerate(backends):
             name, in_flight, slots = backend.name, backend.in_flight, backend.slots
             if backend.sampled_at >= since:
-                available = in_flight < slots and not (backend.waiting and backend.prefilling)
+                available = in_flight < slots and (backend.waiting <= queued or backend.prefilling <= queued)
             else:
                 available = in_flight < slots and in_flight < unprobed
             if available:

@@ -13,6 +13,10 @@ weighted by what was expected, so that an error of a tenth counts the same in a 
 Coefficients begin at `TTFT` and `TPOT`, which are as certain as a sample or two: a backend that nobody has tried
 looks usual, not free.
 
+A sample that took more than `MOST` times what was expected counts as `MOST` times: a stall is no speed, and taken
+as it is, one of a minute would be remembered for thousands of samples, since those after it would weigh little
+beside so much. Who really is slower than that is believed by and by.
+
 Where directions are not excited (every prompt alike, never two at once) forgetting would make the gain grow without
 bound; it pauses while the gain is at `MOST_GAIN`.
 """
@@ -29,12 +33,18 @@ NOISE: Final = 0.1**2
 """Variance of a sample, as a share of its expected value squared: times vary by a tenth and more."""
 MOST_GAIN: Final = 100.0
 """Largest sum of the covariance's diagonal, in units of `SPREAD` squared."""
+MOST: Final = 10.0
+"""Most that a sample counts as, as a multiple of its expected value ..."""
+KNOWN: Final = 20
+"""... once there are so many samples to expect it by."""
 TTFT: Final = (0.05, 1e-4, 1e-3)
 """Coefficients before anything is known: seconds, seconds a token, seconds a request."""
 TPOT: Final = (0.03, 3e-4)
 TPOT_FLOOR_S: Final = 0.001
 TTFT_FLOOR_S: Final = 0.01
 """What is expected to take less is weighted as if it took this long."""
+FASTEST_S: Final = 1e-6
+"""That a request takes at least: all coefficients of who answers at once may be 0."""
 
 
 class Line:
@@ -73,7 +83,10 @@ class Line:
             direction[i] = total
             spread += inputs[i] * total
         expected = self.expected(inputs)
-        variance = NOISE * max(expected, self._floor) ** 2
+        usual = max(expected, self._floor)
+        if self.samples >= KNOWN:
+            seconds = min(seconds, MOST * usual)
+        variance = NOISE * usual**2
         gain = 1.0 / (self._forget * variance + spread)
         surprise = seconds - expected
         trace = 0.0
@@ -128,4 +141,5 @@ def capacity_rps(backend: BackendView, prompt_tokens: float, output_tokens: floa
     fit = backend.ttft_fit or TTFT
     others = max(backend.slots - 1, 0)
     first = fit[0] + fit[1] * prompt_tokens + fit[2] * others
-    return backend.slots / (first + tpot_s(backend, others) * max(output_tokens - 1.0, 0.0))
+    seconds = first + tpot_s(backend, others) * max(output_tokens - 1.0, 0.0)
+    return backend.slots / max(seconds, FASTEST_S)

@@ -38,9 +38,10 @@ OLD = NOW - 2.001
     [
         ({"sampled_at": FRESH, "in_flight": 31}, True),
         ({"sampled_at": FRESH, "in_flight": 32}, False),  # no free slot
-        ({"sampled_at": FRESH, "in_flight": 8, "waiting": 1, "prefilling": 1}, False),  # a queue
+        ({"sampled_at": FRESH, "in_flight": 8, "waiting": 3, "prefilling": 3}, False),  # a queue
+        ({"sampled_at": FRESH, "in_flight": 8, "waiting": 2, "prefilling": 9}, True),  # for the next step
         ({"sampled_at": FRESH, "in_flight": 8, "waiting": 0, "prefilling": 3}, True),  # no queue
-        ({"sampled_at": FRESH, "in_flight": 8, "waiting": 3, "prefilling": 0}, True),  # it has gone since
+        ({"sampled_at": FRESH, "in_flight": 8, "waiting": 3, "prefilling": 2}, True),  # it has gone since
         ({"sampled_at": FRESH, "kv_use": 0.94, "in_flight": 20}, True),
         ({"sampled_at": OLD, "in_flight": 9, "waiting": 3, "prefilling": 3}, True),  # nobody knows
         ({"sampled_at": OLD, "in_flight": 10}, False),
@@ -69,6 +70,14 @@ def test_unprobed_is_a_parameter() -> None:
     assert isinstance(decide(SkyLB(Random(0), unprobed=1), pool), Hold)
     with pytest.raises(ValueError, match="unprobed must be at least 1, not 0"):
         SkyLB(Random(0), unprobed=0)
+
+
+def test_queued_is_a_parameter() -> None:
+    pool = [BackendView("b0", waiting=1, prefilling=1, in_flight=1, sampled_at=FRESH), BackendView("b1")]
+    assert sent(SkyLB(Random(0), queued=1), pool, b0=999).backend == "b0"
+    assert sent(SkyLB(Random(0), queued=0), pool, b0=999).backend == "b1"
+    with pytest.raises(ValueError, match="queued must be 0 or more, not -1"):
+        SkyLB(Random(0), queued=-1)
 
 
 def test_the_longest_match_then_the_least_load() -> None:

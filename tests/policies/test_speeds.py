@@ -108,3 +108,24 @@ def test_what_is_expected_of_a_backend() -> None:
     assert capacity_rps(backend, 200, 101) == pytest.approx(10 / (0.1 + 0.2 + 0.09 + 2.9))
     unknown = BackendView("b")
     assert ttft_s(unknown, facts) == pytest.approx(TTFT[0] + 1000 * TTFT[1])
+
+
+def test_a_stall_is_no_speed() -> None:
+    """One first token after a minute among prompts that are all alike, and the next ones are as ever."""
+    line = Line(TTFT, 0.01)
+    inputs = (1.0, 500.0, 0.0)
+    for seconds in (*[0.1] * 300, 60.0, *[0.1] * 10):
+        line.note(inputs, seconds)
+    assert line.expected(inputs) == pytest.approx(0.1, rel=0.3)
+
+
+def test_who_is_slow_from_the_beginning_is_believed() -> None:
+    line = Line(TTFT, 0.01)
+    for _ in range(20):
+        line.note((1.0, 500.0, 0.0), 60.0)
+    assert line.expected((1.0, 500.0, 0.0)) > 30.0
+
+
+def test_who_takes_no_time_has_a_capacity() -> None:
+    backend = BackendView("b", slots=4, ttft_fit=(0.0, 0.0, 0.0), tpot_fit=(0.0, 0.0))
+    assert capacity_rps(backend, 200, 101) == pytest.approx(4e6)
