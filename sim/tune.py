@@ -208,7 +208,7 @@ class State:
                     self._check(record)
                 else:
                     self.found[record["number"]] = record["point"], record["values"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
                 if place == 0 or place + 1 < len(lines):
                     raise ValueError(
                         f"{path}:{place + 1}: not a line of a search; give another --state"
@@ -234,6 +234,8 @@ class State:
         self._file.flush()
 
     def _check(self, head: Mapping[str, Any]) -> None:
+        if not head.keys() & self._head.keys():
+            raise KeyError("a file of something else")
         other = [key for key, value in self._head.items() if head.get(key) != value]
         if other:
             raise ValueError(
@@ -260,9 +262,12 @@ class Tuned(NamedTuple):
         return found
 
     def is_better(self, objective: Objective) -> bool:
-        """Whether the test part shows it: by more than the interval of the difference."""
+        """Whether the test part shows it: by more than the interval of the difference. One seed has none, so it
+        shows only that the defaults have no value where the point has one."""
         mean, half_width = self.gain
-        return objective.loss(mean) + (half_width or 0.0) < 0.0
+        if half_width is None:
+            return objective.loss(mean) == -inf
+        return objective.loss(mean) + half_width < 0.0
 
 
 def tune(
