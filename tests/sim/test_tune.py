@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -108,6 +109,23 @@ def test_parameters_lie_between_their_bounds_by_difference_or_by_ratio() -> None
     assert space.point([1.0, 1.0, 1.0]) == {"share": 1.0, "scale": 100.0, "steps": 9}
     assert space.point([0.12345678, 0.75, 0.5]) == {"share": 0.1235, "scale": 10.0, "steps": 5}
     assert space.point([-1.0, 2.0, 0.5]) == {"share": 0.0, "scale": 100.0, "steps": 5}
+
+
+def test_the_values_of_a_map_are_searched_each(folder: Path) -> None:
+    space = Space("weighted-scores")
+    point = space.point(space.middle)
+    assert point == {"scorers.prefix": 3.0, "scorers.queue": 2.0, "scorers.kv": 2.0, "temperature": 1.0}
+    text = policy_file("weighted-scores", {"scorers": {"load": 1.0, "kv": 9.0}, **point}).text
+    picked = read_policy(text, "tuned").file.rules[0].pick
+    assert picked is not None
+    assert picked.parameters == {
+        "scorers": {"load": 1.0, "kv": 2.0, "prefix": 3.0, "queue": 2.0},
+        "temperature": 1.0,
+    }
+    nothing = {**point, "scorers.prefix": 0.0, "scorers.queue": 0.0, "scorers.kv": 0.0}
+    one = search(folder, "weighted-scores")
+    assert one.play(Task(tuple(nothing.items()), 0, False)) == -inf
+    assert one.play(Task(tuple(point.items()), 0, False)) > 0.0
 
 
 def test_a_policy_without_any_cannot_be_tuned() -> None:
@@ -252,6 +270,13 @@ def test_cost_is_for_what_was_served_in_time(folder: Path) -> None:
     assert one.play(Task((("share", 0.2),), 0, False)) == pytest.approx(
         figures.cost / (figures.goodput_rps * figures.seconds)
     )
+
+
+def test_refusing_makes_no_token_faster(folder: Path) -> None:
+    figures = replace(named_figures(search(folder), 0.2), rejected=0.03, failed=0.02)
+    value = OBJECTIVES["p95-tpot"].value
+    assert value(figures) == figures.tpot_s.p95 < inf
+    assert value(replace(figures, rejected=0.04)) == inf
 
 
 def named_figures(one: Search, share: float) -> Any:
