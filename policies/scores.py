@@ -241,7 +241,9 @@ class WeightedScores(Policy):
         rng: Random,
         *,
         scorers: Annotated[
-            Mapping[str, float], "Weights by scorer, 0 or more. Default: prefix 3, queue 2, kv 2."
+            Mapping[str, float],
+            "Weights by scorer, 0 or more. Default: prefix 3, queue 2, kv 2.",
+            Tunable(0.0, 10.0),
         ] = MappingProxyType({"prefix": 3.0, "queue": 2.0, "kv": 2.0}),
         filters: Annotated[Sequence[str], "Filters in order."] = (),
         picker: Annotated[

@@ -22,7 +22,8 @@ Inference Extension takes the same figure)."""
 
 @dataclass(frozen=True, slots=True)
 class Tunable:
-    """Where `tidegate tune` looks for a policy's parameter: third in its annotation, after the text."""
+    """Where `tidegate tune` looks for a policy's parameter, or for each value of a map: third in its annotation,
+    after the text."""
 
     low: float
     high: float

@@ -28,7 +28,7 @@ from policies.units import BadValueError, Duration, Size
 from policies.yamlfile import FileModel, FileProblems, Problem, parse_yaml
 from policies.yamlproblems import closest
 from sim.members import Member
-from sim.profile import engine_settings, load_profile, profile_names, with_max_model_len
+from sim.profile import load_profile, profile_names, with_max_model_len
 
 PricePerMillion = Annotated[float, Field(ge=0, le=1_000_000)]
 
@@ -188,12 +188,7 @@ class ClusterFile:
         Raises ValueError for units that no KV block divides.
         """
         return [
-            Member(
-                one.backend(self.model),
-                engine_settings(one.profile, unit_tokens),
-                rtt=round(one.section.rtt * 1e6),
-                overhead=round(one.profile.overhead_us),
-            )
+            Member.of(one.backend(self.model), one.profile, one.section.rtt, unit_tokens)
             for one in self.backends
         ]
 

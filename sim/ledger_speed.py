@@ -1,18 +1,20 @@
 """How fast a backend is, from what the ledger says of the requests that it served: for one without a profile.
 
 The busiest requests that came one after the other are simulated with `sim/calibrate.py`, and the coefficients are
-those whose times come nearest to theirs. What the ledger does not say stays at vLLM's defaults: the token budget
-and the size of the batch; and the KV cache is never full.
+those whose times come nearest to theirs; so is the time that a server takes outside its engine, since the router's
+clock is a client's. What the ledger does not say stays at vLLM's defaults: the token budget and the size of the
+batch; and the KV cache is never full.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import isfinite
+from dataclasses import replace
+from math import isfinite, isnan
 from typing import Final
 
 from policies.profile import Limits, Origin, Profile, Source
-from sim.calibrate import Search, calibrate_timings
+from sim.calibrate import Search, calibrate_timings, rounded
 from sim.timings import Timing
 
 LEAST: Final = 100
@@ -34,12 +36,20 @@ def profile_from(
         raise ValueError(f"{len(timings)} complete answers in the ledger, {LEAST} are the least")
     rtt = rtt_s * 1e6
     chosen = [_without(one, rtt) for one in busiest(sorted(timings))]
+    if all(isnan(one.ttft) for one in chosen):
+        raise ValueError("none of its answers was a stream, so nobody saw a first token")
     text = f"the ledger's own times of {len(chosen)} requests"
     source = Source(origin=Origin.MEASURED, text=text)
     limits = Limits(max_num_seqs=max(slots, 256), prefix_cache=True, source=source)
-    found = calibrate_timings(chosen, limits, SEARCH, test_half=False, progress=progress)
+    search = replace(SEARCH, overhead=True)
+    found = calibrate_timings(chosen, limits, search, test_half=False, progress=progress)
     profile = Profile(
-        name="from-the-ledger", card="unknown", model=name, step=found.step(source), limits=limits
+        name="from-the-ledger",
+        card="unknown",
+        model=name,
+        step=found.step(source),
+        overhead_us=rounded(found.overhead_us),
+        limits=limits,
     )
     errors = ", ".join(
         f"{metric} {error:+.0%}"

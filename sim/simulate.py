@@ -22,7 +22,6 @@ from sim.cluster import Cluster
 from sim.evaluate import PolicyText, Quantiles, away, failures_of, quantiles, within
 from sim.from_ledger import Served
 from sim.members import Member
-from sim.profile import engine_settings
 from sim.router import End
 from sim.trips import Trip
 from sim.workload import Workload
@@ -148,11 +147,10 @@ def simulate(
     """`backends`: new ones, with their models and slots. `known`: what policy files may name. `options`: of
     `sim.cluster.Cluster`. Raises FileProblems for a policy file that is wrong."""
     rules = read_policy(policy.text, policy.name, known, seed).rules
-    members = []
-    for backend in backends:
-        there = hardware[backend.name]
-        settings = engine_settings(there.profile, workload.unit_tokens)
-        members.append(Member(backend, settings, round(there.rtt_s * 1e6), round(there.profile.overhead_us)))
+    members = [
+        Member.of(one, hardware[one.name].profile, hardware[one.name].rtt_s, workload.unit_tokens)
+        for one in backends
+    ]
     cluster = Cluster(members, rules, seed=seed, epoch=epoch, **(options or {}))
     begun = time.perf_counter()
     trips = cluster.run(workload, progress).trips

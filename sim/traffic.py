@@ -128,11 +128,19 @@ def period(workload: Workload) -> int:
 
 
 def resampled(workload: Workload, seed: int, blocks: int = BLOCKS) -> Workload:
-    """Another sample of what the workload is one of, by moving blocks; as long as it, from zero on."""
+    """Another sample of what the workload is one of, by moving blocks; as long as it, from zero on.
+
+    Raises ValueError if everything begins at one time.
+    """
     random = stream(seed, "blocks")
     begin, whole = workload.arrivals[0].at, period(workload)
     length = -(-whole // blocks)
     starts = _session_starts(workload)
+    if min(starts) == max(starts):
+        raise ValueError(
+            "all requests or sessions of the trace begin at the same time, so that it has no blocks to resample: "
+            "play it as it is, with --seeds 1"
+        )
     seen = _where_hashes_are(workload, starts)
     by_start = sorted(range(len(starts)), key=starts.__getitem__)
     drawn: list[Arrival] = []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from hashlib import sha256
+from hashlib import file_digest, sha256
+from importlib import metadata
+from inspect import getfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sim.intervals import Estimate
+    from sim.traffic import Traffic
     from sim.tune import Search, State, Tuned
 
 INTERRUPTED = 130
@@ -106,8 +110,13 @@ def tune(
             "loop": [loop, users or 0],
             "speed": speed,
             "piece": [start, duration],
+            "form": form,
             "cluster": _digest(cluster),
-            "trace": _digest(trace),
+            "profiles": [
+                sha256(one.profile.model_dump_json().encode()).hexdigest() for one in found.backends
+            ],
+            "trace": [_digest(file) for file in _files(traffic, trace)],
+            "code": [metadata.version("tidegate"), _digest(_source(policy))],
         }
         kept = State(state or output.with_name(f"{output.name}.state"), head)
     tuned = _search(search, kept, cores() if jobs is None else jobs, errors)
@@ -121,9 +130,24 @@ def _bounds(tunable: Any) -> list[Any]:
     return [tunable.low, tunable.high, tunable.log]
 
 
+def _files(traffic: Traffic, trace: Path) -> list[Path]:
+    """All that the traffic is read from."""
+    from sim.traces.servegen import lengths_file
+
+    return [trace, lengths_file(trace)] if isinstance(traffic.source, Path) else [trace]
+
+
+def _source(policy: str) -> Path:
+    """Where the policy's own code stands."""
+    from policies import find
+
+    return Path(getfile(sys.modules[find(policy).__module__]))
+
+
 def _digest(path: Path) -> str:
     """Raises OSError."""
-    return sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _search(search: Search, state: State, jobs: int, errors: Console) -> Tuned | None:
@@ -214,4 +238,6 @@ def _verdict(tuned: Tuned, better: bool) -> str:
     difference = f"tuned less defaults: {_figure(tuned.gain)}"
     if better:
         return f"On the test part it is better than the defaults ({difference})."
+    if len(tuned.test) == 1:
+        return f"One sample does not tell whether it is better than the defaults ({difference}): give more --seeds."
     return f"On the test part it is no better than the defaults ({difference}): keep those."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
@@ -119,14 +120,11 @@ class Workers(Generic[Item, Result]):
 
 def _work(pipe: Connection, function: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):  # the parent has gone
+        while True:
             place, item = pipe.recv()
-        except EOFError:  # the parent has gone
-            return
-        try:
-            result = function(item)
-        except Exception as error:  # whatever it is, the parent raises it
-            pipe.send((place, None, error))
-        else:
-            pipe.send((place, result, None))
+            try:
+                answer: tuple[Any, ...] = place, function(item), None
+            except Exception as error:  # whatever it is, the parent raises it
+                answer = place, None, error
+            pipe.send(answer)

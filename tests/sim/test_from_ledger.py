@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from math import nan
 from typing import Any
 
 import pytest
 
+from sim.calibrate import Search
 from sim.from_ledger import Served, read_past
 from sim.ledger_speed import LEAST, MOST, busiest, profile_from
 from sim.timings import Timing
@@ -148,19 +150,34 @@ def test_too_few_answers_make_no_profile() -> None:
 
 
 def test_a_fitted_profile_foretells_what_was() -> None:
-    """The rows of a simulated appliance; its requests are simulated again with what was fitted to them."""
+    """The rows of a simulated appliance, before whose engine a server takes 0.3 s; its requests are simulated again
+    with what was fitted to them."""
     trips = played(workload(240, 700))
     past = read_past([row_of(trip) for trip in trips])
-    seen = past.backends["appliance"].timings
+    before = 300_000.0
+    seen = [
+        one._replace(ttft=one.ttft + before, e2e=one.e2e + before)
+        for one in past.backends["appliance"].timings
+    ]
     assert len(seen) >= LEAST
-    profile, told = profile_from("appliance", list(seen), 0.0, 6)
+    profile, told = profile_from("appliance", seen, 0.0, 6)
     assert "fitted to the ledger's own times" in told
     from sim.calibrate import measured_times, replay
     from sim.profile import engine_settings
 
     measured = measured_times(seen)
-    again = replay(engine_settings(profile), list(seen), len(seen))
-    assert again[1:].mean(axis=1) == pytest.approx(measured[1:].mean(axis=1), rel=0.1)
+    again = replay(engine_settings(profile), seen, len(seen))
+    again[[0, 2]] += profile.overhead_us
+    assert again.mean(axis=1) == pytest.approx(measured.mean(axis=1), rel=0.1)
+
+
+def test_answers_that_are_no_streams_tell_no_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.ledger_speed.SEARCH", Search(starts=1, evaluations=24))
+    unseen = [one._replace(ttft=nan) for one in timings(LEAST)]
+    with pytest.raises(ValueError, match="none of its answers was a stream"):
+        profile_from("a", unseen, 0.0, 4)
+    mixed = [*unseen[::2], *timings(LEAST)[1::2]]
+    assert profile_from("a", mixed, 0.0, 4)[0].overhead_us > 0.0
 
 
 def test_the_network_is_no_part_of_an_engines_time() -> None:

@@ -6,13 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sim.traffic import (
     BLOCKS,
     Loop,
     Traffic,
+    _session_starts,
     by_sessions,
     cut,
     faster,
@@ -71,6 +72,7 @@ def test_sessions_move_as_a_whole(drawn: list[tuple[int, str, str]], seed: int) 
         Arrival(at * SECOND, index + 1, 1, session=session, tenant=tenant)
         for index, (at, session, tenant) in enumerate(sorted(drawn))
     ]
+    assume(len(set(_session_starts(Workload("w", arrivals)))) > 1)
     before = [(one.tenant, one.session, one.at) for one in arrivals]
     found = resampled(Workload("w", arrivals), seed)
     assert [one.at for one in found] == sorted(one.at for one in found)
@@ -99,8 +101,21 @@ def test_a_copy_shares_with_others_what_is_everywhere_and_nothing_of_its_own() -
     assert 2 in pairs.values()
 
 
-def test_a_trace_of_one_request_is_its_own_sample() -> None:
-    assert len(resampled(trace(1), 3)) >= 1
+@pytest.mark.parametrize(
+    "arrivals",
+    [
+        [Arrival(5, 10, 10)],
+        [Arrival(0, prompt, 10) for prompt in range(1, 21)],
+        [Arrival(at * SECOND, 10, 10, session="s") for at in range(20)],
+    ],
+)
+def test_what_begins_at_one_time_has_no_blocks(arrivals: list[Arrival]) -> None:
+    with pytest.raises(ValueError, match=r"begin at the same time.* --seeds 1"):
+        resampled(Workload("w", arrivals), 3)
+    assert list(Traffic(Workload("w", arrivals), resamples=False).workload(3)) == arrivals
+
+
+def test_the_period_of_one_request() -> None:
     assert period(trace(1)) == 1
 
 

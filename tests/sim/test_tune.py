@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -20,6 +21,7 @@ from policies.files import read_policy
 from sim.cluster_file import read_cluster
 from sim.evaluate import named_policy
 from sim.generator_spec import WorkloadSpec
+from sim.profile import dump_profile, load_profile
 from sim.traces import Span
 from sim.traffic import Traffic
 from sim.tune import OBJECTIVES, OTHER_DRAWS, Search, Space, State, Task, Tuned, policy_file, split, tune
@@ -107,6 +109,23 @@ def test_parameters_lie_between_their_bounds_by_difference_or_by_ratio() -> None
     assert space.point([1.0, 1.0, 1.0]) == {"share": 1.0, "scale": 100.0, "steps": 9}
     assert space.point([0.12345678, 0.75, 0.5]) == {"share": 0.1235, "scale": 10.0, "steps": 5}
     assert space.point([-1.0, 2.0, 0.5]) == {"share": 0.0, "scale": 100.0, "steps": 5}
+
+
+def test_the_values_of_a_map_are_searched_each(folder: Path) -> None:
+    space = Space("weighted-scores")
+    point = space.point(space.middle)
+    assert point == {"scorers.prefix": 3.0, "scorers.queue": 2.0, "scorers.kv": 2.0, "temperature": 1.0}
+    text = policy_file("weighted-scores", {"scorers": {"load": 1.0, "kv": 9.0}, **point}).text
+    picked = read_policy(text, "tuned").file.rules[0].pick
+    assert picked is not None
+    assert picked.parameters == {
+        "scorers": {"load": 1.0, "kv": 2.0, "prefix": 3.0, "queue": 2.0},
+        "temperature": 1.0,
+    }
+    nothing = {**point, "scorers.prefix": 0.0, "scorers.queue": 0.0, "scorers.kv": 0.0}
+    one = search(folder, "weighted-scores")
+    assert one.play(Task(tuple(nothing.items()), 0, False)) == -inf
+    assert one.play(Task(tuple(point.items()), 0, False)) > 0.0
 
 
 def test_a_policy_without_any_cannot_be_tuned() -> None:
@@ -253,6 +272,13 @@ def test_cost_is_for_what_was_served_in_time(folder: Path) -> None:
     )
 
 
+def test_refusing_makes_no_token_faster(folder: Path) -> None:
+    figures = replace(named_figures(search(folder), 0.2), rejected=0.03, failed=0.02)
+    value = OBJECTIVES["p95-tpot"].value
+    assert value(figures) == figures.tpot_s.p95 < inf
+    assert value(replace(figures, rejected=0.04)) == inf
+
+
 def named_figures(one: Search, share: float) -> Any:
     from sim.evaluate import evaluate
 
@@ -267,9 +293,38 @@ def test_the_state_of_another_search_is_refused(tmp_path: Path) -> None:
     State(tmp_path / "state", {"policy": "a", "seed": 1}).close()
     with pytest.raises(ValueError, match=r"is the state of another search: its policy, seed differ"):
         State(tmp_path / "state", {"policy": "b", "seed": 2})
-    (tmp_path / "state").write_text("rules: []\n{}\n")
-    with pytest.raises(ValueError, match="state:1: not a line of a search"):
-        State(tmp_path / "state", {"policy": "a"})
+    for other in ("rules: []\n{}\n", "[1]\n", '{"at": 1}\n{"at": 2}\n'):
+        (tmp_path / "state").write_text(other)
+        with pytest.raises(ValueError, match="state:1: not a line of a search"):
+            State(tmp_path / "state", {"policy": "a"})
+        assert (tmp_path / "state").read_text() == other
+
+
+PLUGIN = """
+from typing import Annotated
+from policies.base import Tunable
+from policies.simple import LeastLoad
+
+class Plugin(LeastLoad):
+    def __init__(self, rng, *, idle: Annotated[float, "Nothing.", Tunable(0.0, 1.0)] = 0.5):
+        super().__init__(rng)
+"""
+
+
+def test_a_search_does_not_go_on_with_another_profile_or_other_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(folder)
+    (folder / "plugged_in.py").write_text(PLUGIN)
+    (folder / "mine.yaml").write_text(dump_profile(load_profile("l40-2-32b")))
+    (folder / "cluster.yaml").write_text(CLUSTER.replace("profile: l40-2-32b", "profile: mine.yaml"))
+    words = ("--policy", "plugged_in:Plugin", "--evaluations", "2", "--seeds", "2")
+    assert command(folder, *words).exit_code == 1
+    (folder / "mine.yaml").write_text(dump_profile(load_profile("l40-4-32b")))
+    (folder / "plugged_in.py").write_text(PLUGIN + "# changed\n")
+    done = command(folder, *words)
+    assert done.exit_code == 2
+    assert "is the state of another search: its profiles, code differ" in done.stderr
 
 
 # The command
@@ -301,6 +356,15 @@ def test_what_is_no_better_is_said_to_be_no_better(folder: Path) -> None:
         in done.stdout
     )
     assert "no better than the defaults" in (folder / "tuned.yaml").read_text()
+
+
+def test_one_sample_tells_nothing(folder: Path) -> None:
+    done = command(folder, "--policy", SHARE, "--evaluations", "8", "--seeds", "1", "--speed", "4")
+    assert done.exit_code == 1
+    assert "One sample does not tell whether it is better" in done.stdout
+    made = Tuned({}, {}, [1.0], [1.0], [1.0], [inf])
+    assert made.is_better(OBJECTIVES["p95-ttft"])
+    assert not made.is_better(OBJECTIVES["goodput"])
 
 
 def test_an_interrupt_keeps_what_was_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

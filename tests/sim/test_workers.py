@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from multiprocessing import active_children
+from multiprocessing import Pipe, active_children
 
 import pytest
 
-from sim.workers import WorkerDiedError, Workers, cores
+from sim.workers import WorkerDiedError, Workers, _work, cores
 
 
 def square(number: int) -> int:
@@ -60,6 +60,22 @@ def test_an_interrupt_of_the_parent_ends_all_and_reaches_none() -> None:
         left_early()
     assert not active_children()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_worker_whose_parent_was_killed_ends_in_silence() -> None:
+    ours, theirs = Pipe()
+
+    def killed(_: int) -> int:
+        ours.close()
+        return 0
+
+    ours.send((0, 1))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        _work(theirs, killed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        theirs.close()
 
 
 def test_cores_are_those_that_may_be_used() -> None:
