@@ -114,9 +114,9 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         RULE + "require: {}\n    avoid: [{}]\n",
         [
             "3:14: rules[0].require: say which backends, by one at least of site, backend, labels, operator, "
-            "price, carbon, rtt (did you mean site: \"*\"?)",
+            'price, carbon, rtt (did you mean site: "*"?)',
             "4:13: rules[0].avoid[0]: say which backends, by one at least of site, backend, labels, operator, "
-            "price, carbon, rtt (did you mean site: \"*\"?)",
+            'price, carbon, rtt (did you mean site: "*"?)',
         ],
     ),
     "said twice": (
