@@ -66,6 +66,12 @@ def test_the_file_is_told_as_if_all_were_idle() -> None:
     assert json.loads(piped.stdout)["request"]["served_model"] == "m-1"
 
 
+def test_what_needs_a_round_trip_is_told_not_to_be_known(folder: Path) -> None:
+    (folder / "policy.yaml").write_text("rules: [{name: all, prefer: [{rtt: {max: 50ms}}, {site: '*'}]}]")
+    found = explain("-r", "r.json").stdout
+    assert "\n  note: no round trip is measured, so no backend is inside of any bounds of `rtt`\n" in found
+
+
 def test_slots_may_come_from_a_profile(folder: Path) -> None:
     (folder / "a.yaml").write_text(PROFILE + CAPACITY)
     (folder / "tidegate.yaml").write_text(CONFIG.replace("slots: 24", "profile: a.yaml"))
