@@ -113,6 +113,7 @@ def test_what_a_key_says_may_be_given() -> None:
         ([], 2, "name the id of a request, as in `tidegate explain ID`, or give --request FILE"),
         (["x", "-r", "r.json"], 2, "give the id of a request that was, or --request with one that might be"),
         (["x", "--at", "23:00"], 2, "--at is for --request: what was, is known"),
+        (["-r", "r.json", "--session", "\udcff"], 2, "--session: this is not UTF-8"),
         (["-r", "none.json"], 2, "none.json: no such file or directory"),
         (["-r", "r.json", "--endpoint", "nowhere"], 1, "endpoint: no endpoint with a JSON body is called"),
         (["-r", "r.json", "--at", "soon"], 1, "at: expected a time such as 23:00"),
