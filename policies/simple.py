@@ -256,7 +256,7 @@ def _made(kind: Callable[[Random], Policy]) -> Policy:
 
 def _reduced(policy: Policy) -> tuple[Any, ...]:
     """How `copy` and `deepcopy` make another one: what is compiled is not made without its arguments."""
-    return _made, (type(policy),), object.__reduce_ex__(policy, 4)[2]  # type: ignore[index]
+    return _made, (type(policy),), object.__reduce_ex__(policy, 4)[2]
 
 
 for _kind in (RoundRobin, RandomChoice, LeastLoad, PowerOfTwo, WeightedQps):
