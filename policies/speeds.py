@@ -29,9 +29,9 @@ NOISE: Final = 0.1**2
 """Variance of a sample, as a share of its expected value squared: times vary by a tenth and more."""
 MOST_GAIN: Final = 100.0
 """Largest sum of the covariance's diagonal, in units of `SPREAD` squared."""
-TTFT: Final = (0.05, 1e-4, 1e-3)
+TTFT: Final[tuple[float, ...]] = (0.05, 1e-4, 1e-3)
 """Coefficients before anything is known: seconds, seconds a token, seconds a request."""
-TPOT: Final = (0.03, 3e-4)
+TPOT: Final[tuple[float, ...]] = (0.03, 3e-4)
 TPOT_FLOOR_S: Final = 0.001
 TTFT_FLOOR_S: Final = 0.01
 """What is expected to take less is weighted as if it took this long."""
