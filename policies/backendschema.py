@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import inf
 from typing import Annotated, Any
@@ -38,13 +39,19 @@ Names = Annotated[
 Labels = Annotated[Mapping[Name, Name], Field(min_length=1)]
 
 
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?(ms|s)?", re.ASCII)
+
+
 def _bounds_only(example: str) -> BeforeValidator:
     """Bounds have to say which they are: `price: 2` could be either."""
 
     def check(value: object) -> object:
         if isinstance(value, dict | FileModel):
             return value
-        meant = f"{{max: {value}}}" if isinstance(value, str | int | float) and value is not True else None
+        meant = None
+        if _NUMBER.fullmatch(str(value)):
+            unit = "ms" if example.endswith("ms}") and isinstance(value, int) else ""
+            meant = f"{{max: {value}{unit}}}"
         raise BadValueError(f"expected bounds such as {example}, got {shown(value)}", meant)
 
     return BeforeValidator(check)
@@ -106,9 +113,13 @@ class Price(FileModel):
         return self
 
 
+MOST_ROUND_TRIP_S = 10.0
+"""No network has more: a number above it without a unit was meant as milliseconds."""
+
+
 def _parse_round_trip(value: object) -> float:
     seconds = parse_duration(value)
-    if seconds > 60.0:
+    if seconds > MOST_ROUND_TRIP_S:
         meant = f"{value}ms" if isinstance(value, int | float) else None
         raise BadValueError(f"expected a round trip such as 50ms, got {shown(value)}", meant)
     return seconds
@@ -120,8 +131,8 @@ RoundTrip = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "number", "minimum": 0, "maximum": 60},
-                {"type": "string", "pattern": r"^([0-9]+(\.[0-9]+)?(ms|s|m))+$"},
+                {"type": "number", "minimum": 0, "maximum": MOST_ROUND_TRIP_S},
+                {"type": "string", "pattern": r"^([0-9]+(\.[0-9]+)?(ms|s))+$"},
             ],
             "examples": ["50ms", "0.2s"],
         }
@@ -173,7 +184,8 @@ class Selection(Described):
     @model_validator(mode="after")
     def _not_empty(self) -> Selection:
         if all(getattr(self, name) is None for name in Selection.model_fields):
-            raise BadValueError("say which backends: site, backend or labels", 'site: "*"')
+            names = ", ".join(Selection.model_fields)
+            raise BadValueError(f"say which backends, by one at least of {names}", 'site: "*"')
         return self
 
 

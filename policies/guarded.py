@@ -8,7 +8,9 @@ the least loaded backend instead.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from math import inf
+from typing import Any
 
 from policies.base import (
     REJECT_CODES,
@@ -50,6 +52,12 @@ class Guarded:
         self.failures = 0
         """Calls that raised, or whose answer was none, since start."""
         self.last_failure = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guarded:
+        """Said here, since what is compiled is not made without its arguments (as in `simple.py`)."""
+        other = Guarded(deepcopy(self.policy, memo), self.name)
+        other.failures, other.last_failure = self.failures, self.last_failure
+        return other
 
     def decide(
         self, request: RequestFacts, backends: Sequence[BackendView], now: float

@@ -37,9 +37,9 @@ MOST: Final = 10.0
 """Most that a sample counts as, as a multiple of its expected value ..."""
 KNOWN: Final = 20
 """... once there are so many samples to expect it by."""
-TTFT: Final = (0.05, 1e-4, 1e-3)
+TTFT: Final[tuple[float, ...]] = (0.05, 1e-4, 1e-3)
 """Coefficients before anything is known: seconds, seconds a token, seconds a request."""
-TPOT: Final = (0.03, 3e-4)
+TPOT: Final[tuple[float, ...]] = (0.03, 3e-4)
 TPOT_FLOOR_S: Final = 0.001
 TTFT_FLOOR_S: Final = 0.01
 """What is expected to take less is weighted as if it took this long."""

@@ -90,6 +90,9 @@ def explain(
     }
     asked = [(name, value) for name, value in given.items() if value is not None]
     asked += [("label", text) for text in label or ()]
+    for name, value in asked:
+        if any("\ud800" <= letter <= "\udfff" for letter in value):  # how Python has bytes that are no text
+            fail(f"--{name.replace('_', '-')}: this is not UTF-8")
     if request is not None and request_id is not None:
         fail("give the id of a request that was, or --request with one that might be, not both")
     if request is not None:

@@ -20,6 +20,8 @@ from proxy.openai import RequestBody, read_body
 
 NOBODY_RUNS = "no proxy runs: every backend is taken to be up and idle, and nothing of a key to be used yet"
 
+NO_ROUND_TRIPS = "no round trip is measured, so no backend is inside of any bounds of `rtt`"
+
 
 class Imagined:
     """A proxy that does not run, as a `proxy.admin.whatif.Reading`."""
@@ -47,6 +49,8 @@ class Imagined:
             self.notes.append(f"taken to serve {model}, for nobody has asked them: {', '.join(unasked)}")
         if unsized:
             self.notes.append(f"taken to have {DEFAULT_SLOTS} slots: {', '.join(unsized)}")
+        if any(rule.rtts for rule in self.policy.rules.rules):
+            self.notes.append(NO_ROUND_TRIPS)
         self.fleet = Fleet(backends, health(config))
         self.fleet.refresh(self.now())
         self.valve = Valve(self.policy.rules, self.fleet)

@@ -19,7 +19,7 @@ from policies.rules import Rule
 from policies.state import Backend
 from policies.unmatched import why_not
 from policies.whatif import DryRun
-from proxy.access.keys import Key
+from proxy.access.keys import Key, KeyFieldError, imagined_key
 from proxy.access.limits import Refusal
 from proxy.admin.explain import WHY, Deciding, tier_of, tiers, unavailable
 from proxy.endpoints import BY_NAME, FORM_BODY, NO_BODY, WEBSOCKET
@@ -112,6 +112,8 @@ def asked(given: Sequence[tuple[str, str]], key: Callable[[str], Key | None], wa
             label, equals, meant = value.partition("=")
             if not label or not equals:
                 raise AskedError(f"label: expected NAME=VALUE, got {value!r}")
+            if label in labels:
+                raise AskedError(f"label: {label} given twice")
             labels[label] = meant
         elif name not in ("endpoint", "key", "tenant", "data_class", "priority", "session", "at"):
             raise AskedError(f"there is no parameter {name!r}")
@@ -140,13 +142,11 @@ def asked(given: Sequence[tuple[str, str]], key: Callable[[str], Key | None], wa
             priority = int(values.get("priority", "0"))
         except ValueError:
             raise AskedError(f"priority: expected a whole number, got {values['priority']!r}") from None
-        found = Key(
-            "",
-            values.get("tenant", "default"),
-            data_class=values.get("data_class", "public"),
-            priority=priority,
-            labels=labels,
-        )
+        tenant, data_class = values.get("tenant", "default"), values.get("data_class", "public")
+        try:
+            found = imagined_key(tenant, data_class, priority, labels)
+        except KeyFieldError as error:
+            raise AskedError(str(error)) from None
     return Asked(endpoint, found, values.get("session", ""), values.get("at", ""))
 
 
@@ -241,7 +241,9 @@ def _wall(reading: Reading, at: str) -> float:
         else:
             moment = datetime.fromisoformat(at)
             moment = moment if moment.tzinfo else moment.replace(tzinfo=zone)
-        return moment.timestamp()
+        wall = moment.timestamp()
+        datetime.fromtimestamp(wall, zone)  # where the answer shows it, there has to be such a year
+        return wall
     except (ValueError, OverflowError):
         raise AskedError(f"at: expected a time such as 23:00 or 2026-01-31T23:00, got {at[:64]!r}") from None
 

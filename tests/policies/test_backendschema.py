@@ -21,6 +21,22 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
             "mean '{max: 2}'?)",
         ],
     ),
+    "words and a switch in place of bounds": (
+        RULE + "require: {price: cheap, carbon: false}\n",
+        [
+            "3:22: rules[0].require.price: expected bounds such as {max: 2}, got 'cheap'",
+            "3:37: rules[0].require.carbon: expected bounds such as {max: 400}, got false",
+        ],
+    ),
+    "milliseconds without a unit": (
+        RULE + "require: {rtt: 50}\n    avoid: [{rtt: {min: 30}}]\n",
+        [
+            "3:20: rules[0].require.rtt: expected bounds such as {max: 50ms}, got 50 (did you mean "
+            "'{max: 50ms}'?)",
+            "4:25: rules[0].avoid[0].rtt.min: expected a round trip such as 50ms, got 30 (did you mean "
+            "'30ms'?)",
+        ],
+    ),
     "a bare round trip": (
         RULE + "require: {rtt: 50ms}\n",
         [
@@ -97,8 +113,10 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a selector of nothing": (
         RULE + "require: {}\n    avoid: [{}]\n",
         [
-            '3:14: rules[0].require: say which backends: site, backend or labels (did you mean site: "*"?)',
-            '4:13: rules[0].avoid[0]: say which backends: site, backend or labels (did you mean site: "*"?)',
+            "3:14: rules[0].require: say which backends, by one at least of site, backend, labels, operator, "
+            'price, carbon, rtt (did you mean site: "*"?)',
+            "4:13: rules[0].avoid[0]: say which backends, by one at least of site, backend, labels, operator, "
+            'price, carbon, rtt (did you mean site: "*"?)',
         ],
     ),
     "said twice": (

@@ -314,7 +314,8 @@ p.yaml:3:12: rules[1].name: rule 1 is already called 'a'
     "a tier of nothing": (
         "rules:\n  - name: all\n    prefer:\n      - spill: {enter: 0.9, leave: 0.8}\n",
         """\
-p.yaml:4:9: rules[0].prefer[0]: say which backends: site, backend or labels (did you mean site: "*"?)
+p.yaml:4:9: rules[0].prefer[0]: say which backends, by one at least of site, backend, labels, operator, \
+price, carbon, rtt (did you mean site: "*"?)
   4 |       - spill: {enter: 0.9, leave: 0.8}
     |         ^""",
     ),

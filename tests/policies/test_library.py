@@ -58,7 +58,7 @@ def at(hour: int, day: int = 23) -> float:
 
 ALL = ["local", "near", "hydro", "cheap"]
 BRANCHES: list[tuple[str, str, dict[str, Any], list[str]]] = [
-    ("cheapest-inside-sla", "gold", {"labels": {"sla": "gold"}}, ["local", "near", "hydro", "cheap"]),
+    ("cheapest-inside-sla", "gold", {"labels": {"sla": "gold"}}, ["local", "cheap", "hydro", "near"]),
     ("cheapest-inside-sla", "batch", {"labels": {"sla": "batch"}}, ["local", "cheap", "hydro"]),
     ("cheapest-inside-sla", "everyone else", {}, ["local", "cheap", "hydro", "near"]),
     ("green-first", "may wait", {"labels": {"task": "batch"}}, ["hydro", "cheap", "local", "near"]),
@@ -116,3 +116,16 @@ def test_a_twentieth_of_the_conversations_tries_the_new_version() -> None:
     for number in range(4000):
         valve.submit(request(str(number), session=f"t/{number}"), 1.0)
     assert abs(machines["near"].in_flight / 4000 - 0.05) < 0.015
+
+
+@pytest.mark.parametrize(("sla", "expected"), [("gold", "hydro"), ("silver", "cheap"), ("batch", "local")])
+def test_the_cheapest_that_keeps_the_sla_is_chosen_of_each_class(sla: str, expected: str) -> None:
+    """Where it costs nothing the first token comes after five seconds, at the next after one."""
+    machines = homes()
+    for one in machines:
+        one.slots = one.full_slots = 10
+    valve = Valve(read_policy(library_policy("cheapest-inside-sla"), "cheapest").rules, machines)
+    machines["local"].ttft_fit, machines["cheap"].ttft_fit = (5.0, 0.0, 0.0), (1.0, 0.0, 0.0)
+    for one in machines:
+        one.in_flight = 1  # what was measured counts in full
+    assert decided(valve.submit(request("r", labels={"sla": sla}), 1.0)) == expected

@@ -66,6 +66,12 @@ def test_the_file_is_told_as_if_all_were_idle() -> None:
     assert json.loads(piped.stdout)["request"]["served_model"] == "m-1"
 
 
+def test_what_needs_a_round_trip_is_told_not_to_be_known(folder: Path) -> None:
+    (folder / "policy.yaml").write_text("rules: [{name: all, prefer: [{rtt: {max: 50ms}}, {site: '*'}]}]")
+    found = explain("-r", "r.json").stdout
+    assert "\n  note: no round trip is measured, so no backend is inside of any bounds of `rtt`\n" in found
+
+
 def test_slots_may_come_from_a_profile(folder: Path) -> None:
     (folder / "a.yaml").write_text(PROFILE + CAPACITY)
     (folder / "tidegate.yaml").write_text(CONFIG.replace("slots: 24", "profile: a.yaml"))
@@ -107,6 +113,7 @@ def test_what_a_key_says_may_be_given() -> None:
         ([], 2, "name the id of a request, as in `tidegate explain ID`, or give --request FILE"),
         (["x", "-r", "r.json"], 2, "give the id of a request that was, or --request with one that might be"),
         (["x", "--at", "23:00"], 2, "--at is for --request: what was, is known"),
+        (["-r", "r.json", "--session", "\udcff"], 2, "--session: this is not UTF-8"),
         (["-r", "none.json"], 2, "none.json: no such file or directory"),
         (["-r", "r.json", "--endpoint", "nowhere"], 1, "endpoint: no endpoint with a JSON body is called"),
         (["-r", "r.json", "--at", "soon"], 1, "at: expected a time such as 23:00"),

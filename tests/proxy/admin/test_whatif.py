@@ -114,7 +114,8 @@ def test_another_time_meets_another_rule() -> None:
     assert lines(told(made, at="2026-01-31T05:59"))[0] == "now: sent to b"
     assert lines(told(made, at="2026-01-31T06:00"))[0] == "now: sent to a"
     assert lines(told(made, at="2026-01-30T15:00+00:00"))[0] == "now: sent to b"
-    for wrong in ("25:00", "tomorrow", "23"):
+    years = ("0001-01-01T00:00+14:00", "9999-12-31T23:59-14:00")
+    for wrong in ("25:00", "tomorrow", "23", *years):
         with pytest.raises(AskedError, match=r"at: expected a time such as 23:00 or 2026-01-31T23:00"):
             told(made, at=wrong)
 
@@ -326,10 +327,10 @@ def test_a_key_or_what_it_says() -> None:
         ("data_class", "secret"),
         ("priority", "-3"),
         ("label", "a=b=c"),
-        ("label", "x="),
+        ("label", "x=y"),
     ]
     assert asked(given, find, 10.0).key == Key(
-        "", "t", data_class="secret", priority=-3, labels={"a": "b=c", "x": ""}
+        "", "t", data_class="secret", priority=-3, labels={"a": "b=c", "x": "y"}
     )
     assert asked([("label", "a=b")], find, 10.0).key == Key("", "default", labels={"a": "b"})
     for key_id in ("none", "old"):
@@ -345,7 +346,12 @@ def test_a_key_or_what_it_says() -> None:
         ([("key", "k"), ("tenant", "t")], "give the key or these, not both"),
         ([("key", "k"), ("label", "a=b")], "give the key or these, not both"),
         ([("label", "a")], "label: expected NAME=VALUE, got 'a'"),
+        ([("label", "a=")], "labels: must be text and not empty"),
         ([("priority", "high")], "priority: expected a whole number, got 'high'"),
+        ([("priority", "9" * 30)], "priority: must be a whole number from -2147483648 to 2147483647, not 99"),
+        ([("data_class", "Ge Heim")], "data_class: must be a word such as public, internal or restricted"),
+        ([("tenant", "")], "tenant: must be text and not empty"),
+        ([("label", "a=b"), ("label", "a=c")], "label: a given twice"),
         ([("tenant", "a"), ("tenant", "b")], "tenant: given twice"),
         ([("color", "red")], "there is no parameter 'color'"),
     ],
