@@ -16,7 +16,6 @@ a `Tunable` is one that `tidegate tune` may search.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -155,12 +154,8 @@ def summary(name: str) -> str:
     return (inspect.getdoc(_as_written(find(name))) or "").partition("\n")[0]
 
 
-def _installed() -> dict[str, str]:
-    return _installed_in(tuple(sys.path))
-
-
 @lru_cache(maxsize=1)
-def _installed_in(path: tuple[str, ...]) -> dict[str, str]:
+def _installed() -> dict[str, str]:
     """Looking for them reads a file of every installed package: once is enough."""
     return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
