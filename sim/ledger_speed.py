@@ -32,12 +32,10 @@ def profile_from(
 ) -> tuple[Profile, str]:
     """The profile of the backend `name`, and how well it foretells those requests, in words. Raises ValueError with
     the reason: too few, or none that can be told apart."""
-    if len(timings) < LEAST:
-        raise ValueError(f"{len(timings)} complete answers in the ledger, {LEAST} are the least")
+    if wrong := unfit(timings):
+        raise ValueError(wrong)
     rtt = rtt_s * 1e6
     chosen = [_without(one, rtt) for one in busiest(sorted(timings))]
-    if all(isnan(one.ttft) for one in chosen):
-        raise ValueError("none of its answers was a stream, so nobody saw a first token")
     text = f"the ledger's own times of {len(chosen)} requests"
     source = Source(origin=Origin.MEASURED, text=text)
     limits = Limits(max_num_seqs=max(slots, 256), prefix_cache=True, source=source)
@@ -57,6 +55,15 @@ def profile_from(
         if isfinite(error)
     )
     return profile, f"fitted to {text}; its means are off by {errors}"
+
+
+def unfit(timings: Sequence[Timing]) -> str:
+    """Why no profile can be made of these, or nothing."""
+    if len(timings) < LEAST:
+        return f"{len(timings)} complete answers in the ledger, {LEAST} are the least"
+    if all(isnan(one.ttft) for one in busiest(sorted(timings))):
+        return "none of its answers was a stream, so nobody saw a first token"
+    return ""
 
 
 def busiest(timings: Sequence[Timing]) -> Sequence[Timing]:

@@ -206,12 +206,19 @@ class _Simulation:
 
     def _hardware(self, backends: list[Backend]) -> dict[str, Hardware]:
         from sim.from_ledger import Seen
-        from sim.ledger_speed import SEARCH, profile_from
+        from sim.ledger_speed import SEARCH, profile_from, unfit
         from sim.profile import load_profile
         from sim.simulate import Hardware
 
         hardware: dict[str, Hardware] = {}
-        without: list[str] = []
+        known = {name: seen.timings for name, seen in self.past.backends.items()}
+        without = [
+            f"{backend.name} ({wrong})"
+            for backend in backends
+            if self.home.profiles[backend.name] is None and (wrong := unfit(known.get(backend.name, ())))
+        ]
+        if without:  # before any is fitted, which takes long
+            raise ValueError(_unknown_speed(without))
         for backend in backends:
             name, path = backend.name, self.home.profiles[backend.name]
             seen: Seen = self.past.backends.get(name) or Seen()
@@ -230,15 +237,9 @@ class _Simulation:
                     lambda done, task=task: self.bar.update(task, completed=done),  # type: ignore[misc]
                 )
             except ValueError as error:
-                without.append(f"{name} ({error})")
-                continue
+                raise ValueError(_unknown_speed([f"{name} ({error})"])) from None
             hardware[name], self.told[name] = Hardware(profile, seen.rtt_s), told
             self.notes.append(f"{name}: no `profile:`, so {told}; its KV cache is taken to be never full")
-        if without:
-            raise ValueError(
-                f"how fast is {', '.join(without)}? Give these backends a `profile:` in the configuration "
-                "(`tidegate bench --profile` and `tidegate calibrate` make one)"
-            )
         return hardware
 
     def columns(self, policies: list[PolicyText]) -> list[Column]:
@@ -271,6 +272,13 @@ class _Simulation:
                     f"taken instead: {found.last_failure}"
                 )
         return columns
+
+
+def _unknown_speed(backends: list[str]) -> str:
+    return (
+        f"how fast is {', '.join(backends)}? Give these backends a `profile:` in the configuration "
+        "(`tidegate bench --profile` and `tidegate calibrate` make one)"
+    )
 
 
 def _days(columns: list[Column]) -> Iterator[tuple[str, list[list[Served]]]]:
