@@ -36,8 +36,7 @@ class Setup:
     training: Piece
     test: Piece
     speed: float
-    """Times the load of the trace; `--speeds` finds it, and of `alike` and `servegen` has not yet: theirs are
-    guesses from single runs on the training part."""
+    """Times the load of the trace; `--speeds` finds it."""
     loops: tuple[Loop, ...] = (Loop.OPEN,)
     conversations: bool = False
     """Whether they are told by the hashes of the prompts."""
@@ -102,7 +101,7 @@ SETUPS: Final = (
         "mooncake/conversation_trace.jsonl.gz",
         training=Piece(0.0, 1500.0),
         test=Piece(2100.0, 1400.0),
-        speed=0.9,
+        speed=1.1,
         conversations=True,
         control=True,
     ),
@@ -111,6 +110,6 @@ SETUPS: Final = (
         "servegen/deepseek-r1_rates.csv.gz",
         training=Piece(14 * 3600.0, 400.0),
         test=Piece(14 * 3600.0 + 1800.0, 400.0),
-        speed=0.5,
+        speed=0.6,
     ),
 )
