@@ -26,9 +26,7 @@ in a hundred more than 20 ms late. It is repeated, twice at most; `--check` fail
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,8 +40,9 @@ from typing import Any
 import uvloop
 from rich.progress import Progress
 
-from benchmarks.agreement_loads import SEED, Load, Outcome, arrivals, policy_text, read_loads, simulate
-from benchmarks.open_loop import MODEL, Answer, play
+from benchmarks.agreement_loads import SEED, Load, Outcome, arrivals, read_loads, simulate
+from benchmarks.fleets import start_emulators, start_tidegate
+from benchmarks.open_loop import Answer, play
 from benchmarks.processes import (
     Service,
     Services,
@@ -72,7 +71,6 @@ LATE_MS = 20.0
 """How late the client may turn to requests, 99th percentile, on the wall: 5 % of the 0.4 s that a first token of
 the Azure trace takes at least on an H20 pair."""
 REPEATS = 2
-START_S = 60.0
 
 
 @dataclass
@@ -170,31 +168,51 @@ def read_trace(path: Path | None) -> Workload:
 
 
 def emulate(
-    load: Load, workload: Workload, speed: float, heard: Callable[[], object], undisturbed: bool = False
+    load: Load,
+    workload: Workload,
+    speed: float,
+    heard: Callable[[], object],
+    undisturbed: bool = False,
+    bodies: Sequence[bytes] | None = None,
 ) -> Round:
     """Play requests (`arrivals`) through the proxy. Raises StartError and OSError.
 
-    `undisturbed`: its processes go before all ordinary ones, where this user may say so.
+    `undisturbed`: its processes go before all ordinary ones, where this user may say so. `bodies`: of the requests;
+    without, they have the counts of tokens and share nothing.
     """
     with tempfile.TemporaryDirectory(prefix="tidegate-bench-") as name, Services(Path(name)) as services:
-        emulators = [_start_emulator(services, load, number, speed) for number in range(len(load.backends))]
-        proxy, port = _start_proxy(services, load, emulators)
-        parts = {"proxy": [proxy], "emulators": emulators}
-        if undisturbed:
-            hurry(os.getpid(), 1)
-            for service in (proxy, *emulators):
-                hurry_all(service.pid, 1)
+        emulators = start_emulators(services, load, speed)
+        proxy, port = start_tidegate(services, load, emulators)
+        return play_through(proxy, port, emulators, workload, speed, heard, undisturbed, bodies)
 
-        def used() -> dict[str, float]:
-            ours = {part: sum(one.cpu_seconds() for one in those) for part, those in parts.items()}
-            ours["client"] = time.process_time()
-            return ours | {"others": machine_cpu_seconds() - sum(ours.values())}
 
-        ahead = os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO
-        before, began = used(), time.monotonic()
-        answers = uvloop.run(play(port, workload.arrivals, heard))
-        seconds, after = time.monotonic() - began, used()
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+def play_through(
+    proxy: Service,
+    port: int,
+    emulators: Sequence[Service],
+    workload: Workload,
+    speed: float,
+    heard: Callable[[], object],
+    undisturbed: bool = False,
+    bodies: Sequence[bytes] | None = None,
+) -> Round:
+    """Play requests through any proxy that serves on a port of this machine, as `emulate` does. Raises OSError."""
+    parts = {"proxy": [proxy], "emulators": emulators}
+    if undisturbed:
+        hurry(os.getpid(), 1)
+        for service in (proxy, *emulators):
+            hurry_all(service.pid, 1)
+
+    def used() -> dict[str, float]:
+        ours = {part: sum(one.cpu_seconds() for one in those) for part, those in parts.items()}
+        ours["client"] = time.process_time()
+        return ours | {"others": machine_cpu_seconds() - sum(ours.values())}
+
+    ahead = os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO
+    before, began = used(), time.monotonic()
+    answers = uvloop.run(play(port, workload.arrivals, heard, bodies))
+    seconds, after = time.monotonic() - began, used()
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     cores = {part: max(after[part] - before[part], 0.0) / seconds for part in before}
     return replace(seen(answers, workload, speed, cores), ahead=ahead)
 
@@ -208,55 +226,12 @@ def seen(answers: Sequence[Answer], workload: Workload, speed: float, cores: dic
             tokens += request.output_tokens
             outcome.ttft_s.append((answer.first_at - answer.due_at) * speed)
             outcome.total_s.append((answer.ended_at - answer.due_at) * speed)
+            outcome.tpot_s.append(
+                (answer.ended_at - answer.first_at) * speed / max(request.output_tokens - 1, 1)
+            )
     outcome.seconds = max(answer.ended_at for answer in answers) - answers[0].due_at
     late = [(answer.began_at - answer.due_at) * 1e3 for answer in answers]
     return Round(outcome, tokens, quantile(late, 0.99), cores, os.getloadavg()[0])
-
-
-def _start_emulator(services: Services, load: Load, number: int, speed: float) -> Service:
-    member = load.backends[number]
-    command = [sys.executable, "-m", "proxy.cli", "emulate", "--port", "0", "--model", MODEL]
-    command += ["--profile", member.profile, "--rtt", str(member.rtt), "--speed", str(speed)]
-    service = services.start(f"emulator-{member.name}", command, stdout=subprocess.PIPE)
-    assert service.process.stdout is not None
-    line = service.process.stdout.readline().decode()
-    if not line:
-        raise StartError(f"the emulator of {member.name} did not start:\n{service.log_tail()}")
-    service.ports = (int(line.split()[2].rpartition(":")[2]),)
-    return service
-
-
-def _start_proxy(services: Services, load: Load, emulators: Sequence[Service]) -> tuple[Service, int]:
-    """-> it and the port of its API."""
-    folder = services.folder
-    (folder / "policy.yaml").write_text(policy_text(load))
-    config = {
-        "listen": "127.0.0.1:0",
-        "admin": "127.0.0.1:0",
-        "state": str(folder / "state"),
-        "policy": str(folder / "policy.yaml"),
-        "seed": SEED,
-        "probing": {"metrics": load.metrics},
-        "backends": [
-            {
-                "name": member.name,
-                "site": member.site,
-                "slots": member.slots,
-                "url": f"http://127.0.0.1:{emulator.ports[0]}",
-            }
-            for member, emulator in zip(load.backends, emulators, strict=True)
-        ],
-        "sites": {member.site: {} for member in load.backends if member.site != "local"},
-    }
-    path = folder / "tidegate.yaml"
-    path.write_text(json.dumps(config))  # JSON is YAML
-    service = services.start("tidegate", [sys.executable, "-m", "proxy.cli", "serve", "--config", str(path)])
-    ports, deadline = folder / "state" / "ports.json", time.monotonic() + START_S
-    while not ports.is_file():
-        if service.process.poll() is not None or time.monotonic() > deadline:
-            raise StartError(f"tidegate did not start:\n{service.log_tail()}")
-        time.sleep(0.05)
-    return service, int(json.loads(ports.read_text())["listen"].rpartition(":")[2])
 
 
 def compare(

@@ -20,7 +20,7 @@ from benchmarks.open_loop import LEAST_PROMPT, MODEL
 from policies.profile import Profile
 from policies.units import Duration
 from policies.yamlfile import FileModel, read_yaml
-from sim.profile import load_profile
+from sim.profile import load_profile, with_max_model_len
 from sim.workload import Arrival, Workload
 
 if TYPE_CHECKING:
@@ -42,6 +42,18 @@ class FleetMember(FileModel):
     slots: Annotated[int, Field(ge=1)]
     rtt: Annotated[Duration, Field(ge=0)] = 0.0
     """Network round trip, emulated time."""
+    context: Annotated[int, Field(ge=1)] | None = None
+    """Longest prompt plus answer, tokens. Default: as its profile says."""
+    prefix_cache: bool | None = None
+    """Whether its engine has one. Default: as its profile says."""
+
+    def load(self) -> Profile:
+        """Its profile, with what is said here in place of what it says. Raises FileProblems and OSError."""
+        profile = with_max_model_len(load_profile(self.profile), self.context)
+        if self.prefix_cache is None:
+            return profile
+        limits = profile.limits.model_copy(update={"prefix_cache": self.prefix_cache})
+        return profile.model_copy(update={"limits": limits})
 
 
 class Load(FileModel):
@@ -103,7 +115,7 @@ def arrivals(load: Load, trace: Workload, speed: float) -> Workload:
     Left out are those that a backend would refuse for their length, and what prompts have in common; prompts that
     are shorter than an empty chat are lengthened to that.
     """
-    longest = min(_profile(member).limits.max_model_len for member in load.backends)
+    longest = min(member.load().limits.max_model_len for member in load.backends)
     fitting = (one for one in trace if one.prompt_tokens + one.output_tokens <= longest)
     taken = list(islice(fitting, load.requests))
     if len(taken) < load.requests:
@@ -130,6 +142,8 @@ class Outcome:
     """Complete answers by backend, and others by why there was none."""
     seconds: float = 0.0
     """On the wall, from the first request to the last end."""
+    tpot_s: list[float] = field(default_factory=list)
+    """Of each complete answer: mean time per token after the first, 0 for one of a single token."""
 
 
 def simulate(load: Load, workload: Workload, speed: float, seed: int = 0) -> Outcome:
@@ -149,13 +163,13 @@ def simulate(load: Load, workload: Workload, speed: float, seed: int = 0) -> Out
                 site=member.site,
                 slots=member.slots,
                 models=frozenset({MODEL}),
-                context_tokens={MODEL: _profile(member).limits.max_model_len},
+                context_tokens={MODEL: profile.limits.max_model_len},
             ),
-            _faster(_profile(member), speed),
+            _faster(profile, speed, workload.unit_tokens),
             rtt=round(member.rtt * 1e6 / speed),
-            overhead=round(_profile(member).overhead_us / speed),
+            overhead=round(profile.overhead_us / speed),
         )
-        for member in load.backends
+        for member, profile in ((member, member.load()) for member in load.backends)
     ]
     rules = _rules(load, [member.backend for member in members])
     result = Cluster(members, rules, limited=True, metrics=load.metrics, seed=seed).run(workload)
@@ -165,6 +179,7 @@ def simulate(load: Load, workload: Workload, speed: float, seed: int = 0) -> Out
             assert trip.ttft_s is not None
             outcome.ttft_s.append(trip.ttft_s * speed)
             outcome.total_s.append(trip.total_s * speed)
+            outcome.tpot_s.append((trip.tpot_s or 0.0) * speed)
             outcome.decisions[trip.backend] += 1
         else:
             outcome.decisions[trip.reason] += 1
@@ -172,12 +187,8 @@ def simulate(load: Load, workload: Workload, speed: float, seed: int = 0) -> Out
     return outcome
 
 
-def _profile(member: FleetMember) -> Profile:
-    return load_profile(member.profile)
-
-
-def _faster(profile: Profile, speed: float) -> EngineSettings:
-    """The engine that the emulator has for a profile, at a speed."""
+def _faster(profile: Profile, speed: float, unit_tokens: int) -> EngineSettings:
+    """The engine that the emulator has for a profile, at a speed. `unit_tokens`: of the workload's hashes."""
     from sim.emulator import EmulatorSettings
 
     settings = EmulatorSettings(profile=profile).engine()
@@ -189,7 +200,7 @@ def _faster(profile: Profile, speed: float) -> EngineSettings:
         gamma=cost.gamma / speed,
         delta=cost.delta / speed,
     )
-    return replace(settings, cost=fast, prefix_unit_tokens=0)
+    return replace(settings, cost=fast, prefix_unit_tokens=unit_tokens if profile.limits.prefix_cache else 0)
 
 
 def _rules(load: Load, backends: list[Backend]) -> RuleSet:

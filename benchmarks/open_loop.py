@@ -82,11 +82,18 @@ def _text(number: int, words: int, size: int) -> str:
     return "".join(said)
 
 
-async def play(port: int, requests: Sequence[Arrival], heard: Callable[[], object]) -> list[Answer]:
+async def play(
+    port: int,
+    requests: Sequence[Arrival],
+    heard: Callable[[], object],
+    bodies: Sequence[bytes] | None = None,
+) -> list[Answer]:
     """Send requests, each `at` so many microseconds after the beginning, to a port of this machine; raises nothing
-    of what comes back. `heard` is called with each end of an answer. -> the answers, in order of the requests.
+    of what comes back. `heard` is called with each end of an answer. `bodies`: of the requests, with as many tokens
+    as they have; without, they are made by `body`. -> the answers, in order of the requests.
     """
-    bodies = [body(number, one.prompt_tokens, one.output_tokens) for number, one in enumerate(requests)]
+    if bodies is None:
+        bodies = [body(number, one.prompt_tokens, one.output_tokens) for number, one in enumerate(requests)]
     idle: list[_Connection] = []
     begin = time.monotonic() + START_S
 
@@ -134,6 +141,8 @@ class _Connection(KeptAlive):
         self._answer, self._tail = answer, b""
         self._wanted = (request.prompt_tokens, request.output_tokens)
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: tidegate\r\nContent-Type: application/json\r\n"
+        if request.session:
+            head += b"X-Session-Id: %s\r\n" % request.session.encode()
         answer.sent_at = time.monotonic()
         answer.failure = await self._exchange(head + b"Content-Length: %d\r\n\r\n" % len(asking) + asking)
 

@@ -130,13 +130,18 @@ def start_tidegate(
     return _served("tidegate", service, port, key=key, command=command, configuration=configuration)
 
 
-def start_vllm_router(services: Services, ports: Sequence[int], core: int | None) -> Endpoint:
+def start_vllm_router(
+    services: Services,
+    ports: Sequence[int],
+    core: int | None,
+    options: Sequence[str] = ("--policy", "round_robin"),
+) -> Endpoint:
     """vllm-router: `round_robin` is its cheapest policy; its thread pool follows the cores it is given."""
     port = free_port()
     command = [
         str(environment("vllm-router") / "bin" / "vllm-router"),
         *("--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())),
-        *("--policy", "round_robin", "--log-level", "error", "--max-concurrent-requests", "1000000"),
+        *(*options, "--log-level", "error", "--max-concurrent-requests", "1000000"),
         *("--worker-urls", *(f"http://127.0.0.1:{backend}" for backend in ports)),
     ]
     return _served("vllm-router", services.start("vllm-router", command, core=core), port)

@@ -5,9 +5,12 @@ Here: the registry of policies, and how a name and its parameters in a file beco
 `package.module:Class`. A policy class takes a random generator and keyword parameters:
 
     class Cheapest(Policy):
-        def __init__(self, rng: Random, *, slack: Annotated[float, "Share that it may cost more."] = 0.1): ...
+        def __init__(
+            self, rng: Random, *, slack: Annotated[float, "Share that it may cost more.", Tunable(0.0, 1.0)] = 0.1
+        ): ...
 
-The annotations are what `load` checks values against, and the texts in them are the documentation.
+The annotations are what `load` checks values against, and the texts in them are the documentation. A parameter with
+a `Tunable` is one that `tidegate tune` may search.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from random import Random
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from policies.base import Policy
+from policies.base import Policy, Tunable
 
 POLICIES: dict[str, str] = {
     "round-robin": "policies.simple:RoundRobin",
@@ -33,8 +36,22 @@ POLICIES: dict[str, str] = {
     "power-of-two": "policies.simple:PowerOfTwo",
     "weighted-qps": "policies.simple:WeightedQps",
     "session-affinity": "policies.prefix:SessionAffinity",
+    "prefix-affinity": "policies.prefix:PrefixAffinity",
+    "cache-aware": "policies.cache:CacheAware",
+    "skylb": "policies.pushing:SkyLB",
+    "kv-threshold": "policies.pushing:KvThreshold",
+    "weighted-scores": "policies.scores:WeightedScores",
     "geo": "policies.geo:Geo",
     "shortest-path": "policies.geo:ShortestPath",
+    "cost": "policies.cost:Cost",
+    "nash": "policies.game:Nash",
+    "wardrop": "policies.game:Wardrop",
+    "prequal": "policies.latency:Prequal",
+    "peak-ewma": "policies.latency:PeakEwma",
+    "forecast": "policies.latency:Forecast",
+    "lmetric": "policies.prefill:Lmetric",
+    "gorgo": "policies.prefill:Gorgo",
+    "mooncake": "policies.prefill:Mooncake",
 }
 """Name to `module:Class`; imported when asked for."""
 
@@ -60,6 +77,8 @@ class Parameter:
     """`REQUIRED` if it has none."""
     doc: str
     """One line."""
+    tunable: Tunable | None = None
+    """Where to search it; None: it is not searched."""
 
     @property
     def type(self) -> str:
@@ -135,7 +154,9 @@ def summary(name: str) -> str:
     return (inspect.getdoc(_as_written(find(name))) or "").partition("\n")[0]
 
 
+@lru_cache(maxsize=1)
 def _installed() -> dict[str, str]:
+    """Looking for them reads a file of every installed package: once is enough."""
     return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 
@@ -165,10 +186,11 @@ def _parameters_of(policy_class: type[Policy]) -> tuple[Parameter, ...]:
     for parameter in list(inspect.signature(constructor).parameters.values())[2:]:
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
-        annotation, doc = hints.get(parameter.name, Any), ""
+        annotation, doc, tunable = hints.get(parameter.name, Any), "", None
         if get_origin(annotation) is Annotated:
-            annotation, doc = get_args(annotation)[:2]
-        found.append(Parameter(parameter.name, annotation, parameter.default, doc))
+            annotation, doc, *more = get_args(annotation)
+            tunable = next((one for one in more if isinstance(one, Tunable)), None)
+        found.append(Parameter(parameter.name, annotation, parameter.default, doc, tunable))
     return tuple(found)
 
 

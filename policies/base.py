@@ -26,6 +26,7 @@ from policies.values import (
     Reject,
     RequestFacts,
     Send,
+    Tunable,
 )
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Reject",
     "RequestFacts",
     "Send",
+    "Tunable",
 ]
 
 
@@ -55,8 +57,10 @@ class Policy(Protocol):
     """
 
     needs: frozenset[str] = frozenset()
-    """Facts that are only seen to for policies that name them: `prefix` (costly to make), `weight` (a backend of
-    weight 0 is then no candidate while another one is available that has a weight)."""
+    """Facts that are only seen to for policies that name them, since they cost something: `hashes` (of the prompt's
+    blocks), `prefix` (these, and what of the prompt each backend has cached), `speed` (`ttft_fit` and `tpot_fit` of
+    a backend), `length` (a forecast of the answer's length). And `weight`: a backend of weight 0 is then no
+    candidate while another one is available that has a weight."""
 
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision: ...
 

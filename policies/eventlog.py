@@ -44,18 +44,21 @@ from policies.rules import RuleSet
 from policies.state import Backend, Fleet, Lease
 from policies.valve import Valve
 
-FORMAT: Final = 2
+FORMAT: Final = 3
+
+FACTS: Final = tuple([field for field in fields(RequestFacts) if field.name != "cached"])
+"""Of a request, what is recorded; what of it is cached follows from what was sent where."""
 
 CONFIGURED: Final = (
     *("name", "site", "slots", "weight", "models", "models_unknown", "models_awaited", "labels", "operator"),
     *("location", "data_classes", "context_tokens", "bandwidth", "price_input", "price_output"),
-    *("carbon_gco2_kwh", "probed_up"),
+    *("carbon_gco2_kwh", "probed_up", "kv_tokens"),
 )
 """Of a backend, what the first record holds."""
 
 OBSERVED: Final = (
     *("probed_up", "connects", "full_slots", "models", "models_unknown", "models_awaited", "context_tokens"),
-    *("rtt_s", "running", "waiting", "kv_use", "sampled_at", "host", "host_at"),
+    *("rtt_s", "running", "waiting", "kv_use", "sampled_at", "host", "host_at", "kv_tokens"),
 )
 """Of a backend, what probes set."""
 
@@ -246,7 +249,7 @@ class EventLog:
             self._number += 1
 
     def _facts(self, request: RequestFacts) -> dict[str, Any]:
-        values = ((field, getattr(request, field.name)) for field in fields(RequestFacts))
+        values = ((field, getattr(request, field.name)) for field in FACTS)
         return {
             field.name: self._plain(field.name, value) for field, value in values if value != _default(field)
         }

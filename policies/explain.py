@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from textwrap import fill
 
 import policies
+from policies.backendschema import Amounts, Described, Part, Price, Selection
 from policies.filechecks import picks_of
 from policies.files import CompiledPolicy
 from policies.fileschema import (
@@ -43,9 +44,13 @@ def explain_policy(compiled: CompiledPolicy) -> str:
 
 def tier_in_words(rule: Rule, tier: int) -> str:
     """The backends of one tier, counted from 0: `site local`. Empty: the rule has no such tier."""
-    if rule.prefer is None:
-        return "any backend" if tier == 0 else ""
-    return _backends(rule.prefer[tier], first=tier == 0) if tier < len(rule.prefer) else ""
+    tiers = rule.prefer or (None,)
+    if tier == len(tiers) and rule.avoid is not None:
+        return "what it avoids"
+    if tier >= len(tiers):
+        return ""
+    section = tiers[tier]
+    return "any backend" if section is None else _backends(section, first=tier == 0)
 
 
 def _rule(number: int, rule: Rule, file: PolicyFile) -> Iterator[str]:
@@ -56,13 +61,31 @@ def _rule(number: int, rule: Rule, file: PolicyFile) -> Iterator[str]:
         yield _line(
             f"They never go anywhere but {_sites(rule.sites)}, not even when every backend there is down."
         )
-    if rule.prefer is None:
+    if rule.require is not None:
+        backends = _backends(rule.require, first=True)
+        yield _line(f"Nobody else may ever serve them, not even when all of these are down: {backends}.")
+    if rule.split is not None:
+        yield from _split(rule.split)
+    if rule.prefer is None and rule.avoid is None:
         yield _line(f"Any backend with a free slot may serve them; {_chosen_by(rule.pick)}.")
     else:
-        yield from _tiers(rule, rule.prefer)
+        yield from _tiers(rule, rule.prefer or ())
     if rule.weights:
         yield _line(f"Weights here: {_pairs(rule.weights)}.")
     yield _line(_queue(rule.queue))
+
+
+def _split(parts: Sequence[Part]) -> Iterator[str]:
+    yield _line("They are split by session, those without one each for itself:")
+    for place, part in enumerate(parts):
+        end = "." if place == len(parts) - 1 else ";"
+        otherwise = "they are refused" if part.strict else "they go to other parts"
+        text = (
+            f"{100 * part.share:g}% to {part.name}: {_backends(part, first=place == 0)}; while none of these is "
+            f"available, {otherwise}{end}"
+        )
+        yield _line(text, "     - ", "       ")
+    yield _line("What follows is about the backends of a request's part.")
 
 
 def _line(text: str, first: str = "   ", rest: str = "   ") -> str:
@@ -84,6 +107,8 @@ def _requests(when: When | None, utc_offset: str) -> str:
         *_bounds("with priority", "", when.priority),
         *_bounds("with a prompt of", " tokens (estimated)", when.prompt_tokens),
         *([f"labelled {_pairs(when.labels)}"] if when.labels else []),
+        *_one_of("of SLA class", when.sla),
+        *_one_of("for the task", when.task),
         *_times(when, utc_offset),
     ]
     streamed = {None: "", True: "Streamed ", False: "Unstreamed "}[when.stream]
@@ -122,7 +147,7 @@ def _times(when: When, utc_offset: str) -> list[str]:
 
 
 def _tiers(rule: Rule, tiers: Sequence[Tier]) -> Iterator[str]:
-    if len(tiers) == 1:
+    if len(tiers) == 1 and rule.avoid is None:
         tier = tiers[0]
         yield _line(
             f"They go to {_backends(tier, first=True)} and nowhere else; {_chosen_by(tier.pick or rule.pick)}."
@@ -133,6 +158,7 @@ def _tiers(rule: Rule, tiers: Sequence[Tier]) -> Iterator[str]:
             yield _line(f"{_host(tier.host).capitalize()}.")
         return
     yield _line("They are offered, in this order, to")
+    lines = []
     for place, tier in enumerate(tiers):
         parts = [_backends(tier, first=place == 0)]
         if tier.spill is None or tier.spill.enter <= 1.0:
@@ -143,13 +169,20 @@ def _tiers(rule: Rule, tiers: Sequence[Tier]) -> Iterator[str]:
             parts.append(_host(tier.host))
         if tier.pick is not None:
             parts.append(_chosen_by(tier.pick))
+        lines.append("; ".join(parts))
+    if rule.avoid is not None:
+        if not tiers:
+            lines.append("any backend but those below, while a slot is free")
+        avoided = listed(_backends(section, first=True) for section in rule.avoid)
+        above = "of the above, what is avoided" if tiers else "what is avoided"
+        lines.append(f"{above}, while a slot is free: {avoided}")
+    for place, line in enumerate(lines):
         letter = chr(ord("a") + place) if place < 26 else str(place + 1)
-        yield _line(
-            "; ".join(parts) + ("." if place == len(tiers) - 1 else ";"), f"     {letter}) ", "        "
-        )
-    shared = sum(tier.pick is None for tier in tiers)
+        end = "." if place == len(lines) - 1 else ";"
+        yield _line(line + end, f"     {letter}) ", "        ")
+    shared = len(lines) - sum(tier.pick is not None for tier in tiers)
     if shared:
-        where = "In each" if shared == len(tiers) else "Otherwise"
+        where = "In each" if shared == len(lines) else "Otherwise"
         yield _line(f"{where}, {_chosen_by(rule.pick)}.")
 
 
@@ -179,18 +212,47 @@ def _spill(spill: Spill) -> str:
     )
 
 
-def _backends(tier: Tier, first: bool) -> str:
+def _backends(section: Described, first: bool) -> str:
     """`any other backend at site nanjing labelled card=h20`."""
     words = []
-    if tier.backend is not None:
-        words.append(f"backend {listed(tier.backend)}")
-    elif tier.site is None or tier.labels is not None or ANY_SITE in tier.site:
+    site = None if section.site is None or ANY_SITE in section.site else _sites(section.site)
+    if section.backend is not None:
+        words.append(f"backend {listed(section.backend)}")
+    elif site is None or section.labels is not None:
         words.append("any backend" if first else "any other backend")
-    if tier.site is not None and ANY_SITE not in tier.site:
-        words.append(f"at {_sites(tier.site)}" if words else _sites(tier.site))
-    if tier.labels is not None:
-        words.append(f"labelled {_pairs(tier.labels)}")
+    if site is not None:
+        words.append(f"at {site}" if words else site)
+    if section.labels is not None:
+        words.append(f"labelled {_pairs(section.labels)}")
+    if section.operator is not None:
+        words.append(f"of operator {listed(section.operator)}")
+    figures = [*_price(section.price), *_limits("carbon", section.carbon, " g/kWh")]
+    if isinstance(section, Selection) and section.rtt is not None:
+        limits = (section.rtt.min, "at least"), (section.rtt.max, "at most")
+        said = [f"{word} {_seconds(value)}" for value, word in limits if value is not None]
+        figures.append(f"a measured round trip of {' and '.join(said)}")
+    if figures:
+        words.append(f"with {listed(figures, 'and')}")
     return " ".join(words)
+
+
+def _price(price: Price | None) -> list[str]:
+    if price is None:
+        return []
+    return [
+        *_limits("input and output together", price, " per million tokens"),
+        *_limits("input", price.input, " per million tokens"),
+        *_limits("output", price.output, " per million tokens"),
+    ]
+
+
+def _limits(what: str, bounds: Amounts | Price | None, unit: str) -> list[str]:
+    """`carbon at most 400 g/kWh`."""
+    if bounds is None:
+        return []
+    limits = (bounds.min, "at least"), (bounds.max, "at most")
+    said = [f"{word} {value:g}" for value, word in limits if value is not None]
+    return [f"{what} {' and '.join(said)}{unit}"] if said else []
 
 
 def _chosen_by(pick: Pick | None) -> str:
@@ -242,4 +304,4 @@ def _seconds(seconds: float) -> str:
     for unit, length in (("h", 3600.0), ("min", 60.0)):
         if seconds >= length and seconds % length == 0:
             return f"{seconds / length:g} {unit}"
-    return f"{seconds:g} s"
+    return f"{1000 * seconds:g} ms" if 0.0 < seconds < 1.0 else f"{seconds:g} s"

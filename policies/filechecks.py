@@ -10,9 +10,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from policies import picks
+from policies.backendschema import Described, selector
 from policies.base import BackendView
-from policies.fileschema import DEFAULT_PICK, Pick, PolicyFile, Rule, Tier
+from policies.fileschema import DEFAULT_PICK, Pick, PolicyFile, Rule
 from policies.match import ANY_SITE, LOCAL, REMOTE, Match, Selector, sites_include
+from policies.overlap import disjoint, match_covers, selector_covers
 from policies.yamlproblems import Finding, Path, closest, listed
 
 KEYED_BY_BACKEND = frozenset({("weighted-qps", "max_qps")})
@@ -27,6 +29,13 @@ class KnownNames:
     sites: frozenset[str] = frozenset()
     """Sites that are configured, with or without backends; those of the backends and `local` are known anyway."""
 
+    operators: frozenset[str] = frozenset()
+    """Those of configured sites; those of the backends are known anyway."""
+
+    @property
+    def all_operators(self) -> frozenset[str]:
+        return (self.operators | {backend.operator for backend in self.backends}) - {""}
+
     @property
     def all_sites(self) -> frozenset[str]:
         return self.sites | {backend.site for backend in self.backends} | {LOCAL}
@@ -38,6 +47,8 @@ def errors(file: PolicyFile, matches: Sequence[Match], known: KnownNames | None)
     for index, rule in enumerate(file.rules):
         at: Path = ("rules", index)
         yield from _tiers(rule, at, known)
+        yield from _avoided(rule, at)
+        yield from _parts(rule, at)
         yield from _picks(rule, at)
         if known is not None:
             yield from _names(rule, at, known)
@@ -47,19 +58,47 @@ def warnings(file: PolicyFile, known: KnownNames) -> Iterator[Finding]:
     """What does nothing, or refuses everything, with this fleet."""
     for index, rule in enumerate(file.rules):
         at: Path = ("rules", index)
-        require = selector(rule)
-        allowed = [backend for backend in known.backends if require.accepts(backend)]
+        yield from _marks(rule, at, known)
+        require = required(rule)
+        allowed = [backend for backend in known.backends if require.fits(backend)]
         tiers = [(selector(tier), (*at, "prefer", place)) for place, tier in enumerate(rule.prefer or ())]
         left = allowed
         for chosen, path in tiers:
-            if not any(chosen.accepts(backend) for backend in left):
+            if not any(chosen.fits(backend) for backend in left):
                 yield Finding(path, "no backend is in this tier now")
-            left = [backend for backend in left if not chosen.accepts(backend)]
-        if tiers:
-            allowed = [backend for backend in allowed if backend not in left]
-        elif not allowed:
+            if chosen.rtt is None:
+                left = [backend for backend in left if not chosen.fits(backend)]
+        if not allowed and rule.require is None:
             yield Finding((*at, "sites"), f"no backend stands at {_sites(rule.sites or ())} now")
+        elif not allowed:
+            yield Finding((*at, "require"), "no backend is like this now")
+        if tiers:
+            allowed = [backend for backend in allowed if any(chosen.fits(backend) for chosen, _ in tiers)]
+        for place, avoided in enumerate(map(selector, rule.avoid or ())):
+            if allowed and not any(avoided.fits(backend) for backend in allowed):
+                yield Finding((*at, "avoid", place), "no backend of this rule is like this now")
+        left = allowed
+        for place, part in enumerate(map(selector, rule.split or ())):
+            if allowed and not any(part.fits(backend) for backend in left):
+                yield Finding((*at, "split", place), "no backend is in this part now")
+            left = [backend for backend in left if not part.fits(backend)]
+        if rule.split:
+            allowed = [backend for backend in allowed if backend not in left]
         yield from _data_classes(rule, at, allowed, known)
+
+
+def _marks(rule: Rule, at: Path, known: KnownNames) -> Iterator[Finding]:
+    """Labels that no backend has; where one is like them, it is probably meant."""
+    for below, section in selections(rule):
+        for key, value in (section.labels or {}).items():
+            path = (*at, *below, "labels", key)
+            values = {backend.labels[key] for backend in known.backends if key in backend.labels}
+            if not values:
+                keys = {label for backend in known.backends for label in backend.labels}
+                if suggestion := closest(key, keys, cutoff=0.7):
+                    yield Finding(path, f"no backend has a label '{key}'", suggestion, at_key=True)
+            elif value not in values and (suggestion := closest(value, values, cutoff=0.8)):
+                yield Finding(path, f"no backend is labelled {key}={value}", suggestion)
 
 
 def _data_classes(
@@ -77,13 +116,18 @@ def _data_classes(
             yield Finding(path, message)
 
 
-def selector(section: Rule | Tier) -> Selector:
-    """The compiled set of backends of a tier, or of a rule's `sites`."""
-    if isinstance(section, Rule):
-        return Selector(sites=frozenset(section.sites or ()))
-    return Selector(
-        frozenset(section.site or ()), frozenset(section.backend or ()), dict(section.labels or {})
-    )
+def required(rule: Rule) -> Selector:
+    """The compiled set of backends that a rule may reach at all."""
+    return selector(rule.require, rule.sites)
+
+
+def selections(rule: Rule) -> Iterator[tuple[Path, Described]]:
+    """Every description of backends in a rule with its path below the rule."""
+    if rule.require is not None:
+        yield ("require",), rule.require
+    for key, sections in (("prefer", rule.prefer), ("avoid", rule.avoid), ("split", rule.split)):
+        for place, section in enumerate(sections or ()):
+            yield (key, place), section
 
 
 def picks_of(rule: Rule) -> Iterator[tuple[Path, Pick]]:
@@ -100,7 +144,7 @@ def _order_of_rules(file: PolicyFile, matches: Sequence[Match]) -> Iterator[Find
         if (first := first_use.setdefault(rule.name, index)) != index:
             yield Finding(("rules", index, "name"), f"rule {first + 1} is already called '{rule.name}'")
         for earlier in range(index):
-            if _match_covers(matches[earlier], matches[index]):
+            if match_covers(matches[earlier], matches[index]):
                 takes = "every request" if matches[earlier] == Match() else "all of its requests"
                 name = file.rules[earlier].name
                 message = f"this rule never applies: rule {earlier + 1} ('{name}') above takes {takes}"
@@ -113,12 +157,13 @@ def _order_of_rules(file: PolicyFile, matches: Sequence[Match]) -> Iterator[Find
 
 
 def _tiers(rule: Rule, at: Path, known: KnownNames | None) -> Iterator[Finding]:
-    require = selector(rule)
+    require = required(rule)
     tiers = [selector(tier) for tier in rule.prefer or ()]
+    walls = "the rule's sites" if rule.sites else "those of 'require'"
     for place, tier in enumerate(tiers):
         path = (*at, "prefer", place)
         for earlier in range(place):
-            if _selector_covers(tiers[earlier], tier):
+            if selector_covers(tiers[earlier], tier):
                 message = f"this tier is never asked: tier {earlier + 1} above takes all of its backends"
                 yield Finding(path, message)
                 break
@@ -126,8 +171,56 @@ def _tiers(rule: Rule, at: Path, known: KnownNames | None) -> Iterator[Finding]:
             means_site = site not in (ANY_SITE, REMOTE) and (known is None or site in known.all_sites)
             outside = means_site and require.sites and not sites_include(require.sites, site)
             if outside or (tier.sites == {REMOTE} and require.sites == {LOCAL}):
-                message = f"site '{site}' is not among the rule's sites ({_sites(rule.sites or ())})"
+                message = f"site '{site}' is not among {walls} ({_sites(sorted(require.sites))})"
                 yield Finding((*path, "site", number), message)
+        if (key := disjoint(require, tier)) not in ("", "site"):
+            message = f"this tier is empty: no backend has the {key} of both this tier and 'require'"
+            yield Finding((*path, key), message)
+        if any(selector_covers(selector(avoided), tier) for avoided in rule.avoid or ()):
+            message = (
+                "avoid takes every backend of this tier, so it is never asked here: leave one of them out"
+            )
+            yield Finding(path, message)
+
+
+def _avoided(rule: Rule, at: Path) -> Iterator[Finding]:
+    """What `avoid` means nothing, or everything."""
+    require = required(rule)
+    tiers = [selector(tier) for tier in rule.prefer or ()] or [Selector()]
+    avoided = [selector(section) for section in rule.avoid or ()]
+    for place, one in enumerate(avoided):
+        path = (*at, "avoid", place)
+        if key := disjoint(require, one):
+            message = f"'{_wall(rule, key)}' leaves out everything with this {key} already"
+            yield Finding((*path, key), message)
+        elif all(disjoint(tier, one) for tier in tiers):
+            yield Finding(path, "no tier of this rule has backends like this: leave it out")
+        elif rule.prefer is None and selector_covers(one, require):
+            yield Finding(path, "this is every backend of the rule: say which are to be asked before them")
+        elif any(selector_covers(earlier, one) for earlier in avoided[:place]):
+            yield Finding(path, "what stands above it has all of its backends")
+
+
+def _wall(rule: Rule, key: str) -> str:
+    """The key of a rule that leaves backends out by what `key` says."""
+    return "sites" if key == "site" and rule.sites else "require"
+
+
+def _parts(rule: Rule, at: Path) -> Iterator[Finding]:
+    """Parts of a split that are empty by what is written."""
+    require = required(rule)
+    tiers = [selector(tier) for tier in rule.prefer or ()] or [Selector()]
+    parts = [selector(section) for section in rule.split or ()]
+    for place, part in enumerate(parts):
+        path = (*at, "split", place)
+        above = [number for number, earlier in enumerate(parts[:place]) if selector_covers(earlier, part)]
+        if above:
+            yield Finding(path, f"this part is empty: part {above[0] + 1} above takes all of its backends")
+        elif key := disjoint(require, part):
+            message = f"this part is empty: '{_wall(rule, key)}' leaves out everything with this {key}"
+            yield Finding((*path, key), message)
+        elif all(disjoint(tier, part) for tier in tiers):
+            yield Finding(path, "this part is empty: no tier of this rule has backends like this")
 
 
 def _picks(rule: Rule, at: Path) -> Iterator[Finding]:
@@ -139,10 +232,11 @@ def _picks(rule: Rule, at: Path) -> Iterator[Finding]:
 def _names(rule: Rule, at: Path, known: KnownNames) -> Iterator[Finding]:
     sites, backends = known.all_sites, {backend.name for backend in known.backends}
     yield from _unknown("site", rule.sites, (*at, "sites"), sites)
-    for place, tier in enumerate(rule.prefer or ()):
-        path = (*at, "prefer", place)
-        yield from _unknown("site", tier.site, (*path, "site"), sites)
-        yield from _unknown("backend", tier.backend, (*path, "backend"), backends)
+    for below, section in selections(rule):
+        path = (*at, *below)
+        yield from _unknown("site", section.site, (*path, "site"), sites)
+        yield from _unknown("backend", section.backend, (*path, "backend"), backends)
+        yield from _unknown("operator", section.operator, (*path, "operator"), known.all_operators)
     yield from _unknown_keys(rule.weights or (), (*at, "weights"), backends)
     for path, pick in picks_of(rule):
         for parameter, value in pick.parameters.items():
@@ -163,59 +257,9 @@ def _unknown(what: str, names: Iterable[str] | None, at: Path, known: Iterable[s
     for place, name in enumerate(names or ()):
         if name not in known and not (what == "site" and name in (ANY_SITE, REMOTE)):
             suggestion = closest(name, known)
-            choices = "" if suggestion else f"; known: {', '.join(sorted(known))}"
+            choices = "" if suggestion else f"; known: {', '.join(sorted(known)) or 'none'}"
             yield Finding((*at, place), f"unknown {what} '{name}'{choices}", suggestion)
 
 
 def _sites(names: Iterable[str]) -> str:
     return listed(f"'{name}'" for name in names)
-
-
-# --- does one condition take everything that another one takes? ---------------------------------------------------
-
-
-def _match_covers(wide: Match, narrow: Match) -> bool:
-    return (
-        _any_of_covers(wide.models, narrow.models)
-        and _any_of_covers(wide.tenants, narrow.tenants)
-        and _any_of_covers(wide.data_classes, narrow.data_classes)
-        and _any_of_covers(wide.endpoints, narrow.endpoints)
-        and _bounds_cover(wide.min_priority, narrow.min_priority, wide.max_priority, narrow.max_priority)
-        and _bounds_cover(
-            wide.min_prompt_tokens, narrow.min_prompt_tokens, wide.max_prompt_tokens, narrow.max_prompt_tokens
-        )
-        and wide.stream in (None, narrow.stream)
-        and _labels_cover(wide.labels, narrow.labels)
-        and wide.hours in (None, narrow.hours)
-    )
-
-
-def _selector_covers(wide: Selector, narrow: Selector) -> bool:
-    return (
-        _sites_cover(wide.sites, narrow.sites)
-        and _any_of_covers(wide.backends, narrow.backends)
-        and _labels_cover(wide.labels, narrow.labels)
-    )
-
-
-def _sites_cover(wide: frozenset[str], narrow: frozenset[str]) -> bool:
-    if not wide or ANY_SITE in wide or {LOCAL, REMOTE} <= wide:
-        return True
-    return bool(narrow) and ANY_SITE not in narrow and all(sites_include(wide, site) for site in narrow)
-
-
-def _any_of_covers(wide: Iterable[str], narrow: Iterable[str]) -> bool:
-    wide, narrow = set(wide), set(narrow)
-    return not wide or (bool(narrow) and narrow <= wide)
-
-
-def _bounds_cover(
-    wide_low: int | None, narrow_low: int | None, wide_high: int | None, narrow_high: int | None
-) -> bool:
-    return (wide_low is None or (narrow_low is not None and wide_low <= narrow_low)) and (
-        wide_high is None or (narrow_high is not None and narrow_high <= wide_high)
-    )
-
-
-def _labels_cover(wide: Mapping[str, str], narrow: Mapping[str, str]) -> bool:
-    return all(narrow.get(key) == value for key, value in wide.items())

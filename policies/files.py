@@ -13,14 +13,16 @@ from math import inf
 from random import Random
 
 from policies import PolicyError, filechecks, load
+from policies.backendschema import selector
 from policies.base import Policy
-from policies.filechecks import KnownNames, selector
+from policies.filechecks import KnownNames, required
 from policies.fileschema import PolicyFile, When, offset_seconds, weekday_numbers, window_minutes
 from policies.fileschema import Rule as RuleSection
 from policies.fileschema import Tier as TierSection
 from policies.host import HostBounds
 from policies.match import NO_LABELS, Hours, Match
 from policies.rules import Queue, Rule, RuleSet, Spill, Tier
+from policies.split import Part, Split
 from policies.weights import WithWeights
 from policies.yamlfile import Document, Problem, parse_yaml
 from policies.yamlproblems import Finding, Path, closest, listed
@@ -126,6 +128,8 @@ def _match(when: When | None, utc_offset_s: int) -> Match:
         max_prompt_tokens=prompt.max if prompt else None,
         stream=when.stream,
         labels=dict(when.labels) if when.labels else NO_LABELS,
+        sla=frozenset(when.sla or ()),
+        task=frozenset(when.task or ()),
         hours=_hours(when, utc_offset_s),
     )
 
@@ -168,11 +172,19 @@ def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: lis
         made["pick",],
         names["pick",],
         match,
-        selector(section),
+        required(section),
         tuple(tiers) or (Tier(),),
         Queue(section.queue.wait, section.queue.depth, section.queue.overflow),
         section.weights or {},
+        tuple(selector(avoided) for avoided in section.avoid or ()),
+        _split(section),
     )
+
+
+def _split(section: RuleSection) -> Split | None:
+    if section.split is None:
+        return None
+    return Split(tuple(Part(part.name, part.share, selector(part), part.strict) for part in section.split))
 
 
 def _tier(section: TierSection, policy: Policy | None, policy_name: str) -> Tier:

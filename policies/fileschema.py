@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from policies.backendschema import Labels, Name, Names, Part, Selection, as_list
+from policies.match import SLA, TASK
 from policies.units import BadValueError, Duration, parse_fraction, shown
 from policies.yamlfile import FileModel
 from policies.yamlproblems import closest
@@ -49,30 +51,6 @@ Endpoint = Literal[
 ENDPOINTS: tuple[str, ...] = get_args(Endpoint)
 """What a rule may ask for, by the names that the proxy gives to its paths (docs/api.md)."""
 
-Item = TypeVar("Item")
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str | int | float) else value
-
-
-Name = Annotated[str, Field(min_length=1, max_length=100)]
-
-Names = Annotated[
-    tuple[Name, ...],
-    BeforeValidator(_as_list),
-    Field(min_length=1),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
-            ]
-        }
-    ),
-]
-"""One name or a list of names."""
-
 DATA_CLASS = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 """What a data class of a key looks like; no other can match."""
 
@@ -91,16 +69,14 @@ _DATA_CLASS_SCHEMA = {"type": "string", "pattern": f"^{DATA_CLASS.pattern}$"}
 
 DataClasses = Annotated[
     tuple[Annotated[str, AfterValidator(_check_data_class)], ...],
-    BeforeValidator(_as_list),
+    BeforeValidator(as_list),
     Field(min_length=1),
     WithJsonSchema(
         {"anyOf": [_DATA_CLASS_SCHEMA, {"type": "array", "items": _DATA_CLASS_SCHEMA, "minItems": 1}]}
     ),
 ]
 
-Labels = Annotated[Mapping[Name, Name], Field(min_length=1)]
-
-Endpoints = Annotated[tuple[Endpoint, ...], BeforeValidator(_as_list), Field(min_length=1)]
+Endpoints = Annotated[tuple[Endpoint, ...], BeforeValidator(as_list), Field(min_length=1)]
 
 
 # --- time ----------------------------------------------------------------------------------------------------
@@ -184,7 +160,7 @@ Window = Annotated[
 Weekday = Annotated[str, _checked(weekday_numbers)]
 Weekdays = Annotated[
     tuple[Weekday, ...],
-    BeforeValidator(_as_list),
+    BeforeValidator(as_list),
     Field(min_length=1),
 ]
 Offset = Annotated[
@@ -290,10 +266,23 @@ class When(FileModel):
     """Whether the answer is streamed."""
     labels: Labels | None = None
     """Labels the request must carry, each with this value."""
+    sla: Names | None = None
+    """SLA classes: values of the key's label `sla`."""
+    task: Names | None = None
+    """Tasks: values of the key's label `task`."""
     time: Window | None = None
     """A daily window, `08:00-18:00`; one that ends before it starts passes midnight."""
     days: Weekdays | None = None
     """Weekdays, `mon` or `mon-fri`; of a window that passes midnight, the days it starts on."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> When:
+        for name, values in ((SLA, self.sla), (TASK, self.task)):
+            label = (self.labels or {}).get(name)
+            if values is not None and label is not None and label not in values:
+                message = f"no request has the label {name} '{label}' and one of {name} here: leave one out"
+                raise BadValueError(message, at=("labels", name))
+        return self
 
 
 def _as_pick(value: object) -> object:
@@ -393,27 +382,15 @@ class Host(FileModel):
         return self
 
 
-class Tier(FileModel):
-    """Backends that are asked together: those of a site, those named, or those with labels."""
+class Tier(Selection):
+    """Backends that are asked together: those of a site, those named, or those with labels, for example."""
 
-    site: Names | None = None
-    """Sites by name; `remote` is every site but `local`, `"*"` any site."""
-    backend: Names | None = None
-    """Backends by name."""
-    labels: Labels | None = None
-    """Labels the backends must carry, each with this value."""
     spill: Spill | None = None
     """When the tier begins and ends to spill. Without it, it takes a request when it has a free slot."""
     pick: PickOrName | None = None
     """Policy that chooses in this tier, instead of the rule's."""
     host: Host | None = None
     """A backend whose host is outside of these bounds has no free slot in this tier. Stale figures are ignored."""
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> Tier:
-        if self.site is None and self.backend is None and self.labels is None:
-            raise BadValueError("say which backends: site, backend or labels", 'site: "*"')
-        return self
 
 
 class Queue(FileModel):
@@ -436,10 +413,18 @@ class Rule(FileModel):
     when: When | None = None
     """Which requests. Without it: all."""
     sites: Names | None = None
-    """The only sites these requests may ever reach, on spill and retry too; `remote` is every site but `local`."""
+    """The only sites these requests may ever reach, on spill and retry too; `remote` is every site but `local`.
+    Short for `require: {site: ...}`."""
+    require: Selection | None = None
+    """The only backends these requests may ever reach, on spill and retry too."""
     prefer: tuple[Tier, ...] | None = Field(None, min_length=1, max_length=100)
     """Backends in the order in which they are asked, and no others; one belongs to the first tier that takes it.
     Without it: all at once."""
+    avoid: tuple[Selection, ...] | None = Field(None, min_length=1, max_length=100)
+    """Of these backends, those that are asked only when no other one takes the request: after all tiers."""
+    split: tuple[Part, ...] | None = Field(None, min_length=2, max_length=20)
+    """Parts of these backends, each for a fixed share of the requests. A backend belongs to the first part that
+    takes it; a conversation stays in its part."""
     pick: PickOrName | None = None
     """Policy that chooses one of the backends asked: a name, or a name with parameters. Default: `least-load`."""
     weights: Mapping[Name, Annotated[float, Field(ge=0, le=1_000_000)]] | None = Field(None, min_length=1)
@@ -447,6 +432,22 @@ class Rule(FileModel):
     while another backend that may serve the request is available."""
     queue: Queue = Queue()
     """How long a request is held when no tier has room, and how many may be."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Rule:
+        if self.sites is not None and self.require is not None and self.require.site is not None:
+            raise BadValueError("sites says this already: keep one of the two", at=("require", "site"))
+        names = [part.name for part in self.split or ()]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise BadValueError(f"an earlier part is called '{name}', too", at=("split", place, "name"))
+        total = sum(part.share for part in self.split or ())
+        if self.split and abs(total - 1.0) > 1e-6:
+            last = self.split[-1].share + 1.0 - total
+            message = f"the shares make {100 * total:g}%, and have to make 100%"
+            meant = f"{100 * last:g}%" if 0.0 < last <= 1.0 else None
+            raise BadValueError(message, meant, at=("split", len(self.split) - 1, "share"))
+        return self
 
 
 class PolicyFile(FileModel):

@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Annotated, NamedTuple, TypeAlias
 
 from policies.base import ENGINE_FIGURES_VALID_S, BackendView, Decision, Policy, RequestFacts
-from policies.ranking import REMEMBERED, Rank, Recent, Turns, best_first, only
+from policies.lengths import EXPECTED_TOKENS
+from policies.ranking import REMEMBERED, Rank, Recent, Turns, best_first, least_first, only
 
 Place: TypeAlias = tuple[float, float]
 """Latitude and longitude, degrees."""
@@ -24,17 +25,11 @@ EARTH_RADIUS_KM = 6371.0088
 UNKNOWN_KM = 20_040.0
 """Distance of a place that is not known: beyond the antipode, so after all known ones."""
 
-EXPECTED_TOKENS = 256
-"""Length of an answer that nobody has forecast, tokens (public chat traces have means of 200 to 350)."""
-
 TPOT_S = 0.03
 """Time per output token where no candidate has been measured: waiting for a slot is never free, seconds."""
 
 FADE_S = 60.0
 """Time constant with which the TTFT of a backend that nothing is sent to loses its weight, seconds."""
-
-ALIKE = 0.10
-"""Costs that differ by less than this share (and 1 ms) are alike: averages are no more exact than that."""
 
 
 class Geo(Policy):
@@ -155,8 +150,7 @@ class ShortestPath(Policy):
                 slowest_first = backend.ttft_s - backend.rtt_s
             if backend.tpot_s > slowest_tpot:
                 slowest_tpot = backend.tpot_s
-        scores = {}
-        least = inf
+        costs = []
         for backend in backends:
             if backend.in_flight and not backend.ttft_s:
                 first = slowest_first
@@ -172,25 +166,12 @@ class ShortestPath(Policy):
                 tpot = backend.tpot_s or slowest_tpot or TPOT_S
                 served = first + tpot * (request.expected_tokens or EXPECTED_TOKENS)
                 queue += excess / backend.slots * served
-            cost = (
+            costs.append(
                 weights.rtt * backend.rtt_s
                 + weights.transfer * request.body_bytes / backend.bandwidth
                 + weights.queue * queue
             )
-            scores[backend.name] = cost
-            if cost < least:
-                least = cost
-        alike = least * (1.0 + ALIKE) + 0.001
-        turns = self._turns
-        ranking: list[Rank] = []
-        for index, backend in enumerate(backends):
-            name = backend.name
-            cost = scores[name]
-            if cost <= alike:
-                ranking.append((0.0, backend.saturation(now), turns[name], index, name))
-            else:
-                ranking.append((cost, 0.0, 0.0, index, name))
-        return best_first(ranking, f"shortest path of {len(ranking)}", scores)
+        return least_first(backends, costs, self._turns, now, f"shortest path of {len(costs)}")
 
     def dispatched(self, request: RequestFacts, backend: BackendView, now: float) -> None:
         self._turns.took(backend.name)

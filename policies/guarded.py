@@ -8,7 +8,9 @@ the least loaded backend instead.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from math import inf
+from typing import Any
 
 from policies.base import (
     REJECT_CODES,
@@ -32,6 +34,7 @@ class Guarded:
     __slots__ = (
         "_hears_dispatched",
         "_hears_finished",
+        "by_prefix",
         "failures",
         "last_failure",
         "name",
@@ -43,11 +46,18 @@ class Guarded:
         self.policy = policy
         self.name = name
         self.needs = policy.needs
+        self.by_prefix = "prefix" in policy.needs
         self._hears_dispatched = _overrides(policy, "dispatched")
         self._hears_finished = _overrides(policy, "finished")
         self.failures = 0
         """Calls that raised, or whose answer was none, since start."""
         self.last_failure = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guarded:
+        """Said here, since what is compiled is not made without its arguments (as in `simple.py`)."""
+        other = Guarded(deepcopy(self.policy, memo), self.name)
+        other.failures, other.last_failure = self.failures, self.last_failure
+        return other
 
     def decide(
         self, request: RequestFacts, backends: Sequence[BackendView], now: float

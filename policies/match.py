@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import lru_cache
+from math import inf
 from types import MappingProxyType
 
 from policies.base import BackendView, RequestFacts
@@ -18,6 +19,10 @@ LOCAL = "local"
 REMOTE = "remote"
 """In conditions: every site but `local`."""
 ANY_SITE = "*"
+
+SLA = "sla"
+TASK = "task"
+"""Labels of a request that have conditions of their own."""
 
 NO_LABELS: Mapping[str, str] = MappingProxyType({})
 
@@ -54,6 +59,18 @@ class Hours:
 
 
 @dataclass(frozen=True, slots=True)
+class Between:
+    """Bounds of a number, both inclusive."""
+
+    low: float = -inf
+    high: float = inf
+
+    def contains(self, value: float | None) -> bool:
+        """Whether it is inside; what is not known (None) is inside of no bounds."""
+        return value is not None and self.low <= value <= self.high
+
+
+@dataclass(frozen=True, slots=True)
 class Match:
     """Conditions on a request. Without any it matches everything."""
 
@@ -71,6 +88,10 @@ class Match:
     stream: bool | None = None
     labels: Mapping[str, str] = field(default_factory=lambda: NO_LABELS)
     """Labels the request must carry, with these values."""
+    sla: frozenset[str] = frozenset()
+    """SLA classes: values of the label `sla`, any of which may stand there."""
+    task: frozenset[str] = frozenset()
+    """As `sla`, of the label `task`."""
     hours: Hours | None = None
 
     def accepts(self, request: RequestFacts) -> bool:
@@ -83,6 +104,10 @@ class Match:
         if self.endpoints and request.endpoint not in self.endpoints:
             return False
         if self.stream is not None and request.stream != self.stream:
+            return False
+        if self.sla and request.labels.get(SLA) not in self.sla:
+            return False
+        if self.task and request.labels.get(TASK) not in self.task:
             return False
         return (
             _within(request.priority, self.min_priority, self.max_priority)
@@ -102,13 +127,47 @@ class Selector:
     """Backend names; empty: any."""
     labels: Mapping[str, str] = field(default_factory=lambda: NO_LABELS)
     """Labels the backend must carry, with these values."""
+    operators: frozenset[str] = frozenset()
+    """Operators of its site; empty: any."""
+    price: Between | None = None
+    """Of a million tokens of prompt and a million of answer together, in the ledger's currency."""
+    price_input: Between | None = None
+    price_output: Between | None = None
+    carbon: Between | None = None
+    """Grams of CO2 per kWh."""
+    rtt: Between | None = None
+    """Seconds, as measured. It changes while all the rest is configured, so `fits` leaves it out."""
 
     def accepts(self, backend: BackendView) -> bool:
+        """Whether the backend is one of the set, now."""
+        return self.fits(backend) and (self.rtt is None or is_between(self.rtt, backend))
+
+    def fits(self, backend: BackendView) -> bool:
+        """Whether the backend is one of the set, or would be with another round trip. What is not known of it is
+        inside of no bounds."""
         if self.sites and not sites_include(self.sites, backend.site):
             return False
         if self.backends and backend.name not in self.backends:
             return False
+        if self.operators and backend.operator not in self.operators:
+            return False
+        price_input, price_output = backend.price_input, backend.price_output
+        if self.price is not None and (
+            price_input is None or price_output is None or not self.price.contains(price_input + price_output)
+        ):
+            return False
+        if self.price_input is not None and not self.price_input.contains(price_input):
+            return False
+        if self.price_output is not None and not self.price_output.contains(price_output):
+            return False
+        if self.carbon is not None and not self.carbon.contains(backend.carbon_gco2_kwh):
+            return False
         return all(backend.labels.get(key) == value for key, value in self.labels.items())
+
+
+def is_between(rtt: Between, backend: BackendView) -> bool:
+    """Whether the round trip of a backend is inside of bounds; one that is not measured yet (0) is not."""
+    return backend.rtt_s > 0.0 and rtt.low <= backend.rtt_s <= rtt.high
 
 
 def sites_include(sites: Collection[str], site: str) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeAlias, TypeVar
 
 from policies.base import BackendView, Send
 
 REMEMBERED = 4096
 """Backends a policy remembers something of; of more, those it has used lately."""
+
+ALIKE = 0.10
+"""Costs that differ by less than this share (and 1 ms) are alike: averages are no more exact than that."""
 
 Value = TypeVar("Value")
 
@@ -25,6 +28,11 @@ class Recent(Generic[Value]):
 
     def get(self, name: str, default: Value) -> Value:
         return self._values.get(name, default)
+
+    @property
+    def lookup(self) -> Callable[[str, Value], Value]:
+        """`get`, for loops over many backends."""
+        return self._values.get
 
     def note(self, name: str, value: Value) -> None:
         values = self._values
@@ -54,6 +62,11 @@ class Turns:
     def __getitem__(self, name: str) -> int:
         return self._last.get(name, 0)
 
+    @property
+    def get(self) -> Callable[[str, int], int]:
+        """The same of a name, with 0 as the second argument: for loops over many backends."""
+        return self._last.lookup
+
     def __len__(self) -> int:
         return len(self._last)
 
@@ -80,3 +93,42 @@ def best_first(ranking: list[Rank], reason: str, scores: Mapping[str, float]) ->
     """The best of a ranking, the others as fallbacks in its order. Sorts the ranking in place."""
     ranking.sort()
     return Send(ranking[0][4], tuple([rank[4] for rank in ranking[1:]]), reason, scores)
+
+
+def least_first(
+    backends: Sequence[BackendView],
+    costs: Sequence[float],
+    turns: Turns,
+    now: float,
+    reason: str,
+    last: Sequence[bool] | None = None,
+) -> Send:
+    """The backend of least cost, where costs are measured: they are noisy, and the exact order would herd on noise.
+
+    So those that are alike go by saturation, then to the one dispatched to longest ago: all that are alike to the
+    least, then all that are alike to the least of the rest, and so on. `last`: who comes after all others, whatever
+    the cost.
+    """
+    order = [(last is not None and last[index], cost, index) for index, cost in enumerate(costs)]
+    order.sort()
+    scores = {}
+    ranking: list[Rank] = []
+    count = len(order)
+    begin = 0
+    while begin < count:
+        group, cost, index = order[begin]
+        alike = cost * (1.0 + ALIKE) + 0.001
+        end = begin + 1
+        while end < count and order[end][1] <= alike and order[end][0] == group:
+            end += 1
+        if end == begin + 1:
+            scores[backends[index].name] = cost
+            ranking.append((float(begin), 0.0, 0.0, index, backends[index].name))
+        else:
+            for _, cost, index in order[begin:end]:
+                backend = backends[index]
+                name = backend.name
+                scores[name] = cost
+                ranking.append((float(begin), backend.saturation(now), turns[name], index, name))
+        begin = end
+    return best_first(ranking, reason, scores)

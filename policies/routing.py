@@ -47,6 +47,10 @@ class Candidate(NamedTuple):
     waiting: int
     kv_use: float
     sampled_at: float
+    prefilling: int
+    prefill_tokens: int
+    ttft_fit: tuple[float, ...]
+    tpot_fit: tuple[float, ...]
 
 
 def copy_figures(backend: BackendView, saturation: float) -> Candidate:
@@ -66,6 +70,10 @@ def copy_figures(backend: BackendView, saturation: float) -> Candidate:
             backend.waiting,
             backend.kv_use,
             backend.sampled_at,
+            backend.prefilling,
+            backend.prefill_tokens,
+            backend.ttft_fit,
+            backend.tpot_fit,
         ),
     )
 
@@ -110,7 +118,7 @@ class Routing:
     spilling: bool = False
     """Whether the tier that took it, or one asked before, stood open."""
     removed: Mapping[str, str] | None = None
-    """Backends that constraints or weight 0 removed, with the reason. Shared between decisions: not to be
+    """Backends that constraints, the rule or weight 0 removed, with the reason. Shared between decisions: not to be
     changed."""
     candidates: tuple[Candidate, ...] = ()
     """What the policy chose from. A feasible backend that is not here had no free slot, was not available,
@@ -123,6 +131,8 @@ class Routing:
     """Tiers passed that have room, but whose policy asked to wait: index and reason."""
     failure: str = ""
     """Why the attempt failed that this decision led to; empty: it did not."""
+    part: str = ""
+    """The part of the rule's split whose backends it was decided among; empty: there is none."""
     lease: Lease | None = None
     """With a `Send` from the valve: load already counted; whoever gets it releases it."""
 

@@ -31,7 +31,7 @@ from policies.host import HostBounds
 from policies.match import Hours, Match, Selector
 from policies.routing import AVAILABILITY, TIERS, Candidate, Routing, copy_figures
 from policies.rule import Queue, Rule, Spill, Tier
-from policies.state import Backend, Fleet
+from policies.state import Backend, Fleet, cached_in
 
 __all__ = [
     "Candidate",
@@ -59,6 +59,8 @@ class RuleSet:
         assert len({rule.name for rule in rules}) == len(rules), "names of rules must be unique"
         self.rules = tuple(rules)
         self._sets = CandidateSets()
+        self.needs = frozenset[str]().union(*(chooser.needs for rule in rules for chooser in rule.choosers))
+        """Of all policies of the file."""
 
     @property
     def spills(self) -> Sequence[SpillState]:
@@ -77,9 +79,21 @@ class RuleSet:
                 return rule
         raise AssertionError("the last rule matches every request")
 
-    def candidates(self, request: RequestFacts, fleet: Fleet) -> Candidates:
-        """Who may serve the request under its rule, by tier; cached until the fleet changes."""
-        return self._sets.find(self.rule_for(request), request, fleet)
+    def candidates(
+        self, request: RequestFacts, fleet: Fleet, failed: frozenset[str] = NOTHING_TRIED
+    ) -> Candidates:
+        """Who may serve the request under its rule, by tier; cached until the fleet changes. `failed`: as for
+        `route`; they are not left out."""
+        return self._sets.find(self.rule_for(request), request, fleet, failed)
+
+    def aside(self) -> RuleSet:
+        """The same rules with policies and flags of their own, as they stand: deciding with it leaves no trace.
+
+        Raises whatever a policy raises that cannot be copied.
+        """
+        other = RuleSet([rule.aside() for rule in self.rules])
+        other._sets = self._sets.aside()
+        return other
 
     def observe(self, fleet: Fleet, now: float) -> None:
         """Let the spill flags follow the load while no request comes to move them."""
@@ -92,15 +106,17 @@ class RuleSet:
         now: float,
         tried: frozenset[str] = NOTHING_TRIED,
         full: float = 1.0,
+        failed: frozenset[str] = NOTHING_TRIED,
     ) -> Routing:
-        """Decide; nothing is counted yet. Backends in `tried` (attempts that failed) are left out; one below the
-        saturation `full` has a free slot.
+        """Decide; nothing is counted yet. Backends in `tried` are left out; one below the saturation `full` has a
+        free slot. A request leaves its part of a split when all that is available of it is in `failed`, and not
+        because it is left out for another reason.
 
         Without a backend that may serve it: `Reject`, named after the constraint. With none that is
         available: `Reject` with `no_backend`. With no tier that takes it: `Hold`, until the first of the
         policies that asked to wait would be asked again.
         """
-        candidates = self._sets.find(self.rule_for(request), request, fleet)
+        candidates = self._sets.find(self.rule_for(request), request, fleet, failed)
         rule = candidates.rule
         if tried:
             candidates = candidates.without(tried)
@@ -141,6 +157,7 @@ class RuleSet:
                 routing = self._choose(request, candidates, tier.tier, free, figures, now)
                 decision = routing.decision
                 if type(decision) is not Hold:
+                    routing.part = candidates.part
                     routing.passed = passed
                     routing.spilling = spilling
                     routing.waits = waits
@@ -158,6 +175,7 @@ class RuleSet:
         held.passed = passed
         held.spilling = spilling
         held.waits = waits
+        held.part = candidates.part
         return held
 
     @staticmethod
@@ -176,6 +194,8 @@ class RuleSet:
     ) -> Routing:
         rule = candidates.rule
         chooser = rule.choosers[tier]
+        if chooser.by_prefix and request.prefix:
+            request.cached = cached_in(eligible, request)
         decision, decided_by = chooser.decide(request, eligible, now)
         if isinstance(decision, Send):
             fallbacks = candidates.fallbacks(tier, decision.backend, decision.fallbacks)
@@ -217,6 +237,7 @@ class RuleSet:
             candidates.rule.guarded,
             removed=candidates.removed,
             at=now,
+            part=candidates.part,
         )
 
 

@@ -58,6 +58,14 @@ class Shares:
     def __init__(self) -> None:
         self.uses: dict[str, Use] = {}
 
+    def aside(self) -> Shares:
+        """A copy."""
+        other = Shares()
+        for tenant, use in self.uses.items():
+            copy = other.uses[tenant] = Use(use.at)
+            copy.held, copy.mean, copy.priority = use.held, use.mean, use.priority
+        return other
+
     def take(self, tenant: str, priority: int, now: float) -> None:
         """A request of the tenant gets a slot."""
         use = self.uses.get(tenant)

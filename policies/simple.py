@@ -9,11 +9,12 @@ Fallbacks are all other candidates, the best first.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from random import Random
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 from policies.base import BackendView, Decision, Hold, Policy, RequestFacts, Send
 from policies.ranking import Rank, Recent, Turns, best_first, only, with_weight
@@ -247,3 +248,16 @@ _guard: tuple[Callable[[Random], Policy], ...] = (
     PowerOfTwo,
     WeightedQps,
 )
+
+
+def _made(kind: Callable[[Random], Policy]) -> Policy:
+    return kind(Random())  # noqa: S311  it gets the state of the one that is copied
+
+
+def _reduced(policy: Policy) -> tuple[Any, ...]:
+    """How `copy` and `deepcopy` make another one: what is compiled is not made without its arguments."""
+    return _made, (type(policy),), object.__reduce_ex__(policy, 4)[2]
+
+
+for _kind in (RoundRobin, RandomChoice, LeastLoad, PowerOfTwo, WeightedQps):
+    copyreg.pickle(_kind, _reduced)

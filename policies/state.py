@@ -11,8 +11,8 @@ pause much longer than tau the next sample replaces the average.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from math import exp, inf
 from typing import Final
 
@@ -20,7 +20,10 @@ from policies.adaptive import AdaptiveSlots
 from policies.base import BackendView, Finished, Outcome, Policy, RequestFacts
 from policies.breaker import Breaker
 from policies.health import Health, slots_in_slow_start
+from policies.lengths import Lengths
+from policies.prefixes import ROOM_TOKENS, Prefixes
 from policies.shares import Shares
+from policies.speeds import Speed
 
 AVERAGE_TAU_S = 10.0
 """Time constant of the TTFT, TPOT and RTT averages, seconds."""
@@ -64,6 +67,10 @@ class Backend(BackendView):
     breaker: Breaker = field(default_factory=Breaker)
     shares: Shares = field(default_factory=Shares, compare=False, repr=False)
     """Who holds its slots."""
+    prefixes: Prefixes | None = field(default=None, compare=False, repr=False)
+    """What its prefix cache has, where a policy needs `prefix`."""
+    speed: Speed | None = field(default=None, compare=False, repr=False)
+    """Where `ttft_fit` and `tpot_fit` come from."""
     ttft_at: float = -inf
     tpot_at: float = -inf
     rtt_at: float = -inf
@@ -87,6 +94,8 @@ class Backend(BackendView):
         if up and not self.probed_up:
             self.breaker.up_again(now)
             self.silent = False
+            if self.prefixes is not None:
+                self.prefixes.clear()  # most likely it was started anew
         self.probed_up = up
 
     def observe_ttft(self, seconds: float, now: float) -> None:
@@ -96,6 +105,13 @@ class Backend(BackendView):
     def observe_tpot(self, seconds: float, now: float) -> None:
         self.tpot_s = _ewma(self.tpot_s, seconds, now - self.tpot_at)
         self.tpot_at = now
+
+    def cached_tokens(self, request: RequestFacts) -> int:
+        """Prompt tokens of the request that are probably in its prefix cache; never all of them."""
+        if self.prefixes is None:
+            return 0
+        tokens = self.prefixes.matching(request.prefix) * request.prefix_tokens
+        return max(min(tokens, request.prompt_tokens - 1), 0)
 
     def observe_rtt(self, seconds: float, now: float) -> None:
         self.rtt_s = _ewma(self.rtt_s, seconds, now - self.rtt_at)
@@ -109,6 +125,11 @@ def _ewma(average: float, sample: float, age: float) -> float:
     return average + (1.0 - exp(-max(age, 0.05) / AVERAGE_TAU_S)) * (sample - average)
 
 
+def cached_in(backends: Iterable[Backend], request: RequestFacts) -> dict[str, int]:
+    """What of the request each backend has cached, tokens (`RequestFacts.cached`)."""
+    return {backend.name: tokens for backend in backends if (tokens := backend.cached_tokens(request))}
+
+
 class Lease:
     """Load that one attempt holds on a backend, from dispatch until its stream has ended."""
 
@@ -117,7 +138,10 @@ class Lease:
         "decided_by",
         "first_token_at",
         "in_flight",
+        "others",
         "policy",
+        "prefill_ahead",
+        "prefill_tokens",
         "released",
         "request",
         "silent",
@@ -137,6 +161,12 @@ class Lease:
         self.tokens = request.tokens
         self.in_flight = backend.in_flight + 1
         """On its backend when it was dispatched, itself included."""
+        self.prefill_tokens = request.prompt_tokens
+        """Its prompt, less what was probably cached."""
+        self.prefill_ahead = 0
+        """Prompt tokens to compute until its first token, its own included, when it was dispatched."""
+        self.others = 0
+        """Others in flight that had their first token when it was dispatched; later, when it had its own."""
         self.released = False
         self.silent = False
         """It failed without an answer; whoever releases it says so before."""
@@ -150,6 +180,10 @@ class Fleet:
         self.backends: dict[str, Backend] = {backend.name: backend for backend in backends}
         self.version = 0
         """Changes when what a backend is, serves or whether it is available changes: key for caches."""
+        self.needs: frozenset[str] = frozenset()
+        """Of its policies; see `see_to`."""
+        self.lengths: Lengths | None = None
+        """How long answers are, where a policy needs `length`."""
 
     def __iter__(self) -> Iterator[Backend]:
         return iter(self.backends.values())
@@ -160,6 +194,19 @@ class Fleet:
     def __len__(self) -> int:
         return len(self.backends)
 
+    def aside(self) -> Fleet:
+        """The same backends as they stand, copied as far as deciding changes them. Nothing is leased on it: what is
+        known of prefixes and speeds is shared."""
+        other = Fleet(
+            [
+                replace(backend, breaker=replace(backend.breaker), shares=backend.shares.aside())
+                for backend in self
+            ],
+            self.health,
+        )
+        other.needs, other.lengths, other.version = self.needs, self.lengths, self.version
+        return other
+
     def replace(self, backends: Sequence[Backend]) -> None:
         """Take a new set; a backend that stays the same object keeps its counts, a new one starts slowly."""
         if self.backends:
@@ -167,6 +214,25 @@ class Fleet:
                 backend.out = backend.out or self.backends.get(backend.name) is not backend
         self.backends = {backend.name: backend for backend in backends}
         self.version += 1
+        self.see_to(self.needs)
+
+    def see_to(self, needs: frozenset[str]) -> None:
+        """Learn what policies need that costs something to learn: `prefix`, `speed`, `length` (`Policy.needs`)."""
+        self.needs = needs
+        for backend in self.backends.values():
+            if "prefix" not in needs:
+                backend.prefixes = None
+            elif backend.prefixes is None:
+                backend.prefixes = Prefixes()
+            if "speed" not in needs:
+                backend.speed, backend.ttft_fit, backend.tpot_fit = None, (), ()
+            elif backend.speed is None:
+                backend.speed = speed = Speed()
+                backend.ttft_fit, backend.tpot_fit = speed.ttft.coefficients, speed.tpot.coefficients
+        if "length" not in needs:
+            self.lengths = None
+        elif self.lengths is None:
+            self.lengths = Lengths()
 
     def refresh(self, now: float) -> bool:
         """Recompute who is available and with how many slots (after a probe, an outcome, or time). True:
@@ -236,6 +302,13 @@ class Fleet:
         lease = Lease(request, backend, policy, decided_by, now)
         backend.in_flight += 1
         backend.in_flight_tokens += lease.tokens
+        if backend.prefixes is not None and request.prefix:
+            lease.prefill_tokens -= backend.cached_tokens(request)
+            backend.prefixes.note(request.prefix, (backend.kv_tokens or ROOM_TOKENS) // request.prefix_tokens)
+        lease.others = backend.in_flight - 1 - backend.prefilling
+        backend.prefilling += 1
+        backend.prefill_tokens += lease.prefill_tokens
+        lease.prefill_ahead = backend.prefill_tokens
         backend.shares.take(request.tenant, request.priority, now)
         if backend.breaker.dispatched(now):
             self.refresh(now)
@@ -250,7 +323,14 @@ class Fleet:
         lease.first_token_at = now
         backend = lease.backend
         backend.silent = False
+        backend.prefilling -= 1
+        backend.prefill_tokens -= lease.prefill_tokens
         backend.observe_ttft(now - lease.started, now)
+        if backend.speed is not None:
+            line = backend.speed.ttft
+            line.note((1.0, float(lease.prefill_ahead), float(lease.others)), now - lease.started)
+            backend.ttft_fit = line.coefficients
+            lease.others = backend.in_flight - 1
         moved = backend.breaker.first_token(lease.started, now)
         if backend.adaptive is not None:
             ttft_s, full_slots = now - lease.started, backend.full_slots
@@ -277,6 +357,9 @@ class Fleet:
         backend = lease.backend
         backend.in_flight -= 1
         backend.in_flight_tokens -= lease.tokens
+        if lease.first_token_at is None:
+            backend.prefilling -= 1
+            backend.prefill_tokens -= lease.prefill_tokens
         backend.shares.give_back(lease.request.tenant, now)
         prompt, cached, completion = usage
         ttft = None
@@ -284,8 +367,15 @@ class Fleet:
             ttft = lease.first_token_at - lease.started
             # A stream that stalled or broke is the breaker's business and no measure of speed.
             if completion > 1 and outcome is not Outcome.FAILED:
-                backend.observe_tpot((now - lease.first_token_at) / (completion - 1), now)
+                seconds = (now - lease.first_token_at) / (completion - 1)
+                backend.observe_tpot(seconds, now)
+                if backend.speed is not None:
+                    line = backend.speed.tpot
+                    line.note((1.0, 0.5 * (lease.others + backend.in_flight)), seconds)
+                    backend.tpot_fit = line.coefficients
         if outcome is Outcome.OK:
+            if self.lengths is not None and completion:
+                self.lengths.note(lease.request.tenant, lease.request.model, completion)
             backend.ok += 1
             backend.ok_at = now
             backend.silent = False

@@ -20,6 +20,17 @@ several do while a long one is computed: one or two say nothing (the saturation 
 Inference Extension takes the same figure)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Tunable:
+    """Where `tidegate tune` looks for a policy's parameter, or for each value of a map: third in its annotation,
+    after the text."""
+
+    low: float
+    high: float
+    log: bool = False
+    """By ratio instead of by difference: for what spans more than a decade."""
+
+
 @dataclass(slots=True)
 class RequestFacts:
     """What a decision may depend on, read once from the request and its key."""
@@ -52,7 +63,13 @@ class RequestFacts:
     """Higher goes first."""
     labels: Mapping[str, str] = field(default_factory=dict)
     prefix: tuple[int, ...] = ()
-    """Chained hashes of the prompt's leading blocks; filled only for policies that need `prefix`."""
+    """Chained hashes of the prompt's leading blocks; filled only for policies that need `prefix` or
+    `hashes`."""
+    prefix_tokens: int = 512
+    """Prompt tokens that each of `prefix` stands for (in the proxy an estimate: 2 KiB of the body)."""
+    cached: Mapping[str, int] = field(default_factory=dict)
+    """Prompt tokens that a backend has probably in its prefix cache, by its name; one that is missing has none.
+    Set before each decision of a policy that needs `prefix`."""
     backend: str = ""
     """The only backend that can serve it, since it has what the request is about; empty: any may."""
 
@@ -60,6 +77,11 @@ class RequestFacts:
     def tokens(self) -> int:
         """Load this request is expected to put on a backend, tokens."""
         return self.prompt_tokens + self.expected_tokens
+
+    def new_tokens(self, backend: str) -> int:
+        """Prompt tokens that the backend would have to compute, at least 1 (an engine computes the last one
+        anew)."""
+        return max(self.prompt_tokens - self.cached.get(backend, 0), 1)
 
 
 @dataclass(slots=True)
@@ -96,18 +118,30 @@ class BackendView:
     in_flight: int = 0
     """Requests leased to it by this router: always exact, always fresh."""
     in_flight_tokens: int = 0
+    prefilling: int = 0
+    """Those of `in_flight` whose first token has not come."""
+    prefill_tokens: int = 0
+    """Their prompts, less what was probably cached, tokens: what stands before the next prompt."""
     ttft_s: float = 0.0
     """EWMA of the time to the first token; 0: not measured yet."""
     tpot_s: float = 0.0
     """EWMA of the time per output token after the first; 0: not measured yet."""
     rtt_s: float = 0.0
     """EWMA of the network round trip; 0: not measured yet."""
+    ttft_fit: tuple[float, ...] = ()
+    """Seconds to the first token, network included: alone, more for each prompt token that is computed before it
+    (its own and `prefill_tokens`), and more for each other request that has its first token. Empty: nobody needs
+    `speed` (`policies/speeds.py`)."""
+    tpot_fit: tuple[float, ...] = ()
+    """Seconds for each token after the first: alone, and more for each other request in flight. As `ttft_fit`."""
     available: bool = True
     """The one question about a backend: probed up, serves a model, breaker closed, not draining."""
     running: int = 0
     waiting: int = 0
     kv_use: float = 0.0
     """What the engine said of itself (`waiting`: requests in its queue; `kv_use`: 0 to 1) at `sampled_at`."""
+    kv_tokens: int = 0
+    """Room in its KV cache, tokens, as the engine says; 0: it does not."""
     sampled_at: float = -inf
     host: Mapping[str, float] = field(default_factory=dict)
     """Figures of its site's machine by name (`policies/host.py`), as they were at `host_at`."""

@@ -23,12 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from heapq import heapify, heappop, heappush
-from math import ceil, inf
+from math import inf
 
-from policies.base import Decision, Hold, Reject, RequestFacts, Send
+from policies.base import Hold, Reject, RequestFacts, Send
 from policies.candidates import Candidates
 from policies.constraints import RETRY_AFTER_S
 from policies.fairness import FairQueue, Held
+from policies.refusals import hopeless, queue_full, undecided
 from policies.routing import AVAILABILITY, HEDGE, SHARES, TIERS, WAIT_OVER, Routing, because, copy_figures
 from policies.rules import RuleSet
 from policies.shares import MOST_KEPT
@@ -37,9 +38,6 @@ from policies.state import Fleet
 MOST_OF_WAIT = 0.6
 """A request that would wait for more of its rule's wait than this is refused at once. The rest is for what the
 forecast does not know, and for lower priorities to come up by ageing."""
-
-MOST_ADVICE_S = 60.0
-"""Longest `Retry-After` by forecast."""
 
 HEADS_PER_POLL = 8
 """Heads of one queue that are asked in one poll; the rest in the next, which `next_wake` calls for at
@@ -52,6 +50,7 @@ class Valve:
     def __init__(self, rules: RuleSet, fleet: Fleet) -> None:
         self.rules = rules
         self.fleet = fleet
+        fleet.see_to(rules.needs)
         self._held: dict[str, Held] = {}
         """By request id, in order of arrival."""
         self._queues: dict[tuple[str, frozenset[str]], FairQueue] = {}
@@ -97,6 +96,10 @@ class Valve:
         """Decide over a new request. With a `Hold` it is in the queue, and its answer comes from a `poll`."""
         assert request.id not in self._held, "ids of requests must be unique"
         self._now = now
+        lengths = self.fleet.lengths
+        if lengths is not None and request.expected_tokens:
+            limit = max(request.max_tokens, request.expected_tokens) if request.max_tokens else 0
+            request.expected_tokens = lengths.expected(request.tenant, request.model, limit)
         if now >= self._back_at or self.fleet.version != self._version:
             self._follow_fleet(now)
         if request.backend and not request.tokens:  # it asks after what is there, and takes nobody's place
@@ -112,7 +115,9 @@ class Valve:
                 if not queue.blocked:  # those before it were held for reasons of their own
                     self._unasked = True
                 until = self.rules.hold_until(request, candidates.rule)
-                waiting = _routing(request, candidates, Hold(until, "others wait for the same"), "queue", now)
+                waiting = undecided(
+                    request, candidates, Hold(until, "others wait for the same"), "queue", now
+                )
                 return self._enqueue(waiting, candidates, now)
         routing = self._route(request, now)
         if type(routing.decision) is Hold:
@@ -134,17 +139,17 @@ class Valve:
         if now >= self._back_at or self.fleet.version != self._version:
             self._follow_fleet(now)
         excluded = frozenset(tried)
-        candidates = self.rules.candidates(request, self.fleet).without(excluded)
+        candidates = self.rules.candidates(request, self.fleet, excluded).without(excluded)
         if type(routing.decision) is Send:
             left = tuple(name for name in routing.decision.fallbacks if name in candidates.order)
             if left:
                 send = Send(left[0], left[1:], f"fallback after {', '.join(sorted(excluded))}")
-                again = _routing(request, candidates, send, "fallback", now)
+                again = undecided(request, candidates, send, "fallback", now)
                 backend = self.fleet[left[0]]
                 again.candidates = (copy_figures(backend, backend.saturation(now)),)
                 self._lease(again, now)
                 return again
-        again = self.rules.route(request, self.fleet, now, excluded)
+        again = self.rules.route(request, self.fleet, now, excluded, failed=excluded)
         if type(again.decision) is Hold:
             again = self._to_any(request, candidates, "fallback", "no tier has room for another attempt", now)
         self._lease(again, now)
@@ -229,6 +234,7 @@ class Valve:
         """Take a new policy file. Held requests wait on under its rules; poll afterwards, to ask them
         again."""
         self.rules = rules
+        self.fleet.see_to(rules.needs)
         self._now = now
         self._place_again(now, new_rules=True)
         self._unasked = bool(self._held)
@@ -251,7 +257,7 @@ class Valve:
                 candidates = self.rules.candidates(request, self.fleet)
                 until = self.rules.hold_until(request, candidates.rule)
                 hold = Hold(until, "the free slots are kept for other tenants")
-                return _routing(request, candidates, hold, SHARES, now)
+                return undecided(request, candidates, hold, SHARES, now)
             routing = again
         return routing
 
@@ -293,17 +299,14 @@ class Valve:
         queue = self._queues.get(candidates.key)
         if queue is None:
             queue = FairQueue(candidates.key)
-        limits = candidates.rule.queue
-        if limits.wait_s > 0.0 and len(queue) > self._overflow_room(candidates):
-            wait = queue.expected_wait(request, now)
-            if wait > limits.wait_s * MOST_OF_WAIT:
-                return _hopeless(request, candidates, wait, now)
-        if len(queue) >= limits.depth:
+        refusal = self._no_place(request, candidates, queue, now)
+        if refusal is not None:
+            return refusal
+        if len(queue) >= candidates.rule.queue.depth:
             displaced = queue.displaced_by(request)
-            if displaced is None:
-                return _full(request, candidates, now)
+            assert displaced is not None
             self._take(displaced, served=False)
-            refusal = _full(displaced.request, candidates, now)
+            refusal = queue_full(displaced.request, candidates, now)
             refusal.held_s = now - displaced.since
             self._answers.append(refusal)
         self._sequence += 1
@@ -317,6 +320,19 @@ class Valve:
         self._held[request.id] = held
         heappush(self._ends, (held.until, held.sequence, held))
         return routing
+
+    def _no_place(
+        self, request: RequestFacts, candidates: Candidates, queue: FairQueue, now: float
+    ) -> Routing | None:
+        """Its refusal if it would wait in vain, or the queue is full and it may take no place; None: it waits."""
+        limits = candidates.rule.queue
+        if limits.wait_s > 0.0 and len(queue) > self._overflow_room(candidates):
+            wait = queue.expected_wait(request, now)
+            if wait > limits.wait_s * MOST_OF_WAIT:
+                return hopeless(request, candidates, wait, now)
+        if len(queue) >= limits.depth and queue.displaced_by(request) is None:
+            return queue_full(request, candidates, now)
+        return None
 
     def _take(self, held: Held, served: bool) -> None:
         """Take a request out of its queue."""
@@ -350,7 +366,7 @@ class Valve:
             candidates = self.rules.candidates(request, self.fleet)
             if request.deadline <= now:
                 late = Reject("queue_timeout", "its deadline passed while it was held", RETRY_AFTER_S)
-                routing = _routing(request, candidates, late, WAIT_OVER, now)
+                routing = undecided(request, candidates, late, WAIT_OVER, now)
             else:
                 routing = self._route(request, now)
                 if type(routing.decision) is Hold:
@@ -417,7 +433,7 @@ class Valve:
         if left.order:
             return self._to_any(request, left, WAIT_OVER, "held long enough", now)
         late = Reject("queue_timeout", "no backend had room for it while it was held", RETRY_AFTER_S)
-        return _routing(request, candidates, late, WAIT_OVER, now)
+        return undecided(request, candidates, late, WAIT_OVER, now)
 
     def _to_any(
         self, request: RequestFacts, candidates: Candidates, decided_by: str, reason: str, now: float
@@ -431,7 +447,7 @@ class Valve:
             key=lambda figure: figure.saturation,
         )
         names = tuple(figure.name for figure in figures)
-        routing = _routing(request, candidates, Send(names[0], names[1:], reason), decided_by, now)
+        routing = undecided(request, candidates, Send(names[0], names[1:], reason), decided_by, now)
         routing.candidates = tuple(figures)
         return routing
 
@@ -474,26 +490,3 @@ class Valve:
                 held.until = self.rules.hold_until(held.request, candidates.rule)
         self._ends = [(held.until, held.sequence, held) for held in self._held.values()]
         heapify(self._ends)
-
-
-def _routing(
-    request: RequestFacts, candidates: Candidates, decision: Decision, decided_by: str, now: float
-) -> Routing:
-    """A decision that no policy made; the policy of the tier that it falls to hears of it all the same."""
-    rule = candidates.rule
-    tier = candidates.tier_of[decision.backend] if isinstance(decision, Send) else -1
-    policy = rule.choosers[tier] if tier >= 0 else rule.guarded
-    return Routing(request, rule.name, decision, decided_by, policy, tier, removed=candidates.removed, at=now)
-
-
-def _hopeless(request: RequestFacts, candidates: Candidates, wait: float, now: float) -> Routing:
-    """Refused at once, since it would only wait to be refused later."""
-    advice = min(max(wait, 1.0), MOST_ADVICE_S)
-    reject = Reject("queue_full", f"it would wait for about {ceil(wait)} s", advice)
-    return _routing(request, candidates, reject, "queue", now)
-
-
-def _full(request: RequestFacts, candidates: Candidates, now: float) -> Routing:
-    queue = candidates.rule.queue
-    reject = Reject("queue_full", f"{queue.depth} requests wait already", max(queue.wait_s, 1.0))
-    return _routing(request, candidates, reject, "queue", now)

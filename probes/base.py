@@ -133,6 +133,8 @@ class Sample:
     """Share of the KV cache in use, 0 to 1; the fullest rank's."""
     max_concurrency: float | None = None
     """Requests of full context length whose KV cache fits at once; None: not reported (older vLLM)."""
+    kv_tokens: int = 0
+    """Room in the KV caches, tokens; 0: not reported."""
     prefix_queries: float = 0.0
     prefix_hits: float = 0.0
     """Prompt tokens looked up, and found, in the prefix cache since the engine started."""

@@ -51,6 +51,9 @@ def line_pattern(prefix: bytes, names: tuple[bytes, ...]) -> re.Pattern[bytes]:
 
 
 _LINE: Final = line_pattern(b"vllm:", _WANTED)
+_KV_TOKENS: Final = re.compile(rb'[{,]kv_cache_size_tokens="([0-9]{1,15})"')
+_KV_BLOCKS: Final = re.compile(rb'[{,]num_gpu_blocks="([0-9]{1,15})"')
+_BLOCK_SIZE: Final = re.compile(rb'[{,]block_size="([0-9]{1,15})"')
 _MAX_CONCURRENCY: Final = re.compile(rb'[{,]kv_cache_max_concurrency="([0-9.eE+-]{1,40})"')
 
 
@@ -58,11 +61,14 @@ def parse_metrics(page: bytes, at: float) -> Sample | None:
     """The figures on a page asked for at `at` (monotonic); None if none of an engine's load is on it."""
     rows: dict[bytes, list[float]] = {}
     max_concurrency = 0.0
+    kv_tokens = 0
     for line in _LINE.finditer(b"\n" + page):
         name, labels, text = line.groups()
         if name == _CACHE_CONFIG:
             if labels and (found := _MAX_CONCURRENCY.search(labels)):
                 max_concurrency += number(found[1]) or 0.0
+            if labels:
+                kv_tokens += _kv_tokens(labels)
         elif (value := number(text)) is not None:
             rows.setdefault(name, []).append(value)
     running, waiting = _newest(rows, _RUNNING), _newest(rows, _WAITING)
@@ -75,9 +81,18 @@ def parse_metrics(page: bytes, at: float) -> Sample | None:
         waiting=int(sum(waiting)),
         kv_use=min(max(kv_use, default=0.0), 1.0),
         max_concurrency=max_concurrency or None,
+        kv_tokens=kv_tokens,
         prefix_queries=sum(_newest(rows, _PREFIX_QUERIES)),
         prefix_hits=sum(_newest(rows, _PREFIX_HITS)),
     )
+
+
+def _kv_tokens(labels: bytes) -> int:
+    """Room in the KV cache of one rank; 0: not told. Older versions tell blocks and their size."""
+    if found := _KV_TOKENS.search(labels):
+        return int(found[1])
+    blocks, size = _KV_BLOCKS.search(labels), _BLOCK_SIZE.search(labels)
+    return int(blocks[1]) * int(size[1]) if blocks and size else 0
 
 
 _LARGEST: Final = 1e15

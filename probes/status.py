@@ -174,6 +174,7 @@ class TargetStatus:
         if sample is not None and sample.at > backend.sampled_at:
             backend.running, backend.waiting = sample.running, sample.waiting
             backend.kv_use, backend.sampled_at = sample.kv_use, sample.at
+            backend.kv_tokens = sample.kv_tokens
         served, context_tokens = self.served, self.context_tokens
         slots, unknown, awaited = self.slots or backend.full_slots, self.models_unknown, self.models_awaited
         before = (backend.models, backend.context_tokens, backend.full_slots)

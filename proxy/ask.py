@@ -21,6 +21,8 @@ DEFAULT_STATE = Path("tidegate-data")
 PORTS_FILE = "ports.json"
 """In its state directory a running proxy writes its real ports."""
 DEFAULT_ADMIN = "127.0.0.1:8081"
+CLIENTS_ERROR = "x-tidegate-clients-error"
+"""Field of an answer of the admin port that is the error a client would get."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,21 @@ class AskError(Exception):
     """No proxy can be asked, or it does not know; the message is for the person at the terminal."""
 
 
+class NobodyError(AskError):
+    """Nobody answers there."""
+
+
+class ClientsError(AskError):
+    """A client would have got this error of the API in place of an answer."""
+
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        error = body["error"]
+        code = error.get("code") or error["type"]
+        where = f" ({error['param']})" if error.get("param") else ""
+        super().__init__(f"a client would get {status} {code}{where}: {error.get('message')}")
+        self.body = body
+
+
 def admin_address(admin: str | None, state: Path | None, config: Config | None) -> str:
     """The admin port: `admin` itself, else that of the proxy on `state`, else the configured one.
 
@@ -75,7 +92,7 @@ def admin_address(admin: str | None, state: Path | None, config: Config | None) 
         return written_admin(DEFAULT_STATE) or DEFAULT_ADMIN
     written = written_admin(config.state)
     if written is None and config.admin.endswith(":0"):
-        raise AskError(f"no proxy is running on {config.state}: it would have left ports.json there")
+        raise NobodyError(f"no proxy is running on {config.state}: it would have left ports.json there")
     return written or ("https://" if config.admin_tls else "") + config.admin
 
 
@@ -108,8 +125,10 @@ def _written(state: Path) -> dict[str, Any]:
     return written if isinstance(written, dict) else {}
 
 
-def ask(port: AdminPort | str, path: str) -> dict[str, Any]:
-    """What an admin port answers to `GET path`. Raises AskError.
+def ask(port: AdminPort | str, path: str, body: bytes | None = None) -> dict[str, Any]:
+    """What an admin port answers to `GET path`, or to a `POST` of `body`.
+
+    Raises AskError; ClientsError for an error of the API in answer to a body.
 
     The certificate of one that was found has to be among those it is known to show. Of an address that was given
     (HOST:PORT, with `https://` in front) the system's authorities decide.
@@ -123,7 +142,10 @@ def ask(port: AdminPort | str, path: str) -> dict[str, Any]:
             shown = connection.sock.getpeercert(binary_form=True) or b""
             if sha256(shown).hexdigest() not in trusted:
                 raise AskError(f"what answers at {address} shows another certificate than this proxy")
-        connection.request("GET", path)
+        if body is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, body, {"content-type": "application/json"})
         response = connection.getresponse()
         answer = json.loads(response.read())
     except ssl.SSLCertVerificationError as error:
@@ -134,7 +156,7 @@ def ask(port: AdminPort | str, path: str) -> dict[str, Any]:
         ) from None
     except OSError as error:
         reason = (error.strerror or "no answer within 5 s").lower()
-        raise AskError(f"no proxy answers at {address}: {reason}") from None
+        raise NobodyError(f"no proxy answers at {address}: {reason}") from None
     except (ValueError, http.client.HTTPException):
         raise AskError(f"what answers at {address} is not the admin port of tidegate") from None
     finally:
@@ -142,6 +164,8 @@ def ask(port: AdminPort | str, path: str) -> dict[str, Any]:
     if response.status == 200 and isinstance(answer, dict):
         return answer
     refusal = answer.get("error") if isinstance(answer, dict) else None
+    if isinstance(refusal, dict) and response.headers.get(CLIENTS_ERROR):
+        raise ClientsError(response.status, answer)
     if not isinstance(refusal, dict) or "code" in refusal:  # errors of the API have a code
         raise AskError(f"what answers at {address} is not the admin port of tidegate")
     raise AskError(str(refusal.get("message")))

@@ -133,7 +133,7 @@ def build(
             dated += dates
             targets.append(_target(section, slots, key, tls, dates))
         at = ()
-        prices = _prices(config)
+        prices_now = prices(config)
         # The present backends still stand where the old configuration had them.
         policy = load_policy(config, configured, seed)
         if before is not None and before.policy.text_hash == policy.text_hash:
@@ -150,7 +150,7 @@ def build(
         backends,
         endpoints,
         targets,
-        prices,
+        prices_now,
         policy,
         health(config),
         hosts_of(config),
@@ -219,8 +219,13 @@ def load_policy(config: Config, backends: list[Backend], seed: int) -> CompiledP
         text = Path(config.policy).read_text(encoding="utf-8")
     else:
         text = library_policy(config.policy)
-    known = KnownNames(backends, frozenset(config.sites))
-    return read_policy(text, config.policy, known, seed)
+    return read_policy(text, config.policy, known_names(config, backends), seed)
+
+
+def known_names(config: Config, backends: list[Backend]) -> KnownNames:
+    """What policy files may name."""
+    operators = frozenset(site.operator for site in config.sites.values())
+    return KnownNames(backends, frozenset(config.sites), operators)
 
 
 def timing(config: Config) -> Timing:
@@ -251,9 +256,6 @@ def hosts_of(config: Config) -> list[HostTarget]:
 
 
 def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Backend:
-    data_classes = site.data_classes
-    if data_classes is None and section.site != "local":
-        data_classes = ["public"]
     price = section.price
     asks = section.models == "auto"
     return Backend(
@@ -267,7 +269,7 @@ def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Bac
         {**site.labels, **section.labels},
         site.operator,
         site.location,
-        None if data_classes is None else frozenset(data_classes),
+        site.accepts(section.site),
         bandwidth=float(section.bandwidth or 125_000_000),
         price_input=float(price.input) if price else None,
         price_output=float(price.output) if price else None,
@@ -441,15 +443,16 @@ def _with_file(section: BackendConfig, name: str, file: Path | None, use: Callab
         raise BadValueError(f"backend {section.name}: {file}: {reason}", at=(name,)) from error
 
 
-def _prices(config: Config) -> Prices:
-    prices: dict[str, dict[str, Price]] = {}
+def prices(config: Config) -> Prices:
+    """What each model costs at each backend."""
+    found: dict[str, dict[str, Price]] = {}
     for section in config.backends:
         by_model = {model: _price(price, config) for model, price in section.prices.items()}
         if section.price is not None:
             by_model["*"] = _price(section.price, config)
         if by_model:
-            prices[section.name] = by_model
-    return Prices(prices, config.ledger_currency)
+            found[section.name] = by_model
+    return Prices(found, config.ledger_currency)
 
 
 def _price(price: PriceConfig, config: Config) -> Price:

@@ -328,11 +328,19 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    context.obj = _past
+
+
+def _past() -> Any:
+    """What a command of the simulator may ask of this room."""
+    from proxy import past
+
+    return past
 
 
 def _logging() -> None:
@@ -352,8 +360,11 @@ _ELSEWHERE = {
     "calibrate": "sim.calibrate_command:calibrate",
     "demo": "proxy.demo:demo",
     "emulate": "sim.emulate:emulate",
+    "leaderboard": "sim.leaderboard_command:leaderboard",
     "plan": "sim.plan_command:plan",
     "replay": "sim.replay_command:replay",
+    "simulate": "sim.simulate_command:simulate",
+    "tune": "sim.tune_command:tune",
     "workload": "sim.workload_command:workload_app",
 }
 """Commands, and groups of them, that live beside what they start; imported when they are called or help is

@@ -15,20 +15,17 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from policies.siteschema import NAME, Name, SiteName, SiteSection
 from policies.units import BadValueError, Duration, Size
 from policies.yamlfile import FileModel, FileProblems, Problem, read_yaml
 from proxy import prices
 from proxy.config_sections import HealthConfig, HedgingConfig, LimitsConfig, Probing, Retries, Timeouts
 from proxy.config_values import (
-    NAME,
     Address,
-    DataClass,
     DecimalText,
     FieldName,
     HostName,
-    Name,
     NetworkText,
-    SiteName,
     Url,
     Variable,
     Zone,
@@ -175,32 +172,10 @@ class HostConfig(FileModel):
     )
 
 
-class SiteConfig(FileModel):
+class SiteConfig(SiteSection):
     """A place where backends stand."""
 
-    operator: str = Field(
-        "", description="Who runs it: residency asks who controls a machine, not only where."
-    )
-    location: tuple[float, float] | None = Field(None, description="Latitude and longitude, degrees.")
-    carbon_gco2_kwh: float | None = Field(
-        None, ge=0, description="Carbon intensity of its power, gCO2 per kWh."
-    )
-    data_classes: list[DataClass] | None = Field(
-        None,
-        description="Data classes it may see. Default: `[public]`; the site `local` may see all.",
-    )
-    labels: dict[str, str] = Field(default_factory=dict, description="Marks of every backend there.")
     host: HostConfig = Field(default_factory=HostConfig, description="Where its machine tells how it is.")
-
-    @model_validator(mode="after")
-    def _check(self) -> SiteConfig:
-        if self.location is not None:
-            latitude, longitude = self.location
-            if not (-90 <= latitude <= 90 and -180 <= longitude <= 180):
-                raise BadValueError(
-                    "latitude lies between -90 and 90, longitude between -180 and 180", at=("location",)
-                )
-        return self
 
 
 class Config(FileModel):

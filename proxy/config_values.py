@@ -1,4 +1,5 @@
-"""Single values of the configuration file and what they may be: names, URLs, addresses, header fields.
+"""Single values of the configuration file and what they may be: URLs, addresses, header fields. Names are in
+`policies/siteschema.py`.
 
 What is wrong with one is said in a BadValueError, in the words of the file.
 """
@@ -15,14 +16,11 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
-from policies.match import REMOTE
 from policies.units import BadValueError
 from policies.yamlproblems import closest
 from proxy.client_address import Network
 from proxy.http1 import NEVER_FORWARDED
-from proxy.records import DATA_CLASS
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NOT_IN_URLS = re.compile(r"""[^!-~]|["<>\\^`{|}]""")
 _API_PATH = re.compile(
     r"(?:/v1/(?:completions|embeddings|models|responses)|(?:/v1)?/chat/completions|/v1|/(?:de)?tokenize)\Z"
@@ -38,30 +36,6 @@ METADATA_ADDRESSES = frozenset(
     for address in ("100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")
 )
 """Cloud metadata services besides the link-local ones: never a backend, whoever asks."""
-
-
-def _check_name(value: str) -> str:
-    if NAME.fullmatch(value) is None:
-        raise BadValueError(f"a name is made of letters, digits, '.', '_' and '-', got '{value[:40]}'")
-    return value
-
-
-def _check_site(value: str) -> str:
-    if value == REMOTE:
-        raise BadValueError(
-            "in policy files 'remote' means every site but `local`: call this one something else"
-        )
-    return _check_name(value)
-
-
-def _check_data_class(value: str) -> str:
-    if re.fullmatch(DATA_CLASS, value) is None:
-        meant = value.lower() if re.fullmatch(DATA_CLASS, value.lower()) else None
-        raise BadValueError(
-            f"no key can have data class '{value[:40]}': it is a word of small letters, digits, '_' and '-'",
-            meant,
-        )
-    return value
 
 
 def _check_url(value: str) -> str:
@@ -229,9 +203,6 @@ def _check_variable(value: str) -> str:
     return value
 
 
-Name = Annotated[str, AfterValidator(_check_name)]
-SiteName = Annotated[str, AfterValidator(_check_site)]
-DataClass = Annotated[str, AfterValidator(_check_data_class)]
 Zone = Annotated[str, AfterValidator(_check_zone)]
 Variable = Annotated[str, AfterValidator(_check_variable)]
 HostName = Annotated[str, AfterValidator(_check_host_name)]

@@ -14,7 +14,6 @@ complete.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import socket
 from enum import StrEnum
@@ -32,6 +31,7 @@ from proxy.answers import error_answer, kept_answer
 from proxy.dialects import event_of, status_in
 from proxy.endpoints import INPUT, stored_id
 from proxy.errors import RequestError
+from proxy.facts import check_model, facts_of, no_model, wants_hashes
 from proxy.forms import content_type
 from proxy.hedge import Hedge
 from proxy.http1 import LAST_CHUNK, RequestHead, chunk
@@ -39,6 +39,7 @@ from proxy.idempotency import request_hash
 from proxy.media import say_why_unmetered
 from proxy.meters import ResponsesMeter
 from proxy.openai import RequestBody, body_for_backend, is_slow_to_read, read_body, read_form
+from proxy.prompt_hashes import prompt_hashes
 from proxy.relay import EVENTS, RAW, WHOLE, Client, Relay
 from proxy.upstream import OUR_SHORTAGE, BackendConnection, Endpoint, connect_failure
 
@@ -55,9 +56,6 @@ UNREACHABLE_RETRY_S: Final = 1.0
 
 PROGRESS_S: Final = 0.4
 """Least time between two notes in the journal of how far a stream is; the sweep makes them half seconds."""
-
-PREFIX_BLOCK_BYTES: Final = 2048
-PREFIX_BLOCKS: Final = 512
 
 
 class State(StrEnum):
@@ -254,7 +252,7 @@ class Exchange(Relay):
         usable = () if key is None or key.models is None else key.models
         # It may have been asked for by an alias.
         asked = next((name for name in usable if runtime.aliases.get(name) == model), model)
-        self._check_model(asked, model)
+        check_model(key, asked, model)
         self.facts = facts = RequestFacts(
             row.op,
             model,
@@ -272,58 +270,44 @@ class Exchange(Relay):
             facts.labels = key.labels
         return facts
 
-    def _check_model(self, asked: str, model: str) -> None:
-        """Raise RequestError if the key may use neither of these names of a model."""
-        key = self.key
-        if key is not None and key.models is not None and not (asked in key.models or model in key.models):
-            raise RequestError(
-                "model_not_allowed", f"this key may not use the model {asked[:128]!r}", "model"
-            )
-
     def _read(self, body: RequestBody) -> RequestFacts:
         """What a decision needs to know of the request. Raises RequestError."""
         runtime, head, key, row = self.runtime, self.request, self.key, self.row
-        tenant = row.tenant
         self.body_read = body
         row.model = body.model
         row.stream = body.stream
         model = runtime.aliases.get(body.model, body.model)
-        self._check_model(body.model, model)
+        check_model(key, body.model, model)
+        prefix: tuple[int, ...] = ()
+        if wants_hashes(runtime.fleet.needs, self.route):
+            prefix = prompt_hashes(body.raw, runtime.salt)
         self.include_usage = body.include_usage
         self.every_event = body.every_event
         if body.choices > 1:
             self.meter = self.new_meter()
-        session = head.session.decode("latin-1")[:256] if head.session else body.session
-        facts = RequestFacts(
-            row.op,
+        facts = facts_of(
+            body,
+            self.route,
             model,
-            self.endpoint,
-            tenant=tenant,
-            key_id=row.key_id,
-            data_class=row.data_class,
+            key,
+            op=row.op,
+            session=head.session,
             arrived=self.arrived,
             wall=row.arrived,
-            deadline=self.arrived + runtime.timeouts.total,
-            stream=body.stream,
+            total_s=runtime.timeouts.total,
             body_bytes=row.body_bytes,
-            prompt_tokens=body.prompt_tokens,
-            max_tokens=body.max_tokens,
-            expected_tokens=body.expected_tokens if self.route.generates else 0,
         )
+        facts.prefix = prefix
         if body.previous_response:
-            previous = runtime.responses.find(body.previous_response, tenant)
+            previous = runtime.responses.find(body.previous_response, row.tenant)
             if previous is None or previous.backend not in runtime.fleet.backends:
                 message = f"there is no response {body.previous_response!r}"
                 raise RequestError("response_not_found", message, "previous_response_id")
             facts.backend = previous.backend
-        if session:
-            facts.session = f"{tenant}\0{session}"
+        if facts.session:
             row.session = runtime.salted(facts.session.encode("utf-8", "replace"))
-        if key is not None:
-            facts.priority = key.priority
-            facts.labels = key.labels
         row.max_tokens = facts.max_tokens
-        row.expected_tokens = facts.expected_tokens
+        row.expected_tokens = facts.expected_tokens  # the policy may know better
         self.facts = facts
         return facts
 
@@ -374,6 +358,7 @@ class Exchange(Relay):
         """The valve has decided."""
         self.routings.append(routing)
         self.routing = routing
+        self.row.expected_tokens = routing.request.expected_tokens
         decision = routing.decision
         if type(decision) is Send:
             self._dispatch(routing, decision)
@@ -393,20 +378,8 @@ class Exchange(Relay):
         assert self.facts is not None
         message, param = decision.reason, None
         if decision.code == "model_not_found":
-            message, param = self._no_model(self.facts.model), "model"
+            message, param = no_model(self.row.model, self.facts.model, self.runtime.fleet), "model"
         self.refuse(RequestError(decision.code, message or decision.code, param, decision.retry_after_s))
-
-    def _no_model(self, model: str) -> str:
-        """What the client is told of a model that nothing may serve it."""
-        asked = self.row.model[:128]
-        fleet = self.runtime.fleet
-        if any(model in backend.models for backend in fleet):
-            return f"the policy of this proxy lets no backend serve the model {asked!r} to this request"
-        if model != self.row.model:
-            return f"the alias {asked!r} stands for {model[:128]!r}, which no backend serves"
-        if any(backend.models_unknown for backend in fleet):
-            return f"no backend is known to serve the model {asked!r}"
-        return f"the model {asked!r} does not exist"
 
     # Sending
 
@@ -884,12 +857,9 @@ class Exchange(Relay):
             runtime.limits.settle(
                 self.reservation, row.prompt_tokens + row.completion_tokens, row.cost_nano, now
             )
-        if (
-            self.body_read is not None
-            and len(self.body_read.raw) >= PREFIX_BLOCK_BYTES
-            and not route.media  # no engine has a cache of these
-        ):
-            row.prefix = _prefix_hashes(self.body_read.raw, runtime.salt)
+        if self.body_read is not None and not route.media:  # no engine has a cache of these
+            known = self.facts is not None and self.facts.prefix
+            row.prefix = known or prompt_hashes(self.body_read.raw, runtime.salt)
         if self.claim is not None:
             charged = outcome == records.OK or row.usage_source != "none"
             runtime.idempotency.end(self.claim, charged, self.kept)
@@ -934,17 +904,3 @@ class Exchange(Relay):
             row.prompt_tokens, row.completion_tokens, row.usage_source = prompt, completion, source
         # All of it is in the row.
         meter.reported, meter.text_bytes, meter.prompt = False, 0, 0
-
-
-def _prefix_hashes(raw: bytes, salt: bytes) -> tuple[int, ...]:
-    """Chained salted hashes of the prompt's leading 2 KiB blocks: equal beginnings share them, nothing else
-    can be told from them."""
-    start = max(raw.find(b'"messages"'), 0) or max(raw.find(b'"prompt"'), raw.find(b'"input"'), 0)
-    hashes = []
-    digest = salt
-    last = min(len(raw) - PREFIX_BLOCK_BYTES, start + PREFIX_BLOCKS * PREFIX_BLOCK_BYTES)
-    for at in range(start, last + 1, PREFIX_BLOCK_BYTES):
-        block = hashlib.blake2b(raw[at : at + PREFIX_BLOCK_BYTES], key=digest, digest_size=16).digest()
-        digest = block
-        hashes.append(int.from_bytes(block[:8], "big") >> 1)
-    return tuple(hashes)

@@ -215,31 +215,6 @@ class Record:
     def explain(self) -> dict[str, Any]:
         """Decisions with candidates and what was removed why; forecast against what happened."""
         row = self.row
-        decisions = []
-        for routing in self.routings:
-            decision = routing.decision
-            decisions.append(
-                {
-                    "rule": routing.rule,
-                    "decided_by": routing.decided_by,
-                    "decision": type(decision).__name__.lower(),
-                    "backend": getattr(decision, "backend", None),
-                    "fallbacks": list(getattr(decision, "fallbacks", ())),
-                    "reason": decision.reason,
-                    "scores": dict(getattr(decision, "scores", {})),
-                    "propensity": getattr(decision, "propensity", None),
-                    "tier": routing.tier,
-                    "tiers_passed": [None if value == float("inf") else value for value in routing.passed],
-                    "spilling": routing.spilling,
-                    "held_s": routing.held_s,
-                    "failure": routing.failure,
-                    "removed": dict(routing.removed or {}),
-                    "candidates": [
-                        {name: _finite(value) for name, value in candidate._asdict().items()}
-                        for candidate in routing.candidates
-                    ],
-                }
-            )
         forecast = next(
             (c.ttft_s for r in self.routings for c in r.candidates if c.name == row.backend and c.ttft_s > 0),
             None,
@@ -261,7 +236,7 @@ class Record:
             "hedge": row.hedge,
             "overhead_prompt_tokens": row.overhead_prompt_tokens,
             "overhead_completion_tokens": row.overhead_completion_tokens,
-            "decisions": decisions,
+            "decisions": [decision_shown(routing) for routing in self.routings],
             "forecast": {"ttft_s": forecast, "completion_tokens": row.expected_tokens},
             "happened": {
                 "ttft_s": row.ttft_s,
@@ -272,6 +247,32 @@ class Record:
                 "overhead_s": row.overhead_s,
             },
         }
+
+
+def decision_shown(routing: Routing) -> dict[str, Any]:
+    """One decision as `tidegate explain` shows it."""
+    decision = routing.decision
+    return {
+        "rule": routing.rule,
+        "part": routing.part,
+        "decided_by": routing.decided_by,
+        "decision": type(decision).__name__.lower(),
+        "backend": getattr(decision, "backend", None),
+        "fallbacks": list(getattr(decision, "fallbacks", ())),
+        "reason": decision.reason,
+        "scores": dict(getattr(decision, "scores", {})),
+        "propensity": getattr(decision, "propensity", None),
+        "tier": routing.tier,
+        "tiers_passed": [_finite(value) for value in routing.passed],
+        "spilling": routing.spilling,
+        "held_s": routing.held_s,
+        "failure": routing.failure,
+        "removed": dict(routing.removed or {}),
+        "candidates": [
+            {name: _finite(value) for name, value in candidate._asdict().items()}
+            for candidate in routing.candidates
+        ],
+    }
 
 
 def _finite(value: Any) -> Any:

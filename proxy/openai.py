@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import orjson
 
+from policies.lengths import EXPECTED_TOKENS
 from proxy.bodies import (
     ENGINE_FIELDS,
     FETCHED_FIELDS,
@@ -34,9 +35,6 @@ from proxy.multipart import Form
 
 LONGEST_MODEL_NAME: Final = 256
 """Characters: what a client invents is kept in rows and records."""
-
-DEFAULT_EXPECTED_TOKENS: Final = 256
-"""Assumed length of an answer when the client gives no limit below it, tokens."""
 
 
 @dataclass(slots=True)
@@ -73,14 +71,14 @@ class RequestBody:
     @property
     def expected_tokens(self) -> int:
         """Forecast of the answer's length over all choices, tokens."""
-        length = self.max_tokens or DEFAULT_EXPECTED_TOKENS
-        return min(length, DEFAULT_EXPECTED_TOKENS) * self.choices
+        length = self.max_tokens or EXPECTED_TOKENS
+        return min(length, EXPECTED_TOKENS) * self.choices
 
     @property
     def reserved_tokens(self) -> int:
         """What a key's limits set aside for the answer: the longest the client allows, over all choices; the
         forecast where it sets no limit."""
-        return (self.max_tokens or DEFAULT_EXPECTED_TOKENS) * self.choices
+        return (self.max_tokens or EXPECTED_TOKENS) * self.choices
 
 
 _LARGE_BODY_BYTES: Final = 256 * 1024

@@ -22,7 +22,7 @@ log = logging.getLogger("tidegate")
 DROP_KEEP_ALIVE: Final = 1
 REFUSE_REQUESTS: Final = 2
 REFUSE_CONNECTIONS: Final = 3
-LEVELS: Final = (0.0, 0.92, 0.95, 0.98)
+LEVELS: Final[tuple[float, ...]] = (0.0, 0.92, 0.95, 0.98)
 """Use from which each stage applies, as a share of the bound."""
 HYSTERESIS: Final = 0.03
 STAGES: Final = (

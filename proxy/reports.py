@@ -302,8 +302,7 @@ def export(
     """
     write = _write_csv if form == "csv" else _write_jsonl
     span = _arrived(since, until)
-    with engine.connect() as connection:
-        total = int(connection.execute(select(func.count()).select_from(ledger).where(*span)).scalar_one())
+    total = _count(engine, span)
     written = 0
     for page in _pages(engine, span):
         write(file, page, with_header=written == 0)
@@ -313,6 +312,18 @@ def export(
     if written == 0:
         write(file, [], with_header=True)
     return written
+
+
+def rows(
+    engine: Engine, since: float | None, until: float | None, progress: Callable[[int, int], None]
+) -> Iterator[Row]:
+    """The rows that `export` writes, in its order and with its memory; `progress` likewise."""
+    span = _arrived(since, until)
+    total, read = _count(engine, span), 0
+    for page in _pages(engine, span):
+        yield from page
+        read += len(page)
+        progress(read, max(total, read))
 
 
 def parse_time(text: str, now: float) -> float:
@@ -408,6 +419,11 @@ def _joined(by_currency: dict[str, Usage], currency: str) -> list[Usage]:
             without.currency = currency
             lines.append(without)
     return lines
+
+
+def _count(engine: Engine, span: list[ColumnElement[bool]]) -> int:
+    with engine.connect() as connection:
+        return int(connection.execute(select(func.count()).select_from(ledger).where(*span)).scalar_one())
 
 
 def _pages(engine: Engine, span: list[ColumnElement[bool]]) -> Iterator[list[Row]]:

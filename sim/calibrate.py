@@ -383,7 +383,7 @@ def _first_guess(measured: Floats, *, overhead: bool) -> Floats:
     alpha = 0.8 * float(np.nanmin(measured[1]))
     guess = [alpha, alpha / 250, alpha * 4e-6, alpha / 250]
     if overhead:
-        guess.append(0.5 * float(np.min(measured[0])))
+        guess.append(0.5 * float(np.nanmin(measured[0])))
     logarithms: Floats = np.log(np.array(guess))
     return logarithms
 

@@ -21,6 +21,7 @@ from typing import Any, Final
 from policies.base import RequestFacts
 from policies.eventlog import EventLog
 from policies.health import Health
+from policies.lengths import EXPECTED_TOKENS
 from policies.rules import RuleSet
 from probes.base import Timing
 from probes.passive import AttemptError
@@ -35,8 +36,6 @@ SECOND: Final = 1_000_000
 """Microseconds."""
 SWEEP: Final = SECOND // 4
 """How often the proxy looks at what only time changes."""
-EXPECTED_TOKENS: Final = 256
-"""The proxy's forecast of an answer whose length the client did not limit further."""
 BYTES_PER_TOKEN: Final = 4
 
 
@@ -75,12 +74,13 @@ class Cluster(Router):
         attempts: int = ATTEMPTS,
         health: Health | None = None,
         log: EventLog | None = None,
+        epoch: float = 0.0,
     ) -> None:
         """`patience_s`: after which a client leaves that has not had its first token; no router knows of it.
         `first_token_s`, `between_tokens_s`, `total_s`: the router's own patience (`timeouts` of the proxy).
         `limited`: clients set `max_tokens`, to what their answers have; else they set none. `metrics`: the proxy
-        reads the engines' figures (`probing.metrics`). `log`: as of `Router`. Raises ValueError for no member, two
-        of one name, and an incident of a backend that is no member."""
+        reads the engines' figures (`probing.metrics`). `log`: as of `Router`. `epoch`: Unix time of the beginning,
+        for rules on the time of day. Raises ValueError for no member, two of a name, an incident of no member."""
         self.members = list(members)
         if not self.members:
             raise ValueError("a cluster has one member at least")
@@ -103,6 +103,7 @@ class Cluster(Router):
         self.result = Result()
         self._ran = False
         self._patience = patience_s
+        self._epoch = epoch
         self._timeouts = Timeouts(first_token_s, between_tokens_s, total_s)
         self._limited = limited
         self._metrics = metrics
@@ -119,6 +120,8 @@ class Cluster(Router):
         is void."""
         self._sweeping = False
         self._available = [backend.available for backend in self.fleet]
+        self._unit_tokens = 512
+        """Prompt tokens that one hash of an arrival stands for."""
         self._model = next((model for backend in self.fleet for model in sorted(backend.models)), "")
         for incident in incidents:
             if incident.backend not in self.nodes:
@@ -146,6 +149,7 @@ class Cluster(Router):
                     f"{arrival.output_tokens} output tokens: times are zero or more, tokens one or more"
                 )
         self._ran = True
+        self._unit_tokens = workload.unit_tokens or self._unit_tokens
         collects = gc.isenabled()
         gc.disable()  # it would walk over all that was kept, again and again, and find nothing
         try:
@@ -248,21 +252,23 @@ class Cluster(Router):
         facts = RequestFacts(
             str(index),
             arrival.model or self._model,
+            arrival.endpoint,
             tenant=arrival.tenant,
             data_class=arrival.data_class,
             arrived=now,
-            wall=now,
+            wall=self._epoch + now,
             deadline=now + self._timeouts.total_s,
-            stream=True,
+            stream=arrival.stream,
             body_bytes=arrival.prompt_tokens * BYTES_PER_TOKEN,
             prompt_tokens=arrival.prompt_tokens,
             max_tokens=most,
             expected_tokens=min(most or EXPECTED_TOKENS, EXPECTED_TOKENS),
+            session=f"{arrival.tenant}\0{arrival.session}" if arrival.session else "",
             priority=arrival.priority,
+            labels=dict(arrival.labels),
             prefix=arrival.hashes,
+            prefix_tokens=self._unit_tokens,
         )
-        if arrival.session:
-            facts.session = f"{arrival.tenant}\0{arrival.session}"
         trip = Trip(index, arrival, facts)
         self.result.trips.append(trip)
         self._timeouts.arrived(trip)
@@ -459,6 +465,7 @@ class Cluster(Router):
             self._advance(node)
             self._arm(node)
             backend.running, backend.waiting = engine.running, engine.waiting
+            backend.kv_tokens = node.member.settings.kv_tokens or 0
             backend.kv_use, backend.sampled_at = engine.kv_use(self.now), self.now / SECOND
             if self.log is not None:
                 self.log.figures(self.fleet, self.now / SECOND)

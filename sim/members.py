@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from policies.profile import Profile
 from policies.state import Backend
 from probes.base import Hysteresis, Timing
 from sim.engine import Engine, EngineSettings
+from sim.profile import engine_settings
 
 
 @dataclass(slots=True)
@@ -23,6 +25,15 @@ class Member:
     """Between the server's door and the engine's queue."""
     starts: int = 0
     """When it is up for the first time: a cold start."""
+
+    @classmethod
+    def of(cls, backend: Backend, profile: Profile, rtt_s: float, unit_tokens: int) -> Member:
+        """One whose engine is as a profile says. `unit_tokens`: of the hashes in the workload, 0 for none.
+
+        Raises ValueError, also for units that no KV block divides.
+        """
+        settings = engine_settings(profile, unit_tokens)
+        return cls(backend, settings, rtt=round(rtt_s * 1e6), overhead=round(profile.overhead_us))
 
     def __post_init__(self) -> None:
         """Raises ValueError."""

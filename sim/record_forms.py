@@ -65,6 +65,7 @@ class FiguresForm(Form):
     waiting: Count = 0
     kv_use: NotNegative = 0.0
     sampled_at: Seconds = 0.0
+    kv_tokens: Count = 0
 
 
 class BackendForm(Form):
@@ -85,6 +86,7 @@ class BackendForm(Form):
     price_output: NotNegative | None = None
     carbon_gco2_kwh: NotNegative | None = None
     probed_up: bool = True
+    kv_tokens: Count = 0
     adaptive: Literal[True] = True
     breaker: BreakerForm
 
@@ -109,6 +111,7 @@ class FactsForm(Form):
     backend: str = ""
     labels: dict[str, str] = Field(default_factory=dict)
     prefix: list[int] = Field(default_factory=list)
+    prefix_tokens: AtLeastOne = 512
 
 
 class Record(Form):

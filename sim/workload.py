@@ -30,6 +30,10 @@ class Arrival(NamedTuple):
     think: int = -1
     """Zero or more: it comes so long after the answer to the one before it in its session, whatever `at`
     says (closed loop); below zero: it comes at `at` (open loop)."""
+    labels: tuple[tuple[str, str], ...] = ()
+    """Those of its key: name and value."""
+    endpoint: str = "chat"
+    stream: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,11 +35,25 @@ def shared() -> Path:
     return SHARED
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side (`-n`), those with a real vLLM share one."""
-    for item in items:
-        if item.get_closest_marker("vllm"):
-            item.add_marker(pytest.mark.xdist_group("vllm"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests run side by side (`-n`), what shares costly fixtures stays in one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return shared_fixtures(nodeid)
+
+    return Scheduling(config, log)
+
+
+def shared_fixtures(test: str) -> str:
+    """What runs in one process with a test: with a real vLLM, which takes long to start, all of that kind; with an
+    end-to-end test nothing else; elsewhere all of its file.
+    """
+    if "real_vllm" in test:
+        return "real vLLM"
+    return test if test.startswith("tests/e2e/") else test.partition("::")[0]
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import policies
+from policies import siteschema
 from policies.units import Duration, Fraction, Size
 from proxy import config, config_sections, config_values, exchange
 from proxy.endpoints import TABLE
@@ -48,9 +49,9 @@ _TYPES: tuple[tuple[Any, str], ...] = (
     (Duration, "duration"),
     (Size, "size"),
     (Fraction, "fraction"),
-    (config_values.Name, "name"),
-    (config_values.SiteName, "name"),
-    (config_values.DataClass, "word"),
+    (siteschema.Name, "name"),
+    (siteschema.SiteName, "name"),
+    (siteschema.DataClass, "word"),
     (config_values.Zone, "time zone"),
     (config_values.NetworkText, "network"),
     (config_values.HostName, "host name"),

@@ -79,7 +79,7 @@ def _models(model: type[BaseModel]) -> set[type[BaseModel]]:
 
 def test_readme_starts_a_user_in_a_minute() -> None:
     lines = page("README").text.splitlines()
-    assert len(lines) <= 120
+    assert len([line for line in lines if not line.startswith("| `")]) <= 112, "besides a row for each policy"
     assert "    make run" in lines[:10]
 
 

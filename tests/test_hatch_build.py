@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import tomllib
 from dataclasses import fields, is_dataclass
@@ -74,3 +75,13 @@ def test_a_field_it_does_not_know_stops_it() -> None:
     assert with_constructors(source, ()) == source  # without parentheses: not one of ours
     with pytest.raises(AssertionError, match="line 5"):
         with_constructors(source.replace("@dataclass\n", "@dataclass()\n"), ())
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_constant_tuples_of_floats_say_so(path: str) -> None:
+    """What mypyc infers for them raises NameError when it is used: `Final[tuple[float, ...]]` does not."""
+    for node in ast.parse(SOURCES[path]).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "Final":
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else []
+            floats = [one for one in values if isinstance(one, ast.Constant) and type(one.value) is float]
+            assert not floats, f"{path}:{node.lineno}"

@@ -53,6 +53,8 @@ YEAR_10000 = 253_402_300_800
 MAX_TEXT = 256
 """Longest tenant, name, model or label, characters."""
 
+LEAST_PRIORITY, MOST_PRIORITY = -(2**31), 2**31 - 1
+
 _CREDENTIAL = re.compile(
     rb"(?:(?i:bearer) ++)?(tg_([0-9A-Za-z]{10})_[0-9A-Za-z]{43})_([0-9A-Za-z]{6})"
 ).fullmatch
@@ -228,7 +230,7 @@ def create_key(
         tpm=_limit("tpm", tpm),
         concurrency=_limit("concurrency", concurrency),
         budget_nano=_budget(budget),
-        priority=_integer("priority", priority, -(2**31), 2**31 - 1),
+        priority=_integer("priority", priority, LEAST_PRIORITY, MOST_PRIORITY),
         labels=_labels(labels),
         expires=_expires(expires, now),
     )
@@ -256,6 +258,17 @@ def create_key(
         _check_pepper(_setting(connection, "pepper_check"), pepper)
         _mark_changed(connection)
     return (body + b"_" + _checksum(body)).decode(), key
+
+
+def imagined_key(tenant: str, data_class: str, priority: int, labels: Mapping[str, str]) -> Key:
+    """A key that is not kept and has no id. Raises KeyFieldError as `create_key` does."""
+    return Key(
+        "",
+        _tenant(tenant),
+        data_class=_data_class(data_class),
+        priority=_integer("priority", priority, LEAST_PRIORITY, MOST_PRIORITY),
+        labels=_labels(labels),
+    )
 
 
 def list_keys(engine: sa.Engine) -> list[StoredKey]:

@@ -229,6 +229,25 @@ class Limits:
             return None
         return _refusal(key, usage, 0, 0, now, wall)
 
+    def foresee(self, key: Key, tokens: int, cost_nano: int, now: float, wall: float) -> Refusal | None:
+        """Why `admit` would refuse such a request now; None: it would not. Nothing is reserved or kept."""
+        if key.rpm is None and key.tpm is None and key.concurrency is None and key.budget_nano is None:
+            return None
+        known = self._usage.get(key.id)
+        usage = Usage(self._new_month(key.id))
+        if known is not None:
+            if wall < known.month.end:
+                usage.month = known.month
+            usage.requests, usage.tokens, usage.running = known.requests, known.tokens, known.running
+        if (
+            (key.concurrency is None or usage.running < key.concurrency)
+            and (key.rpm is None or usage.requests.advance(now) < key.rpm)
+            and (key.tpm is None or usage.tokens.advance(now) + tokens <= key.tpm)
+            and (key.budget_nano is None or usage.month.allows(cost_nano, key.budget_nano))
+        ):
+            return None
+        return _refusal(key, usage, tokens, cost_nano, now, wall)
+
     def settle(self, reservation: Reservation, tokens: int, cost_nano: int, now: float) -> None:
         """Put what was really used in the place of what was reserved, once; a second call does nothing."""
         usage = reservation.usage

@@ -7,19 +7,48 @@ changed since.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import inf
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from policies.explain import tier_in_words
+from policies.files import CompiledPolicy
 from policies.routing import AVAILABILITY, Routing
-from policies.state import Backend
+from policies.state import Backend, Fleet
+from policies.valve import Valve
 from proxy import records
 from proxy.observe import Record
 from proxy.records import Row
 from proxy.runtime import Runtime
 
-_WHY: Final[dict[str, str]] = {
+
+class HasPolicy(Protocol):
+    """What was made of a configuration, as far as it matters here."""
+
+    @property
+    def policy(self) -> CompiledPolicy: ...
+
+
+class Deciding(Protocol):
+    """What decides, as far as it is looked at: a running proxy, or one that is only imagined (`idle.py`)."""
+
+    @property
+    def now(self) -> Callable[[], float]: ...
+
+    @property
+    def fleet(self) -> Fleet: ...
+
+    @property
+    def valve(self) -> Valve: ...
+
+    @property
+    def built(self) -> HasPolicy: ...
+
+    @property
+    def probes(self) -> Callable[[], Mapping[str, Any]]: ...
+
+
+WHY: Final[dict[str, str]] = {
     "model_not_allowed": "the key does not list this model",
     "idempotency_running": "the first request with its Idempotency-Key was still running",
     "idempotency_spent": "a request with its Idempotency-Key had been done, and its answer is not kept",
@@ -49,7 +78,7 @@ def explanation(runtime: Runtime, record: Record) -> dict[str, Any]:
     shown = record.explain()
     tried: dict[str, str] = {}
     for routing, decision in zip(record.routings, shown["decisions"], strict=True):
-        decision["tiers"] = list(_tiers(runtime, routing))
+        decision["tiers"] = list(tiers(runtime, routing))
         decision["others"] = dict(_others(runtime, routing, tried))
         if decision["backend"]:
             tried[decision["backend"]] = "had failed before" if routing.failure else "was at it already"
@@ -64,7 +93,7 @@ def why(runtime: Runtime, row: Row, routings: list[Routing]) -> str:
     if row.outcome == records.CLIENT_GONE:
         return "the client left before the answer was complete"
     limit = _limit(runtime, row)
-    words = limit or _WHY.get(row.code, "")
+    words = limit or WHY.get(row.code, "")
     if row.code == "context_length" and routings:
         facts = routings[0].request
         asked = f"a prompt of about {facts.prompt_tokens} tokens"
@@ -97,10 +126,10 @@ def _limit(runtime: Runtime, row: Row) -> str:
 # The tiers of a rule
 
 
-def _tiers(runtime: Runtime, routing: Routing) -> Iterator[dict[str, Any]]:
+def tiers(runtime: Deciding, routing: Routing) -> Iterator[dict[str, Any]]:
     """The tiers that were asked, in order: how full they were, and which one took the request."""
     rule = next((rule for rule in runtime.built.policy.file.rules if rule.name == routing.rule), None)
-    asked = sorted({tier for tier in _tier_of(runtime, routing).values() if tier >= 0})
+    asked = sorted({tier for tier in tier_of(runtime, routing).values() if tier >= 0})
     for tier, saturation in zip(asked, routing.passed, strict=False):
         yield {
             "tier": tier,
@@ -113,7 +142,7 @@ def _tiers(runtime: Runtime, routing: Routing) -> Iterator[dict[str, Any]]:
         yield {"tier": routing.tier, "backends": words, "saturation": None, "took_it": True}
 
 
-def _tier_of(runtime: Runtime, routing: Routing) -> Mapping[str, int]:
+def tier_of(runtime: Deciding, routing: Routing) -> Mapping[str, int]:
     """Tier by name of the backends that may serve the request; -1: its rule is there no more."""
     rule = next((rule for rule in runtime.valve.rules.rules if rule.name == routing.rule), None)
     removed = routing.removed or {}
@@ -133,7 +162,7 @@ def _others(runtime: Runtime, routing: Routing, tried: Mapping[str, str]) -> Ite
         return  # nobody was compared
     everybody_available = routing.decided_by == "wait over"
     candidates = {candidate.name for candidate in routing.candidates}
-    for name, tier in _tier_of(runtime, routing).items():
+    for name, tier in tier_of(runtime, routing).items():
         if name in candidates:
             continue
         if name in tried:
@@ -159,7 +188,7 @@ def _absence(runtime: Runtime, backend: Backend, routing: Routing, was_down: boo
     return "had no free slot, or was not available then"
 
 
-def unavailable(runtime: Runtime, backend: Backend) -> tuple[str, float]:
+def unavailable(runtime: Deciding, backend: Backend) -> tuple[str, float]:
     """Why nothing new is sent to a backend, and since when (monotonic; inf: not known). Empty: it may be."""
     now = runtime.now()
     if backend.draining:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from functools import partial
 from typing import Any
 
 import orjson
@@ -12,7 +14,13 @@ from prometheus_client.exposition import generate_latest
 
 from policies.state import Backend
 from proxy.admin.explain import explanation, unavailable
+from proxy.admin.whatif import AskedError, Running, asked, what_if
+from proxy.ask import CLIENTS_ERROR
+from proxy.dialects import body_in, status_in
+from proxy.endpoints import BY_NAME
+from proxy.errors import RequestError
 from proxy.metrics import Metrics
+from proxy.openai import is_slow_to_read, read_body
 from proxy.pressure import REFUSE_REQUESTS
 from proxy.runtime import Runtime
 
@@ -49,6 +57,27 @@ def admin_app(runtime: Runtime, started: float) -> web.Application:
             return _json({"error": {"message": message}}, 404)
         return _json(explanation(runtime, record))
 
+    async def explain_request(request: web.Request) -> web.Response:
+        route = BY_NAME["chat"]
+        try:
+            wanted = asked(list(request.query.items()), runtime.keys.find, runtime.wall())
+            route = BY_NAME[wanted.endpoint]
+            raw = await _body(request, runtime.most_body_bytes)
+            read = partial(read_body, wanted.endpoint, raw, media_urls=runtime.media_urls)
+            body = await asyncio.to_thread(read) if is_slow_to_read(raw) else read()
+            shown = what_if(Running(runtime), body, wanted)
+            if reason := unready(runtime):
+                shown["notes"].insert(0, f"the proxy is not ready: {reason}")
+            return _json(shown)
+        except AskedError as error:
+            return _json({"error": {"message": str(error)}}, 400)
+        except RequestError as error:
+            text = body_in(route.dialect, error.code, error.message, error.param)
+            status = status_in(route.dialect, error.code)
+            return web.Response(
+                body=text, status=status, content_type="application/json", headers={CLIENTS_ERROR: "yes"}
+            )
+
     app = web.Application()
     app.add_routes(
         [
@@ -57,6 +86,7 @@ def admin_app(runtime: Runtime, started: float) -> web.Application:
             web.get("/metrics", metrics),
             web.get("/state", show_state),
             web.get("/explain/{id}", explain),
+            web.post("/explain", explain_request),
         ]
     )
     return app
@@ -227,6 +257,16 @@ def spills(runtime: Runtime) -> list[dict[str, Any]]:
         }
         for flag in runtime.valve.rules.spills
     ]
+
+
+async def _body(request: web.Request, most_bytes: int) -> bytes:
+    """Raises RequestError."""
+    body = bytearray()
+    async for piece in request.content.iter_any():
+        body += piece
+        if len(body) > most_bytes:
+            raise RequestError("body_too_large", f"a body may have {most_bytes} bytes")
+    return bytes(body)
 
 
 def _json(value: Any, status: int = 200) -> web.Response:

@@ -12,7 +12,7 @@ from sim.traces.lines import FieldError, LeftOut, Record, TraceError, csv_record
 from sim.traces.servegen import Span, read_servegen
 from sim.workload import Arrival, Workload, in_order
 
-__all__ = ["FORM_NAMES", "Span", "TraceError", "read_workload", "write_workload"]
+__all__ = ["FORM_NAMES", "Span", "TraceError", "form_of", "read_workload", "write_workload"]
 
 FORM_NAMES: Final = (*(form.name for form in FORMS), "servegen", "workload")
 
@@ -44,6 +44,12 @@ def read_workload(
     found = next(one for one in FORMS if one.name == form)
     _require(path, form, found.columns, first)
     return _read(path, found, path.name.partition(".")[0], strict, skip=0)
+
+
+def form_of(path: str | Path) -> str:
+    """Which of `FORM_NAMES` a trace has, seen from its first record. Raises OSError and TraceError."""
+    path = Path(path)
+    return _recognised(path, _first_record(path))
 
 
 def _read_own(path: Path, head: Record, strict: bool) -> Workload:

@@ -23,7 +23,9 @@ from sim.traces.lines import (
     MOST_SECONDS,
     FieldError,
     TraceError,
+    flag,
     hashes,
+    labels,
     number,
     text,
     tokens,
@@ -156,6 +158,9 @@ _KEYS: Final = {
     "priority": "priority",
     "session": "session",
     "think_us": "think",
+    "labels": "labels",
+    "endpoint": "endpoint",
+    "stream": "stream",
 }
 """Keys of a line, and the fields of `Arrival` that they are. What has its default is not written."""
 _ALWAYS: Final = ("at_us", "prompt_tokens", "output_tokens")
@@ -199,6 +204,9 @@ def own_form(head: Mapping[str, Any]) -> tuple[Form, str]:
             whole(record, "priority", -(2**31), 2**31) if "priority" in record else 0,
             text(record, "session", ""),
             whole(record, "think_us", -1, _MOST_US) if "think_us" in record else -1,
+            labels(record, "labels"),
+            text(record, "endpoint", "chat"),
+            flag(record, "stream", True),
         )
 
     return Form("workload", _ALWAYS, arrival, unit, starts_at_zero=True), name
@@ -209,9 +217,11 @@ def write_workload(workload: Workload, file: BinaryIO) -> None:
     head = {VERSION_KEY: VERSION, "name": workload.name, "unit_tokens": workload.unit_tokens}
     file.write(orjson.dumps(head, option=orjson.OPT_APPEND_NEWLINE))
     for arrival in workload:
-        line = {
+        line: dict[str, Any] = {
             key: arrival[index]
             for key, index, default in _WRITTEN
             if key in _ALWAYS or arrival[index] != default
         }
+        if arrival.labels:
+            line["labels"] = dict(arrival.labels)
         file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))

@@ -241,6 +241,22 @@ def text(record: Mapping[str, Any], column: str, default: str) -> str:
     return value
 
 
+def flag(record: Mapping[str, Any], column: str, default: bool) -> bool:
+    """True or false as JSON has it, or the default where it is absent. Raises FieldError."""
+    value = record.get(column, default)
+    if not isinstance(value, bool):
+        raise FieldError(column, f"expected true or false, got {shown(value)}")
+    return value
+
+
+def labels(record: Mapping[str, Any], column: str) -> tuple[tuple[str, str], ...]:
+    """Names and values of a map of text, none where it is absent. Raises FieldError."""
+    value = record.get(column, {})
+    if not isinstance(value, dict) or not all(isinstance(one, str) for one in value.values()):
+        raise FieldError(column, f"expected a map of text, got {shown(value)}")
+    return tuple(value.items())
+
+
 def hashes(record: Mapping[str, Any], column: str, most: int) -> tuple[int, ...]:
     """The leading `most` of a list of whole numbers; in CSV it is written as JSON has it. Raises FieldError."""
     value = record.get(column)

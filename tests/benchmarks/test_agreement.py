@@ -46,6 +46,21 @@ def test_speed_leaves_emulated_times_as_they_are() -> None:
     assert min(slow.ttft_s) > 0.02
 
 
+def test_what_prompts_share_is_computed_once_where_there_is_a_cache() -> None:
+    shared = Workload("one prompt", [Arrival(at * 5_000_000, 1024, 10, (1, 2)) for at in range(9)], 512)
+    (member,) = LOAD.backends
+    with_cache = LOAD.model_copy(update={"backends": [member.model_copy(update={"prefix_cache": True})]})
+    without, found = (simulate(load, shared, 1.0).ttft_s for load in (LOAD, with_cache))
+    assert found[0] == pytest.approx(without[0])
+    assert max(found[1:]) < 0.6 * min(without[1:])
+
+
+def test_a_member_may_have_a_longer_context_than_its_profile() -> None:
+    (member,) = LOAD.backends
+    assert member.load().limits.max_model_len == 5000
+    assert member.model_copy(update={"context": 16_000}).load().limits.max_model_len == 16_000
+
+
 def test_what_was_heard_becomes_emulated_seconds() -> None:
     workload = Workload("two", [Arrival(0, 50, 10), Arrival(1, 50, 10)])
     right = Answer(due_at=1.0, began_at=1.0, sent_at=1.0, first_at=1.1, ended_at=1.5, backend="one")

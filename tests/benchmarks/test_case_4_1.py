@@ -155,6 +155,7 @@ def test_the_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_the_command_runs() -> None:
     app = Typer()
     app.command()(main)

@@ -49,7 +49,7 @@ async def proxy(
     return await start_proxy(
         {"url": engine.url, "api_key_env": "ENGINE_KEY", "models": "auto"},
         aliases={"gpt-4": "m"},
-        probing={"enabled": True},
+        probing={"interval": 60, "timeout": 30},
     )
 
 

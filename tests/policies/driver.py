@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from policies.base import BackendView, Hold, Outcome, Policy, RequestFacts, Send
-from policies.state import Backend, Fleet, Lease
+from policies.state import Backend, Fleet, Lease, cached_in
 
 
 def request(id: str = "r", **facts: Any) -> RequestFacts:
@@ -41,6 +41,7 @@ class Driver:
         self.fleet = Fleet(
             [Backend(**{"name": f"b{index}", "site": "remote", **facts}) for index in range(count)]
         )
+        self.fleet.see_to(policy.needs)
         self.every = every
         self.rng = Random(seed)
         self.now = 100.0
@@ -57,13 +58,17 @@ class Driver:
         self.now += self.every
         self.requests += 1
         self._settle()
-        return request(f"r{self.requests}", session=f"tenant/s{self.requests}", body_bytes=2000)
+        prefix = (4 * self.requests, 4 * self.requests + 1)
+        session = f"tenant/s{self.requests}"
+        return request(f"r{self.requests}", session=session, body_bytes=2000, prefix=prefix, prefix_tokens=50)
 
-    def decide(self, facts: RequestFacts, candidates: Sequence[BackendView]) -> Send:
+    def decide(self, facts: RequestFacts, candidates: Sequence[Backend]) -> Send:
+        facts.cached = cached_in(candidates, facts)
         decision = self.policy.choose(facts, candidates, self.now)
         while isinstance(decision, Hold):
             assert decision.until > self.now
             self.now = decision.until
+            self._settle()
             decision = self.policy.choose(facts, candidates, self.now)
         assert isinstance(decision, Send)
         return decision

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from policies.explain import WIDTH, explain_policy
+from policies.explain import WIDTH, explain_policy, tier_in_words
 from policies.files import library_names, library_policy, read_policy
 
 
@@ -75,6 +75,7 @@ rules:
         ("prompt_tokens: {max: 8000}", "Requests with a prompt of at most 8000 tokens (estimated)."),
         ("prompt_tokens: {min: 1, max: 9}", "Requests with a prompt of 1 to 9 tokens (estimated)."),
         ("labels: {team: sales, kind: batch}", "Requests labelled team=sales and kind=batch."),
+        ("sla: [gold, silver], task: chat", "Requests of SLA class gold or silver, for the task chat."),
         ("time: 22:00-06:00", "Requests from 22:00 to 06:00 (UTC)."),
         ("days: [mon-fri, sun]", "Requests on mon-fri and sun (UTC)."),
         ("time: 22:00-06:00, days: sat", "Requests from 22:00 to 06:00 on sat (UTC)."),
@@ -137,6 +138,38 @@ def test_a_condition_without_conditions_is_none() -> None:
             "geo chooses (with home [39.9, 116], skip_full false).",
         ),
         ("pick: random, weights: {a: 3, b: 0.5}", "Weights here: a=3 and b=0.5."),
+        (
+            "require: {operator: x, labels: {trust: contracted}}",
+            "Nobody else may ever serve them, not even when all of these are down: any backend labelled "
+            "trust=contracted of operator x. Any backend with a free slot may serve them;",
+        ),
+        (
+            "prefer: [{price: {max: 2}}, {price: {min: 1, output: {max: 1.5}}, carbon: {min: 10, max: 400}}]",
+            "a) any backend with input and output together at most 2 per million tokens, while a slot is free; b) "
+            "any other backend with input and output together at least 1 per million tokens, output at most 1.5 "
+            "per million tokens and carbon at least 10 and at most 400 g/kWh, while a slot is free.",
+        ),
+        (
+            "prefer: [{site: remote, rtt: {max: 50ms}}, {rtt: {min: 0.2s, max: 1s}}]",
+            "a) any remote site with a measured round trip of at most 50 ms, while a slot is free; b) any other "
+            "backend with a measured round trip of at least 200 ms and at most 1 s, while a slot is free.",
+        ),
+        (
+            "avoid: [{backend: a}, {labels: {card: l40}}]",
+            "They are offered, in this order, to a) any backend but those below, while a slot is free; b) what is "
+            "avoided, while a slot is free: backend a or any backend labelled card=l40. In each, least-load",
+        ),
+        (
+            "prefer: [{site: local, pick: random}, {site: remote}], avoid: [{site: x}]",
+            "b) any remote site, while a slot is free; c) of the above, what is avoided, while a slot is free: "
+            "site x. Otherwise, least-load chooses.",
+        ),
+        (
+            "split: [{name: next, share: 5%, backend: a, strict: true}, {name: rest, share: 0.95}]",
+            "They are split by session, those without one each for itself: - 5% to next: backend a; while none of "
+            "these is available, they are refused; - 95% to rest: any other backend; while none of these is "
+            "available, they go to other parts. What follows is about the backends of a request's part.",
+        ),
         ("queue: {wait: 90s, depth: 3}", "waits for up to 90 s and then"),
         (
             "queue: {wait: 2h}",
@@ -159,3 +192,13 @@ def test_library_files_are_explained_in_lines_that_fit(name: str) -> None:
     text = explain_policy(read_policy(library_policy(name), name))
     assert text.startswith(f"{name}: ")
     assert all(len(line) <= WIDTH and line == line.rstrip() for line in text.splitlines())
+
+
+def test_tiers_are_named_for_those_who_ask_why() -> None:
+    (plain, avoiding) = read_policy(
+        "rules:\n  - {name: a, when: {tenant: x}, prefer: [{site: local}, {site: '*'}]}\n"
+        "  - {name: b, avoid: [{site: x}]}",
+        "p.yaml",
+    ).file.rules
+    assert [tier_in_words(plain, tier) for tier in range(3)] == ["site local", "any other backend", ""]
+    assert [tier_in_words(avoiding, tier) for tier in range(3)] == ["any backend", "what it avoids", ""]

@@ -27,6 +27,7 @@ from policies.state import Backend, Fleet
 from policies.weights import WithWeights
 from policies.yamlfile import BadValueError, FileProblems, Problem, parse_yaml
 from proxy.access.keys import _WORD
+from tests.patience import examples
 
 KNOWN = KnownNames(
     [
@@ -36,6 +37,17 @@ KNOWN = KnownNames(
     ],
     sites=frozenset({"beijing"}),
 )
+
+LABELLED = KnownNames(
+    [
+        BackendView("appliance", labels={"release": "stable"}, price_input=0.0, price_output=0.0),
+        BackendView("nj", site="nanjing", labels={"release": "next"}, price_input=0.2, price_output=0.4),
+        BackendView("xn", site="xining", carbon_gco2_kwh=60.0, price_input=1.0, price_output=2.0),
+        BackendView("sh", site="shanghai", carbon_gco2_kwh=390.0),
+        BackendView("xa", site="xian", carbon_gco2_kwh=650.0),
+    ],
+)
+"""All that the library speaks of."""
 
 LAST = "\n  - name: everything else"
 
@@ -302,7 +314,8 @@ p.yaml:3:12: rules[1].name: rule 1 is already called 'a'
     "a tier of nothing": (
         "rules:\n  - name: all\n    prefer:\n      - spill: {enter: 0.9, leave: 0.8}\n",
         """\
-p.yaml:4:9: rules[0].prefer[0]: say which backends: site, backend or labels (did you mean site: "*"?)
+p.yaml:4:9: rules[0].prefer[0]: say which backends, by one at least of site, backend, labels, operator, \
+price, carbon, rtt (did you mean site: "*"?)
   4 |       - spill: {enter: 0.9, leave: 0.8}
     |         ^""",
     ),
@@ -432,6 +445,26 @@ def test_sites_of_the_configuration_without_backends_are_known() -> None:
         ("sites: remote", []),
         ("prefer: [{site: local}, {site: remote}]", []),
         ("prefer: [{site: remote}, {site: '*'}]", []),
+        ("prefer: [{site: nanjing, rtt: {max: 5ms}}, {site: nanjing}]", []),
+        ("require: {price: {max: 2}}", ["2:28: rules[0].require: no backend is like this now"]),
+        (
+            "avoid: [{carbon: {min: 5}}]",
+            ["2:27: rules[0].avoid[0]: no backend of this rule is like this now"],
+        ),
+        (
+            "split: [{name: a, share: 5%, backend: nj}, {name: b, share: 95%, site: nanjing}]",
+            ["2:62: rules[0].split[1]: no backend is in this part now"],
+        ),
+        (
+            "avoid: [{labels: {cart: h20}}, {labels: {card: h2}}, {labels: {a: b}}]",
+            [
+                "2:27: rules[0].avoid[0]: no backend of this rule is like this now",
+                "2:37: rules[0].avoid[0].labels.cart: no backend has a label 'cart' (did you mean card?)",
+                "2:50: rules[0].avoid[1]: no backend of this rule is like this now",
+                "2:66: rules[0].avoid[1].labels.card: no backend is labelled card=h2 (did you mean h20?)",
+                "2:72: rules[0].avoid[2]: no backend of this rule is like this now",
+            ],
+        ),
         (
             "prefer: [{labels: {card: a100}}, {site: '*'}]",
             ["2:28: rules[0].prefer[0]: no backend is in this tier now"],
@@ -477,6 +510,11 @@ def test_what_does_nothing_now_is_a_warning(rule: str, expected: list[str]) -> N
         ("stream: false", "stream: true", False),
         ("model: [a, b], endpoint: chat", "model: a, endpoint: chat", True),
         ("data_class: x", "tenant: a", False),
+        ("sla: [gold, silver]", "sla: gold, task: chat", True),
+        ("sla: gold", "sla: [gold, silver]", False),
+        ("sla: gold", "labels: {sla: gold}", True),
+        ("labels: {task: chat}", "task: chat", True),
+        ("labels: {task: chat}", "task: [chat, code]", False),
     ],
 )
 def test_a_rule_that_an_earlier_one_leaves_nothing_is_refused(wide: str, narrow: str, covered: bool) -> None:
@@ -498,6 +536,14 @@ def test_a_rule_that_an_earlier_one_leaves_nothing_is_refused(wide: str, narrow:
         ("site: nanjing", "backend: nj", False),
         ("labels: {card: h20}", "labels: {card: h20}, site: nanjing", True),
         ("backend: [nj, sz]", "backend: nj", True),
+        ("operator: [x, y]", "operator: y", True),
+        ("operator: x", "site: nanjing", False),
+        ("price: {max: 3}", "price: {min: 1, max: 2}", True),
+        ("price: {max: 3}", "price: {output: {max: 2}}", False),
+        ("price: {max: 3}", "site: nanjing", False),
+        ("carbon: {max: 3}", "carbon: {max: 4}", False),
+        ("rtt: {max: 50ms}", "rtt: {max: 0.05}", True),
+        ("rtt: {max: 50ms}", "site: '*'", False),
     ],
 )
 def test_a_tier_that_an_earlier_one_leaves_nothing_is_refused(first: str, second: str, covered: bool) -> None:
@@ -619,7 +665,7 @@ def test_a_seed_repeats_itself_and_rules_draw_apart() -> None:
 
 
 @pytest.mark.parametrize("name", library_names())
-@pytest.mark.parametrize("known", [None, KNOWN], ids=["any fleet", "known fleet"])
+@pytest.mark.parametrize("known", [None, LABELLED], ids=["any fleet", "known fleet"])
 def test_library_files_compile_without_warnings(name: str, known: KnownNames | None) -> None:
     assert read_policy(library_policy(name), name, known).warnings == []
 
@@ -636,7 +682,7 @@ def test_the_default_is_in_the_library_and_local_first() -> None:
 def test_an_unknown_library_name_gets_a_suggestion() -> None:
     with pytest.raises(ValueError, match="did you mean 'local-first'"):
         library_policy("local_first")
-    with pytest.raises(ValueError, match="there are local-first, nearest-site, "):
+    with pytest.raises(ValueError, match="there are cheapest-inside-sla, green-first, "):
         library_policy("zzz")
 
 
@@ -664,13 +710,28 @@ whens = sections(
     prompt_tokens=ranges,
     stream=st.booleans(),
     labels=st.dictionaries(names, names, max_size=2),
+    sla=one_or_more,
+    task=one_or_more,
     time=st.sampled_from(["08:00-18:00", "22:00-06:00"]),
     days=st.sampled_from(["mon", ["sat-sun", "wed"]]),
 )
+amounts = sections(min=st.floats(0.0, 5.0), max=st.floats(4.0, 9.0))
+described: dict[str, st.SearchStrategy[Any]] = {
+    "site": one_or_more,
+    "backend": one_or_more,
+    "labels": st.dictionaries(names, names, max_size=2),
+    "operator": one_or_more,
+    "price": st.one_of(amounts, sections(input=amounts, output=amounts, max=st.floats(0.0, 9.0))),
+    "carbon": amounts,
+}
+round_trips = sections(min=st.sampled_from(["5ms", 0.01]), max=st.sampled_from(["9ms", 0.02]))
+selections = sections(**described, rtt=round_trips)
+parts = sections(
+    **described, name=names, share=st.sampled_from(["50%", 0.5, "5%", "95%"]), strict=st.booleans()
+)
 tiers = sections(
-    site=one_or_more,
-    backend=one_or_more,
-    labels=st.dictionaries(names, names, max_size=2),
+    **described,
+    rtt=round_trips,
     spill=st.fixed_dictionaries({"enter": levels, "leave": levels}),
     pick=picks,
 )
@@ -679,7 +740,10 @@ rules = st.fixed_dictionaries(
     optional={
         "when": whens,
         "sites": one_or_more,
+        "require": selections,
         "prefer": st.lists(tiers, min_size=1, max_size=3),
+        "avoid": st.lists(selections, min_size=1, max_size=2),
+        "split": st.lists(parts, min_size=2, max_size=3),
         "pick": picks,
         "weights": st.dictionaries(names, st.floats(0, 100), max_size=2),
         "queue": sections(wait=st.sampled_from([0, "10s", 1.5, "500ms"]), depth=st.integers(0, 9)),
@@ -704,7 +768,7 @@ def same(text: str) -> PolicyFile:
 
 
 @given(files)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_what_was_read_and_written_is_read_again_as_the_same(value: dict[str, Any]) -> None:
     try:
         file = same(dump(value))
@@ -737,7 +801,7 @@ text_like_a_file = st.lists(
 @example("rules: [{name: a, pick: {policy: geo, home: [1, 2, 3], skip_full: maybe}}]")
 @example("rules: [{name: a, pick: {policy: shortest-path, classes: {a: {rtt: x}, b: 3}}}]")
 @example("rules: [{name: a, pick: {policy: session-affinity, fallback: 3, bound: 0.1, rng: 3, self: 4}}]")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_any_text_compiles_or_raises_file_problems(text: str) -> None:
     found: list[Problem] = []
     try:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.match import Hours, Match, Selector
+from policies.match import Between, Hours, Match, Selector
 from tests.policies.builders import backend, request
 
 
@@ -28,6 +29,10 @@ from tests.policies.builders import backend, request
         ({"stream": True}, {"stream": True}, {"stream": False}),
         ({"labels": {"team": "a"}}, {"labels": {"team": "a", "x": "y"}}, {"labels": {"team": "b"}}),
         ({"labels": {"team": "a", "x": "y"}}, {"labels": {"team": "a", "x": "y"}}, {"labels": {"team": "a"}}),
+        ({"sla": frozenset({"gold", "silver"})}, {"labels": {"sla": "gold"}}, {"labels": {"sla": "bronze"}}),
+        ({"sla": frozenset({"gold"})}, {"labels": {"sla": "gold"}}, {"labels": {"task": "gold"}}),
+        ({"task": frozenset({"chat"})}, {"labels": {"task": "chat"}}, {"labels": {"sla": "chat"}}),
+        ({"task": frozenset({"chat"})}, {"labels": {"task": "chat"}}, {}),
         ({"hours": Hours(60, 120)}, {"wall": 3600.0}, {"wall": 7200.0}),
     ],
 )
@@ -53,15 +58,35 @@ def test_all_conditions_must_hold_and_none_is_no_condition() -> None:
         (Selector(sites=frozenset({"home"}), backends=frozenset({"b", "c"})), ["b"]),
         (Selector(labels={"card": "h20"}), ["b", "c"]),
         (Selector(labels={"card": "h20", "trust": "yes"}), ["c"]),
+        (Selector(operators=frozenset({"x", "y"})), ["c"]),
+        (Selector(price=Between(high=3.0)), ["b"]),
+        (Selector(price=Between(3.5, 5.0)), ["c"]),
+        (Selector(price_input=Between(high=1.0)), ["b", "c"]),
+        (Selector(price_output=Between(2.0, 2.0)), ["b"]),
+        (Selector(carbon=Between(high=600.0)), ["a", "c"]),
+        (Selector(rtt=Between(high=0.05)), ["b"]),
+        (Selector(rtt=Between(0.05, 9.0)), ["b", "c"]),
+        (Selector(rtt=Between(low=0.0)), ["b", "c"]),
     ],
 )
 def test_selectors(selector: Selector, accepted: list[str]) -> None:
     views = [
-        backend("a", site="home"),
-        backend("b", site="home", labels={"card": "h20"}),
-        backend("c", site="away", labels={"card": "h20", "trust": "yes"}),
+        backend("a", site="home", carbon_gco2_kwh=600.0, price_output=0.0),
+        backend("b", site="home", labels={"card": "h20"}, price_input=1.0, price_output=2.0, rtt_s=0.05),
+        backend(
+            "c",
+            site="away",
+            labels={"card": "h20", "trust": "yes"},
+            operator="x",
+            price_input=1.0,
+            price_output=3.0,
+            carbon_gco2_kwh=30.0,
+            rtt_s=0.3,
+        ),
     ]
     assert accepted == [view.name for view in views if selector.accepts(view)]
+    anywhere = replace(selector, rtt=None)
+    assert [selector.fits(view) for view in views] == [anywhere.accepts(view) for view in views]
 
 
 MINUTES = st.integers(0, 1439)

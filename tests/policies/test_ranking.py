@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from policies.base import BackendView, Send
-from policies.ranking import REMEMBERED, Rank, Recent, Turns, best_first, only, with_weight
+from policies.ranking import REMEMBERED, Rank, Recent, Turns, best_first, least_first, only, with_weight
 
 
 def test_the_one_noted_longest_ago_is_forgotten_first() -> None:
@@ -36,3 +36,17 @@ def test_a_ranking_becomes_an_answer() -> None:
     ranking: list[Rank] = [(2.0, 0.0, 0.0, 0, "c"), (1.0, 5.0, 0.0, 1, "b"), (1.0, 4.0, 9.0, 2, "a")]
     assert best_first(ranking, "why", {"a": 1.0}) == Send("a", ("b", "c"), "why", {"a": 1.0})
     assert only(BackendView("a")) == Send("a", (), "only candidate")
+
+
+def test_costs_that_are_alike_go_by_saturation_and_then_by_turn() -> None:
+    loads = {"a": 3, "b": 2, "c": 2, "d": 0, "e": 0, "f": 1}
+    backends = [BackendView(name, in_flight=load) for name, load in loads.items()]
+    costs = [1.0, 1.05, 1.1, 1.2, 1.3, 1.25]
+    turns = Turns()
+    turns.took("b")
+    # 1 to 1.101 are alike, and so are 1.2 to 1.321, idle or not.
+    send = least_first(backends, costs, turns, 0.0, "why")
+    assert send == Send("c", ("b", "a", "d", "e", "f"), "why", dict(zip(loads, costs, strict=True)))
+    last = [False, True, True, False, True, False]
+    assert least_first(backends, costs, turns, 0.0, "why", last).fallbacks == ("d", "f", "c", "b", "e")
+    assert least_first(backends, costs, turns, 0.0, "why", [True] * 6) == send

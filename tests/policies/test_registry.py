@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal, Optional
@@ -130,10 +130,10 @@ def test_every_kind_of_parameter() -> None:
     [
         (
             "least-laod",
-            "no policy 'least-laod'; did you mean 'least-load'? There are geo, least-load, power-of-two, random, "
-            "round-robin, session-affinity, shortest-path, weighted-qps, and package.module:Class",
+            "no policy 'least-laod'; did you mean 'least-load'? There are "
+            f"{', '.join(sorted(POLICIES))}, and package.module:Class",
         ),
-        ("zzz", "no policy 'zzz'. There are geo, "),
+        ("zzz", f"no policy 'zzz'. There are {min(POLICIES)}, "),
         (
             "nowhere.at_all:Policy",
             "policy nowhere.at_all:Policy cannot be imported from nowhere.at_all:Policy: No ",
@@ -226,6 +226,15 @@ def test_a_summary_is_one_line() -> None:
     assert summary(f"{HERE}:NoGenerator") == "Takes the first."
 
 
+@pytest.fixture
+def looked_for_anew() -> Iterator[None]:
+    """Installed policies are looked for again, before and after."""
+    policies._installed.cache_clear()
+    yield
+    policies._installed.cache_clear()
+
+
+@pytest.mark.usefixtures("looked_for_anew")
 def test_installed_packages_add_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "somebody-1.0.dist-info"
     info.mkdir()

@@ -24,6 +24,7 @@ from policies.routing import Routing
 from policies.rules import Queue, RuleSet, Spill, Tier
 from policies.state import Backend, Fleet
 from policies.valve import Valve
+from tests.patience import examples
 from tests.policies import builders
 from tests.policies.builders import Answers, Broken, LeastInFlight, WeightedByRoom, backend, request
 
@@ -249,4 +250,4 @@ class ValveMachine(RuleBasedStateMachine):
 
 
 TestValve = ValveMachine.TestCase
-TestValve.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestValve.settings = settings(max_examples=examples(150), stateful_step_count=40, deadline=None)

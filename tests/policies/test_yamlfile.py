@@ -19,6 +19,7 @@ from policies.yamlfile import (
     parse_yaml,
     read_yaml,
 )
+from tests.patience import examples
 
 
 def _even(value: int) -> int:
@@ -341,7 +342,7 @@ yaml_like = st.lists(st.sampled_from(_INDICATORS + _WORDS + _SCALARS + _SPACES),
 @example("%TAG ! !\n--- !x")
 @example('a: "\\UFFFFFFFF"')
 @example("&a")
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_any_text_is_read_or_raises_file_problems_that_can_be_printed(text: str) -> None:
     problems: list[Problem] = []
     try:

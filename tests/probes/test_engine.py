@@ -40,13 +40,27 @@ vllm:cache_config_info{block_size="16",num_gpu_blocks="364"} 1.0
 
 def test_new_names() -> None:
     assert parse_metrics(NEW, 7.0) == Sample(
-        at=7.0, running=3, waiting=5, kv_use=0.25, max_concurrency=22.75, prefix_queries=638, prefix_hits=319
+        at=7.0,
+        running=3,
+        waiting=5,
+        kv_use=0.25,
+        max_concurrency=22.75,
+        kv_tokens=364 * 128,
+        prefix_queries=638,
+        prefix_hits=319,
     )
 
 
 def test_old_names() -> None:
     assert parse_metrics(OLD, 7.0) == Sample(
-        at=7.0, running=3, waiting=5, kv_use=0.25, max_concurrency=None, prefix_queries=638, prefix_hits=319
+        at=7.0,
+        running=3,
+        waiting=5,
+        kv_use=0.25,
+        max_concurrency=None,
+        kv_tokens=364 * 16,
+        prefix_queries=638,
+        prefix_hits=319,
     )
 
 
@@ -67,11 +81,13 @@ def test_many_ranks_and_models_are_summed_and_the_fullest_cache_counts() -> None
         b'vllm:num_requests_running{engine="%d",model_name="m"} %d\n'
         b'vllm:num_requests_waiting{engine="%d",model_name="m"} %d\n'
         b'vllm:kv_cache_usage_perc{engine="%d",model_name="m"} 0.%d\n'
-        b'vllm:cache_config_info{engine="%d",kv_cache_max_concurrency="4.5"} 1.0\n'
+        b'vllm:cache_config_info{engine="%d",kv_cache_max_concurrency="4.5",kv_cache_size_tokens="700"} 1.0\n'
         % (rank, rank + 1, rank, rank, rank, 9 - rank, rank)
         for rank in range(4)
     )
-    assert parse_metrics(page, 0.0) == Sample(at=0.0, running=10, waiting=6, kv_use=0.9, max_concurrency=18.0)
+    assert parse_metrics(page, 0.0) == Sample(
+        at=0.0, running=10, waiting=6, kv_use=0.9, max_concurrency=18.0, kv_tokens=2800
+    )
 
 
 @pytest.mark.parametrize(

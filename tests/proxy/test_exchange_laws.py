@@ -19,6 +19,7 @@ from proxy.exchange import Exchange, State
 from proxy.meter import BYTES_PER_TOKEN
 from proxy.records import Row
 from proxy.upstream import BackendConnection
+from tests.patience import examples
 from tests.proxy.fakes import (
     DONE,
     LAST_CHUNK,
@@ -305,5 +306,5 @@ def test_an_answer_that_cannot_be_read_is_billed_by_its_bytes() -> None:
 
 
 TestExchange = ExchangeMachine.TestCase
-TestExchange.settings = settings(max_examples=120, stateful_step_count=40)
+TestExchange.settings = settings(max_examples=examples(120), stateful_step_count=40)
 TestExchange.pytestmark = [pytest.mark.timeout(300)]  # on a busy machine it is slow, not wrong

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policies.lengths import EXPECTED_TOKENS
 from proxy.errors import RequestError
 from proxy.openai import (
-    DEFAULT_EXPECTED_TOKENS,
     ENGINE_FIELDS,
     MOST_CONTAINERS,
     MOST_VALUES,
@@ -48,7 +48,7 @@ def test_a_plain_request() -> None:
     body = read(CHAT)
     assert (body.model, body.stream, body.choices, body.max_tokens, body.session) == ("m", False, 1, 0, "")
     assert (body.include_usage, body.every_event, body.must_rewrite) == (False, False, False)
-    assert body.expected_tokens == DEFAULT_EXPECTED_TOKENS
+    assert body.expected_tokens == EXPECTED_TOKENS
 
 
 def test_a_stream_and_its_usage() -> None:
@@ -69,7 +69,7 @@ def test_lengths() -> None:
     assert read({**CHAT, "max_tokens": 5}).expected_tokens == 5
     assert read({**CHAT, "max_tokens": 5, "n": 3}).expected_tokens == 15
     assert read({**TEXT, "best_of": 3, "n": 2}, "completions").choices == 3
-    assert read({**CHAT, "max_tokens": 10**6}).expected_tokens == DEFAULT_EXPECTED_TOKENS
+    assert read({**CHAT, "max_tokens": 10**6}).expected_tokens == EXPECTED_TOKENS
     assert read({**CHAT, "max_tokens": 9, "max_completion_tokens": 5}).max_tokens == 5
     assert read({**CHAT, "max_tokens": None, "n": None}).choices == 1
 

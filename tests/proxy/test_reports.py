@@ -32,6 +32,7 @@ from proxy.reports import (
     latest_currency,
     money,
     parse_time,
+    rows,
     spent_by_key,
     usage,
     usage_csv,
@@ -481,3 +482,14 @@ async def test_usage_and_export_while_the_proxy_writes(engine: Engine, tmp_path:
     assert usage(reader, "tenant")[0].requests == 1000
     await asyncio.to_thread(moved.stop)
     reader.dispose()
+
+
+def test_rows_are_those_of_an_export(engine: Engine) -> None:
+    put(engine, *random_rows(2500))
+    told: list[tuple[int, int]] = []
+    since, until = BEGIN + HOURS, BEGIN + 60 * HOURS
+    found = list(rows(engine, since, until, lambda done, total: told.append((done, total))))
+    file = io.BytesIO()
+    assert export(engine, file, since, until) == len(found)
+    assert [row.op for row in found] == [orjson.loads(line)["op"] for line in file.getvalue().splitlines()]
+    assert told[-1] == (len(found), len(found))

@@ -25,6 +25,7 @@ from sim.members import Change, Incident, Member
 from sim.router import End, Request
 from sim.trips import Result
 from sim.workload import Arrival, Workload
+from tests.patience import examples
 
 ENGINE = EngineSettings(
     StepCost(alpha=20_000.0, beta=100.0, gamma=0.05, delta=50.0), max_num_seqs=8, kv_tokens=40_000
@@ -130,7 +131,7 @@ def play(scene: dict[str, object]) -> tuple[Cluster, Result]:
 
 
 @given(scenes())
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_nothing_is_lost_and_nothing_is_left(scene: dict[str, object]) -> None:
     """Laws 1 to 4."""
     cluster, result = play(scene)

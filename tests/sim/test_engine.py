@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sim.engine import FINISHED, FIRST_TOKEN, Engine, EngineSettings, Event, Sequence, StepCost
 from sim.reference import ReferenceEngine
+from tests.patience import examples
 
 COST = StepCost(alpha=10_000.0, beta=50.0, gamma=0.031, delta=55.0)
 
@@ -141,7 +142,7 @@ def workloads(draw: st.DrawFn) -> tuple[EngineSettings, list[Arrival]]:
 
 
 @given(workloads())
-@settings(max_examples=600)
+@settings(max_examples=examples(600))
 def test_the_fast_engine_tells_what_the_plain_one_tells(case: tuple[EngineSettings, list[Arrival]]) -> None:
     config, arrivals = case
     both = Both(config)

@@ -32,11 +32,16 @@ from sim.members import Change, Incident
 from sim.recording import BadLogError, Recording
 from sim.replay import compare
 from sim.workload import Workload
+from tests.patience import examples
 from tests.sim.test_cluster import LOCAL_FIRST, every, member, scenes
 
 PICK = "rules: [{{name: all, pick: {}, queue: {{wait: 2s, depth: 8}}}}]"
 POLICIES = [LOCAL_FIRST, *(PICK.format(name) for name in policies.names())]
 POLICIES.append(PICK.format("{policy: weighted-qps, max_qps: {a: 2}}"))
+POLICIES += [
+    "rules: [{name: all, split: [{name: x, share: 30%, backend: a}, {name: y, share: 70%}], queue: {wait: 2s}}]",
+    "rules: [{name: all, prefer: [{rtt: {max: 10ms}}, {site: '*'}], avoid: [{backend: a}], queue: {wait: 2s}}]",
+]
 Records = list[dict[str, Any]]
 
 
@@ -73,7 +78,7 @@ def renumbered(records: Records) -> Records:
 
 
 @given(scenes(), st.sampled_from(POLICIES), st.integers(1, 4), st.sampled_from([0.0, 0.5, 10.0]))
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_what_a_cluster_decided_is_decided_again(
     scene: dict[str, Any], policy: str, attempts: int, retries_per_s: float
 ) -> None:

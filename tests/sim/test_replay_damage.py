@@ -4,7 +4,6 @@ difference, and nothing else ever."""
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.base import RequestFacts
-from policies.eventlog import CONFIGURED, OBSERVED
+from policies.eventlog import CONFIGURED, FACTS, OBSERVED
 from probes.base import Timing
 from sim.cluster import SECOND
 from sim.members import Change, Incident
 from sim.record_forms import BackendForm, FactsForm, FiguresForm, damage
 from sim.recording import BadLogError, Recording
 from sim.replay import compare
+from tests.patience import examples
 from tests.sim.damage import DROP, NEVER, Records, changed, kind_of, paths_in, places
 from tests.sim.test_cluster import every
 from tests.sim.test_replay import eventful, record
@@ -66,7 +65,7 @@ def test_the_log_that_is_damaged_here_has_every_kind_of_record() -> None:
 @pytest.mark.parametrize(
     ("form", "names"),
     [
-        (FactsForm, {field.name for field in fields(RequestFacts)}),
+        (FactsForm, {field.name for field in FACTS}),
         (BackendForm, {*CONFIGURED, "breaker", "adaptive"}),
         (FiguresForm, set(OBSERVED)),
     ],
@@ -109,7 +108,7 @@ ANYTHING = st.one_of(
 
 
 @given(st.data())
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_whatever_a_field_holds_a_replay_ends_with_an_answer(data: st.DataObject) -> None:
     records = RECORDS
     for _ in range(data.draw(st.integers(1, 3))):

@@ -115,6 +115,9 @@ arrivals = st.builds(
     priority=st.integers(-5, 5),
     session=st.just("") | words,
     think=st.integers(-1, 10**9),
+    labels=st.dictionaries(words, words, max_size=2).map(lambda labels: tuple(labels.items())),
+    endpoint=st.sampled_from(["chat", "completions"]),
+    stream=st.booleans(),
 ).flatmap(
     lambda one: st.lists(
         st.integers(0, 2**63 - 1), max_size=min(4, (one.prompt_tokens + one.output_tokens) // 16)
@@ -182,6 +185,13 @@ BAD = [
     ("workload", GOOD["workload"][1].replace("}", ', "tennant": "a"}'), "tennant", "there is no such key"),
     ("workload", GOOD["workload"][1].replace("}", ', "hashes": [1]}'), "hashes", "more than the 0 units"),
     ("workload", GOOD["workload"][1].replace("}", ', "think_us": -2}'), "think_us", "expected -1 to"),
+    (
+        "workload",
+        GOOD["workload"][1].replace("}", ', "labels": {"a": 1}}'),
+        "labels",
+        "expected a map of text",
+    ),
+    ("workload", GOOD["workload"][1].replace("}", ', "stream": 1}'), "stream", "expected true or false"),
 ]
 
 

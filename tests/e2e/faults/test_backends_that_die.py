@@ -109,7 +109,7 @@ async def test_f06_a_stalled_backend_ends_its_streams_and_no_others(
 async def test_f07_a_slow_backend_gets_little_and_stays(
     emulate: Emulate, serve: Serve, tmp_path: Path, figure: Figure
 ) -> None:
-    engines = await emulate("a", "b", "c", slots=64, ttft=0.02, tpot=0.004)
+    engines = await emulate("a", "b", "c", slots=64, ttft=0.04, tpot=0.008)
     proxy = await serve(
         *engines.sections(slots=64),
         policy=policy(tmp_path, EVENLY),

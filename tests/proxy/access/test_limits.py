@@ -448,3 +448,21 @@ def test_headers_name_only_the_limits_there_are() -> None:
     assert b"tokens" not in limits.headers(key(rpm=1), 0.0)
     assert b"requests" not in limits.headers(key(tpm=1), 0.0)
     assert limits.headers(key(concurrency=1, budget_nano=1), 0.0) == b""
+
+
+@pytest.mark.parametrize("tokens", [0, 5, 11])
+@pytest.mark.parametrize("cost", [0, 70, 200])
+@pytest.mark.parametrize("wall", [0.0, 40 * 86_400.0])
+def test_what_is_foreseen_is_what_comes(tokens: int, cost: int, wall: float) -> None:
+    """Whatever a key has used, and in the next month: the same refusal, or none; and foreseeing keeps nothing."""
+    for limit in ({"rpm": 2}, {"tpm": 10}, {"concurrency": 1}, {"budget_nano": 100}, {}):
+        key = Key("k", "acme", **limit)  # type: ignore[arg-type]
+        for used in range(4):
+            limits = Limits(0.0)
+            for _ in range(used):
+                limits.admit(key, 4, 60, 10.0, 0.0)
+            kept = len(limits)
+            foreseen = limits.foresee(key, tokens, cost, 20.0, wall)
+            assert len(limits) == kept
+            came = limits.admit(key, tokens, cost, 20.0, wall)
+            assert foreseen == (came if isinstance(came, Refusal) else None)

@@ -92,6 +92,21 @@ def test_tiers_are_told_by_number_and_in_words() -> None:
     assert "b was no candidate: of a later tier" in lines
 
 
+def test_the_part_of_a_split_is_told_with_who_is_of_another() -> None:
+    world = World("a", "b")
+    parts = "[{name: canary, share: 100%, backend: b}, {name: stable, share: 0%}]"
+    policy = read_policy(f"rules: [{{name: all, split: {parts}, avoid: [{{backend: b}}]}}]", "test")
+    world.runtime.built.policy = policy
+    world.runtime.valve.swap(policy.rules, world.loop.now)
+    exchange = world.start()
+    world.relaying(exchange, "b")
+    exchange.client_gone()
+    lines = words(world, exchange)
+    assert "decision 1: send to b, by least-load under the rule 'all', part 'canary'" in lines
+    assert "a was out: of part 'stable', and the request is for 'canary'" in lines
+    assert "tier 2 (what it avoids) took it" in lines
+
+
 def test_a_tier_that_asked_to_wait_is_told_with_its_reason() -> None:
     world = World("a", "b")
     limited = "{site: local, pick: {policy: weighted-qps, max_qps: {a: 1}}}"
