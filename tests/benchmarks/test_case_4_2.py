@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from benchmarks.case_4_2 import cards
 from benchmarks.case_4_2.plot import plot
 from benchmarks.case_4_2.policies import LEVELS, NOT_PLAYED, POLICIES, QUICK, SLOTS, named
+from benchmarks.case_4_2.runs import basis, simulate
 from benchmarks.case_4_2.simulated import Figures, alone, cluster, play
 from benchmarks.case_4_2.traffic import (
     TRAINING_SEED,
@@ -161,3 +163,10 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     found = verdict("good", [FIGURES], [FIGURES], [3], [ALONE], [SERVED])
     plot([found], 3.0, 600.0, {"box alone": {1.0: 55.0}, "good": {1.0: 30.0}}, tmp_path / "case.png")
     assert (tmp_path / "case.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_spawned_process_finds_what_it_is_to_play() -> None:
+    """It does not, where that is in a `__main__` of a package."""
+    for one in (basis, simulate):
+        assert pickle.loads(pickle.dumps(one)) is one
+        assert not one.__module__.endswith("__main__")
