@@ -30,7 +30,7 @@ Promised (`--check`): where distance and network disagree, `shortest-path` is fa
 both loads; where they agree and nothing queues, `geo` costs nothing (5 %); under `law` no restricted request leaves
 wuxi.
 
-Takes about 4 minutes of CPU, by an estimate from short runs.
+Takes about two minutes of CPU.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.distance",
         description="Two sites whose distance and round trip disagree: geo, shortest-path, and a law. Takes about "
-        "4 minutes of CPU.",
+        "two minutes of CPU.",
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"samples of the trace (default: {SEEDS})")
     parser.add_argument("--jobs", type=int, default=cores(), help="processes (default: all cores)")
