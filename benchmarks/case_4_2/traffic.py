@@ -18,8 +18,9 @@ TRAINING_SEED: Final = 0
 """Its peak hour and day are of windows that no other seed's are of: on them a policy is chosen."""
 TRAINING_HOUR: Final = 2
 """The other peak of the day."""
-FIRST_SHOWN: Final = 2
-"""Seed of the first day that is shown: while policies were written, the first was seen."""
+FIRST_SHOWN: Final = 5
+"""Seed of the first day that is shown: those before it were seen while policies were written, and the rule by which
+one is chosen."""
 MOST: Final = 0.3
 """Greatest share that is ever drawn."""
 HOUR_S: Final = 3600

@@ -78,6 +78,11 @@ class Verdict:
     def keeps_all(self) -> bool:
         return not self.missed
 
+    @property
+    def keeps_strictly(self) -> bool:
+        """All claims, latency against the box under what it just serves, too, and the SLA over the whole day."""
+        return self.keeps_all and self.at_capacity_cut >= LATENCY_CUT and self.met_day >= SHARE
+
 
 def box_hour(card_hour: float = CARD_HOUR) -> float:
     """Dollars for an hour of a box."""
@@ -121,8 +126,10 @@ def verdict(
 
 
 def best(found: Sequence[Verdict]) -> Verdict | None:
-    """Of those that keep all three claims, the one that spills least over the day. None: nobody does."""
-    return min((one for one in found if one.keeps_all), key=lambda one: one.spill_day, default=None)
+    """Of those that keep all three claims, strictly if somebody does, the one that spills least over the day. None:
+    nobody keeps them."""
+    keep = [one for one in found if one.keeps_strictly] or [one for one in found if one.keeps_all]
+    return min(keep, key=lambda one: one.spill_day, default=None)
 
 
 def nearest(found: Sequence[Verdict]) -> Verdict:
@@ -139,12 +146,15 @@ def words(chosen: Verdict, shown: Sequence[Verdict]) -> list[str]:
         kept = f"does not keep the claim of {' and '.join(chosen.missed)}"
     reached = "reached" if chosen.at_capacity_cut >= LATENCY_CUT else "not reached"
     keep = [one.policy for one in shown if one.keeps_all]
+    strictly = [one.policy for one in shown if one.keeps_strictly]
     return [
         f"{named} {kept} on the days that are shown, {spill}.",
         f"Against the box under the load that it just serves, its latency falls by {chosen.at_capacity_cut:.0%}: "
         f"by that reading {LATENCY_CUT:.0%} are {reached}.",
         f"All three claims on the days that are shown: {len(keep)} of {len(shown)} policies"
         + (f" ({', '.join(keep)})." if keep else "."),
+        f"By the stricter reading, and with the SLA kept over the day: {len(strictly)}"
+        + (f" ({', '.join(strictly)})." if strictly else "."),
     ]
 
 

@@ -135,6 +135,15 @@ def test_the_best_keeps_all_claims_and_spills_least() -> None:
     assert good.latency_cut == pytest.approx(0.95)
     assert good.at_capacity_cut == pytest.approx(1 - 30 / 55)
     assert best([dear, slow, good, less]) is less
+    late = [replace(FIGURES, mean_s=40.0)]
+    lax = verdict("lax", late, [replace(FIGURES, spill=0.1)], [3], [ALONE], [SERVED])
+    full = verdict("full", [FIGURES], [replace(FIGURES, spill=0.1, met=0.9)], [3], [ALONE], [SERVED])
+    assert lax.keeps_all
+    assert full.keeps_all
+    assert best([lax, less, full]) is less, (
+        "by the stricter reading and over the whole day, if somebody keeps that"
+    )
+    assert best([lax, dear]) is lax
     assert best([dear, slow]) is None
     assert nearest([slow, dear]).policy in ("slow", "dear")
     assert (slow.missed, dear.missed) == (["throughput"], ["cost"])
@@ -156,6 +165,7 @@ def test_what_is_said_of_the_chosen_one_may_be_either() -> None:
     assert missed[0].startswith("dear, chosen on the training day, does not keep the claim of cost")
     assert "falls by 27%: by that reading 40% are not reached" in missed[1]
     assert kept[2] == missed[2] == "All three claims on the days that are shown: 1 of 2 policies (good)."
+    assert kept[3] == "By the stricter reading, and with the SLA kept over the day: 1 (good)."
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
