@@ -2,7 +2,7 @@
 
 It halves the CPU that a request costs and needs a C compiler and Python's headers. Where those are missing the
 wheel is pure Python and does the same, and so it is where compiling fails. `TIDEGATE_COMPILE=1` makes that an
-error, `TIDEGATE_COMPILE=0` asks for it. `MYPYC_OPT_LEVEL=0` compiles in a third of the time what is slower then.
+error, `TIDEGATE_COMPILE=0` asks for it. `MYPYC_OPT_LEVEL=0` compiles sooner what then runs slower.
 Editable installs are never compiled.
 
 Where mypyc is not Python, and `make test-compiled` is what finds it: a slice of bytes that ends before it begins
