@@ -358,6 +358,28 @@ def test_what_is_no_better_is_said_to_be_no_better(folder: Path) -> None:
     assert "no better than the defaults" in (folder / "tuned.yaml").read_text()
 
 
+def test_a_policy_that_is_there_is_not_replaced_by_mistake(folder: Path) -> None:
+    mine, better = folder / "tuned.yaml", ("--policy", SHARE, "--evaluations", "8", "--speed", "4")
+    mine.write_text("rules:\n  - name: by hand\n    pick: least-load\n")
+    done = command(folder, *better)
+    assert done.exit_code == 2
+    assert (
+        "tuned.yaml is there, and not as `tune` writes it: give another --output, or --force" in done.stderr
+    )
+    assert "by hand" in mine.read_text()
+    assert command(folder, *better, "--force").exit_code == 0
+    found = mine.read_text()
+    assert "by hand" not in found
+    mine.write_text(found + "  - name: added by hand\n    pick: least-load\n")
+    assert command(folder, *better).exit_code == 2
+    mine.write_text(found)
+    idle = ("--policy", f"{__name__}:Idle", "--evaluations", "2", "--state", str(folder / "idle"))
+    done = command(folder, *idle, "--force")
+    assert done.exit_code == 1
+    assert f"{mine} stays as it is." in done.stdout
+    assert mine.read_text() == found
+
+
 def test_one_sample_tells_nothing(folder: Path) -> None:
     done = command(folder, "--policy", SHARE, "--evaluations", "8", "--seeds", "1", "--speed", "4")
     assert done.exit_code == 1
