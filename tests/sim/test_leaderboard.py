@@ -209,6 +209,7 @@ def test_what_is_wrong_is_said_in_one_line(
     assert done.exit_code == 2
     assert said in done.stderr
     assert done.stderr.startswith("tidegate: ")
+    assert done.stderr.count("tidegate: ") == 1
     assert done.stdout == ""
 
 
