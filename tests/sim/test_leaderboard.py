@@ -234,14 +234,21 @@ def test_plots_without_matplotlib_are_refused_before_anything_runs(
 
 
 def test_the_table_says_which_policy_failed(folder: Path) -> None:
-    from rich.console import Console
-
     failing = board(folder)
     failing.policies = (named_policy("tests.sim.test_evaluate:Broken"),)
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(shown(failing, failing.standings(played(failing))))
-    assert "test_evaluate:Broken failed in" in console.export_text()
-    console.file.close()
+    assert "test_evaluate:Broken failed in" in shown(failing, failing.standings(played(failing)))
+
+
+def test_no_figure_is_cut_off_whatever_the_width(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "a-policy-with-" + "a-long-name-" * 8
+    found = board(folder, speeds=(2.0,))
+    found.policies = (found.policies[0]._replace(name=name),)
+    lines = shown(found, found.standings(played(found))).splitlines()
+    assert not any("…" in line for line in lines)
+    assert [line for line in lines if line != line.rstrip()] == []
+    (row,) = (line for line in lines if line.startswith(name))
+    assert len(row.split()) == 19
 
 
 # Ctrl-C
