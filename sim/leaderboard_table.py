@@ -112,6 +112,11 @@ def notes(board: Board, standings: Sequence[Standing]) -> Iterator[str]:
         yield f"cost: {', '.join(sorted(without))} without a price; what it served is not in it"
     if any(one.of("gco2") is None for one in standings):
         yield f"carbon unknown: {', '.join(_without_carbon(board))}"
+    if unmet := {one.policy: one.unmet_rules for one in standings if one.unmet_rules}:
+        for policy, rules in unmet.items():
+            what = "rule" if len(rules) == 1 else "rules"
+            yield f"{policy}: no request met its {what} {', '.join(rules)}"
+        yield "tenants, labels, data classes and priorities are the trace's: a workload of your own can have them"
     for one in standings:
         failures = one.of("policy_failures")
         if failures is not None and failures.mean > 0.0:

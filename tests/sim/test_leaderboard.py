@@ -239,6 +239,26 @@ def test_the_table_says_which_policy_failed(folder: Path) -> None:
     assert "test_evaluate:Broken failed in" in shown(failing, failing.standings(played(failing)))
 
 
+def test_rules_that_no_request_met_are_named(folder: Path) -> None:
+    (folder / "vip.yaml").write_text(
+        "rules: [{name: vip, when: {tenant: vip}}, {name: batch, when: {labels: {kind: batch}}}, {name: others}]\n"
+    )
+    rules = named_policy(str(folder / "vip.yaml"))._replace(name="vip")
+    found = board(folder)
+    found.policies = (rules, named_policy("random"))
+    standings = found.standings(played(found))
+    assert {one.policy: one.unmet_rules for one in standings} == {"vip": ["vip", "batch"], "random": []}
+    text = shown(found, standings)
+    assert text.count("vip: no request met its rules vip, batch\n") == 1
+    assert "random: no request" not in text
+    assert as_json(found, standings)["standings"][0]["unmet_rules"] == standings[0].unmet_rules
+    assert "a workload of your own can have them" in text
+    late = Workload("w", [Arrival(n * 1000, 10, 5, tenant="vip" if n == 90 else "") for n in range(91)])
+    found = board(folder, late)
+    found.policies, found.traffic.resamples = (rules,), False
+    assert "vip: no request met its rule batch\n" in shown(found, found.standings(played(found)))
+
+
 def test_no_figure_is_cut_off_whatever_the_width(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     name = "a-policy-with-" + "a-long-name-" * 8
