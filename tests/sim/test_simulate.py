@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from functools import cache
 from math import inf
@@ -249,6 +250,17 @@ def test_rules_meet_the_times_that_were_and_the_labels_of_keys(folder: Path) -> 
     *_, by_label, by_night = runs(*SINCE, "--policy", "labels.yaml", "night.yaml")["runs"]
     for new, count in ((by_label, batch), (by_night, late)):
         assert new["sites"]["nanjing"] * (COUNT - new["rejected"]) == pytest.approx(count)
+
+
+def test_a_policy_file_that_was_changed_meanwhile_is_noted(ledger: Path) -> None:
+    early = history()[EARLY]
+    os.utime(ledger / "present.yaml", (0, EPOCH + early.arrival.at / 1e6))
+    (note,) = (
+        note
+        for note in runs(*SINCE, "--policy", "stays.yaml")["notes"]
+        if "policy file was last changed" in note
+    )
+    assert note.startswith(f"{EARLY} of {COUNT} requests came before")
 
 
 def test_until_ends_the_span(ledger: Path) -> None:
