@@ -221,7 +221,12 @@ class _Simulation:
         without = [
             f"{backend.name} ({wrong})"
             for backend in backends
-            if self.home.profiles[backend.name] is None and (wrong := unfit(known.get(backend.name, ())))
+            if self.home.profiles[backend.name] is None
+            and (
+                wrong := unfit(known.get(backend.name, ()))
+                if self.ledger
+                else "with --trace no ledger is read"
+            )
         ]
         if without:  # before any is fitted, which takes long
             raise ValueError(_unknown_speed(without))

@@ -7,7 +7,7 @@ import pytest
 
 from sim.calibrate import Search
 from sim.from_ledger import InForce, Served, read_past
-from sim.ledger_speed import LEAST, MOST, busiest, profile_from
+from sim.ledger_speed import FEW, LEAST, MOST, busiest, profile_from
 from sim.timings import Timing
 from sim.workload import Arrival, Workload
 from tests.sim.ledgers import EPOCH, RTT, played, row_of
@@ -156,8 +156,14 @@ def test_the_busiest_requests_are_taken() -> None:
 
 
 def test_too_few_answers_make_no_profile() -> None:
-    with pytest.raises(ValueError, match=f"99 complete answers in the ledger, {LEAST} are the least"):
-        profile_from("a", timings(99), 0.0, 4)
+    with pytest.raises(ValueError, match=f"29 complete answers in the ledger, {LEAST} are the least"):
+        profile_from("a", timings(29), 0.0, 4)
+
+
+def test_few_answers_are_called_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.ledger_speed.SEARCH", Search(starts=1, evaluations=24))
+    assert f"(few: {FEW} would tell more)" in profile_from("a", timings(LEAST), 0.0, 4)[1]
+    assert "few" not in profile_from("a", timings(FEW), 0.0, 4)[1]
 
 
 def test_a_fitted_profile_foretells_what_was() -> None:

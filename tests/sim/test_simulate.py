@@ -306,6 +306,15 @@ def test_a_backend_without_a_profile_is_fitted_or_named(
         assert said in failed.stderr
 
 
+def test_with_a_trace_nothing_is_said_of_a_ledger_that_is_not_read(ledger: Path) -> None:
+    (ledger / "tidegate.yaml").write_text(CONFIG.replace(", profile: appliance.yaml", ""))
+    with (ledger / "trace.jsonl").open("wb") as file:
+        write_workload(office(), file)
+    failed = simulate("--trace", "trace.jsonl", "--policy", "stays.yaml")
+    assert (failed.exit_code, failed.stdout) == (2, "")
+    assert "how fast is appliance (with --trace no ledger is read)?" in failed.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
