@@ -18,10 +18,11 @@ from typer.testing import CliRunner, Result
 
 from sim import leaderboard_command
 from sim.cluster_file import read_cluster
-from sim.evaluate import Run, named_policy
+from sim.evaluate import Run, evaluate, named_policy
 from sim.intervals import paired
 from sim.leaderboard import Board, Job, as_json
 from sim.leaderboard_command import INTERRUPTED, leaderboard
+from sim.leaderboard_plots import write_plots
 from sim.leaderboard_table import shown
 from sim.traffic import Traffic
 from sim.workload import Arrival, Workload
@@ -159,6 +160,28 @@ def test_the_command_writes_a_table_json_and_pictures(folder: Path) -> None:
     pictures = sorted((folder / "plots").iterdir())
     assert [file.name for file in pictures] == ["goodput.png", "spill.png", "ttft.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in pictures)
+
+
+def test_a_picture_has_the_intervals_of_the_differences(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds differ by much, policies by little in each: what shows in the table shows in the picture."""
+    found = board(folder)
+    one = evaluate(found.cluster, found.policies[0], rush(), 1)
+    goodput = {0: (10.0, 20.0, 30.0), 1: (9.0, 19.1, 28.9), 2: (10.1, 18.0, 31.0)}
+    standings = found.standings(
+        (Job(seed, 1.0, policy), one._replace(figures=replace(one.figures, goodput_rps=values[seed - 1])))
+        for policy, values in goodput.items()
+        for seed in (1, 2, 3)
+    )
+    drawn: list[tuple[float, float]] = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.bar", lambda _, x, heights, yerr, **more: drawn.append((heights[0], yerr[0]))
+    )
+    write_plots(found, standings, folder / "plots")
+    (best, none), *others = drawn
+    assert (best, none) == (20.0, 0.0)
+    assert [height + error < best for height, error in others] == [False, True]
 
 
 def test_json_can_go_to_standard_output(folder: Path) -> None:
