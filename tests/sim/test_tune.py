@@ -112,7 +112,7 @@ def test_parameters_lie_between_their_bounds_by_difference_or_by_ratio() -> None
 
 
 def test_the_values_of_a_map_are_searched_each(folder: Path) -> None:
-    space = Space("weighted-scores")
+    space = Space("weighted-scores", {"picker": "softmax"})
     point = space.point(space.middle)
     assert point == {"scorers.prefix": 3.0, "scorers.queue": 2.0, "scorers.kv": 2.0, "temperature": 1.0}
     text = policy_file("weighted-scores", {"scorers": {"load": 1.0, "kv": 9.0}, **point}).text
@@ -126,6 +126,16 @@ def test_the_values_of_a_map_are_searched_each(folder: Path) -> None:
     one = search(folder, "weighted-scores")
     assert one.play(Task(tuple(nothing.items()), 0, False)) == -inf
     assert one.play(Task(tuple(point.items()), 0, False)) > 0.0
+
+
+def test_what_does_nothing_is_not_searched() -> None:
+    """The temperature is one of `softmax`, and by default the best is taken."""
+    names = [
+        [one.name for one, _ in Space("weighted-scores", given).parameters]
+        for given in ({}, {"picker": "softmax"})
+    ]
+    assert names[0] == ["scorers.prefix", "scorers.queue", "scorers.kv"]
+    assert names[1] == [*names[0], "temperature"]
 
 
 def test_a_policy_without_any_cannot_be_tuned() -> None:
