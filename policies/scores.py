@@ -250,7 +250,9 @@ class WeightedScores(Policy):
             Literal["best", "weighted-random", "softmax"], "How one is chosen by score."
         ] = "best",
         temperature: Annotated[
-            float, "Of `softmax`, in units of the score, above 0.", Tunable(0.05, 10.0, log=True)
+            float,
+            "Of `softmax`, in units of the score, above 0.",
+            Tunable(0.05, 10.0, log=True, only_with=("picker", "softmax")),
         ] = 1.0,
     ) -> None:
         for name, weight in scorers.items():

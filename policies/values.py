@@ -29,6 +29,8 @@ class Tunable:
     high: float
     log: bool = False
     """By ratio instead of by difference: for what spans more than a decade."""
+    only_with: tuple[str, str] | None = None
+    """Another parameter, and the value of it without which this one does nothing."""
 
 
 @dataclass(slots=True)

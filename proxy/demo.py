@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxy.demo_fleet import CURRENCY, FLEET, MODEL, DemoError, DemoSettings, Fleet, greeting, start_fleet
+from proxy.demo_fleet import (
+    CURRENCY,
+    FLEET,
+    MODEL,
+    DemoError,
+    DemoSettings,
+    Fleet,
+    afterwards,
+    greeting,
+    start_fleet,
+)
 from proxy.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -89,6 +99,8 @@ async def _main(settings: DemoSettings) -> None:
         if work not in done:
             raise ends[done.pop()].failure()
         typer.echo(f"\n{work.result()}")
+    if settings.state is not None:
+        typer.echo(afterwards(fleet.config), nl=False)
 
 
 def run_demo(settings: DemoSettings) -> int:
@@ -122,7 +134,10 @@ def demo(
         int, typer.Option(help="Port of the admin pages; 0 takes a free one.", min=0, max=65535)
     ] = 8081,
     state: Annotated[
-        Path | None, typer.Option(help="Keep keys and ledger in this directory. Default: gone with the demo.")
+        Path | None,
+        typer.Option(
+            help="Keep keys, ledger and configuration (demo.yaml) in this directory. Default: gone with the demo."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="One seed, one rush hour.")] = 0,
 ) -> None:

@@ -23,6 +23,8 @@ from typing import Any
 MODEL = "demo"
 CURRENCY = "CNY"
 HOST = "127.0.0.1"
+CONFIG = "demo.yaml"
+"""The configuration in a directory that is kept: a `tidegate.yaml` there would be somebody's own."""
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 """From asking a process to end until it is killed."""
@@ -78,7 +80,7 @@ class DemoSettings:
     admin_port: int = 8081
     """Of the admin pages; 0: any free port."""
     state: Path | None = None
-    """Where the proxy keeps its ledger; None: a directory that goes away with the demo."""
+    """Where the ledger is kept, and the proxy's configuration; None: a directory that goes away with the demo."""
     traffic: bool = False
     """Send a rush hour and end with a summary; else serve until stopped."""
     duration_s: float = 60.0
@@ -222,8 +224,6 @@ def emulate_arguments(backend: EmulatedSite, seed: int) -> list[str]:
 def greeting(url: str, admin: str, config: Path) -> str:
     """How to talk to the running demo; everything in it works as printed."""
     python = _shown(Path(sys.executable))
-    script = Path(sys.executable).with_name("tidegate")
-    tidegate = _shown(script) if script.exists() else f"{python} -m proxy.cli"
     backends = "\n".join(
         f"  {backend.name:<10} {backend.slots:>2} slots   "
         + ("local" if backend.site == "local" else f"remote, every reply {backend.rtt_s * 1000:.0f} ms late")
@@ -257,10 +257,26 @@ END
 See how it is doing, and what was used:
 
 curl -s {admin}/state
-{tidegate} usage --by backend --config {config}
+{_command()} usage --by backend --config {config}
 
 Ctrl-C ends everything.
 """
+
+
+def afterwards(config: Path) -> str:
+    """What can be done with a ledger that is kept."""
+    return f"""\
+
+What these requests would have been under another policy:
+
+{_command()} simulate --from-ledger 1h --config {config} --policy least-load --ttft 0.2
+"""
+
+
+def _command() -> str:
+    """Ourselves, as one would type it here."""
+    script = Path(sys.executable).with_name("tidegate")
+    return _shown(script) if script.exists() else f"{_shown(Path(sys.executable))} -m proxy.cli"
 
 
 def _shown(path: Path) -> str:
@@ -293,11 +309,14 @@ async def start_fleet(settings: DemoSettings, stack: AsyncExitStack, directory: 
     for child in children:
         async with _start_timeout(child.name):
             urls[child.name] = (await child.first_line()).split()[2]
-    config = directory / "tidegate.yaml"
-    with config.open("w") as file:
-        YAML(typ="safe").dump(
-            configuration(listen, admin, (settings.state or directory / "state").absolute(), urls), file
-        )
+    config = directory / "tidegate.yaml" if settings.state is None else settings.state / CONFIG
+    state = (settings.state or directory / "state").absolute()
+    try:
+        config.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with config.open("w") as file:
+            YAML(typ="safe").dump(configuration(listen, admin, state, urls), file)
+    except OSError as error:
+        raise DemoError(f"{config} cannot be written ({error.strerror}); choose another --state") from error
     proxy = await Child.start("proxy", [*settings.serve, "--config", str(config)], directory)
     stack.push_async_callback(proxy.stop)
     fleet = Fleet(f"http://{HOST}:{listen}", f"http://{HOST}:{admin}", config, [*children, proxy])

@@ -57,6 +57,12 @@ class Installation:
         with readable_errors():
             return name, Path(name).read_text("utf-8") if is_policy_file(name) else library_policy(name)
 
+    def policy_changed(self) -> float:
+        """Unix time at which the policy file in force was last changed; 0: it is one of the library."""
+        name = self._config.policy
+        with readable_errors():
+            return Path(name).stat().st_mtime if is_policy_file(name) else 0.0
+
     def known(self) -> KnownNames:
         """What policy files may name."""
         return known_names(self._config, make_backends(self._config))

@@ -33,6 +33,13 @@ from sim.profile import load_profile, profile_names, with_max_model_len
 PricePerMillion = Annotated[float, Field(ge=0, le=1_000_000)]
 
 
+CONFIGURATION = (
+    "this is a configuration of the proxy; a cluster has `model`, `sla` and the profile of each backend, as "
+    "examples/cluster.yaml. On the backends of a configuration, `tidegate simulate --trace` compares policies"
+)
+"""What is said of such a file, instead of each key that it has and lacks."""
+
+
 class PriceSection(FileModel):
     """Per million tokens, as in the configuration."""
 
@@ -201,6 +208,8 @@ def read_cluster(path: Path) -> ClusterFile:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise FileProblems(str(path), [Problem(line, 1, "", "the file is not UTF-8 text")]) from None
     document = parse_yaml(text, str(path))
+    if "sla" not in document.value and (at := _url(document.value.get("backends"))):
+        raise document.failed([document.problem(at, CONFIGURATION, at_key=True)])
     file = document.validate(ClusterSection)
     problems: list[Problem] = []
     placed: list[Placed] = []
@@ -216,6 +225,14 @@ def read_cluster(path: Path) -> ClusterFile:
     if problems:
         raise document.failed(problems)
     return ClusterFile(path.stem, file.model, file.sla, tuple(placed), frozenset({LOCAL, *file.sites}))
+
+
+def _url(backends: object) -> tuple[str | int, ...]:
+    """Where the first backend says what its URL is; empty: none does."""
+    if not isinstance(backends, list):
+        return ()
+    places = (place for place, one in enumerate(backends) if isinstance(one, dict) and "url" in one)
+    return next((("backends", place, "url") for place in places), ())
 
 
 def _names(section: BackendSection) -> Iterator[str]:

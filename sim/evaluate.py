@@ -86,6 +86,8 @@ class Run(NamedTuple):
     """That the simulation took, in real time."""
     last_failure: str = ""
     """Of a policy."""
+    unmet_rules: tuple[str, ...] = ()
+    """Names of the rules with a condition that no request met first."""
 
 
 class PolicyText(NamedTuple):
@@ -136,7 +138,8 @@ def evaluate(
     seconds = _until_all_ended(trips) if closed else period(workload) / 1e6
     failures, last_failure = failures_of(rules)
     figures = figures_of(trips, cluster, seconds, failures)
-    return Run(figures, cdf(_ttfts(trips)), perf_counter() - started, last_failure)
+    elapsed = perf_counter() - started
+    return Run(figures, cdf(_ttfts(trips)), elapsed, last_failure, _unmet(rules, trips))
 
 
 def figures_of(
@@ -264,6 +267,11 @@ def _covered(spans: list[tuple[float, float]]) -> float:
             covered += end - max(begin, reached)
             reached = end
     return covered
+
+
+def _unmet(rules: RuleSet, trips: Iterable[Trip]) -> tuple[str, ...]:
+    met = {rules.rule_for(trip.facts).name for trip in trips}
+    return tuple(rule.name for rule in rules.rules if not rule.matches_all and rule.name not in met)
 
 
 def failures_of(rules: RuleSet) -> tuple[int, str]:

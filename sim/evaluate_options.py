@@ -26,6 +26,8 @@ def readable_errors() -> Iterator[None]:
 
     try:
         yield
+    except typer.Exit:
+        raise  # what is wrong has been said; it is a RuntimeError, too
     except (OSError, FileProblems, ValueError, RuntimeError) as error:
         fail(error_text(error))
 

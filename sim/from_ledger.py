@@ -15,8 +15,10 @@ have come after.
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from math import ceil
 from statistics import median
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -55,6 +57,7 @@ class LedgerRow(Protocol):
     code: str
     backend: str
     site: str
+    rule: str
     candidates: Sequence[Sequence[Any]]
     attempts: int
     prompt_tokens: int
@@ -102,6 +105,15 @@ class Seen:
         return median(self.rtts) if self.rtts else 0.0
 
 
+class InForce(NamedTuple):
+    """The policy file that is simulated as the present one."""
+
+    rules: frozenset[str]
+    """Their names."""
+    since: float
+    """Unix time of its last change; 0: it never changes."""
+
+
 @dataclass(slots=True)
 class Past:
     """What was."""
@@ -119,8 +131,10 @@ def read_past(
     rows: Iterable[LedgerRow],
     aliases: Mapping[str, str] | None = None,
     keys: Mapping[str, tuple[int, Mapping[str, str]]] | None = None,
+    present: InForce | None = None,
 ) -> Past:
-    """From rows in order of arrival. `aliases`: name to model; `keys`: priority and labels by the id of a key.
+    """From rows in order of arrival. `aliases`: name to model; `keys`: priority and labels by the id of a key;
+    `present`: to note which of them another policy file has decided over.
 
     Raises ValueError: no row is one of the workload.
     """
@@ -146,6 +160,9 @@ def read_past(
         elif row.outcome != "ok":
             counts["cut"] += 1
         counts["plain"] += not row.stream
+        if present is not None:
+            counts["before"] += row.arrived < present.since
+            counts["other rule"] += bool(row.rule) and row.rule not in present.rules
         if row.key_id and row.key_id not in keys:
             counts["no key"] += 1
         priority, labels = keys.get(row.key_id, (0, {}))
@@ -173,7 +190,8 @@ def read_past(
         some = f"; left out are {_listed(left_out)}" if left_out else ""
         raise ValueError(f"no request for text is in this part of the ledger{some}")
     workload = Workload("the ledger", arrivals, EXPORT_UNIT)
-    return Past(workload, served, epoch, dict(backends), _notes(len(arrivals), left_out, counts))
+    notes = [*_of_another_policy(len(arrivals), counts, present), *_notes(len(arrivals), left_out, counts)]
+    return Past(workload, served, epoch, dict(backends), notes)
 
 
 def _no_part(row: LedgerRow) -> str:
@@ -189,6 +207,20 @@ def _no_part(row: LedgerRow) -> str:
     if not row.attempts and row.outcome in ("client_gone", "shutdown"):
         return "had left before they were sent anywhere"
     return ""
+
+
+def _of_another_policy(count: int, counts: Counter[str], present: InForce | None) -> Iterator[str]:
+    """Why what was may differ from the present file by more than the simulator's error."""
+    if present is None:
+        return
+    if number := counts["before"]:
+        since = datetime.fromtimestamp(ceil(present.since), UTC)
+        yield (
+            f"{number:,} of {count:,} requests came before the policy file was last changed: the file as it was "
+            f"then decided over them; --from-ledger {since:%Y-%m-%dT%H:%M:%S} leaves them out"
+        )
+    if number := counts["other rule"]:
+        yield f"{number:,} of {count:,} requests met a rule that the present policy file does not have"
 
 
 def _notes(count: int, left_out: Counter[str], counts: Counter[str]) -> list[str]:

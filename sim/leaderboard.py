@@ -51,6 +51,12 @@ class Standing(NamedTuple):
         return estimate(values) if len(values) == len(self.runs) else None
 
     @property
+    def unmet_rules(self) -> list[str]:
+        """Those that no request met in any seed."""
+        first, *others = (run.unmet_rules for run in self.runs)
+        return [name for name in first if all(name in unmet for unmet in others)]
+
+    @property
     def ttft_cdf(self) -> list[float]:
         """Quantiles of the TTFT at equal steps, each the mean over seeds."""
         return [
@@ -183,6 +189,7 @@ def as_json(board: Board, standings: Sequence[Standing]) -> dict[str, Any]:
                 "speed": one.speed,
                 "seeds": list(one.seeds),
                 "behind_best_rps": _estimate_json(one.behind),
+                "unmet_rules": one.unmet_rules,
                 "figures": {
                     name: {
                         **(_estimate_json(one.of(name)) or {"mean": None, "half_width": None}),

@@ -167,10 +167,8 @@ def _write(
     json_file: Path | None,
     plots: Path | None,
 ) -> None:
-    from rich.console import Console
-
     from sim.leaderboard import as_json
-    from sim.leaderboard_table import WIDTH, shown
+    from sim.leaderboard_table import shown
 
     if json_file is not None:
         simulated = sum(run.figures.requests for _, run in runs)
@@ -186,8 +184,7 @@ def _write(
             else:
                 json_file.write_text(text + "\n", encoding="utf-8")
     if json_file is None or str(json_file) != "-":
-        console = Console()
-        Console(width=max(console.width, WIDTH)).print(shown(board, standings))
+        typer.echo(shown(board, standings), nl=False)
     if plots is not None:
         from sim.leaderboard_plots import write_plots
 

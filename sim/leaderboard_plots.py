@@ -43,16 +43,21 @@ def _load(one: Standing) -> float:
     return sum(run.figures.requests / run.figures.seconds for run in one.runs) / len(one.runs)
 
 
+def _half_width(one: Standing) -> float:
+    """Of the interval of its difference from the best; 0: it is the best, or has no interval."""
+    return (one.behind.half_width if one.behind is not None else None) or 0.0
+
+
 def _goodput(standings: Sequence[Standing], path: Path) -> Path:
-    """With intervals: bars at one speed, lines over the load at several."""
+    """Bars at one speed, lines over the load at several. The intervals are of the difference from the best, seed by
+    seed: those of the figures themselves overlap where seeds differ by more than policies do."""
     several = len({one.speed for one in standings}) > 1
-    figure, axes = _axes(
-        "Goodput, 95 % intervals", "requests/s that came" if several else "", "requests/s within the SLA"
-    )
+    title = "Goodput, and 95 % intervals of the difference from the best"
+    came = "requests/s that came" if several else ""
+    figure, axes = _axes(title, came, "requests/s within the SLA")
     for place, (policy, of) in enumerate(_by_policy(standings).items()):
-        found = [estimate for one in of if (estimate := one.of("goodput_rps")) is not None]
-        heights = [one.mean for one in found]
-        errors = [one.half_width or 0.0 for one in found]
+        heights = [estimate.mean for one in of if (estimate := one.of("goodput_rps")) is not None]
+        errors = [_half_width(one) for one in of]
         if several:
             axes.errorbar([_load(one) for one in of], heights, errors, marker="o", capsize=3, label=policy)
         else:
@@ -62,6 +67,9 @@ def _goodput(standings: Sequence[Standing], path: Path) -> Path:
         axes.set(xlim=(0, None))
     else:
         policies = list(_by_policy(standings))
+        best = next(one for one in standings if one.behind is None).of("goodput_rps")
+        assert best is not None
+        axes.axhline(best.mean, color="grey", linestyle="--")
         axes.set_xticks(range(len(policies)), policies, rotation=30, ha="right")
     axes.set(ylim=(0, None))
     figure.savefig(path, dpi=120)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import isfinite
 
-from rich.console import Group
+from rich.console import Console, Group
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from sim.intervals import Estimate
 from sim.leaderboard import Board, Standing
 
-WIDTH = 150
-"""Columns that the table needs."""
+UNBOUNDED = 10_000
+"""Columns that no table needs."""
 UNKNOWN = "unknown"
 NEVER = "never"
 """For a quantile that stands at a request which was never answered."""
@@ -27,10 +28,18 @@ _COLUMNS = (
 )
 
 
-def shown(board: Board, standings: Sequence[Standing]) -> Group:
-    """A table for each speed, and under them what has to be known of the figures."""
+def shown(board: Board, standings: Sequence[Standing]) -> str:
+    """A table for each speed, and under them what has to be known of the figures. As wide as the figures are, even
+    where the terminal is not: what is cut off is lost."""
     tables = [_table([one for one in standings if one.speed == speed], speed) for speed in _speeds(standings)]
-    return Group(*tables, *(Text(line) for line in notes(board, standings)))
+    console = Console()
+    options = console.options.update_width(UNBOUNDED)
+    wide = Console(
+        width=max(console.width, *(Measurement.get(console, options, one).maximum for one in tables))
+    )
+    with wide.capture() as captured:
+        wide.print(Group(*tables, *(Text(line) for line in notes(board, standings))))
+    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def _speeds(standings: Sequence[Standing]) -> list[float]:
@@ -103,6 +112,11 @@ def notes(board: Board, standings: Sequence[Standing]) -> Iterator[str]:
         yield f"cost: {', '.join(sorted(without))} without a price; what it served is not in it"
     if any(one.of("gco2") is None for one in standings):
         yield f"carbon unknown: {', '.join(_without_carbon(board))}"
+    if unmet := {one.policy: one.unmet_rules for one in standings if one.unmet_rules}:
+        for policy, rules in unmet.items():
+            what = "rule" if len(rules) == 1 else "rules"
+            yield f"{policy}: no request met its {what} {', '.join(rules)}"
+        yield "tenants, labels, data classes and priorities are the trace's: a workload of your own can have them"
     for one in standings:
         failures = one.of("policy_failures")
         if failures is not None and failures.mean > 0.0:

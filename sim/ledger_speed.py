@@ -17,8 +17,10 @@ from policies.profile import Limits, Origin, Profile, Source
 from sim.calibrate import Search, calibrate_timings, rounded
 from sim.timings import Timing
 
-LEAST: Final = 100
-"""Complete answers; of fewer, one slow moment would make the profile."""
+LEAST: Final = 30
+"""Complete answers."""
+FEW: Final = 100
+"""Of fewer, one slow moment shows in the profile."""
 MOST: Final = 1500
 SEARCH: Final = Search(starts=1, evaluations=240)
 
@@ -54,7 +56,8 @@ def profile_from(
         for metric, error in zip(("TTFT", "TPOT", "end to end"), found.fit.mean, strict=True)
         if isfinite(error)
     )
-    return profile, f"fitted to {text}; its means are off by {errors}"
+    few = f" (few: {FEW} would tell more)" if len(timings) < FEW else ""
+    return profile, f"fitted to {text}{few}; its means are off by {errors}"
 
 
 def unfit(timings: Sequence[Timing]) -> str:

@@ -41,6 +41,8 @@ class Installation(Protocol):
 
     def policy(self) -> tuple[str, str]: ...
 
+    def policy_changed(self) -> float: ...
+
     def known(self) -> KnownNames: ...
 
     def cluster_options(self) -> dict[str, Any]: ...
@@ -132,7 +134,8 @@ def simulate(
     with readable_errors(), bar:
         present, new = PolicyText(*home.policy()), policies_of([*policy, *(policies or [])])
         show_warnings(new, home.known())
-        past = _from_ledger(doors, home, from_ledger, until, bar) if trace is None else _from_trace(trace)
+        asked = (from_ledger, until)
+        past = _from_trace(trace) if trace else _from_ledger(doors, home, present, *asked, bar)
         found = _Simulation(home, past, trace is None, seed, bar)
         columns = found.columns([present, *new])
     level = inf if ttft is None else ttft, inf if tpot is None else tpot
@@ -143,15 +146,18 @@ def simulate(
 
 
 def _from_ledger(
-    doors: Doors, home: Installation, since: str | None, until: str | None, bar: Progress
+    doors: Doors, home: Installation, present: PolicyText, since: str | None, until: str | None, bar: Progress
 ) -> Past:
-    from sim.from_ledger import read_past
+    from policies.files import read_policy
+    from sim.from_ledger import InForce, read_past
 
     assert since is not None
     begin, end = doors.span(since, until, time.time())
     task = bar.add_task("reading the ledger", total=None)
     rows = home.rows(begin, end, lambda done, total: bar.update(task, completed=done, total=total))
-    return read_past(rows, home.aliases, home.keys())
+    rules = read_policy(present.text, present.name, home.known()).rules.rules
+    in_force = InForce(frozenset(rule.name for rule in rules), home.policy_changed())
+    return read_past(rows, home.aliases, home.keys(), in_force)
 
 
 def _from_trace(trace: Path) -> Past:
@@ -215,7 +221,12 @@ class _Simulation:
         without = [
             f"{backend.name} ({wrong})"
             for backend in backends
-            if self.home.profiles[backend.name] is None and (wrong := unfit(known.get(backend.name, ())))
+            if self.home.profiles[backend.name] is None
+            and (
+                wrong := unfit(known.get(backend.name, ()))
+                if self.ledger
+                else "with --trace no ledger is read"
+            )
         ]
         if without:  # before any is fitted, which takes long
             raise ValueError(_unknown_speed(without))

@@ -132,12 +132,15 @@ class Search:
 class Space:
     """The parameters that are searched, as coordinates from 0 to 1."""
 
-    def __init__(self, policy: str) -> None:
-        """Raises PolicyError for no such policy, and for one that has nothing to search."""
+    def __init__(self, policy: str, given: Mapping[str, Any] | None = None) -> None:
+        """`given`: parameters that are not searched. Raises PolicyError for no such policy, and for one that has
+        nothing to search."""
+        all_ = parameters(policy)
+        values = {**{one.name: one.default for one in all_}, **(given or {})}
         self.parameters: list[tuple[Parameter, Tunable]] = [
             (part, one.tunable)
-            for one in parameters(policy)
-            if one.tunable is not None
+            for one in all_
+            if one.tunable is not None and _does_something(one.tunable, values)
             for part in _parts(one)
         ]
         if not self.parameters:
@@ -158,6 +161,13 @@ class Space:
             value = _value(min(max(at, 0.0), 1.0), tunable)
             found[one.name] = round(value) if one.annotation is int else float(f"{value:.{DIGITS}g}")
         return found
+
+
+def _does_something(tunable: Tunable, values: Mapping[str, Any]) -> bool:
+    if tunable.only_with is None:
+        return True
+    name, value = tunable.only_with
+    return bool(values[name] == value)
 
 
 def _parts(parameter: Parameter) -> list[Parameter]:
@@ -302,7 +312,7 @@ def tune(
     `progress` hears of each point: how many are done, and the least mean loss so far. Raises as `Search.play`, and
     ValueError where the objective has no value at all.
     """
-    space, objective = Space(search.policy), OBJECTIVES[search.objective]
+    space, objective = Space(search.policy, search.given), OBJECTIVES[search.objective]
     default = space.point(space.middle)
     tried: list[tuple[float, Point, list[float]]] = []
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from hashlib import file_digest, sha256
 from importlib import metadata
 from inspect import getfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from sim.tune import Search, State, Tuned
 
 INTERRUPTED = 130
+WRITTEN: Final = re.compile(
+    r"# .*, tuned by `tidegate tune`: .*\n(#.*\n)*rules:\n  - name: .*\n    pick:\n( {6}.*\n)+"
+)
+"""What `tune` writes, nothing added to it."""
 
 
 def tune(
@@ -72,6 +77,9 @@ def tune(
             dir_okay=False,
         ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUTPUT though it is no policy that `tune` has written.")
+    ] = False,
     jobs: Annotated[
         int | None, typer.Option(help="Processes. Default: one for each core.", min=1, max=1024)
     ] = None,
@@ -93,6 +101,7 @@ def tune(
         fail(f"{output}: there is no folder {output.parent} for it")
     errors = Console(stderr=True)
     with readable_errors(), errors.status("reading ..."):
+        _check_output(output, force)
         space = Space(policy)
         found, traffic = cluster_and_traffic(
             cluster, trace, form, start, duration, loop, users, (speed,), seeds
@@ -124,6 +133,14 @@ def tune(
         done = f"{len(kept.found)} points are kept in {kept.path}"
         fail(f"interrupted; {done}: the same command goes on from there", INTERRUPTED)
     _write(search, tuned, output, f"{trace} on {cluster}", _parts(search, test))
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """A policy that somebody has written by hand, and that a proxy may follow, is not replaced by mistake."""
+    if output.is_file() and not force and not WRITTEN.fullmatch(output.read_text("utf-8", "replace")):
+        fail(
+            f"{output} is there, and not as `tune` writes it: give another --output, or --force to replace it"
+        )
 
 
 def _bounds(tunable: Any) -> list[Any]:
@@ -206,12 +223,16 @@ def _write(search: Search, tuned: Tuned, output: Path, what: str, parts: str) ->
         *_table(tuned),
         _verdict(tuned, better),
     ]
+    kept = output.is_file() and not better
     with readable_errors():
-        output.write_text(policy_file(search.policy, tuned.point, lines).text, encoding="utf-8")
+        if not kept:
+            output.write_text(policy_file(search.policy, tuned.point, lines).text, encoding="utf-8")
     for line in lines:
         typer.echo(line)
     for name, value in tuned.point.items():
         typer.echo(f"{name}: {value:g} (default {tuned.default[name]:g})")
+    if kept:
+        typer.echo(f"{output} stays as it is.")
     if not better:
         raise typer.Exit(1)
 

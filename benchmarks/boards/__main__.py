@@ -228,15 +228,10 @@ def _boards(plan: Plan, samples: int) -> list[tuple[str, Board]]:
 
 
 def _print(shown: Sequence[Shown], verdicts: Sequence[Verdict]) -> None:
-    from rich.console import Console
-
-    from sim.leaderboard_table import WIDTH
     from sim.leaderboard_table import shown as table
 
-    console = Console(width=WIDTH + 16)
     for one in shown:
-        console.print(f"\n{one.name}")
-        console.print(table(one.board, one.standings))
+        print(f"\n{one.name}\n{table(one.board, one.standings)}", end="")
     if verdicts:
         print_table(
             "Published claims: ratio of policy to the other, mean over seeds", COLUMNS, rows(verdicts)

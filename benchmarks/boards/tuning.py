@@ -135,7 +135,10 @@ def _rests_on(setup: Setup, entry: Entry, budget: Budget) -> str:
 
 
 def _bounds(entry: Entry) -> list[tuple[Any, tuple[float, float, bool]]]:
-    return [(one, (bounds.low, bounds.high, bounds.log)) for one, bounds in Space(entry.policy).parameters]
+    return [
+        (one, (bounds.low, bounds.high, bounds.log))
+        for one, bounds in Space(entry.policy, {**entry.given, **entry.searched_with}).parameters
+    ]
 
 
 @cache

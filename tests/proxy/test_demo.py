@@ -21,6 +21,7 @@ from proxy.demo_fleet import (
     HOST,
     DemoError,
     DemoSettings,
+    afterwards,
     choose_port,
     configuration,
     emulate_arguments,
@@ -94,6 +95,19 @@ async def test_a_process_that_ends_at_the_start_is_quoted(
     async with AsyncExitStack() as stack:
         with pytest.raises(DemoError, match=words):
             await start_fleet(DemoSettings(port=0, admin_port=0, **settings), stack, tmp_path)
+
+
+@pytest.mark.e2e
+async def test_what_is_kept_can_be_simulated(tmp_path: Path) -> None:
+    ends = {"emulate": LISTENING, "serve": python("raise SystemExit('no')")}
+    async with AsyncExitStack() as stack:
+        with pytest.raises(DemoError, match="proxy ended"):
+            await start_fleet(DemoSettings(0, 0, tmp_path / "kept", **ends), stack, tmp_path)
+        kept = tmp_path / "kept" / "demo.yaml"
+        assert load_config(kept).state == tmp_path / "kept"
+        assert f"simulate --from-ledger 1h --config {kept} --policy" in afterwards(kept)
+        with pytest.raises(DemoError, match=r"demo\.yaml cannot be written \(.*; choose another --state"):
+            await start_fleet(DemoSettings(0, 0, kept, **ends), stack, tmp_path)
 
 
 def test_the_greeting_names_everything_one_needs() -> None:

@@ -140,6 +140,17 @@ def test_the_service_level_has_to_be_given(tmp_path: Path) -> None:
     assert "sla.ttft" in problem(tmp_path, HEAD.replace("2s", "0s") + f"backends:\n{APPLIANCE}")
 
 
+def test_a_configuration_of_the_proxy_is_called_one(tmp_path: Path) -> None:
+    text = (ROOT / "examples" / "tidegate.yaml").read_text()
+    with pytest.raises(
+        FileProblems, match=r"backends\[0\]\.url: this is a configuration of the proxy"
+    ) as found:
+        read(tmp_path, text)
+    assert len(found.value.problems) == 1
+    with pytest.raises(FileProblems, match="url: unknown key"):
+        read(tmp_path, f"{HEAD}backends: [{A}, url: 'http://x'}}]")
+
+
 def test_slots_that_nobody_knows_have_to_be_given(tmp_path: Path) -> None:
     source = (ROOT / "sim" / "profiles" / "l40-2-32b.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(source[: source.index("capacity:")])

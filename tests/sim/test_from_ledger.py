@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from sim.calibrate import Search
-from sim.from_ledger import Served, read_past
-from sim.ledger_speed import LEAST, MOST, busiest, profile_from
+from sim.from_ledger import InForce, Served, read_past
+from sim.ledger_speed import FEW, LEAST, MOST, busiest, profile_from
 from sim.timings import Timing
 from sim.workload import Arrival, Workload
 from tests.sim.ledgers import EPOCH, RTT, played, row_of
@@ -44,6 +44,17 @@ def test_known_rows_give_back_the_workload() -> None:
     assert past.workload.arrivals == made.arrivals
     assert past.workload.unit_tokens == 512
     assert past.epoch == EPOCH
+
+
+def test_what_another_policy_decided_is_told() -> None:
+    rows = [row_of(trip, rule="gone" if n < 3 else "all") for n, trip in enumerate(played(workload()))]
+    changed = rows[10].arrived - 0.2
+    before, rule = read_past(rows, present=InForce(frozenset({"all"}), changed)).notes[:2]
+    assert before.startswith("10 of 40 requests came before the policy file was last changed")
+    assert "--from-ledger 2023-11-14T23:53:24 leaves them out" in before
+    assert rule == "3 of 40 requests met a rule that the present policy file does not have"
+    told = read_past(rows, present=InForce(frozenset({"all", "gone"}), EPOCH)).notes
+    assert told == read_past(rows).notes
 
 
 def test_what_was_is_what_the_rows_say() -> None:
@@ -145,8 +156,14 @@ def test_the_busiest_requests_are_taken() -> None:
 
 
 def test_too_few_answers_make_no_profile() -> None:
-    with pytest.raises(ValueError, match=f"99 complete answers in the ledger, {LEAST} are the least"):
-        profile_from("a", timings(99), 0.0, 4)
+    with pytest.raises(ValueError, match=f"29 complete answers in the ledger, {LEAST} are the least"):
+        profile_from("a", timings(29), 0.0, 4)
+
+
+def test_few_answers_are_called_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.ledger_speed.SEARCH", Search(starts=1, evaluations=24))
+    assert f"(few: {FEW} would tell more)" in profile_from("a", timings(LEAST), 0.0, 4)[1]
+    assert "few" not in profile_from("a", timings(FEW), 0.0, 4)[1]
 
 
 def test_a_fitted_profile_foretells_what_was() -> None:

@@ -18,10 +18,11 @@ from typer.testing import CliRunner, Result
 
 from sim import leaderboard_command
 from sim.cluster_file import read_cluster
-from sim.evaluate import Run, named_policy
+from sim.evaluate import Run, evaluate, named_policy
 from sim.intervals import paired
 from sim.leaderboard import Board, Job, as_json
 from sim.leaderboard_command import INTERRUPTED, leaderboard
+from sim.leaderboard_plots import write_plots
 from sim.leaderboard_table import shown
 from sim.traffic import Traffic
 from sim.workload import Arrival, Workload
@@ -161,6 +162,28 @@ def test_the_command_writes_a_table_json_and_pictures(folder: Path) -> None:
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in pictures)
 
 
+def test_a_picture_has_the_intervals_of_the_differences(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds differ by much, policies by little in each: what shows in the table shows in the picture."""
+    found = board(folder)
+    one = evaluate(found.cluster, found.policies[0], rush(), 1)
+    goodput = {0: (10.0, 20.0, 30.0), 1: (9.0, 19.1, 28.9), 2: (10.1, 18.0, 31.0)}
+    standings = found.standings(
+        (Job(seed, 1.0, policy), one._replace(figures=replace(one.figures, goodput_rps=values[seed - 1])))
+        for policy, values in goodput.items()
+        for seed in (1, 2, 3)
+    )
+    drawn: list[tuple[float, float]] = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.bar", lambda _, x, heights, yerr, **more: drawn.append((heights[0], yerr[0]))
+    )
+    write_plots(found, standings, folder / "plots")
+    (best, none), *others = drawn
+    assert (best, none) == (20.0, 0.0)
+    assert [height + error < best for height, error in others] == [False, True]
+
+
 def test_json_can_go_to_standard_output(folder: Path) -> None:
     words = ["--policy", "least-load", "--seeds", "1", "--users", "3", "--jobs", "1", "--json", "-"]
     found = json.loads(command(folder, *words).stdout)
@@ -209,6 +232,7 @@ def test_what_is_wrong_is_said_in_one_line(
     assert done.exit_code == 2
     assert said in done.stderr
     assert done.stderr.startswith("tidegate: ")
+    assert done.stderr.count("tidegate: ") == 1
     assert done.stdout == ""
 
 
@@ -233,14 +257,41 @@ def test_plots_without_matplotlib_are_refused_before_anything_runs(
 
 
 def test_the_table_says_which_policy_failed(folder: Path) -> None:
-    from rich.console import Console
-
     failing = board(folder)
     failing.policies = (named_policy("tests.sim.test_evaluate:Broken"),)
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(shown(failing, failing.standings(played(failing))))
-    assert "test_evaluate:Broken failed in" in console.export_text()
-    console.file.close()
+    assert "test_evaluate:Broken failed in" in shown(failing, failing.standings(played(failing)))
+
+
+def test_rules_that_no_request_met_are_named(folder: Path) -> None:
+    (folder / "vip.yaml").write_text(
+        "rules: [{name: vip, when: {tenant: vip}}, {name: batch, when: {labels: {kind: batch}}}, {name: others}]\n"
+    )
+    rules = named_policy(str(folder / "vip.yaml"))._replace(name="vip")
+    found = board(folder)
+    found.policies = (rules, named_policy("random"))
+    standings = found.standings(played(found))
+    assert {one.policy: one.unmet_rules for one in standings} == {"vip": ["vip", "batch"], "random": []}
+    text = shown(found, standings)
+    assert text.count("vip: no request met its rules vip, batch\n") == 1
+    assert "random: no request" not in text
+    assert as_json(found, standings)["standings"][0]["unmet_rules"] == standings[0].unmet_rules
+    assert "a workload of your own can have them" in text
+    late = Workload("w", [Arrival(n * 1000, 10, 5, tenant="vip" if n == 90 else "") for n in range(91)])
+    found = board(folder, late)
+    found.policies, found.traffic.resamples = (rules,), False
+    assert "vip: no request met its rule batch\n" in shown(found, found.standings(played(found)))
+
+
+def test_no_figure_is_cut_off_whatever_the_width(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "a-policy-with-" + "a-long-name-" * 8
+    found = board(folder, speeds=(2.0,))
+    found.policies = (found.policies[0]._replace(name=name),)
+    lines = shown(found, found.standings(played(found))).splitlines()
+    assert not any("…" in line for line in lines)
+    assert [line for line in lines if line != line.rstrip()] == []
+    (row,) = (line for line in lines if line.startswith(name))
+    assert len(row.split()) == 19
 
 
 # Ctrl-C

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from functools import cache
 from math import inf
@@ -251,6 +252,17 @@ def test_rules_meet_the_times_that_were_and_the_labels_of_keys(folder: Path) -> 
         assert new["sites"]["nanjing"] * (COUNT - new["rejected"]) == pytest.approx(count)
 
 
+def test_a_policy_file_that_was_changed_meanwhile_is_noted(ledger: Path) -> None:
+    early = history()[EARLY]
+    os.utime(ledger / "present.yaml", (0, EPOCH + early.arrival.at / 1e6))
+    (note,) = (
+        note
+        for note in runs(*SINCE, "--policy", "stays.yaml")["notes"]
+        if "policy file was last changed" in note
+    )
+    assert note.startswith(f"{EARLY} of {COUNT} requests came before")
+
+
 def test_until_ends_the_span(ledger: Path) -> None:
     assert runs(*SINCE, "--until", "2023-11-15", "--policy", "stays.yaml")["requests"] == EARLY
 
@@ -292,6 +304,15 @@ def test_a_backend_without_a_profile_is_fitted_or_named(
         "`profile:`",
     ):
         assert said in failed.stderr
+
+
+def test_with_a_trace_nothing_is_said_of_a_ledger_that_is_not_read(ledger: Path) -> None:
+    (ledger / "tidegate.yaml").write_text(CONFIG.replace(", profile: appliance.yaml", ""))
+    with (ledger / "trace.jsonl").open("wb") as file:
+        write_workload(office(), file)
+    failed = simulate("--trace", "trace.jsonl", "--policy", "stays.yaml")
+    assert (failed.exit_code, failed.stdout) == (2, "")
+    assert "how fast is appliance (with --trace no ledger is read)?" in failed.stderr
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_parameters_lie_between_their_bounds_by_difference_or_by_ratio() -> None
 
 
 def test_the_values_of_a_map_are_searched_each(folder: Path) -> None:
-    space = Space("weighted-scores")
+    space = Space("weighted-scores", {"picker": "softmax"})
     point = space.point(space.middle)
     assert point == {"scorers.prefix": 3.0, "scorers.queue": 2.0, "scorers.kv": 2.0, "temperature": 1.0}
     text = policy_file("weighted-scores", {"scorers": {"load": 1.0, "kv": 9.0}, **point}).text
@@ -126,6 +126,16 @@ def test_the_values_of_a_map_are_searched_each(folder: Path) -> None:
     one = search(folder, "weighted-scores")
     assert one.play(Task(tuple(nothing.items()), 0, False)) == -inf
     assert one.play(Task(tuple(point.items()), 0, False)) > 0.0
+
+
+def test_what_does_nothing_is_not_searched() -> None:
+    """The temperature is one of `softmax`, and by default the best is taken."""
+    names = [
+        [one.name for one, _ in Space("weighted-scores", given).parameters]
+        for given in ({}, {"picker": "softmax"})
+    ]
+    assert names[0] == ["scorers.prefix", "scorers.queue", "scorers.kv"]
+    assert names[1] == [*names[0], "temperature"]
 
 
 def test_a_policy_without_any_cannot_be_tuned() -> None:
@@ -356,6 +366,28 @@ def test_what_is_no_better_is_said_to_be_no_better(folder: Path) -> None:
         in done.stdout
     )
     assert "no better than the defaults" in (folder / "tuned.yaml").read_text()
+
+
+def test_a_policy_that_is_there_is_not_replaced_by_mistake(folder: Path) -> None:
+    mine, better = folder / "tuned.yaml", ("--policy", SHARE, "--evaluations", "8", "--speed", "4")
+    mine.write_text("rules:\n  - name: by hand\n    pick: least-load\n")
+    done = command(folder, *better)
+    assert done.exit_code == 2
+    assert (
+        "tuned.yaml is there, and not as `tune` writes it: give another --output, or --force" in done.stderr
+    )
+    assert "by hand" in mine.read_text()
+    assert command(folder, *better, "--force").exit_code == 0
+    found = mine.read_text()
+    assert "by hand" not in found
+    mine.write_text(found + "  - name: added by hand\n    pick: least-load\n")
+    assert command(folder, *better).exit_code == 2
+    mine.write_text(found)
+    idle = ("--policy", f"{__name__}:Idle", "--evaluations", "2", "--state", str(folder / "idle"))
+    done = command(folder, *idle, "--force")
+    assert done.exit_code == 1
+    assert f"{mine} stays as it is." in done.stdout
+    assert mine.read_text() == found
 
 
 def test_one_sample_tells_nothing(folder: Path) -> None:
