@@ -85,6 +85,16 @@ class Parameter:
         """Its type in words: `number`, `map of text to number`."""
         return _in_words(self.annotation)
 
+    @property
+    def takes(self) -> str:
+        """Its type and default in words: `number, default 1.25`."""
+        if self.default is REQUIRED:
+            return f"{self.type}, required"
+        if self.default is None or self.default == () or isinstance(self.default, Mapping):
+            return self.type
+        written = str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+        return f"{self.type}, default {written}"
+
 
 def load(name: str, rng: Random, /, **parameters: object) -> Policy:
     """Make a policy.
