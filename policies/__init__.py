@@ -28,6 +28,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from policies.base import Policy, Tunable
+from policies.mistakes import Mistake, WrongParametersError
 
 POLICIES: dict[str, str] = {
     "round-robin": "policies.simple:RoundRobin",
@@ -64,6 +65,11 @@ REQUIRED: Any = inspect.Parameter.empty
 
 class PolicyError(ValueError):
     """A name or a parameter is wrong; the message says what would be right."""
+
+    def __init__(self, message: str, mistakes: Sequence[Mistake] = ()) -> None:
+        super().__init__(message)
+        self.mistakes = mistakes or [Mistake(message, ())]
+        """All that is wrong, each with its place below the parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,9 @@ def load(name: str, rng: Random, /, **parameters: object) -> Policy:
     try:
         wrong = _wrong(name, _parameters_of(policy_class), parameters)
         policy = None if wrong else make(rng, **parameters)
+    except WrongParametersError as error:
+        mistakes = [one._replace(message=f"policy {name}: {one.message}") for one in error.mistakes]
+        raise PolicyError(f"policy {name}: {error}", mistakes) from error
     except Exception as error:  # annotations and constructor are somebody else's code
         raise PolicyError(f"policy {name}: {_said(error)}") from error
     if policy is None:

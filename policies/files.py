@@ -71,11 +71,10 @@ def read_policy(text: str, name: str, known: KnownNames | None = None, seed: int
     matches = [_match(rule.when, offset) for rule in file.rules]
     findings = list(filechecks.errors(file, matches, known))
     compiled: list[Rule] = []
-    if not findings:
-        for index, (section, match) in enumerate(zip(file.rules, matches, strict=True)):
-            rule = _rule(section, match, seed, ("rules", index), findings)
-            if rule is not None:
-                compiled.append(rule)
+    for index, (section, match) in enumerate(zip(file.rules, matches, strict=True)):
+        rule = _rule(section, match, seed, ("rules", index), findings)
+        if rule is not None:
+            compiled.append(rule)
     if findings:
         raise document.failed(_problems(document, findings))
     warnings = _problems(document, list(filechecks.warnings(file, known)) if known is not None else [])
@@ -143,14 +142,17 @@ def _hours(when: When, utc_offset_s: int) -> Hours | None:
 
 
 def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: list[Finding]) -> Rule | None:
-    """The rule; or None, and findings, if a policy does not take its parameters."""
+    """The rule; or None, and findings, if a policy does not take its parameters. What has findings is not made."""
     made: dict[Path, Policy] = {}
     for path, pick in filechecks.picks_of(section):
+        here = (*at, *path)
+        if any(finding.path[: len(here)] == here for finding in findings):
+            continue
         stream = "/".join([str(seed), section.name, *map(str, path[:-1])])
         try:
             policy = load(pick.policy, Random(stream), **pick.parameters)  # noqa: S311
         except PolicyError as error:
-            findings.append(Finding((*at, *path), str(error)))
+            findings += [Finding((*here, *one.at), one.message, None, one.at_key) for one in error.mistakes]
             continue
         made[path] = policy
         if section.weights and "weight" in policy.needs:

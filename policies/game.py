@@ -52,6 +52,7 @@ from typing import Annotated, Final, NamedTuple
 
 from policies.base import BackendView, Decision, Policy, RequestFacts, Tunable
 from policies.lengths import EXPECTED_TOKENS, Mean
+from policies.mistakes import Mistakes
 from policies.ranking import Rank, Recent, Turns, best_first, only
 from policies.speeds import capacity_rps
 
@@ -147,8 +148,9 @@ class _Shares(Policy):
             Tunable(5.0, 300.0, log=True),
         ] = 20.0,
     ) -> None:
-        if not 0.0 < arrivals_s < inf:
-            raise ValueError(f"arrivals_s must be above 0, not {arrivals_s:g}")
+        with Mistakes() as wrong:
+            if not 0.0 < arrivals_s < inf:
+                wrong(f"arrivals_s must be above 0, not {arrivals_s:g}", "arrivals_s")
         self.needs = frozenset({"speed", "length"})
         self._turns = Turns()
         self._sent = 0

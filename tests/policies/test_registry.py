@@ -256,4 +256,4 @@ def test_importing_the_registry_imports_no_policy() -> None:
     code = "import policies, sys; print([name for name in sys.modules if name.startswith('policies.')])"
     root = str(Path(policies.__file__).parents[1])
     shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "['policies.values', 'policies.base']"
+    assert shown.stdout.strip() == "['policies.values', 'policies.base', 'policies.mistakes']"
