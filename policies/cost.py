@@ -29,6 +29,7 @@ from policies.lengths import EXPECTED_TOKENS
 from policies.mistakes import Mistakes
 from policies.ranking import Rank, Recent, Turns, best_first, only
 from policies.speeds import TPOT, TTFT
+from policies.units import Duration
 
 ALIKE: Final = 0.15
 """Scores that differ by less than this share (and 1 ms) are alike: what is expected is no more exact than that. (At
@@ -114,8 +115,8 @@ class Cost(Policy):
             "What overspending the cap of an hour adds to a multiplier, as a multiple of its weight.",
             Tunable(1.0, 100.0, log=True),
         ] = 20.0,
-        ttft: Annotated[float | None, "Longest time to the first token, seconds; null: any."] = None,
-        tpot: Annotated[float | None, "Longest time for each token after it, seconds; null: any."] = None,
+        ttft: Annotated[Duration | None, "Longest time to the first token; null: any."] = None,
+        tpot: Annotated[Duration | None, "Longest time for each token after it; null: any."] = None,
         unknown_price: Annotated[
             float | None, "Price per million tokens, of prompt and answer, where none is known; null: none."
         ] = None,

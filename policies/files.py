@@ -146,13 +146,16 @@ def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: lis
     made: dict[Path, Policy] = {}
     for path, pick in filechecks.picks_of(section):
         here = (*at, *path)
-        if any(finding.path[: len(here)] == here for finding in findings):
+        refused = {one.path[len(here) :][:1] for one in findings if one.path[: len(here)] == here}
+        if refused & {(), ("policy",)}:
             continue
+        given = {key: value for key, value in pick.parameters.items() if (key,) not in refused}
         stream = "/".join([str(seed), section.name, *map(str, path[:-1])])
         try:
-            policy = load(pick.policy, Random(stream), **pick.parameters)  # noqa: S311
+            policy = load(pick.policy, Random(stream), **given)  # noqa: S311
         except PolicyError as error:
-            findings += [Finding((*here, *one.at), one.message, None, one.at_key) for one in error.mistakes]
+            mistakes = [one for one in error.mistakes if one.at or not refused]
+            findings += [Finding((*here, *one.at), one.message, None, one.at_key) for one in mistakes]
             continue
         made[path] = policy
         if section.weights and "weight" in policy.needs:

@@ -55,6 +55,7 @@ from policies.lengths import EXPECTED_TOKENS, Mean
 from policies.mistakes import Mistakes
 from policies.ranking import Rank, Recent, Turns, best_first, only
 from policies.speeds import capacity_rps
+from policies.units import Duration
 
 SOLVED_FOR_S: Final = 1.0
 """How long shares are used before they are computed anew."""
@@ -143,8 +144,8 @@ class _Shares(Policy):
         rng: Random,
         *,
         arrivals_s: Annotated[
-            float,
-            "Time constant of the mean that the arrival rate is, seconds.",
+            Duration,
+            "Time constant of the mean that the arrival rate is.",
             Tunable(5.0, 300.0, log=True),
         ] = 20.0,
     ) -> None:
@@ -299,8 +300,8 @@ class Wardrop(_Shares):
         *,
         selfish: Annotated[bool, "Without the toll: each request minds its own delay only."] = False,
         arrivals_s: Annotated[
-            float,
-            "Time constant of the mean that the arrival rate is, seconds.",
+            Duration,
+            "Time constant of the mean that the arrival rate is.",
             Tunable(5.0, 300.0, log=True),
         ] = 20.0,
     ) -> None:

@@ -18,6 +18,7 @@ from policies.lengths import EXPECTED_TOKENS
 from policies.mistakes import Mistakes
 from policies.ranking import ALIKE, Rank, Recent, Turns, best_first, least_first, only
 from policies.speeds import TPOT, TTFT
+from policies.units import Duration
 
 LEVELS: Final = 32
 """Loads up to one are told apart in so many steps; above it they are one more."""
@@ -204,7 +205,7 @@ class PeakEwma(Policy):
         rng: Random,
         *,
         decay: Annotated[
-            float, "Time constant with which a peak is forgotten, seconds.", Tunable(1.0, 100.0, log=True)
+            Duration, "Time constant with which a peak is forgotten.", Tunable(1.0, 100.0, log=True)
         ] = 10.0,
     ) -> None:
         with Mistakes() as wrong:
@@ -288,8 +289,8 @@ class Forecast(Policy):
         self,
         rng: Random,
         *,
-        ttft: Annotated[float, "Promised time to the first token, waiting included, seconds."] = 2.0,
-        tpot: Annotated[float, "Promised time for each token after the first, seconds."] = 0.1,
+        ttft: Annotated[Duration, "Promised time to the first token, waiting included."] = 2.0,
+        tpot: Annotated[Duration, "Promised time for each token after the first."] = 0.1,
         ttft_weight: Annotated[
             float, "Weight of the first token, 0 to 1; further tokens have the rest.", Tunable(0.0, 1.0)
         ] = 0.8,

@@ -19,6 +19,7 @@ from policies.mistakes import Mistakes
 from policies.ranking import Rank, Recent, Turns, best_first, least_first, only
 from policies.refusals import MOST_ADVICE_S
 from policies.speeds import TPOT, TTFT
+from policies.units import Duration
 
 USUAL_TOKENS: Final = 512
 """Of a prompt, at least, from which the time for one token is told: a step takes its time however few are in it."""
@@ -186,12 +187,12 @@ class Mooncake(Policy):
         rng: Random,
         *,
         ttft: Annotated[
-            float | None,
-            "Promised time to the first token, waiting included, seconds; null: nothing is refused for it.",
+            Duration | None,
+            "Promised time to the first token, waiting included; null: nothing is refused for it.",
         ] = None,
         tpot: Annotated[
-            float | None,
-            "Promised time for each token after the first, seconds; null: nothing is refused for it.",
+            Duration | None,
+            "Promised time for each token after the first; null: nothing is refused for it.",
         ] = None,
     ) -> None:
         with Mistakes() as wrong:

@@ -441,6 +441,18 @@ rules:
     )
 
 
+def test_what_is_wrong_with_one_parameter_hides_nothing_of_the_others() -> None:
+    text = "rules: [{name: all, pick: {policy: cost, ttft: 2 sec, tpot: 50ms, moneey: 1, carbon: -1}}]"
+    with pytest.raises(FileProblems) as caught:
+        read_policy(text, "p.yaml")
+    found = [(one.path.rpartition(".")[2], one.message, one.suggestion) for one in caught.value.problems]
+    assert found == [
+        ("ttft", "expected a duration such as 10s, 500ms or 2m, got '2 sec'", "2s"),
+        ("moneey", "cost has no such parameter", "money"),
+        ("carbon", "policy cost: carbon must be 0 or more, not -1", None),
+    ]
+
+
 def test_data_classes_are_those_that_a_key_can_have() -> None:
     for name in (
         "public",
