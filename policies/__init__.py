@@ -150,7 +150,11 @@ def find(name: str) -> type[Policy]:
     try:
         found = resolve_name(target)
     except Exception as error:  # importing runs somebody else's code
-        raise PolicyError(f"policy {name} cannot be imported from {target}: {_said(error)}") from error
+        message = f"policy {name} cannot be imported from {target}: {_said(error)}"
+        module = target.partition(":")[0]
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            message += "; install its package here, or name the folder of the module in PYTHONPATH"
+        raise PolicyError(message) from error
     if not isinstance(found, type):
         raise PolicyError(f"policy {name}: {target} is no class")
     for method in ("choose", "dispatched", "first_token", "finished"):

@@ -6,15 +6,16 @@ of `rules.py`. A file is taken whole or not at all: whoever reloads it keeps the
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import resources
 from math import inf
 from random import Random
 
-from policies import PolicyError, filechecks, load
+from policies import POLICIES, PolicyError, filechecks, load, trial
 from policies.backendschema import selector
-from policies.base import Policy
+from policies.base import BackendView, Policy
 from policies.filechecks import KnownNames, required
 from policies.fileschema import PolicyFile, When, offset_seconds, weekday_numbers, window_minutes
 from policies.fileschema import Rule as RuleSection
@@ -77,7 +78,9 @@ def read_policy(text: str, name: str, known: KnownNames | None = None, seed: int
             compiled.append(rule)
     if findings:
         raise document.failed(_problems(document, findings))
-    warnings = _problems(document, list(filechecks.warnings(file, known)) if known is not None else [])
+    doubts = list(filechecks.warnings(file, known)) if known is not None else []
+    doubts += _trials(file, known.backends if known is not None else ())
+    warnings = _problems(document, doubts)
     return CompiledPolicy(
         name,
         file,
@@ -106,6 +109,20 @@ def library_policy(name: str) -> str:
         hint = f"did you mean '{guess}'?" if guess else f"there are {', '.join(names)}"
         raise ValueError(f"no policy in the library is called '{name}' ({hint})")
     return (resources.files("policies") / "library" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _trials(file: PolicyFile, fleet: Sequence[BackendView]) -> Iterator[Finding]:
+    """Policies of others that fail at once."""
+    for index, section in enumerate(file.rules):
+        for path, pick in filechecks.picks_of(section):
+            if pick.policy in POLICIES:
+                continue
+            failure = trial.failure(load(pick.policy, Random(0), **pick.parameters), pick.policy, fleet)  # noqa: S311
+            if failure:
+                message = f"policy {pick.policy} fails when it is tried: {failure}"
+                yield Finding(
+                    ("rules", index, *path), f"{message}; requests go to the emptiest backend instead"
+                )
 
 
 def _problems(document: Document, findings: list[Finding]) -> list[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 
 import policies
 from policies.backendschema import Described, Part, Selection
+from policies.base import BackendView, RequestFacts, Send
 from policies.explain import explain_policy
 from policies.files import read_policy
 from policies.fileschema import PolicyFile, Queue, Rule, Tier, When
@@ -53,6 +55,26 @@ def test_every_policy_is_described_as_its_class_describes_itself() -> None:
         ]
         rows.append(f"| `{name}` | {what}. | {'<br>'.join(takes)} |")
     assert section("| policy | chooses | parameters |\n|---|---|---|\n") + "|" == "\n".join(rows)
+
+
+def test_the_policy_of_ones_own_works_as_it_stands_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    (pick,) = re.findall(r"In a rule: `pick: (\{.*?\})`", PAGE)
+    (tmp_path / "my_policy.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    rules = f"rules: [{{name: all, pick: {pick}}}]"
+    compiled = read_policy(rules, "p.yaml")
+    monkeypatch.delitem(sys.modules, "my_policy")
+    assert compiled.warnings == []
+    assert "my_policy:Nearest: The nearest backend that is not too full." in explain_policy(compiled)
+    near = BackendView("near", slots=10, in_flight=7, rtt_s=0.01)
+    far = BackendView("far", rtt_s=0.02)
+    policy = compiled.rules.rules[0].policy
+    assert policy.choose(RequestFacts("1", "m"), [far, near], 0.0) == Send("near", reason="nearest of 2")
+    near.in_flight = 8
+    assert policy.choose(RequestFacts("2", "m"), [far, near], 0.0) == Send("far", reason="nearest of 1")
 
 
 def test_its_example_compiles_and_is_read_back_like_that() -> None:
