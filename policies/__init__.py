@@ -28,6 +28,8 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from policies.base import Policy, Tunable
+from policies.mistakes import Mistake, WrongParametersError
+from policies.units import BadValueError, Duration, parse_duration
 
 POLICIES: dict[str, str] = {
     "round-robin": "policies.simple:RoundRobin",
@@ -65,6 +67,11 @@ REQUIRED: Any = inspect.Parameter.empty
 class PolicyError(ValueError):
     """A name or a parameter is wrong; the message says what would be right."""
 
+    def __init__(self, message: str, mistakes: Sequence[Mistake] = ()) -> None:
+        super().__init__(message)
+        self.mistakes = mistakes or [Mistake(message, ())]
+        """All that is wrong, each with its place below the parameters."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
@@ -72,7 +79,7 @@ class Parameter:
 
     name: str
     annotation: Any
-    """Its Python type, for JSON Schema."""
+    """Its Python type, as pydantic takes it."""
     default: Any
     """`REQUIRED` if it has none."""
     doc: str
@@ -85,6 +92,23 @@ class Parameter:
         """Its type in words: `number`, `map of text to number`."""
         return _in_words(self.annotation)
 
+    @property
+    def is_duration(self) -> bool:
+        """Whether it is seconds, which a file may write as `500ms`."""
+        return self.annotation == Duration or Duration in get_args(self.annotation)
+
+    @property
+    def takes(self) -> str:
+        """Its type and default in words: `number, default 1.25`."""
+        if self.default is REQUIRED:
+            return f"{self.type}, required"
+        if self.default is None or self.default == () or isinstance(self.default, Mapping):
+            return self.type
+        written = str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+        if self.is_duration:
+            written = f"{1000 * self.default:g}ms" if self.default < 1.0 else f"{self.default:g}s"
+        return f"{self.type}, default {written}"
+
 
 def load(name: str, rng: Random, /, **parameters: object) -> Policy:
     """Make a policy.
@@ -96,8 +120,12 @@ def load(name: str, rng: Random, /, **parameters: object) -> Policy:
     policy_class = find(name)
     make: Callable[..., Policy] = policy_class
     try:
-        wrong = _wrong(name, _parameters_of(policy_class), parameters)
-        policy = None if wrong else make(rng, **parameters)
+        takes = _parameters_of(policy_class)
+        wrong = _wrong(name, takes, parameters)
+        policy = None if wrong else make(rng, **_in_seconds(takes, parameters))
+    except WrongParametersError as error:
+        mistakes = [one._replace(message=f"policy {name}: {one.message}") for one in error.mistakes]
+        raise PolicyError(f"policy {name}: {error}", mistakes) from error
     except Exception as error:  # annotations and constructor are somebody else's code
         raise PolicyError(f"policy {name}: {_said(error)}") from error
     if policy is None:
@@ -122,7 +150,11 @@ def find(name: str) -> type[Policy]:
     try:
         found = resolve_name(target)
     except Exception as error:  # importing runs somebody else's code
-        raise PolicyError(f"policy {name} cannot be imported from {target}: {_said(error)}") from error
+        message = f"policy {name} cannot be imported from {target}: {_said(error)}"
+        module = target.partition(":")[0]
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            message += "; install its package here, or name the folder of the module in PYTHONPATH"
+        raise PolicyError(message) from error
     if not isinstance(found, type):
         raise PolicyError(f"policy {name}: {target} is no class")
     for method in ("choose", "dispatched", "first_token", "finished"):
@@ -188,8 +220,13 @@ def _parameters_of(policy_class: type[Policy]) -> tuple[Parameter, ...]:
             continue
         annotation, doc, tunable = hints.get(parameter.name, Any), "", None
         if get_origin(annotation) is Annotated:
-            annotation, doc, *more = get_args(annotation)
+            plain, *more = get_args(annotation)
+            doc = next((one for one in more if isinstance(one, str)), "")
             tunable = next((one for one in more if isinstance(one, Tunable)), None)
+            rest = [
+                one for one in more if not isinstance(one, str | Tunable)
+            ]  # such as what makes it a Duration
+            annotation = Annotated[(plain, *rest)] if rest else plain
         found.append(Parameter(parameter.name, annotation, parameter.default, doc, tunable))
     return tuple(found)
 
@@ -206,6 +243,12 @@ def _wrong(name: str, takes: Iterable[Parameter], given: Mapping[str, object]) -
         if parameter.default is REQUIRED and key not in given:
             return f"policy {name} needs the parameter {key} ({parameter.type})"
     return ""
+
+
+def _in_seconds(takes: Iterable[Parameter], given: Mapping[str, object]) -> dict[str, object]:
+    """The parameters with durations that are written as text, such as `500ms`, as numbers."""
+    written = {one.name for one in takes if one.is_duration and isinstance(given.get(one.name), str)}
+    return {key: parse_duration(value) if key in written else value for key, value in given.items()}
 
 
 def _said(error: Exception) -> str:
@@ -233,7 +276,11 @@ def _fits(value: object, annotation: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and value == value
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if annotation == Duration and isinstance(value, str):
+        return _is_duration(value)
     origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _fits(value, inner[0])
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
     if origin is Literal:
@@ -247,11 +294,23 @@ def _fits(value: object, annotation: Any) -> bool:
     return origin is not None or isinstance(value, annotation)  # what is unknown here, its constructor checks
 
 
+def _is_duration(text: str) -> bool:
+    try:
+        parse_duration(text)
+    except BadValueError:
+        return False
+    return True
+
+
 def _in_words(annotation: Any) -> str:
     plain = {float: "number", int: "whole number", str: "text", bool: "true or false", NoneType: "null"}
+    if annotation == Duration:
+        return "duration"
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _in_words(inner[0])
     if annotation in plain:
         return plain[annotation]
-    origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return " or ".join(_in_words(one) for one in inner)
     if origin is Literal:

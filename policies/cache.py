@@ -8,6 +8,7 @@ from random import Random
 from typing import Annotated, Final
 
 from policies.base import BackendView, Decision, Policy, RequestFacts, Send, Tunable
+from policies.mistakes import Mistakes
 from policies.prefixes import ROOM_TOKENS
 from policies.ranking import Rank, Recent, Turns, best_first, only
 
@@ -54,12 +55,15 @@ class CacheAware(Policy):
             float, "Most load as a multiple of the least; at least 1.", Tunable(1.0, 4.0)
         ] = 1.5,
     ) -> None:
-        if not 0.0 <= cache_threshold <= 1.0:
-            raise ValueError(f"cache_threshold must be between 0 and 1, not {cache_threshold:g}")
-        if not balance_abs_threshold >= 0.0:
-            raise ValueError(f"balance_abs_threshold must be at least 0, not {balance_abs_threshold:g}")
-        if not balance_rel_threshold >= 1.0:
-            raise ValueError(f"balance_rel_threshold must be at least 1, not {balance_rel_threshold:g}")
+        with Mistakes() as wrong:
+            if not 0.0 <= cache_threshold <= 1.0:
+                wrong(f"cache_threshold must be between 0 and 1, not {cache_threshold:g}", "cache_threshold")
+            for name, value, least in (
+                ("balance_abs_threshold", balance_abs_threshold, 0.0),
+                ("balance_rel_threshold", balance_rel_threshold, 1.0),
+            ):
+                if not value >= least:
+                    wrong(f"{name} must be at least {least:g}, not {value:g}", name)
         self.needs = frozenset({"prefix"})
         self._cache_threshold = cache_threshold
         self._difference = balance_abs_threshold / BATCH

@@ -26,8 +26,10 @@ from typing import Annotated, Final
 
 from policies.base import BackendView, Decision, Finished, Policy, RequestFacts, Tunable
 from policies.lengths import EXPECTED_TOKENS
+from policies.mistakes import Mistakes
 from policies.ranking import Rank, Recent, Turns, best_first, only
 from policies.speeds import TPOT, TTFT
+from policies.units import Duration
 
 ALIKE: Final = 0.15
 """Scores that differ by less than this share (and 1 ms) are alike: what is expected is no more exact than that. (At
@@ -113,8 +115,8 @@ class Cost(Policy):
             "What overspending the cap of an hour adds to a multiplier, as a multiple of its weight.",
             Tunable(1.0, 100.0, log=True),
         ] = 20.0,
-        ttft: Annotated[float | None, "Longest time to the first token, seconds; null: any."] = None,
-        tpot: Annotated[float | None, "Longest time for each token after it, seconds; null: any."] = None,
+        ttft: Annotated[Duration | None, "Longest time to the first token; null: any."] = None,
+        tpot: Annotated[Duration | None, "Longest time for each token after it; null: any."] = None,
         unknown_price: Annotated[
             float | None, "Price per million tokens, of prompt and answer, where none is known; null: none."
         ] = None,
@@ -123,30 +125,30 @@ class Cost(Policy):
         ] = 1.0,
         joules_per_token: Annotated[float, "Energy for a token, of the prompt or the answer, joules."] = 1.0,
     ) -> None:
-        for name, value in (
-            ("money", money),
-            ("carbon", carbon),
-            ("unknown_price", unknown_price or 0.0),
-            ("joules_per_token", joules_per_token),
-        ):
-            if not 0.0 <= value < inf:
-                raise ValueError(f"{name} must be 0 or more, not {value:g}")
-        for name, limit in (
-            ("money_per_hour", money_per_hour),
-            ("carbon_per_hour", carbon_per_hour),
-            ("step", step),
-            ("ttft", ttft),
-            ("tpot", tpot),
-        ):
-            if limit is not None and not 0.0 < limit < inf:
-                raise ValueError(f"{name} must be above 0, not {limit:g}")
-        for name, weight, cap in (("money", money, money_per_hour), ("carbon", carbon, carbon_per_hour)):
-            if cap is not None and weight == 0.0:
-                raise ValueError(
-                    f"{name} must be above 0 where {name}_per_hour is given: it moves from there"
-                )
-        if not 0.0 <= cached_share <= 1.0:
-            raise ValueError(f"cached_share must be from 0 to 1, not {cached_share:g}")
+        with Mistakes() as wrong:
+            for name, value in (
+                ("money", money),
+                ("carbon", carbon),
+                ("unknown_price", unknown_price or 0.0),
+                ("joules_per_token", joules_per_token),
+            ):
+                if not 0.0 <= value < inf:
+                    wrong(f"{name} must be 0 or more, not {value:g}", name)
+            for name, limit in (
+                ("money_per_hour", money_per_hour),
+                ("carbon_per_hour", carbon_per_hour),
+                ("step", step),
+                ("ttft", ttft),
+                ("tpot", tpot),
+            ):
+                if limit is not None and not 0.0 < limit < inf:
+                    wrong(f"{name} must be above 0, not {limit:g}", name)
+            for name, weight, cap in (("money", money, money_per_hour), ("carbon", carbon, carbon_per_hour)):
+                if cap is not None and weight == 0.0:
+                    message = f"{name} must be above 0 where {name}_per_hour is given: it moves from there"
+                    wrong(message, name)
+            if not 0.0 <= cached_share <= 1.0:
+                wrong(f"cached_share must be from 0 to 1, not {cached_share:g}", "cached_share")
         self.needs = frozenset({"prefix", "speed", "length"})
         self._money = Multiplier(money, money_per_hour, step)
         self._carbon = Multiplier(carbon, carbon_per_hour, step)

@@ -26,6 +26,7 @@ from policies.fileschema import (
     When,
 )
 from policies.match import ANY_SITE, REMOTE
+from policies.units import parse_duration
 from policies.yamlproblems import listed
 
 WIDTH = 100
@@ -257,7 +258,11 @@ def _limits(what: str, bounds: Amounts | Price | None, unit: str) -> list[str]:
 
 def _chosen_by(pick: Pick | None) -> str:
     pick = pick or Pick(policy=DEFAULT_PICK)
-    given = ", ".join(f"{key} {_value(value)}" for key, value in pick.parameters.items())
+    durations = {one.name for one in policies.parameters(pick.policy) if one.is_duration}
+    given = ", ".join(
+        f"{key} {_seconds(parse_duration(value)) if key in durations and value is not None else _value(value)}"
+        for key, value in pick.parameters.items()
+    )
     return f"{pick.policy} chooses" + (f" (with {given})" if given else "")
 
 
@@ -297,6 +302,8 @@ def _value(value: object) -> str:
         return "{" + ", ".join(f"{key}: {_value(one)}" for key, one in value.items()) + "}"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if value is None:
+        return "null"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

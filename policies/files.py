@@ -6,15 +6,16 @@ of `rules.py`. A file is taken whole or not at all: whoever reloads it keeps the
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import resources
 from math import inf
 from random import Random
 
-from policies import PolicyError, filechecks, load
+from policies import POLICIES, PolicyError, filechecks, load, trial
 from policies.backendschema import selector
-from policies.base import Policy
+from policies.base import BackendView, Policy
 from policies.filechecks import KnownNames, required
 from policies.fileschema import PolicyFile, When, offset_seconds, weekday_numbers, window_minutes
 from policies.fileschema import Rule as RuleSection
@@ -71,14 +72,15 @@ def read_policy(text: str, name: str, known: KnownNames | None = None, seed: int
     matches = [_match(rule.when, offset) for rule in file.rules]
     findings = list(filechecks.errors(file, matches, known))
     compiled: list[Rule] = []
-    if not findings:
-        for index, (section, match) in enumerate(zip(file.rules, matches, strict=True)):
-            rule = _rule(section, match, seed, ("rules", index), findings)
-            if rule is not None:
-                compiled.append(rule)
+    for index, (section, match) in enumerate(zip(file.rules, matches, strict=True)):
+        rule = _rule(section, match, seed, ("rules", index), findings)
+        if rule is not None:
+            compiled.append(rule)
     if findings:
         raise document.failed(_problems(document, findings))
-    warnings = _problems(document, list(filechecks.warnings(file, known)) if known is not None else [])
+    doubts = list(filechecks.warnings(file, known)) if known is not None else []
+    doubts += _trials(file, known.backends if known is not None else ())
+    warnings = _problems(document, doubts)
     return CompiledPolicy(
         name,
         file,
@@ -107,6 +109,20 @@ def library_policy(name: str) -> str:
         hint = f"did you mean '{guess}'?" if guess else f"there are {', '.join(names)}"
         raise ValueError(f"no policy in the library is called '{name}' ({hint})")
     return (resources.files("policies") / "library" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _trials(file: PolicyFile, fleet: Sequence[BackendView]) -> Iterator[Finding]:
+    """Policies of others that fail at once."""
+    for index, section in enumerate(file.rules):
+        for path, pick in filechecks.picks_of(section):
+            if pick.policy in POLICIES:
+                continue
+            failure = trial.failure(load(pick.policy, Random(0), **pick.parameters), pick.policy, fleet)  # noqa: S311
+            if failure:
+                message = f"policy {pick.policy} fails when it is tried: {failure}"
+                yield Finding(
+                    ("rules", index, *path), f"{message}; requests go to the emptiest backend instead"
+                )
 
 
 def _problems(document: Document, findings: list[Finding]) -> list[Problem]:
@@ -143,14 +159,20 @@ def _hours(when: When, utc_offset_s: int) -> Hours | None:
 
 
 def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: list[Finding]) -> Rule | None:
-    """The rule; or None, and findings, if a policy does not take its parameters."""
+    """The rule; or None, and findings, if a policy does not take its parameters. What has findings is not made."""
     made: dict[Path, Policy] = {}
     for path, pick in filechecks.picks_of(section):
+        here = (*at, *path)
+        refused = {one.path[len(here) :][:1] for one in findings if one.path[: len(here)] == here}
+        if refused & {(), ("policy",)}:
+            continue
+        given = {key: value for key, value in pick.parameters.items() if (key,) not in refused}
         stream = "/".join([str(seed), section.name, *map(str, path[:-1])])
         try:
-            policy = load(pick.policy, Random(stream), **pick.parameters)  # noqa: S311
+            policy = load(pick.policy, Random(stream), **given)  # noqa: S311
         except PolicyError as error:
-            findings.append(Finding((*at, *path), str(error)))
+            mistakes = [one for one in error.mistakes if one.at or not refused]
+            findings += [Finding((*here, *one.at), one.message, None, one.at_key) for one in mistakes]
             continue
         made[path] = policy
         if section.weights and "weight" in policy.needs:

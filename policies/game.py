@@ -52,8 +52,10 @@ from typing import Annotated, Final, NamedTuple
 
 from policies.base import BackendView, Decision, Policy, RequestFacts, Tunable
 from policies.lengths import EXPECTED_TOKENS, Mean
+from policies.mistakes import Mistakes
 from policies.ranking import Rank, Recent, Turns, best_first, only
 from policies.speeds import capacity_rps
+from policies.units import Duration
 
 SOLVED_FOR_S: Final = 1.0
 """How long shares are used before they are computed anew."""
@@ -142,13 +144,14 @@ class _Shares(Policy):
         rng: Random,
         *,
         arrivals_s: Annotated[
-            float,
-            "Time constant of the mean that the arrival rate is, seconds.",
+            Duration,
+            "Time constant of the mean that the arrival rate is.",
             Tunable(5.0, 300.0, log=True),
         ] = 20.0,
     ) -> None:
-        if not 0.0 < arrivals_s < inf:
-            raise ValueError(f"arrivals_s must be above 0, not {arrivals_s:g}")
+        with Mistakes() as wrong:
+            if not 0.0 < arrivals_s < inf:
+                wrong(f"arrivals_s must be above 0, not {arrivals_s:g}", "arrivals_s")
         self.needs = frozenset({"speed", "length"})
         self._turns = Turns()
         self._sent = 0
@@ -297,8 +300,8 @@ class Wardrop(_Shares):
         *,
         selfish: Annotated[bool, "Without the toll: each request minds its own delay only."] = False,
         arrivals_s: Annotated[
-            float,
-            "Time constant of the mean that the arrival rate is, seconds.",
+            Duration,
+            "Time constant of the mean that the arrival rate is.",
             Tunable(5.0, 300.0, log=True),
         ] = 20.0,
     ) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 
 from policies.base import ENGINE_FIGURES_VALID_S, BackendView, Decision, Policy, RequestFacts
 from policies.lengths import EXPECTED_TOKENS
+from policies.mistakes import Mistakes
 from policies.ranking import REMEMBERED, Rank, Recent, Turns, best_first, least_first, only
 
 Place: TypeAlias = tuple[float, float]
@@ -60,7 +61,8 @@ class Geo(Policy):
         self._home: Place | None = None
         if home is not None:
             if len(home) != 2 or not _on_earth(home[0], home[1]):
-                raise ValueError(f"home must be [latitude, longitude] in degrees, not {list(home)}")
+                with Mistakes() as wrong:
+                    wrong(f"home must be [latitude, longitude] in degrees, not {list(home)}", "home")
             self._home = (float(home[0]), float(home[1]))
         self._skip_full = skip_full
         self._turns = Turns()
@@ -134,7 +136,10 @@ class ShortestPath(Policy):
             "Weights `rtt`, `transfer` and `queue` by class of business, 0 or more; those left out are 1.",
         ] = MappingProxyType({}),
     ) -> None:
-        self._classes = {name: _weights(name, weights) for name, weights in classes.items()}
+        with Mistakes() as wrong:
+            for name, given in classes.items():
+                _check(name, given, wrong)
+        self._classes = {name: Weights(**given) for name, given in classes.items()}
         self._default = self._classes.get("default", Weights())
         self._turns = Turns()
         self._used_at: Recent[float] = Recent()
@@ -203,13 +208,14 @@ def _on_earth(latitude: float, longitude: float) -> bool:
     return -90.0 <= latitude <= 90.0 and -180.0 <= longitude <= 180.0
 
 
-def _weights(name: str, given: Mapping[str, float]) -> Weights:
+def _check(name: str, given: Mapping[str, float], wrong: Mistakes) -> None:
     for key, weight in given.items():
+        at = ("classes", name, key)
         if key not in Weights._fields:
-            raise ValueError(f"class {name} has no weight {key!r}; it has {', '.join(Weights._fields)}")
-        if not 0.0 <= weight < inf:
-            raise ValueError(f"weight {key} of class {name} must be 0 or more, not {weight:g}")
-    return Weights(**given)
+            message = f"class {name} has no weight {key!r}; it has {', '.join(Weights._fields)}"
+            wrong(message, *at, at_key=True)
+        elif not 0.0 <= weight < inf:
+            wrong(f"weight {key} of class {name} must be 0 or more, not {weight:g}", *at)
 
 
 # Fails type checking when a class stops being a Policy.

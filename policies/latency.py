@@ -15,8 +15,10 @@ from typing import Annotated, Final
 
 from policies.base import BackendView, Decision, Policy, RequestFacts, Tunable
 from policies.lengths import EXPECTED_TOKENS
+from policies.mistakes import Mistakes
 from policies.ranking import ALIKE, Rank, Recent, Turns, best_first, least_first, only
 from policies.speeds import TPOT, TTFT
+from policies.units import Duration
 
 LEVELS: Final = 32
 """Loads up to one are told apart in so many steps; above it they are one more."""
@@ -110,8 +112,9 @@ class Prequal(Policy):
             float, "Quantile of the loads above which a backend is hot, 0 to 1.", Tunable(0.0, 1.0)
         ] = 0.84,
     ) -> None:
-        if not 0.0 <= quantile <= 1.0:
-            raise ValueError(f"quantile must be 0 to 1, not {quantile:g}")
+        with Mistakes() as wrong:
+            if not 0.0 <= quantile <= 1.0:
+                wrong(f"quantile must be 0 to 1, not {quantile:g}", "quantile")
         self._quantile = quantile
         self._turns = Turns()
         self._sent: Recent[tuple[float, float] | None] = Recent()
@@ -202,11 +205,12 @@ class PeakEwma(Policy):
         rng: Random,
         *,
         decay: Annotated[
-            float, "Time constant with which a peak is forgotten, seconds.", Tunable(1.0, 100.0, log=True)
+            Duration, "Time constant with which a peak is forgotten.", Tunable(1.0, 100.0, log=True)
         ] = 10.0,
     ) -> None:
-        if not 0.0 < decay < inf:
-            raise ValueError(f"decay must be above 0, not {decay:g}")
+        with Mistakes() as wrong:
+            if not 0.0 < decay < inf:
+                wrong(f"decay must be above 0, not {decay:g}", "decay")
         self._decay = decay
         self._turns = Turns()
         self._sent: Recent[float] = Recent()
@@ -285,17 +289,18 @@ class Forecast(Policy):
         self,
         rng: Random,
         *,
-        ttft: Annotated[float, "Promised time to the first token, waiting included, seconds."] = 2.0,
-        tpot: Annotated[float, "Promised time for each token after the first, seconds."] = 0.1,
+        ttft: Annotated[Duration, "Promised time to the first token, waiting included."] = 2.0,
+        tpot: Annotated[Duration, "Promised time for each token after the first."] = 0.1,
         ttft_weight: Annotated[
             float, "Weight of the first token, 0 to 1; further tokens have the rest.", Tunable(0.0, 1.0)
         ] = 0.8,
     ) -> None:
-        for name, value in (("ttft", ttft), ("tpot", tpot)):
-            if not 0.0 < value < inf:
-                raise ValueError(f"{name} must be above 0, not {value:g}")
-        if not 0.0 <= ttft_weight <= 1.0:
-            raise ValueError(f"ttft_weight must be 0 to 1, not {ttft_weight:g}")
+        with Mistakes() as wrong:
+            for name, value in (("ttft", ttft), ("tpot", tpot)):
+                if not 0.0 < value < inf:
+                    wrong(f"{name} must be above 0, not {value:g}", name)
+            if not 0.0 <= ttft_weight <= 1.0:
+                wrong(f"ttft_weight must be 0 to 1, not {ttft_weight:g}", "ttft_weight")
         self._ttft = ttft
         self._tpot = tpot
         self._ttft_weight = ttft_weight

@@ -15,9 +15,11 @@ from typing import Annotated, Final
 from policies.base import BackendView, Decision, Policy, Reject, RequestFacts, Tunable
 from policies.latency import FADE_S
 from policies.lengths import EXPECTED_TOKENS
+from policies.mistakes import Mistakes
 from policies.ranking import Rank, Recent, Turns, best_first, least_first, only
 from policies.refusals import MOST_ADVICE_S
 from policies.speeds import TPOT, TTFT
+from policies.units import Duration
 
 USUAL_TOKENS: Final = 512
 """Of a prompt, at least, from which the time for one token is told: a step takes its time however few are in it."""
@@ -107,10 +109,11 @@ class Gorgo(Policy):
             Tunable(0.0, 2.0),
         ] = 0.5,
     ) -> None:
-        if ms_per_token is not None and not 0.0 < ms_per_token < inf:
-            raise ValueError(f"ms_per_token must be above 0, not {ms_per_token:g}")
-        if not 0.0 <= running_weight < inf:
-            raise ValueError(f"running_weight must be 0 or more, not {running_weight:g}")
+        with Mistakes() as wrong:
+            if ms_per_token is not None and not 0.0 < ms_per_token < inf:
+                wrong(f"ms_per_token must be above 0, not {ms_per_token:g}", "ms_per_token")
+            if not 0.0 <= running_weight < inf:
+                wrong(f"running_weight must be 0 or more, not {running_weight:g}", "running_weight")
         self.needs = frozenset({"prefix", "speed"} if ms_per_token is None else {"prefix"})
         self._given = None if ms_per_token is None else ms_per_token / 1000.0
         """Seconds for a prompt token."""
@@ -184,17 +187,18 @@ class Mooncake(Policy):
         rng: Random,
         *,
         ttft: Annotated[
-            float | None,
-            "Promised time to the first token, waiting included, seconds; null: nothing is refused for it.",
+            Duration | None,
+            "Promised time to the first token, waiting included; null: nothing is refused for it.",
         ] = None,
         tpot: Annotated[
-            float | None,
-            "Promised time for each token after the first, seconds; null: nothing is refused for it.",
+            Duration | None,
+            "Promised time for each token after the first; null: nothing is refused for it.",
         ] = None,
     ) -> None:
-        for name, value in (("ttft", ttft), ("tpot", tpot)):
-            if value is not None and not 0.0 < value < inf:
-                raise ValueError(f"{name} must be above 0, not {value:g}")
+        with Mistakes() as wrong:
+            for name, value in (("ttft", ttft), ("tpot", tpot)):
+                if value is not None and not 0.0 < value < inf:
+                    wrong(f"{name} must be above 0, not {value:g}", name)
         self._ttft = inf if ttft is None else ttft
         self._tpot = inf if tpot is None else tpot
         self._promises = ttft is not None or tpot is not None

@@ -10,19 +10,26 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Annotated
 
-from policies import find, load
+from policies import PolicyError, find, load
 from policies.base import BackendView, Decision, Finished, Policy, RequestFacts, Tunable
-from policies.rendezvous import Bound, BoundFrom, Rendezvous, number_of_session
+from policies.mistakes import Mistakes
+from policies.rendezvous import Bound, BoundFrom, Rendezvous, check_bounds, number_of_session
 
 
 class _OrFallback(Policy):
     """A policy with another one that decides, and hears of, what it does not decide itself."""
 
-    def __init__(self, rng: Random, fallback: str, bound: float, bound_from: float) -> None:
+    def __init__(self, rng: Random, fallback: str, bound: float, bound_from: float, wrong: Mistakes) -> None:
+        check_bounds(bound, bound_from, wrong)
         self._homes = Rendezvous(bound, bound_from)
-        if issubclass(find(fallback), type(self)):
-            raise ValueError(f"fallback must be another policy than {self._own_name}")
-        self._fallback = load(fallback, rng)
+        try:
+            if issubclass(find(fallback), type(self)):
+                wrong(f"fallback must be another policy than {self._own_name}", "fallback")
+                return
+            self._fallback = load(fallback, rng)
+        except PolicyError as error:
+            wrong(str(error), "fallback")
+            return
         self.needs = self._fallback.needs | {"weight"}
 
     _own_name = ""
@@ -61,7 +68,8 @@ class SessionAffinity(_OrFallback):
         bound: Bound = 1.25,
         bound_from: BoundFrom = 0.5,
     ) -> None:
-        super().__init__(rng, fallback, bound, bound_from)
+        with Mistakes() as wrong:
+            super().__init__(rng, fallback, bound, bound_from, wrong)
 
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
         if not request.session:
@@ -98,9 +106,10 @@ class PrefixAffinity(_OrFallback):
         bound: Bound = 1.25,
         bound_from: BoundFrom = 0.5,
     ) -> None:
-        if blocks < 1:
-            raise ValueError(f"blocks must be at least 1, not {blocks}")
-        super().__init__(rng, fallback, bound, bound_from)
+        with Mistakes() as wrong:
+            if blocks < 1:
+                wrong(f"blocks must be at least 1, not {blocks}", "blocks")
+            super().__init__(rng, fallback, bound, bound_from, wrong)
         self.needs |= {"hashes"}
         self._blocks = blocks
 

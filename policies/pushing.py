@@ -17,6 +17,7 @@ from policies.base import (
     Send,
     Tunable,
 )
+from policies.mistakes import Mistakes
 from policies.ranking import Rank, Turns, best_first, only
 
 ASK_AGAIN_S: Final = 0.05
@@ -56,10 +57,11 @@ class SkyLB(Policy):
             int, "Most requests in an engine's queue that are taken for none, 0 or more.", Tunable(0, 4)
         ] = 2,
     ) -> None:
-        if unprobed < 1:
-            raise ValueError(f"unprobed must be at least 1, not {unprobed}")
-        if queued < 0:
-            raise ValueError(f"queued must be 0 or more, not {queued}")
+        with Mistakes() as wrong:
+            if unprobed < 1:
+                wrong(f"unprobed must be at least 1, not {unprobed}", "unprobed")
+            if queued < 0:
+                wrong(f"queued must be 0 or more, not {queued}", "queued")
         self.needs = frozenset({"prefix"})
         self._unprobed = unprobed
         self._queued = queued
@@ -127,11 +129,12 @@ class KvThreshold(Policy):
         ] = 0.7,
         prefer: Annotated[Sequence[str], "Sites in order of preference; others come after them."] = (),
     ) -> None:
-        if not 0.0 < threshold <= 1.0:
-            raise ValueError(f"threshold must be above 0 and at most 1, not {threshold:g}")
-        for index, site in enumerate(prefer):
-            if site in prefer[:index]:
-                raise ValueError(f"prefer names site {site} twice")
+        with Mistakes() as wrong:
+            if not 0.0 < threshold <= 1.0:
+                wrong(f"threshold must be above 0 and at most 1, not {threshold:g}", "threshold")
+            for index, site in enumerate(prefer):
+                if site in prefer[:index]:
+                    wrong(f"prefer names site {site} twice", "prefer", index)
         self._threshold = threshold
         self._preferred = {site: index for index, site in enumerate(prefer)}
         self._turns = Turns()

@@ -22,6 +22,7 @@ from typing import Annotated, TypeAlias
 from zlib import crc32
 
 from policies.base import BackendView, Send, Tunable
+from policies.mistakes import Mistakes
 from policies.ranking import REMEMBERED, Rank, best_first, only, with_weight
 
 Bound: TypeAlias = Annotated[
@@ -35,14 +36,18 @@ BoundFrom: TypeAlias = Annotated[
 _MASK = 2**64 - 1
 
 
+def check_bounds(bound: float, bound_from: float, wrong: Mistakes) -> None:
+    """Say what is wrong with the parameters."""
+    if not bound >= 1.0:
+        wrong(f"bound must be at least 1, not {bound:g}", "bound")
+    if not bound_from >= 0.0:
+        wrong(f"bound_from must be at least 0, not {bound_from:g}", "bound_from")
+
+
 class Rendezvous:
-    """Chooses by a key's hash, with bounded load. Raises ValueError for bounds that are none."""
+    """Chooses by a key's hash, with bounded load."""
 
     def __init__(self, bound: float, bound_from: float) -> None:
-        if not bound >= 1.0:
-            raise ValueError(f"bound must be at least 1, not {bound:g}")
-        if not bound_from >= 0.0:
-            raise ValueError(f"bound_from must be at least 0, not {bound_from:g}")
         self._bound = bound
         self._bound_from = bound_from
 

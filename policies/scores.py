@@ -24,6 +24,7 @@ from policies.base import (
 )
 from policies.geo import FADE_S
 from policies.lengths import EXPECTED_TOKENS
+from policies.mistakes import Mistakes
 from policies.pushing import kv_uses
 from policies.ranking import ALIKE, Rank, Recent, Turns, best_first, only
 from policies.rendezvous import home, number_of_session
@@ -255,16 +256,19 @@ class WeightedScores(Policy):
             Tunable(0.05, 10.0, log=True, only_with=("picker", "softmax")),
         ] = 1.0,
     ) -> None:
-        for name, weight in scorers.items():
-            _check("scorer", name, SCORERS)
-            if not 0.0 <= weight < inf:
-                raise ValueError(f"the weight of scorer {name} must be 0 or more, not {weight:g}")
-        if not any(scorers.values()):
-            raise ValueError("scorers needs one with a weight above 0")
-        for name in filters:
-            _check("filter", name, FILTERS)
-        if not 0.0 < temperature < inf:
-            raise ValueError(f"temperature must be above 0, not {temperature:g}")
+        with Mistakes() as wrong:
+            for name, weight in scorers.items():
+                if name not in SCORERS:
+                    wrong(_unknown("scorer", name, SCORERS), "scorers", name, at_key=True)
+                if not 0.0 <= weight < inf:
+                    wrong(f"the weight of scorer {name} must be 0 or more, not {weight:g}", "scorers", name)
+            if not any(scorers.values()):
+                wrong("scorers needs one with a weight above 0", "scorers")
+            for place, name in enumerate(filters):
+                if name not in FILTERS:
+                    wrong(_unknown("filter", name, FILTERS), "filters", place)
+            if not 0.0 < temperature < inf:
+                wrong(f"temperature must be above 0, not {temperature:g}", "temperature")
         self._scorers = [
             (f"{name} {weight:g} x", weight, SCORERS[name]) for name, weight in scorers.items() if weight
         ]
@@ -374,11 +378,10 @@ def _least_over_own(figures: list[float]) -> list[float]:
     return [least / figure if figure > least else 1.0 for figure in figures]
 
 
-def _check(kind: str, name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        close = get_close_matches(name, known, n=1)
-        meant = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"no {kind} {name!r}{meant} There are {', '.join(known)}")
+def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else "."
+    return f"no {kind} {name!r}{meant} There are {', '.join(known)}"
 
 
 # Fails type checking when a class stops being a Policy.

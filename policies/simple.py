@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 from policies.base import BackendView, Decision, Hold, Policy, RequestFacts, Send
+from policies.mistakes import Mistakes
 from policies.ranking import Rank, Recent, Turns, best_first, only, with_weight
 
 
@@ -175,9 +176,10 @@ class WeightedQps(Policy):
             Mapping[str, float], "Most requests per second by backend name; others have no limit."
         ] = MappingProxyType({}),
     ) -> None:
-        for name, qps in max_qps.items():
-            if not 0.0 < qps < inf:
-                raise ValueError(f"max_qps of {name} must be above 0, not {qps:g}")
+        with Mistakes() as wrong:
+            for name, qps in max_qps.items():
+                if not 0.0 < qps < inf:
+                    wrong(f"max_qps of {name} must be above 0, not {qps:g}", "max_qps", name)
         self.needs = frozenset({"weight"})
         self._spacing = {name: 1.0 / qps for name, qps in max_qps.items()}
         self._booked_until: dict[str, float] = {}

@@ -45,6 +45,8 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+", re.ASCII)
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
 
+_NUMBER = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
+
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _BYTES_LOWER = {unit.lower(): unit for unit in _BYTES}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", re.ASCII)
@@ -73,6 +75,14 @@ def parse_duration(value: object) -> float:
     if seconds is None or not isfinite(seconds) or seconds < 0:
         raise BadValueError(f"expected a duration such as 10s, 500ms or 2m, got {shown(value)}", suggestion)
     return seconds
+
+
+def typed_duration(text: str) -> float:
+    """Seconds from an option's text, where a bare number is text too.
+
+    Raises: BadValueError.
+    """
+    return parse_duration(float(text) if _NUMBER.fullmatch(text) else text)
 
 
 def _duration_guess(text: str) -> str:

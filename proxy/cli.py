@@ -362,6 +362,7 @@ _ELSEWHERE = {
     "emulate": "sim.emulate:emulate",
     "leaderboard": "sim.leaderboard_command:leaderboard",
     "plan": "sim.plan_command:plan",
+    "policies": "proxy.cli_policies:policies",
     "replay": "sim.replay_command:replay",
     "simulate": "sim.simulate_command:simulate",
     "tune": "sim.tune_command:tune",

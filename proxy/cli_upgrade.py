@@ -27,11 +27,11 @@ def upgrade(drain: DrainOption = None, config: ConfigOption = None, state: Runni
 
     Example: tidegate upgrade --drain 10m
     """
-    from policies.units import BadValueError, parse_duration
+    from policies.units import BadValueError, typed_duration
     from proxy.upgrade import UpgradeError, ask_for_upgrade
 
     try:
-        drain_s = None if drain is None else parse_duration(drain)
+        drain_s = None if drain is None else typed_duration(drain)
     except BadValueError as error:
         fail(f"--drain: {error}")
     try:

@@ -84,10 +84,10 @@ def cluster_and_traffic(
 
 
 def _seconds(option: str, text: str | None) -> Any:
-    from policies.units import BadValueError, parse_duration
+    from policies.units import BadValueError, typed_duration
 
     try:
-        return None if text is None else parse_duration(text)
+        return None if text is None else typed_duration(text)
     except BadValueError as error:
         hint = f"; did you mean {error.suggestion}?" if error.suggestion else ""
         fail(f"{option}: {error.message}{hint}")

@@ -148,10 +148,10 @@ def _readable_errors() -> Iterator[None]:
 
 
 def _span(start: str, duration: str, seed: int, borrow_lengths: bool) -> Span:
-    from policies.units import parse_duration
+    from policies.units import typed_duration
     from sim.traces import Span
 
-    return Span(parse_duration(start), parse_duration(duration), seed, borrow_lengths)
+    return Span(typed_duration(start), typed_duration(duration), seed, borrow_lengths)
 
 
 # What comes out

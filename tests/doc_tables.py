@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import policies
-from policies import siteschema
+from policies import guide, siteschema
 from policies.units import Duration, Fraction, Size
 from proxy import config, config_sections, config_values, exchange
 from proxy.endpoints import TABLE
@@ -81,6 +81,7 @@ def _make(name: str) -> str:
     makers: dict[str, Callable[[str], str]] = {
         "keys": keys,
         "options": options,
+        "guide": guide_table,
         "policies": lambda _: policy_table(),
         "metrics": lambda _: metric_table(),
         "states": lambda _: state_table(),
@@ -198,6 +199,12 @@ def policy_table() -> str:
         ("policy", "chooses"),
         [(f"`{name}`", f"{policies.summary(name).rstrip('.:')}.") for name in policies.POLICIES],
     )
+
+
+def guide_table(kind: str) -> str:
+    """What to take for what: `files` of the library, or `policies`."""
+    wishes = {"files": guide.FILES, "policies": guide.POLICIES}[kind]
+    return _rows(("you want", "take"), [(wish, f"`{name}`") for name, wish in wishes.items()])
 
 
 def metric_table() -> str:

@@ -48,6 +48,7 @@ def test_tables_from_the_code_are_those_of_the_code(one: Page) -> None:
 def test_every_table_from_the_code_is_on_its_page() -> None:
     wanted = {
         "README": {"policies"},
+        "policies": {"guide files", "guide policies"},
         "configuration": {f"keys {name}" for name in doc_tables.SECTIONS} | {"options serve"},
         "commands": {f"options {name}" for name in COMMANDS},
         "operations": {"metrics"},
@@ -81,6 +82,10 @@ def test_readme_starts_a_user_in_a_minute() -> None:
     lines = page("README").text.splitlines()
     assert len([line for line in lines if not line.startswith("| `")]) <= 112, "besides a row for each policy"
     assert "    make run" in lines[:10]
+
+
+def test_readme_names_the_ready_policy_files() -> None:
+    assert set(library_names()) <= set(re.findall(r"`([a-z-]+)`", page("README").section("Policies")))
 
 
 def test_every_page_is_in_the_index() -> None:

@@ -56,6 +56,7 @@ TESTED_BY = {
     "policies/fileschema.py": "tests/policies/test_files.py",
     "policies/guarded.py": "tests/policies/test_rules.py",
     "policies/refusals.py": "tests/policies/test_valve.py",
+    "policies/mistakes.py": "tests/policies/test_files.py",
     "policies/picks.py": "tests/policies/test_files.py",
     "policies/profile.py": "tests/sim/test_profiles.py",
     "policies/rendezvous.py": "tests/policies/test_prefix.py",

@@ -202,3 +202,11 @@ def test_tiers_are_named_for_those_who_ask_why() -> None:
     ).file.rules
     assert [tier_in_words(plain, tier) for tier in range(3)] == ["site local", "any other backend", ""]
     assert [tier_in_words(avoiding, tier) for tier in range(3)] == ["any backend", "what it avoids", ""]
+
+
+def test_times_among_parameters_have_their_unit_however_they_are_written() -> None:
+    """So that who meant milliseconds sees it."""
+    assert "cost chooses (with ttft 500 s, tpot 50 ms, money 3)." in rule(
+        "pick: {policy: cost, ttft: 500, tpot: 50ms, money: 3}"
+    )
+    assert "(with ttft null)." in rule("pick: {policy: cost, ttft: null}")

@@ -199,9 +199,9 @@ p.yaml:3:48: rules[0].pick.max_qps.nj: expected a number, got 'fast'
     "parameter that the policy itself refuses": (
         "rules:\n  - name: all\n    pick: {policy: weighted-qps, max_qps: {nj: 0}}\n",
         """\
-p.yaml:3:11: rules[0].pick: policy weighted-qps: max_qps of nj must be above 0, not 0
+p.yaml:3:48: rules[0].pick.max_qps.nj: policy weighted-qps: max_qps of nj must be above 0, not 0
   3 |     pick: {policy: weighted-qps, max_qps: {nj: 0}}
-    |           ^""",
+    |                                                ^""",
     ),
     "no rule for the rest": (
         "rules:\n  - name: classified\n    when: {data_class: restricted}\n    sites: local\n",
@@ -322,6 +322,10 @@ price, carbon, rtt (did you mean site: "*"?)
     "a weight for nobody": (
         "rules:\n  - name: all\n    weights: {nj: 2, aplliance: 3}\n",
         """\
+p.yaml:3:5: rules[0].weights: weights mean nothing to least-load: pick weighted-qps, or another policy \
+that goes by weight
+  3 |     weights: {nj: 2, aplliance: 3}
+    |     ^
 p.yaml:3:22: rules[0].weights.aplliance: unknown backend 'aplliance' (did you mean 'appliance'?)
   3 |     weights: {nj: 2, aplliance: 3}
     |                      ^""",
@@ -390,6 +394,63 @@ p.yaml:4:62: rules[0].prefer[0].pick.max_qps.locl: unknown backend 'locl'; known
 def test_mistakes_are_told_with_their_place_and_what_was_meant(mistake: str) -> None:
     text, expected = MISTAKES[mistake]
     assert problems(text) == expected
+
+
+def test_all_that_policies_refuse_comes_at_once_and_with_what_is_wrong_elsewhere() -> None:
+    text = """\
+rules:
+  - name: long
+    when: {prompt_tokens: {min: 5000}}
+    pick:
+      policy: weighted-scores
+      scorers: {prefx: 3, queue: -1}
+      filters: [least-queue, not-satured]
+      temperature: 0
+  - name: all
+    sites: mars
+    prefer:
+      - site: local
+        pick: {policy: cost, tpot: -1, money: -3, cached_share: 3}
+      - site: remote
+        pick: {policy: prefix-affinity, fallback: least, bound: 0.5, blocks: 0}
+    pick: {policy: shortest-path, classes: {chat: {rrt: 1, queue: -2}}}
+"""
+    with pytest.raises(FileProblems) as caught:
+        read_policy(text, "p.yaml", KNOWN)
+    found = [(one.line, one.path.partition("pick.")[2] or one.path) for one in caught.value.problems]
+    assert found == [
+        (6, "scorers.prefx"),
+        (6, "scorers.queue"),
+        (7, "filters[1]"),
+        (8, "temperature"),
+        (10, "rules[1].sites"),
+        (12, "rules[1].prefer[0].site"),
+        (13, "tpot"),
+        (13, "money"),
+        (13, "cached_share"),
+        (15, "fallback"),
+        (15, "bound"),
+        (15, "blocks"),
+        (16, "classes.chat.rrt"),
+        (16, "classes.chat.queue"),
+    ]
+    misspelt = caught.value.problems[0]
+    assert (misspelt.column, misspelt.message[:65]) == (
+        17,
+        "policy weighted-scores: no scorer 'prefx'; did you mean 'prefix'?",
+    )
+
+
+def test_what_is_wrong_with_one_parameter_hides_nothing_of_the_others() -> None:
+    text = "rules: [{name: all, pick: {policy: cost, ttft: 2 sec, tpot: 50ms, moneey: 1, carbon: -1}}]"
+    with pytest.raises(FileProblems) as caught:
+        read_policy(text, "p.yaml")
+    found = [(one.path.rpartition(".")[2], one.message, one.suggestion) for one in caught.value.problems]
+    assert found == [
+        ("ttft", "expected a duration such as 10s, 500ms or 2m, got '2 sec'", "2s"),
+        ("moneey", "cost has no such parameter", "money"),
+        ("carbon", "policy cost: carbon must be 0 or more, not -1", None),
+    ]
 
 
 def test_data_classes_are_those_that_a_key_can_have() -> None:

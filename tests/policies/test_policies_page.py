@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from pydantic import BaseModel
 
 import policies
 from policies.backendschema import Described, Part, Selection
+from policies.base import BackendView, RequestFacts, Send
 from policies.explain import explain_policy
-from policies.files import library_names, read_policy
+from policies.files import read_policy
 from policies.fileschema import PolicyFile, Queue, Rule, Tier, When
 from policies.yamlfile import FileProblems
 
@@ -48,24 +50,31 @@ def test_every_policy_is_described_as_its_class_describes_itself() -> None:
     for name in policies.POLICIES:
         what = policies.summary(name).rstrip(".:")
         takes = [
-            f"`{parameter.name}` ({parameter.type}{_default(parameter.default)}): {parameter.doc}"
+            f"`{parameter.name}` ({parameter.takes}): {parameter.doc}"
             for parameter in policies.parameters(name)
         ]
         rows.append(f"| `{name}` | {what}. | {'<br>'.join(takes)} |")
     assert section("| policy | chooses | parameters |\n|---|---|---|\n") + "|" == "\n".join(rows)
 
 
-def _default(value: object) -> str:
-    if value is policies.REQUIRED:
-        return ", required"
-    written = str(value).lower() if isinstance(value, bool) else str(value)
-    said = value is not None and value != () and not isinstance(value, Mapping)
-    return f", default {written}" if said else ""
-
-
-def test_every_library_file_is_listed() -> None:
-    listed = re.findall(r"^\| `([\w-]+)` \|", section("| library | what it does |"), re.M)
-    assert sorted(listed) == library_names()
+def test_the_policy_of_ones_own_works_as_it_stands_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    (pick,) = re.findall(r"In a rule: `pick: (\{.*?\})`", PAGE)
+    (tmp_path / "my_policy.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    rules = f"rules: [{{name: all, pick: {pick}}}]"
+    compiled = read_policy(rules, "p.yaml")
+    monkeypatch.delitem(sys.modules, "my_policy")
+    assert compiled.warnings == []
+    assert "my_policy:Nearest: The nearest backend that is not too full." in explain_policy(compiled)
+    near = BackendView("near", slots=10, in_flight=7, rtt_s=0.01)
+    far = BackendView("far", rtt_s=0.02)
+    policy = compiled.rules.rules[0].policy
+    assert policy.choose(RequestFacts("1", "m"), [far, near], 0.0) == Send("near", reason="nearest of 2")
+    near.in_flight = 8
+    assert policy.choose(RequestFacts("2", "m"), [far, near], 0.0) == Send("far", reason="nearest of 1")
 
 
 def test_its_example_compiles_and_is_read_back_like_that() -> None:

@@ -212,6 +212,27 @@ def test_right_parameters_arrive() -> None:
     assert policy.given == {"count": 3, "share": 1, "limits": limits, "rest": {}}
 
 
+def test_times_are_written_as_durations() -> None:
+    times = [(name, one) for name in POLICIES for one in parameters(name) if one.is_duration]
+    assert [(name, one.name, one.takes) for name, one in times] == [
+        ("cost", "ttft", "duration or null"),
+        ("cost", "tpot", "duration or null"),
+        ("nash", "arrivals_s", "duration, default 20s"),
+        ("wardrop", "arrivals_s", "duration, default 20s"),
+        ("peak-ewma", "decay", "duration, default 10s"),
+        ("forecast", "ttft", "duration, default 2s"),
+        ("forecast", "tpot", "duration, default 100ms"),
+        ("mooncake", "ttft", "duration or null"),
+        ("mooncake", "tpot", "duration or null"),
+    ]
+    for name, one in times:
+        with pytest.raises(PolicyError, match=f"{one.name} must be {one.type}, not '2 parsecs'"):
+            load(name, Random(0), **{one.name: "2 parsecs"})
+    for given in ("500ms", 0.5):
+        assert load("peak-ewma", Random(0), decay=given).__dict__["_decay"] == 0.5
+        assert load("cost", Random(0), ttft=given, tpot=None).__dict__["_ttft"] == 0.5
+
+
 def test_a_compiled_class_is_described_by_its_source() -> None:
     facts = {"__module__": "policies.simple", "__doc__": None, "choose": dict.get}
     compiled = type("WeightedQps", (), facts)
@@ -256,4 +277,6 @@ def test_importing_the_registry_imports_no_policy() -> None:
     code = "import policies, sys; print([name for name in sys.modules if name.startswith('policies.')])"
     root = str(Path(policies.__file__).parents[1])
     shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "['policies.values', 'policies.base']"
+    assert (
+        shown.stdout.strip() == "['policies.values', 'policies.base', 'policies.mistakes', 'policies.units']"
+    )

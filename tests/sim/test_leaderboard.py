@@ -217,6 +217,7 @@ def test_what_was_never_answered_is_said_so(folder: Path) -> None:
         (["--policy", "random", "--speed", "0"], "--speed is a number above 0, not 0"),
         (["--policy", "random", "--speed", "nan"], "--speed is a number above 0, not nan"),
         (["--policy", "random", "--start", "soon"], "--start: expected a duration"),
+        (["--policy", "random", "--start", "3600"], "no request of the trace is in that piece"),
         (["--policy", "random", "--start", "1h"], "no request of the trace is in that piece"),
         (["--policy", "random", "--json", "no/where.json"], "there is no folder no for it"),
         (["--policy", "random", "--plots", "no/where"], "there is no folder no for it"),
