@@ -22,7 +22,7 @@ from sim.evaluate import Run, named_policy
 from sim.intervals import paired
 from sim.leaderboard import Board, Job, as_json
 from sim.leaderboard_command import INTERRUPTED, leaderboard
-from sim.leaderboard_table import shown
+from sim.leaderboard_table import _table, shown
 from sim.traffic import Traffic
 from sim.workload import Arrival, Workload
 from tests.pages import ROOT
@@ -241,6 +241,15 @@ def test_the_table_says_which_policy_failed(folder: Path) -> None:
     console.print(shown(failing, failing.standings(played(failing))))
     assert "test_evaluate:Broken failed in" in console.export_text()
     console.file.close()
+
+
+def test_a_policy_that_failed_is_marked_where_it_ranks(folder: Path) -> None:
+    mixed = board(folder)
+    mixed.policies = (named_policy("tests.sim.test_evaluate:Broken"), named_policy("random"))
+    standings = mixed.standings(played(mixed))
+    speed = standings[0].speed
+    names = _table([one for one in standings if one.speed == speed], speed).columns[0]
+    assert sorted(map(str, names.cells)) == ["random", "tests.sim.test_evaluate:Broken (fails)"]
 
 
 # Ctrl-C
