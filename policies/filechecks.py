@@ -68,12 +68,15 @@ def warnings(file: PolicyFile, known: KnownNames) -> Iterator[Finding]:
                 yield Finding(path, "no backend is in this tier now")
             if chosen.rtt is None:
                 left = [backend for backend in left if not chosen.fits(backend)]
+        refused = f"all that rule '{rule.name}' matches is refused with 404"
         if not allowed and rule.require is None:
-            yield Finding((*at, "sites"), f"no backend stands at {_sites(rule.sites or ())} now")
+            yield Finding((*at, "sites"), f"no backend stands at {_sites(rule.sites or ())} now: {refused}")
         elif not allowed:
-            yield Finding((*at, "require"), "no backend is like this now")
-        if tiers:
+            yield Finding((*at, "require"), f"no backend is like this now: {refused}")
+        elif tiers:
             allowed = [backend for backend in allowed if any(chosen.fits(backend) for chosen, _ in tiers)]
+            if not allowed:
+                yield Finding((*at, "prefer"), f"no backend is in any of its tiers now: {refused}")
         for place, avoided in enumerate(map(selector, rule.avoid or ())):
             if allowed and not any(avoided.fits(backend) for backend in allowed):
                 yield Finding((*at, "avoid", place), "no backend of this rule is like this now")
@@ -82,8 +85,10 @@ def warnings(file: PolicyFile, known: KnownNames) -> Iterator[Finding]:
             if allowed and not any(part.fits(backend) for backend in left):
                 yield Finding((*at, "split", place), "no backend is in this part now")
             left = [backend for backend in left if not part.fits(backend)]
-        if rule.split:
+        if rule.split and allowed:
             allowed = [backend for backend in allowed if backend not in left]
+            if not allowed:
+                yield Finding((*at, "split"), f"no backend is in any of its parts now: {refused}")
         yield from _data_classes(rule, at, allowed, known)
 
 

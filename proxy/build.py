@@ -467,4 +467,4 @@ def warn_of(built: Built) -> None:
     for warning in filter(None, ends):
         log.warning("%s", warning)
     for found in built.policy.warnings if is_policy_file(built.config.policy) else ():
-        log.warning("policy %s:%s: %s", built.policy.name, found.line, found.message)
+        log.warning("policy %s:%s: %s: %s", built.policy.name, found.line, found.path, found.message)

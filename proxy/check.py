@@ -19,6 +19,7 @@ from policies.yamlproblems import closest
 from proxy.build import (
     DEFAULT_SLOTS,
     backend_certificates,
+    known_names,
     load_policy,
     make_backends,
     refused_without_keys,
@@ -78,7 +79,7 @@ def check_file(file: Path, config_path: Path | None) -> Report:
             config = load_config(config_path)
         except (FileProblems, OSError) as error:
             return _without_configuration(_check_policy(file, text, None), config_path, error)
-        return _check_policy(file, text, KnownNames(make_backends(config), frozenset(config.sites)))
+        return _check_policy(file, text, known_names(config, make_backends(config)))
     except FileProblems as error:
         error = without_secrets(error)
         problems = [(error.name, problem) for problem in error.problems]
@@ -123,7 +124,8 @@ def _good(
 
 def _warning(file: str, problem: Problem) -> str:
     hint = f" (did you mean '{problem.suggestion}'?)" if problem.suggestion else ""
-    return f"warning: {file}:{problem.line}:{problem.column}: {problem.message}{hint}"
+    at = f"{problem.path}: " if problem.path else ""
+    return f"warning: {file}:{problem.line}:{problem.column}: {at}{problem.message}{hint}"
 
 
 # A configuration

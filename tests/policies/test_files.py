@@ -435,8 +435,11 @@ def test_names_are_checked_only_when_the_fleet_is_known() -> None:
 
 def test_sites_of_the_configuration_without_backends_are_known() -> None:
     assert warnings("rules: [{name: all, sites: beijing}]") == [
-        "1:28: rules[0].sites: no backend stands at 'beijing' now"
+        "1:28: rules[0].sites: no backend stands at 'beijing' now: all that rule 'all' matches is refused with 404"
     ]
+
+
+REFUSED = "all that rule 'first' matches is refused with 404"
 
 
 @pytest.mark.parametrize(
@@ -446,7 +449,23 @@ def test_sites_of_the_configuration_without_backends_are_known() -> None:
         ("prefer: [{site: local}, {site: remote}]", []),
         ("prefer: [{site: remote}, {site: '*'}]", []),
         ("prefer: [{site: nanjing, rtt: {max: 5ms}}, {site: nanjing}]", []),
-        ("require: {price: {max: 2}}", ["2:28: rules[0].require: no backend is like this now"]),
+        ("require: {price: {max: 2}}", [f"2:28: rules[0].require: no backend is like this now: {REFUSED}"]),
+        (
+            "prefer: [{labels: {card: a100}}, {labels: {card: a10}}]",
+            [
+                f"2:27: rules[0].prefer: no backend is in any of its tiers now: {REFUSED}",
+                "2:28: rules[0].prefer[0]: no backend is in this tier now",
+                "2:52: rules[0].prefer[1]: no backend is in this tier now",
+            ],
+        ),
+        (
+            "split: [{name: a, share: 5%, price: {max: 2}}, {name: b, share: 95%, carbon: {min: 5}}]",
+            [
+                f"2:26: rules[0].split: no backend is in any of its parts now: {REFUSED}",
+                "2:27: rules[0].split[0]: no backend is in this part now",
+                "2:66: rules[0].split[1]: no backend is in this part now",
+            ],
+        ),
         (
             "avoid: [{carbon: {min: 5}}]",
             ["2:27: rules[0].avoid[0]: no backend of this rule is like this now"],
