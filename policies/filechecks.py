@@ -20,6 +20,9 @@ from policies.yamlproblems import Finding, Path, closest, listed
 KEYED_BY_BACKEND = frozenset({("weighted-qps", "max_qps")})
 """Policy and parameter: those whose keys are names of backends."""
 
+LISTS_SITES = frozenset({("kv-threshold", "prefer")})
+"""Policy and parameter: those that are lists of sites."""
+
 
 @dataclass(frozen=True, slots=True)
 class KnownNames:
@@ -236,10 +239,11 @@ def _picks(rule: Rule, at: Path) -> Iterator[Finding]:
 
 def _names(rule: Rule, at: Path, known: KnownNames) -> Iterator[Finding]:
     sites, backends = known.all_sites, {backend.name for backend in known.backends}
-    yield from _unknown("site", rule.sites, (*at, "sites"), sites)
+    several = (ANY_SITE, REMOTE)
+    yield from _unknown("site", rule.sites, (*at, "sites"), sites, several)
     for below, section in selections(rule):
         path = (*at, *below)
-        yield from _unknown("site", section.site, (*path, "site"), sites)
+        yield from _unknown("site", section.site, (*path, "site"), sites, several)
         yield from _unknown("backend", section.backend, (*path, "backend"), backends)
         yield from _unknown("operator", section.operator, (*path, "operator"), known.all_operators)
     yield from _unknown_keys(rule.weights or (), (*at, "weights"), backends)
@@ -247,6 +251,8 @@ def _names(rule: Rule, at: Path, known: KnownNames) -> Iterator[Finding]:
         for parameter, value in pick.parameters.items():
             if (pick.policy, parameter) in KEYED_BY_BACKEND and isinstance(value, Mapping):
                 yield from _unknown_keys(value, (*at, *path, parameter), backends)
+            elif (pick.policy, parameter) in LISTS_SITES and isinstance(value, list):
+                yield from _unknown("site", value, (*at, *path, parameter), sites)
 
 
 def _unknown_keys(names: Iterable[str], at: Path, backends: Collection[str]) -> Iterator[Finding]:
@@ -258,9 +264,12 @@ def _unknown_keys(names: Iterable[str], at: Path, backends: Collection[str]) -> 
             yield Finding((*at, name), f"unknown backend '{name}'{choices}", suggestion, at_key=True)
 
 
-def _unknown(what: str, names: Iterable[str] | None, at: Path, known: Iterable[str]) -> Iterator[Finding]:
+def _unknown(
+    what: str, names: Iterable[object] | None, at: Path, known: Collection[str], words: Collection[str] = ()
+) -> Iterator[Finding]:
+    """`words` stand for more than one of those `known`."""
     for place, name in enumerate(names or ()):
-        if name not in known and not (what == "site" and name in (ANY_SITE, REMOTE)):
+        if isinstance(name, str) and name not in known and name not in words:
             suggestion = closest(name, known)
             choices = "" if suggestion else f"; known: {', '.join(sorted(known)) or 'none'}"
             yield Finding((*at, place), f"unknown {what} '{name}'{choices}", suggestion)

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 import policies
 from policies.base import BackendView, RequestFacts, Send
 from policies.explain import explain_policy
-from policies.filechecks import KEYED_BY_BACKEND
+from policies.filechecks import KEYED_BY_BACKEND, LISTS_SITES
 from policies.files import (
     DEFAULT_POLICY,
     CompiledPolicy,
@@ -381,6 +381,16 @@ p.yaml:4:62: rules[0].prefer[0].pick.max_qps.locl: unknown backend 'locl'; known
   4 |       - {site: local, pick: {policy: weighted-qps, max_qps: {locl: 5, nj: 1}}}
     |                                                              ^""",
     ),
+    "a site in the list of a policy": (
+        "rules:\n  - name: all\n    pick: {policy: kv-threshold, prefer: [nanjng, local, remote]}\n",
+        """\
+p.yaml:3:43: rules[0].pick.prefer[0]: unknown site 'nanjng' (did you mean 'nanjing'?)
+  3 |     pick: {policy: kv-threshold, prefer: [nanjng, local, remote]}
+    |                                           ^
+p.yaml:3:58: rules[0].pick.prefer[2]: unknown site 'remote'; known: beijing, local, nanjing, suzhou
+  3 |     pick: {policy: kv-threshold, prefer: [nanjng, local, remote]}
+    |                                                          ^""",
+    ),
     "no rules": ("rules: []\n", "p.yaml:1:8: rules: needs at least 1 entry\n  1 | rules: []\n    |        ^"),
     "nothing": ("# soon\n", "p.yaml:1:1: the file is empty\n  1 | # soon\n    | ^"),
 }
@@ -417,7 +427,7 @@ def test_data_classes_are_those_that_a_key_can_have() -> None:
         assert taken == bool(_WORD(name)), name
 
 
-def test_every_parameter_that_is_keyed_by_backend_is_known_as_such() -> None:
+def test_every_parameter_that_names_backends_or_sites_is_known_as_such() -> None:
     described = {
         (name, parameter.name)
         for name in policies.POLICIES
@@ -425,6 +435,13 @@ def test_every_parameter_that_is_keyed_by_backend_is_known_as_such() -> None:
         if "by backend name" in parameter.doc
     }
     assert described == KEYED_BY_BACKEND
+    of_sites = {
+        (name, parameter.name)
+        for name in policies.POLICIES
+        for parameter in policies.parameters(name)
+        if "Sites" in parameter.doc
+    }
+    assert of_sites == LISTS_SITES
 
 
 def test_names_are_checked_only_when_the_fleet_is_known() -> None:
