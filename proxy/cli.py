@@ -173,7 +173,8 @@ def check(
     file: Annotated[
         Path | None,
         typer.Argument(
-            help="A policy file or a configuration file. Default: the configuration.", dir_okay=False
+            help="A policy file, a policy of the library, or a configuration. Default: the configuration.",
+            dir_okay=False,
         ),
     ] = None,
     config: ConfigOption = None,

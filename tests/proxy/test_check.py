@@ -9,7 +9,7 @@ import pytest
 import trustme
 from typer.testing import CliRunner, Result
 
-from policies.files import library_policy
+from policies.files import library_names, library_policy
 from proxy.access.keys import create_key
 from proxy.access.pepper import load_pepper
 from proxy.cli import app
@@ -403,6 +403,29 @@ def test_what_probes_for_a_token_cost_is_warned_of(folder: Path) -> None:
     )
     (folder / "tidegate.yaml").write_text(CONFIG + "probing: {generate: 5s, enabled: false}\n")
     assert "its probes cost" not in check().stdout
+
+
+@pytest.mark.parametrize("name", library_names())
+def test_a_policy_of_the_library_is_checked_by_its_name(folder: Path, name: str) -> None:
+    (folder / "tidegate.yaml").write_text('backends: [{name: a, url: "http://127.0.0.1:8000"}]')
+    for configured in (True, False):
+        found = check(name)
+        assert (found.exit_code, found.stdout.splitlines()[0].partition(":")[0]) == (0, name)
+        assert json.loads(check(name, "--json").stdout)["warnings"] == []
+        if configured:
+            (folder / "tidegate.yaml").unlink()
+
+
+def test_a_file_comes_before_a_policy_of_the_library_and_neither_is_told(folder: Path) -> None:
+    (folder / "local-first").write_text("rules: [{name: mine, pick: random}]")
+    assert "1. mine" in check("local-first").stdout
+    found = check("local-frist")
+    assert (found.exit_code, found.stderr) == (
+        1,
+        "local-frist: no such file, and no policy in the library is called 'local-frist' "
+        "(did you mean 'local-first'?)\n",
+    )
+    assert "no such file or directory" in check("local-first.yaml").stderr
 
 
 def test_the_library_is_as_it_should_be(folder: Path) -> None:
