@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from policies import picks
 from policies.backendschema import Described, selector
 from policies.base import BackendView
-from policies.fileschema import DEFAULT_PICK, Pick, PolicyFile, Rule
-from policies.match import ANY_SITE, LOCAL, REMOTE, Match, Selector, sites_include
+from policies.fileschema import DEFAULT_PICK, Pick, PolicyFile, Rule, When
+from policies.match import ANY_SITE, LOCAL, REMOTE, SLA, TASK, Match, Selector, sites_include
 from policies.overlap import disjoint, match_covers, selector_covers
 from policies.yamlproblems import Finding, Path, closest, listed
 
@@ -22,6 +23,16 @@ KEYED_BY_BACKEND = frozenset({("weighted-qps", "max_qps")})
 
 LISTS_SITES = frozenset({("kv-threshold", "prefer")})
 """Policy and parameter: those that are lists of sites."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownKeys:
+    """What the API keys say, as far as rules go by it."""
+
+    tenants: frozenset[str]
+    data_classes: frozenset[str]
+    labels: Mapping[str, frozenset[str]]
+    """Values by label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +45,9 @@ class KnownNames:
 
     operators: frozenset[str] = frozenset()
     """Those of configured sites; those of the backends are known anyway."""
+
+    keys: KnownKeys | None = None
+    """None: nothing is known of them, or there are none, so that every client is let in."""
 
     @property
     def all_operators(self) -> frozenset[str]:
@@ -53,6 +67,10 @@ def errors(file: PolicyFile, matches: Sequence[Match], known: KnownNames | None)
         yield from _avoided(rule, at)
         yield from _parts(rule, at)
         yield from _picks(rule, at)
+        for place, tenant in enumerate((rule.when and rule.when.tenant) or ()):
+            if set(tenant) & set("*?["):
+                message = "tenants are no patterns: list them, or leave 'tenant' out for all of them"
+                yield Finding((*at, "when", "tenant", place), message)
         if known is not None:
             yield from _names(rule, at, known)
 
@@ -62,6 +80,8 @@ def warnings(file: PolicyFile, known: KnownNames) -> Iterator[Finding]:
     for index, rule in enumerate(file.rules):
         at: Path = ("rules", index)
         yield from _marks(rule, at, known)
+        if rule.when is not None:
+            yield from _unmet(rule.when, (*at, "when"), known)
         require = required(rule)
         allowed = [backend for backend in known.backends if require.fits(backend)]
         tiers = [(selector(tier), (*at, "prefer", place)) for place, tier in enumerate(rule.prefer or ())]
@@ -109,6 +129,33 @@ def _marks(rule: Rule, at: Path, known: KnownNames) -> Iterator[Finding]:
                 yield Finding(path, f"no backend is labelled {key}={value}", suggestion)
 
 
+def _unmet(when: When, at: Path, known: KnownNames) -> Iterator[Finding]:
+    """Names that no request carries: of models that no backend lists, of what no key says."""
+    served = {model for backend in known.backends for model in backend.models}
+    if all(backend.models and not backend.models_unknown for backend in known.backends):
+        for place, pattern in enumerate(when.model or ()):
+            if not any(fnmatchcase(model, pattern) for model in served):
+                suggestion = closest(pattern, served)
+                yield Finding((*at, "model", place), f"no backend lists model '{pattern}'", suggestion)
+    if (keys := known.keys) is None:
+        return
+    for key, what, names, said in (
+        ("tenant", "tenant", when.tenant, keys.tenants),
+        (SLA, "the label sla", when.sla, keys.labels.get(SLA, frozenset())),
+        (TASK, "the label task", when.task, keys.labels.get(TASK, frozenset())),
+    ):
+        for place, name in enumerate(names or ()):
+            if name not in said:
+                yield Finding((*at, key, place), f"no key has {what} '{name}'", closest(name, said))
+    for label, value in (when.labels or {}).items():
+        values = keys.labels.get(label)
+        path = (*at, "labels", label)
+        if values is None:
+            yield Finding(path, f"no key has a label '{label}'", closest(label, keys.labels), at_key=True)
+        elif value not in values:
+            yield Finding(path, f"no key is labelled {label}={value}", closest(value, values))
+
+
 def _data_classes(
     rule: Rule, at: Path, allowed: Sequence[BackendView], known: KnownNames
 ) -> Iterator[Finding]:
@@ -117,6 +164,9 @@ def _data_classes(
         path = (*at, "when", "data_class", place)
         if data_class not in named and (suggestion := closest(data_class, named, cutoff=0.8)):
             yield Finding(path, f"no site names data class '{data_class}'", suggestion)
+        elif known.keys is not None and data_class not in known.keys.data_classes:
+            suggestion = closest(data_class, known.keys.data_classes)
+            yield Finding(path, f"no key has data class '{data_class}'", suggestion)
         elif allowed and not any(
             backend.data_classes is None or data_class in backend.data_classes for backend in allowed
         ):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from policies.explain import explain_policy
-from policies.filechecks import KnownNames
+from policies.filechecks import KnownKeys, KnownNames
 from policies.files import CompiledPolicy, library_policy, read_policy
 from policies.state import Backend
 from policies.units import BadValueError
@@ -28,7 +28,7 @@ from proxy.build import (
 )
 from proxy.certificates import load_certificates
 from proxy.config import BackendConfig, Config, Price, backend_key, is_policy_file, load_config
-from proxy.database import OpenError, has_keys
+from proxy.database import OpenError, has_keys, said_by_keys
 from proxy.masking import database_shown, without_secrets
 from proxy.places import unusable_places
 from proxy.prices import amount
@@ -80,7 +80,7 @@ def check_file(file: Path, config_path: Path | None) -> Report:
             config = load_config(config_path)
         except (FileProblems, OSError) as error:
             return _without_configuration(_check_policy(file, text, None, library), config_path, error)
-        return _check_policy(file, text, known_names(config, make_backends(config)), library)
+        return _check_policy(file, text, known_names(config, make_backends(config), _keys(config)), library)
     except FileProblems as error:
         error = without_secrets(error)
         problems = [(error.name, problem) for problem in error.problems]
@@ -147,7 +147,7 @@ def _check_configuration(file: Path, text: str) -> Report:
         raise document.failed(problems)
     backends = make_backends(config)
     try:
-        policy = load_policy(config, backends, 0)
+        policy = load_policy(config, backends, 0, _keys(config))
     except FileProblems:
         raise
     except (OSError, ValueError) as error:  # no such file, not UTF-8, or no such policy in the library
@@ -189,6 +189,22 @@ def _has_keys(config: Config) -> bool | None:
         return has_keys(config.database or config.state)
     except OpenError:
         return None
+
+
+def _keys(config: Config) -> KnownKeys | None:
+    """What the keys in the state directory say; None: there are none, or they are in a database elsewhere."""
+    found = said_by_keys(config.state) if config.database is None else []
+    if not found:
+        return None
+    labels: dict[str, set[str]] = {}
+    for _, _, given in found:
+        for label, value in given.items():
+            labels.setdefault(label, set()).add(value)
+    return KnownKeys(
+        frozenset(tenant for tenant, _, _ in found),
+        frozenset(data_class for _, data_class, _ in found),
+        {label: frozenset(values) for label, values in labels.items()},
+    )
 
 
 def _unused(config: Config, document: Document) -> Iterator[Problem]:

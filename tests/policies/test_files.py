@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 import policies
 from policies.base import BackendView, RequestFacts, Send
 from policies.explain import explain_policy
-from policies.filechecks import KEYED_BY_BACKEND, LISTS_SITES
+from policies.filechecks import KEYED_BY_BACKEND, LISTS_SITES, KnownKeys
 from policies.files import (
     DEFAULT_POLICY,
     CompiledPolicy,
@@ -528,6 +528,55 @@ REFUSED = "all that rule 'first' matches is refused with 404"
 def test_what_does_nothing_now_is_a_warning(rule: str, expected: list[str]) -> None:
     last = LAST if "when" in rule else ""
     assert warnings(f"rules:\n  - {{name: first, {rule}}}{last}") == expected
+
+
+KEYS = KnownKeys(
+    frozenset({"vip", "acme"}),
+    frozenset({"public", "internal"}),
+    {"sla": frozenset({"golden"}), "task": frozenset({"chat"}), "kind": frozenset({"batch"})},
+)
+NOBODY = {
+    "model: 'qwne*'": "model[0]: no backend lists model 'qwne*'",
+    "tenant: [acme, vpi]": "tenant[1]: no key has tenant 'vpi' (did you mean vip?)",
+    "data_class: secret": "data_class: no key has data class 'secret'",
+    "sla: gloden": "sla: no key has the label sla 'gloden' (did you mean golden?)",
+    "task: caht": "task: no key has the label task 'caht' (did you mean chat?)",
+    "labels: {knid: batch}": "labels.knid: no key has a label 'knid' (did you mean kind?)",
+    "labels: {kind: btach}": "labels.kind: no key is labelled kind=btach (did you mean batch?)",
+}
+"""What no request carries, and the warning."""
+
+
+@pytest.mark.parametrize("when", NOBODY)
+def test_names_that_no_request_carries_are_warned_of(when: str) -> None:
+    known = KnownNames([BackendView("a", models=frozenset({"qwen3-8b"}))], keys=KEYS)
+    (found,) = read_policy(f"rules: [{{name: a, when: {{{when}}}}}, {{name: b}}]", "p.yaml", known).warnings
+    hint = f" (did you mean {found.suggestion}?)" if found.suggestion else ""
+    key, _, message = NOBODY[when].partition(": ")
+    assert found.path.removeprefix("rules[0].when.").removesuffix("[0]") == key.removesuffix("[0]")
+    assert f"{found.message}{hint}" == message
+
+
+@pytest.mark.parametrize(
+    ("when", "models", "keys"),
+    [
+        ("model: ['QWEN*', 'qwen*'], tenant: vip", {"QWEN", "qwen3-8b"}, KEYS),
+        ("labels: {kind: batch, sla: golden}, task: chat, data_class: internal", {"m"}, KEYS),
+        ("tenant: vpi, sla: gloden, labels: {knid: batch}", {"m"}, None),
+        ("model: 'qwne*'", set(), KEYS),
+    ],
+)
+def test_names_that_are_there_or_may_be_are_not_warned_of(
+    when: str, models: set[str], keys: KnownKeys | None
+) -> None:
+    known = KnownNames([BackendView("a", models=frozenset(models))], keys=keys)
+    assert read_policy(f"rules: [{{name: a, when: {{{when}}}}}, {{name: b}}]", "p.yaml", known).warnings == []
+
+
+@pytest.mark.parametrize("tenant", ["'*'", "'vip*'", "[vip, '?']"])
+def test_tenants_are_no_patterns(tenant: str) -> None:
+    text = f"rules: [{{name: a, when: {{tenant: {tenant}}}}}, {{name: b}}]"
+    assert "tenants are no patterns: list them, or leave 'tenant' out" in problems(text)
 
 
 @pytest.mark.parametrize(

@@ -405,6 +405,28 @@ def test_what_probes_for_a_token_cost_is_warned_of(folder: Path) -> None:
     assert "its probes cost" not in check().stdout
 
 
+def test_names_that_no_key_has_are_warned_of(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG + "policy: own.yaml\n")
+    rules = "rules: [{name: a, when: {tenant: vpi, labels: {knid: batch}}}, {name: b}]"
+    (folder / "own.yaml").write_text(rules)
+
+    def told() -> list[list[str]]:
+        return [
+            [one["message"] for one in reported(*file)["warnings"] if "no key" in one["message"]]
+            for file in ((), ("own.yaml",))
+        ]
+
+    assert told() == [[], []]
+    assert not (folder / "tidegate-data").exists(), "a check leaves nothing behind"
+    engine, pepper = open_database(folder / "tidegate-data"), load_pepper(folder / "tidegate-data")
+    assert told() == [[], []], "without keys, everybody is let in"
+    create_key(engine, pepper, tenant="vip", labels={"kind": "batch"})
+    assert told() == [["no key has tenant 'vpi'", "no key has a label 'knid'"]] * 2
+    create_key(engine, pepper, tenant="vpi", labels={"knid": "batch"})
+    assert told() == [[], []]
+    engine.dispose()
+
+
 @pytest.mark.parametrize("name", library_names())
 def test_a_policy_of_the_library_is_checked_by_its_name(folder: Path, name: str) -> None:
     (folder / "tidegate.yaml").write_text('backends: [{name: a, url: "http://127.0.0.1:8000"}]')
