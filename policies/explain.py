@@ -39,7 +39,10 @@ def explain_policy(compiled: CompiledPolicy) -> str:
     heading = f"{compiled.name}: {count} rules. The first that matches a request decides."
     if count == 1:
         heading = f"{compiled.name}: 1 rule, for every request."
-    rules = ["\n".join(_rule(number, rule, file)) for number, rule in enumerate(file.rules, start=1)]
+    rules = [
+        "\n".join(_rule(number, rule, file, served=rule.name not in compiled.unserved))
+        for number, rule in enumerate(file.rules, start=1)
+    ]
     return "\n\n".join([heading, *rules, "\n".join(_glossary(file))]) + "\n"
 
 
@@ -54,7 +57,7 @@ def tier_in_words(rule: Rule, tier: int) -> str:
     return "any backend" if section is None else _backends(section, first=tier == 0)
 
 
-def _rule(number: int, rule: Rule, file: PolicyFile) -> Iterator[str]:
+def _rule(number: int, rule: Rule, file: PolicyFile, *, served: bool) -> Iterator[str]:
     yield f"{number}. {rule.name}"
     otherwise = "All requests" if len(file.rules) == 1 else "All other requests"
     yield _line(f"{_requests(rule.when, file.utc_offset) or otherwise}.")
@@ -67,6 +70,9 @@ def _rule(number: int, rule: Rule, file: PolicyFile) -> Iterator[str]:
         yield _line(f"Nobody else may ever serve them, not even when all of these are down: {backends}.")
     if rule.split is not None:
         yield from _split(rule.split)
+    if not served:
+        yield _line("No backend that is configured now may serve them: each is refused with 404.")
+        return
     if rule.prefer is None and rule.avoid is None:
         yield _line(f"Any backend with a free slot may serve them; {_chosen_by(rule.pick)}.")
     else:

@@ -8,17 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from policies import picks
 from policies.backendschema import Described, selector
 from policies.base import BackendView
-from policies.fileschema import DEFAULT_PICK, Pick, PolicyFile, Rule
-from policies.match import ANY_SITE, LOCAL, REMOTE, Match, Selector, sites_include
+from policies.fileschema import DEFAULT_PICK, Pick, PolicyFile, Rule, When
+from policies.match import ANY_SITE, LOCAL, REMOTE, SLA, TASK, Match, Selector, sites_include
 from policies.overlap import disjoint, match_covers, selector_covers
 from policies.yamlproblems import Finding, Path, closest, listed
 
 KEYED_BY_BACKEND = frozenset({("weighted-qps", "max_qps")})
 """Policy and parameter: those whose keys are names of backends."""
+
+LISTS_SITES = frozenset({("kv-threshold", "prefer")})
+"""Policy and parameter: those that are lists of sites."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownKeys:
+    """What the API keys say, as far as rules go by it."""
+
+    tenants: frozenset[str]
+    data_classes: frozenset[str]
+    labels: Mapping[str, frozenset[str]]
+    """Values by label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +45,9 @@ class KnownNames:
 
     operators: frozenset[str] = frozenset()
     """Those of configured sites; those of the backends are known anyway."""
+
+    keys: KnownKeys | None = None
+    """None: nothing is known of them, or there are none, so that every client is let in."""
 
     @property
     def all_operators(self) -> frozenset[str]:
@@ -50,6 +67,10 @@ def errors(file: PolicyFile, matches: Sequence[Match], known: KnownNames | None)
         yield from _avoided(rule, at)
         yield from _parts(rule, at)
         yield from _picks(rule, at)
+        for place, tenant in enumerate((rule.when and rule.when.tenant) or ()):
+            if set(tenant) & set("*?["):
+                message = "tenants are no patterns: list them, or leave 'tenant' out for all of them"
+                yield Finding((*at, "when", "tenant", place), message)
         if known is not None:
             yield from _names(rule, at, known)
 
@@ -59,6 +80,8 @@ def warnings(file: PolicyFile, known: KnownNames) -> Iterator[Finding]:
     for index, rule in enumerate(file.rules):
         at: Path = ("rules", index)
         yield from _marks(rule, at, known)
+        if rule.when is not None:
+            yield from _unmet(rule.when, (*at, "when"), known)
         require = required(rule)
         allowed = [backend for backend in known.backends if require.fits(backend)]
         tiers = [(selector(tier), (*at, "prefer", place)) for place, tier in enumerate(rule.prefer or ())]
@@ -68,12 +91,15 @@ def warnings(file: PolicyFile, known: KnownNames) -> Iterator[Finding]:
                 yield Finding(path, "no backend is in this tier now")
             if chosen.rtt is None:
                 left = [backend for backend in left if not chosen.fits(backend)]
+        refused = f"all that rule '{rule.name}' matches is refused with 404"
         if not allowed and rule.require is None:
-            yield Finding((*at, "sites"), f"no backend stands at {_sites(rule.sites or ())} now")
+            yield Finding((*at, "sites"), f"no backend stands at {_sites(rule.sites or ())} now: {refused}")
         elif not allowed:
-            yield Finding((*at, "require"), "no backend is like this now")
-        if tiers:
+            yield Finding((*at, "require"), f"no backend is like this now: {refused}")
+        elif tiers:
             allowed = [backend for backend in allowed if any(chosen.fits(backend) for chosen, _ in tiers)]
+            if not allowed:
+                yield Finding((*at, "prefer"), f"no backend is in any of its tiers now: {refused}")
         for place, avoided in enumerate(map(selector, rule.avoid or ())):
             if allowed and not any(avoided.fits(backend) for backend in allowed):
                 yield Finding((*at, "avoid", place), "no backend of this rule is like this now")
@@ -82,8 +108,10 @@ def warnings(file: PolicyFile, known: KnownNames) -> Iterator[Finding]:
             if allowed and not any(part.fits(backend) for backend in left):
                 yield Finding((*at, "split", place), "no backend is in this part now")
             left = [backend for backend in left if not part.fits(backend)]
-        if rule.split:
+        if rule.split and allowed:
             allowed = [backend for backend in allowed if backend not in left]
+            if not allowed:
+                yield Finding((*at, "split"), f"no backend is in any of its parts now: {refused}")
         yield from _data_classes(rule, at, allowed, known)
 
 
@@ -101,6 +129,33 @@ def _marks(rule: Rule, at: Path, known: KnownNames) -> Iterator[Finding]:
                 yield Finding(path, f"no backend is labelled {key}={value}", suggestion)
 
 
+def _unmet(when: When, at: Path, known: KnownNames) -> Iterator[Finding]:
+    """Names that no request carries: of models that no backend lists, of what no key says."""
+    served = {model for backend in known.backends for model in backend.models}
+    if all(backend.models and not backend.models_unknown for backend in known.backends):
+        for place, pattern in enumerate(when.model or ()):
+            if not any(fnmatchcase(model, pattern) for model in served):
+                suggestion = closest(pattern, served)
+                yield Finding((*at, "model", place), f"no backend lists model '{pattern}'", suggestion)
+    if (keys := known.keys) is None:
+        return
+    for key, what, names, said in (
+        ("tenant", "tenant", when.tenant, keys.tenants),
+        (SLA, "the label sla", when.sla, keys.labels.get(SLA, frozenset())),
+        (TASK, "the label task", when.task, keys.labels.get(TASK, frozenset())),
+    ):
+        for place, name in enumerate(names or ()):
+            if name not in said:
+                yield Finding((*at, key, place), f"no key has {what} '{name}'", closest(name, said))
+    for label, value in (when.labels or {}).items():
+        values = keys.labels.get(label)
+        path = (*at, "labels", label)
+        if values is None:
+            yield Finding(path, f"no key has a label '{label}'", closest(label, keys.labels), at_key=True)
+        elif value not in values:
+            yield Finding(path, f"no key is labelled {label}={value}", closest(value, values))
+
+
 def _data_classes(
     rule: Rule, at: Path, allowed: Sequence[BackendView], known: KnownNames
 ) -> Iterator[Finding]:
@@ -109,6 +164,9 @@ def _data_classes(
         path = (*at, "when", "data_class", place)
         if data_class not in named and (suggestion := closest(data_class, named, cutoff=0.8)):
             yield Finding(path, f"no site names data class '{data_class}'", suggestion)
+        elif known.keys is not None and data_class not in known.keys.data_classes:
+            suggestion = closest(data_class, known.keys.data_classes)
+            yield Finding(path, f"no key has data class '{data_class}'", suggestion)
         elif allowed and not any(
             backend.data_classes is None or data_class in backend.data_classes for backend in allowed
         ):
@@ -231,10 +289,11 @@ def _picks(rule: Rule, at: Path) -> Iterator[Finding]:
 
 def _names(rule: Rule, at: Path, known: KnownNames) -> Iterator[Finding]:
     sites, backends = known.all_sites, {backend.name for backend in known.backends}
-    yield from _unknown("site", rule.sites, (*at, "sites"), sites)
+    several = (ANY_SITE, REMOTE)
+    yield from _unknown("site", rule.sites, (*at, "sites"), sites, several)
     for below, section in selections(rule):
         path = (*at, *below)
-        yield from _unknown("site", section.site, (*path, "site"), sites)
+        yield from _unknown("site", section.site, (*path, "site"), sites, several)
         yield from _unknown("backend", section.backend, (*path, "backend"), backends)
         yield from _unknown("operator", section.operator, (*path, "operator"), known.all_operators)
     yield from _unknown_keys(rule.weights or (), (*at, "weights"), backends)
@@ -242,6 +301,8 @@ def _names(rule: Rule, at: Path, known: KnownNames) -> Iterator[Finding]:
         for parameter, value in pick.parameters.items():
             if (pick.policy, parameter) in KEYED_BY_BACKEND and isinstance(value, Mapping):
                 yield from _unknown_keys(value, (*at, *path, parameter), backends)
+            elif (pick.policy, parameter) in LISTS_SITES and isinstance(value, list):
+                yield from _unknown("site", value, (*at, *path, parameter), sites)
 
 
 def _unknown_keys(names: Iterable[str], at: Path, backends: Collection[str]) -> Iterator[Finding]:
@@ -253,9 +314,12 @@ def _unknown_keys(names: Iterable[str], at: Path, backends: Collection[str]) -> 
             yield Finding((*at, name), f"unknown backend '{name}'{choices}", suggestion, at_key=True)
 
 
-def _unknown(what: str, names: Iterable[str] | None, at: Path, known: Iterable[str]) -> Iterator[Finding]:
+def _unknown(
+    what: str, names: Iterable[object] | None, at: Path, known: Collection[str], words: Collection[str] = ()
+) -> Iterator[Finding]:
+    """`words` stand for more than one of those `known`."""
     for place, name in enumerate(names or ()):
-        if name not in known and not (what == "site" and name in (ANY_SITE, REMOTE)):
+        if isinstance(name, str) and name not in known and name not in words:
             suggestion = closest(name, known)
             choices = "" if suggestion else f"; known: {', '.join(sorted(known)) or 'none'}"
             yield Finding((*at, place), f"unknown {what} '{name}'{choices}", suggestion)

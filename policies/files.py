@@ -55,6 +55,8 @@ class CompiledPolicy:
     """What may be meant but does nothing with the fleet as it is; in the order of the file."""
     text_hash: str
     """SHA-256 of the text, hex: tells in records and logs which version decided."""
+    unserved: frozenset[str] = frozenset()
+    """Rules whose requests no backend of the fleet as it is may serve."""
 
 
 def read_policy(text: str, name: str, known: KnownNames | None = None, seed: int = 0) -> CompiledPolicy:
@@ -78,6 +80,11 @@ def read_policy(text: str, name: str, known: KnownNames | None = None, seed: int
             compiled.append(rule)
     if findings:
         raise document.failed(_problems(document, findings))
+    unserved = [
+        rule.name
+        for rule in compiled
+        if known is not None and not any(rule.allows(backend) for backend in known.backends)
+    ]
     doubts = list(filechecks.warnings(file, known)) if known is not None else []
     doubts += _trials(file, known.backends if known is not None else ())
     warnings = _problems(document, doubts)
@@ -87,6 +94,7 @@ def read_policy(text: str, name: str, known: KnownNames | None = None, seed: int
         RuleSet(compiled),
         sorted(warnings, key=lambda problem: problem[:4]),
         sha256(text.encode(errors="surrogatepass")).hexdigest(),
+        frozenset(unserved),
     )
 
 

@@ -253,7 +253,7 @@ class When(FileModel):
     model: Names | None = None
     """Models, after aliases. Patterns may be used: `qwen*`."""
     tenant: Names | None = None
-    """Tenants, as keys name them."""
+    """Tenants, as keys name them, no patterns."""
     data_class: DataClasses | None = None
     """Data classes, as keys name them; a key without one is `public`."""
     endpoint: Endpoints | None = None

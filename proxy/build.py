@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from policies.adaptive import AdaptiveSlots
+from policies.filechecks import KnownKeys
 from policies.files import CompiledPolicy, KnownNames, library_policy, read_policy
 from policies.health import Health
 from policies.profile import read_profile
@@ -213,19 +214,21 @@ def slots_of(section: BackendConfig) -> int | None:
     )
 
 
-def load_policy(config: Config, backends: list[Backend], seed: int) -> CompiledPolicy:
+def load_policy(
+    config: Config, backends: list[Backend], seed: int, keys: KnownKeys | None = None
+) -> CompiledPolicy:
     """The policy file that the configuration names. Raises FileProblems, ValueError or OSError."""
     if is_policy_file(config.policy):
         text = Path(config.policy).read_text(encoding="utf-8")
     else:
         text = library_policy(config.policy)
-    return read_policy(text, config.policy, known_names(config, backends), seed)
+    return read_policy(text, config.policy, known_names(config, backends, keys), seed)
 
 
-def known_names(config: Config, backends: list[Backend]) -> KnownNames:
+def known_names(config: Config, backends: list[Backend], keys: KnownKeys | None = None) -> KnownNames:
     """What policy files may name."""
     operators = frozenset(site.operator for site in config.sites.values())
-    return KnownNames(backends, frozenset(config.sites), operators)
+    return KnownNames(backends, frozenset(config.sites), operators, keys)
 
 
 def timing(config: Config) -> Timing:
@@ -467,4 +470,4 @@ def warn_of(built: Built) -> None:
     for warning in filter(None, ends):
         log.warning("%s", warning)
     for found in built.policy.warnings if is_policy_file(built.config.policy) else ():
-        log.warning("policy %s:%s: %s", built.policy.name, found.line, found.message)
+        log.warning("policy %s:%s: %s: %s", built.policy.name, found.line, found.path, found.message)

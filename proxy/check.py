@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from policies.explain import explain_policy
-from policies.filechecks import KnownNames
-from policies.files import CompiledPolicy, read_policy
+from policies.filechecks import KnownKeys, KnownNames
+from policies.files import CompiledPolicy, library_policy, read_policy
 from policies.state import Backend
 from policies.units import BadValueError
 from policies.yamlfile import Document, FileProblems, Problem, parse_yaml
@@ -19,6 +19,7 @@ from policies.yamlproblems import closest
 from proxy.build import (
     DEFAULT_SLOTS,
     backend_certificates,
+    known_names,
     load_policy,
     make_backends,
     refused_without_keys,
@@ -27,7 +28,7 @@ from proxy.build import (
 )
 from proxy.certificates import load_certificates
 from proxy.config import BackendConfig, Config, Price, backend_key, is_policy_file, load_config
-from proxy.database import OpenError, has_keys
+from proxy.database import OpenError, has_keys, said_by_keys
 from proxy.masking import database_shown, without_secrets
 from proxy.places import unusable_places
 from proxy.prices import amount
@@ -62,23 +63,24 @@ class Report:
 
 
 def check_file(file: Path, config_path: Path | None) -> Report:
-    """Check a policy file or a configuration, told apart by their keys.
+    """Check a policy file or a configuration, told apart by their keys, or a policy of the library by its name.
 
     Names in a policy file are checked against the configuration at `config_path`, if there is one.
     """
     kind = "policy"
+    library = not is_policy_file(str(file)) and not file.exists()
     try:
-        text = file.read_text(encoding="utf-8")
+        text = library_policy(str(file)) if library else file.read_text(encoding="utf-8")
         if _is_configuration(text, str(file)):
             kind = "configuration"
             return _check_configuration(file, text)
         if config_path is None or config_path.resolve() == file.resolve():
-            return _check_policy(file, text, None)
+            return _check_policy(file, text, None, library)
         try:
             config = load_config(config_path)
         except (FileProblems, OSError) as error:
-            return _without_configuration(_check_policy(file, text, None), config_path, error)
-        return _check_policy(file, text, KnownNames(make_backends(config), frozenset(config.sites)))
+            return _without_configuration(_check_policy(file, text, None, library), config_path, error)
+        return _check_policy(file, text, known_names(config, make_backends(config), _keys(config)), library)
     except FileProblems as error:
         error = without_secrets(error)
         problems = [(error.name, problem) for problem in error.problems]
@@ -86,15 +88,23 @@ def check_file(file: Path, config_path: Path | None) -> Report:
     except (OSError, UnicodeDecodeError) as error:
         words = in_words(error)
         return Report(str(file), kind, False, words if words.startswith(str(file)) else f"{file}: {words}")
+    except ValueError as error:
+        return Report(str(file), kind, False, f"{file}: no such file, and {error}")
 
 
-def _check_policy(file: Path, text: str, known: KnownNames | None) -> Report:
+def _check_policy(file: Path, text: str, known: KnownNames | None, library: bool) -> Report:
     try:
-        return _good(str(file), "policy", "", [], read_policy(text, str(file), known))
+        policy = read_policy(text, str(file), known)
+        return _good(str(file), "policy", "", [], _as_it_should_be(policy) if library else policy)
     except FileProblems as error:
         error = without_secrets(error)
         problems = [(error.name, problem) for problem in error.problems]
         return Report(str(file), "policy", False, str(error), problems)
+
+
+def _as_it_should_be(policy: CompiledPolicy) -> CompiledPolicy:
+    """One of the library: what does nothing now is there for other fleets."""
+    return replace(policy, warnings=[])
 
 
 def _without_configuration(report: Report, path: Path, error: FileProblems | OSError) -> Report:
@@ -123,7 +133,8 @@ def _good(
 
 def _warning(file: str, problem: Problem) -> str:
     hint = f" (did you mean '{problem.suggestion}'?)" if problem.suggestion else ""
-    return f"warning: {file}:{problem.line}:{problem.column}: {problem.message}{hint}"
+    at = f"{problem.path}: " if problem.path else ""
+    return f"warning: {file}:{problem.line}:{problem.column}: {at}{problem.message}{hint}"
 
 
 # A configuration
@@ -136,7 +147,7 @@ def _check_configuration(file: Path, text: str) -> Report:
         raise document.failed(problems)
     backends = make_backends(config)
     try:
-        policy = load_policy(config, backends, 0)
+        policy = load_policy(config, backends, 0, _keys(config))
     except FileProblems:
         raise
     except (OSError, ValueError) as error:  # no such file, not UTF-8, or no such policy in the library
@@ -145,7 +156,7 @@ def _check_configuration(file: Path, text: str) -> Report:
             words = f"{config.policy}: {words}"
         raise document.failed([document.problem(("policy",), words)]) from None
     if not is_policy_file(config.policy):
-        policy = replace(policy, warnings=[])  # what is in the library is as it should be
+        policy = _as_it_should_be(policy)
     warnings = [(str(file), problem) for problem in _unused(config, document)]
     return _good(str(file), "configuration", f"{_in_words(file, config, backends)}\n\n", warnings, policy)
 
@@ -178,6 +189,22 @@ def _has_keys(config: Config) -> bool | None:
         return has_keys(config.database or config.state)
     except OpenError:
         return None
+
+
+def _keys(config: Config) -> KnownKeys | None:
+    """What the keys in the state directory say; None: there are none, or they are in a database elsewhere."""
+    found = said_by_keys(config.state) if config.database is None else []
+    if not found:
+        return None
+    labels: dict[str, set[str]] = {}
+    for _, _, given in found:
+        for label, value in given.items():
+            labels.setdefault(label, set()).add(value)
+    return KnownKeys(
+        frozenset(tenant for tenant, _, _ in found),
+        frozenset(data_class for _, data_class, _ in found),
+        {label: frozenset(values) for label, values in labels.items()},
+    )
 
 
 def _unused(config: Config, document: Document) -> Iterator[Problem]:

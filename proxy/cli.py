@@ -80,8 +80,10 @@ def serve(
     from policies.units import BadValueError
     from proxy.config import config_from_flags
     from proxy.process import serve as run
+    from proxy.watched import WatchedFiles
 
     _logging()
+    watched = WatchedFiles()
     given = {"listen": listen, "admin": admin, "state": state, "policy": policy, "log": log}
     settings = {name: value for name, value in given.items() if value is not None}
     if local or remote:
@@ -101,8 +103,9 @@ def serve(
             fail(
                 "name the backends: --local URL and --remote NAME=URL, or --config FILE; or try `tidegate demo`"
             )
+        watched.watch([path])
         loaded = _overridden(load(path), settings)
-    _run(lambda: run(loaded, path, settings, record, take_over=take_over))
+    _run(lambda: run(loaded, path, settings, record, take_over=take_over, watched=watched))
 
 
 def _refuse_second_state() -> None:
@@ -170,7 +173,8 @@ def check(
     file: Annotated[
         Path | None,
         typer.Argument(
-            help="A policy file or a configuration file. Default: the configuration.", dir_okay=False
+            help="A policy file, a policy of the library, or a configuration. Default: the configuration.",
+            dir_okay=False,
         ),
     ] = None,
     config: ConfigOption = None,

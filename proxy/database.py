@@ -13,6 +13,7 @@ transaction that has read cannot wait for another writer, it fails.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -99,6 +100,21 @@ def has_keys(target: str | Path) -> bool | None:
             return bool(connection.execute("SELECT EXISTS (SELECT 1 FROM keys)").fetchone()[0])
     except sqlite3.Error:
         return None
+
+
+def said_by_keys(folder: Path) -> list[tuple[str, str, dict[str, str]]]:
+    """Tenant, data class and labels of each key in a state directory that is not revoked.
+
+    Empty: there are none, or they cannot be seen without changing anything.
+    """
+    statement = "SELECT tenant, data_class, labels FROM keys WHERE revoked IS NULL"
+    path = (folder / DATABASE_FILE).absolute()
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+            rows = connection.execute(statement).fetchall()
+    except sqlite3.Error:
+        return []
+    return [(tenant, data_class, json.loads(labels)) for tenant, data_class, labels in rows]
 
 
 @contextmanager

@@ -132,6 +132,8 @@ def _what_if_lines(record: dict[str, Any]) -> Iterator[str]:
         yield f"now: sent to {decision['backend']}"
     for note in record["notes"]:
         yield f"  note: {note}"
+    for part in record["parts"]:
+        yield f"  {100 * part['share']:g}% of such requests, part '{part['part']}': {_outcome(part)}"
     labels = "".join(f", {name}={value}" for name, value in asked["labels"].items())
     served = "" if asked["served_model"] == asked["model"] else f" (served as {asked['served_model']})"
     yield f"  tenant {asked['tenant']}, model {asked['model']}{served}, data class {asked['data_class']}{labels}"
@@ -147,6 +149,12 @@ def _what_if_lines(record: dict[str, Any]) -> Iterator[str]:
     yield from _decision(decision, PRESENT)
     if decision["backend"]:
         yield f"  forecast: {_forecast_now(record['forecast']['ttft_s'])}"
+
+
+def _outcome(part: dict[str, Any]) -> str:
+    if part["code"]:
+        return f"refused with {part['code']}"
+    return f"sent to {part['backend']}" if part["backend"] else "held"
 
 
 def _forecast_now(value: float | None) -> str:

@@ -15,7 +15,22 @@ from policies.yamlfile import FileProblems, Problem
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
-_NAME = r"(?:key|passwo?r?d|(?<!first_)(?<!between_)token|secret|database|authorization|credential)"
+_OF_TEXT = (
+    "first",
+    "between",
+    "prompt",
+    "output",
+    "context",
+    "system",
+    "unit",
+    "max",
+    "batched",
+    "kv",
+    "per",
+)
+"""Before `_token`: those of a model, which are no secrets."""
+_TOKEN = "".join(f"(?<!{word}_)" for word in _OF_TEXT) + "token(?!s_per_)"
+_NAME = rf"(?:key|passwo?r?d|{_TOKEN}|secret|database|authorization|credential)"
 _SENSITIVE = re.compile(_NAME, re.IGNORECASE)
 _FILE = r"""["']?[\w./-]{1,200}\.(?:pem|key|crt)["']?\s*(?:[,}]|$)"""
 """The path of a certificate or key is none, and what is wrong with it has to be seen."""

@@ -139,6 +139,14 @@ class Metrics:
             "1: the last reload was.",
             value=float(observer.reload_ok),
         )
+        policies = CounterMetricFamily(
+            "tidegate_policy_failures",
+            "Calls of a policy that raised or gave no answer; the least loaded backend was chosen instead.",
+            labels=["rule", "policy"],
+        )
+        for key, count in observer.policies.counts.items():
+            policies.add_metric(key, count)
+        yield policies
         yield CounterMetricFamily(
             "tidegate_retries_refused", "Retries over the budget.", value=runtime.retry_budget.refused
         )

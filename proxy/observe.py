@@ -18,6 +18,7 @@ from policies.routing import Routing
 from proxy import records
 from proxy.errors import RequestError
 from proxy.http1 import RequestHead
+from proxy.policy_failures import PolicyFailures
 from proxy.requestlog import RequestLog
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class Observer:
         self.reload_ok = True
         self.restart_for: list[str] = []
         """Configured keys that take effect at the next start only."""
+        self.policies = PolicyFailures()
         self.recent: deque[Record] = deque(maxlen=recent)
         self.log = log
 

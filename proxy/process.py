@@ -18,6 +18,7 @@ from proxy.masking import database_shown
 from proxy.notify import READY, notify
 from proxy.serve import Service
 from proxy.successor import own_stderr, successor_command
+from proxy.watched import WatchedFiles
 
 log = logging.getLogger("tidegate")
 
@@ -29,12 +30,19 @@ def serve(
     record: Path | None = None,
     *,
     take_over: bool = False,
+    watched: WatchedFiles | None = None,
 ) -> None:
-    """Run a proxy until it is told to stop; `record`: where to write the event log, `take_over`: as `Service`."""
+    """Run a proxy until it is told to stop; `record`: where to write the event log, the rest as of `Service`."""
 
     async def main() -> None:
         service = Service(
-            config, path, overrides, record=record, take_over=take_over, command=successor_command()
+            config,
+            path,
+            overrides,
+            record=record,
+            take_over=take_over,
+            command=successor_command(),
+            watched=watched,
         )
         service.handle_signals()
         with told_if_full(config.state):

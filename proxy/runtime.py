@@ -443,6 +443,7 @@ class Runtime:
         self._tell_breakers(now)
         self._tell_in_spite()
         self._tell_aliases()
+        self.observer.policies.look(self.valve.rules, now)
         self.poll(now)
         beat(self, now)
 

@@ -87,8 +87,10 @@ class Service:
         record: Path | None = None,
         take_over: bool = False,
         command: list[str] | None = None,
+        watched: WatchedFiles | None = None,
     ) -> None:
-        """`path`: the configuration file, watched for changes; None: there is none.
+        """`path`: the configuration file, watched for changes; None: there is none. `watched`: it as it was before
+        it was read.
 
         `overrides`: values given by flags, which hold over every reload. `record`: where to write the event log.
         `take_over`: from the process that serves on the state directory, if there is one. `command`: what starts
@@ -117,7 +119,7 @@ class Service:
         self._ledger: Ledger
         self._engine: sa.Engine
         self._seed = config.seed if config.seed is not None else secrets.randbits(32)
-        self._watched = WatchedFiles()
+        self._watched = watched or WatchedFiles()
         """The configuration and what it names, also if that was refused."""
         self._resolver = Resolver(allowed=lambda address: not is_metadata(address), changed=self._moved)
         self._stopping = asyncio.Event()
@@ -127,6 +129,7 @@ class Service:
         """Open everything. Raises ConfigError, OSError and the ledger's own errors with readable messages."""
         config = self.config
         loop = asyncio.get_running_loop()
+        self._watched.watch(self._files(config))
         built = build(config, loop, self._seed, resolver=self._resolver, path=self.path)
         warn_of(built)
         config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -177,7 +180,6 @@ class Service:
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
         runtime.pressure.memory = Memory(config.limits.memory)
-        self._watched.watch(self._files(config))
         if config.probing.enabled:
             await self._start_probes(built)
         await self._listen(given)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from policies.host import HOST_FIGURES_VALID_S
 from proxy.levels import bar, called, condition, levels
+from proxy.policy_failures import failure_in_words
 from proxy.pressure import STAGES
 from proxy.prices import amount
 
@@ -75,6 +76,8 @@ def _lines(state: State) -> Iterator[str]:
         yield "! the last reload was refused: what was configured before goes on (the log says why)"
     if names := state.get("restart_for"):
         yield f"! a restart is owed: what the file says of {', '.join(names)} is not in force yet"
+    for found in state["policy"].get("failing", ()):
+        yield f"! {failure_in_words(*found.values())}"
     if reason := state.get("keys", {}).get("trouble"):
         yield f"! keys cannot be read, no new or revoked one is seen: {reason}"
     for certificate in (*state.get("certificates", ()), *state.get("backend_certificates", ())):

@@ -16,6 +16,8 @@ from sim.leaderboard import Board, Standing
 UNBOUNDED = 10_000
 """Columns that no table needs."""
 UNKNOWN = "unknown"
+FAILS = "(fails)"
+"""Behind a policy in whose stead some choices were made: its figures are not all its own."""
 NEVER = "never"
 """For a quantile that stands at a request which was never answered."""
 
@@ -56,8 +58,13 @@ def _table(standings: Sequence[Standing], speed: float) -> Table:
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for one in standings:
-        table.add_row(one.policy, *_cells(one))
+        table.add_row(f"{one.policy} {FAILS}" if _fails(one) else one.policy, *_cells(one))
     return table
+
+
+def _fails(one: Standing) -> bool:
+    failures = one.of("policy_failures")
+    return failures is not None and failures.mean > 0.0
 
 
 def _cells(one: Standing) -> Iterator[str]:

@@ -21,6 +21,7 @@ from proxy.endpoints import BY_NAME
 from proxy.errors import RequestError
 from proxy.metrics import Metrics
 from proxy.openai import is_slow_to_read, read_body
+from proxy.policy_failures import failing
 from proxy.pressure import REFUSE_REQUESTS
 from proxy.runtime import Runtime
 
@@ -171,7 +172,11 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
         "unready_reason": unready(runtime),
         "reload_ok": runtime.observer.reload_ok,
         "restart_for": runtime.observer.restart_for,
-        "policy": {"name": runtime.built.policy.name, "hash": runtime.built.policy.text_hash},
+        "policy": {
+            "name": runtime.built.policy.name,
+            "hash": runtime.built.policy.text_hash,
+            "failing": failing(runtime.valve.rules),
+        },
         "backends": backends,
         "certificates": [
             {

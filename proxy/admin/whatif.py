@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any, Final, Protocol
 
@@ -16,6 +16,7 @@ from policies.base import Hold, Reject, RequestFacts, Send
 from policies.fileschema import ENDPOINTS, offset_seconds
 from policies.routing import SHARES, Routing
 from policies.rules import Rule
+from policies.split import Part
 from policies.state import Backend
 from policies.unmatched import why_not
 from policies.whatif import DryRun
@@ -35,7 +36,10 @@ ENDPOINTS_ASKED: Final = tuple(
 )
 """Those with a JSON body."""
 
-BY_LOT: Final = "without a session its part follows from its id: the next one like it may be of another"
+BY_LOT: Final = "without a session its part is drawn; this is the largest one that takes such requests"
+
+_MOST_DRAWS: Final = 10_000
+"""A part whose share is less than about one in so many is not shown."""
 
 _CLOCK: Final = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])")
 
@@ -157,11 +161,10 @@ def what_if(reading: Reading, body: RequestBody, asked: Asked) -> dict[str, Any]
         refusal = reading.refusal(asked.key, body, facts)
         if refusal is not None:
             raise RequestError(refusal.code, refusal.message, retry_after_s=refusal.retry_after_s)
-    try:
-        trial = DryRun(reading.valve)
-    except Exception as error:  # copying runs somebody else's code
-        raise AskedError(f"what the policies would do is not known: one cannot be copied ({error})") from None
-    routing = trial.decide(facts, reading.now())
+    drawn = _drawn(reading, facts)
+    trial, routing = _tried(reading, drawn[0][1] if drawn else facts)
+    others = [(part, _tried(reading, its)[1]) for part, its in drawn[1:]]
+    facts = routing.request
     chosen = routing.decision.backend if type(routing.decision) is Send else ""
     expected = next((one.ttft_s for one in routing.candidates if one.name == chosen and one.ttft_s > 0), None)
     decision = decision_shown(routing)
@@ -190,7 +193,52 @@ def what_if(reading: Reading, body: RequestBody, asked: Asked) -> dict[str, Any]
         "queue": _queue(trial, routing, reading.now()),
         "answer": _answer(reading, body, routing),
         "forecast": {"ttft_s": expected, "completion_tokens": facts.expected_tokens},
-        "notes": [BY_LOT] if routing.part and not facts.session else [],
+        "parts": [
+            _part_shown(part, of_part)
+            for part, of_part in ([(drawn[0][0], routing), *others] if drawn else ())
+        ],
+        "notes": [BY_LOT] if drawn else [],
+    }
+
+
+def _tried(reading: Reading, facts: RequestFacts) -> tuple[DryRun, Routing]:
+    """Raises AskedError."""
+    try:
+        trial = DryRun(reading.valve)
+    except Exception as error:  # copying runs somebody else's code
+        raise AskedError(f"what the policies would do is not known: one cannot be copied ({error})") from None
+    return trial, trial.decide(facts, reading.now())
+
+
+def _drawn(reading: Reading, facts: RequestFacts) -> list[tuple[Part, RequestFacts]]:
+    """One like it for each part that its rule splits requests into by chance, the largest share first.
+
+    Empty: it has a session, or there are no parts.
+    """
+    split = reading.valve.rules.rule_for(facts).split
+    if split is None or facts.session:
+        return []
+    wanted = {index for index, part in enumerate(split.parts) if part.share > 0.0}
+    found: list[tuple[Part, RequestFacts]] = []
+    for number in range(_MOST_DRAWS):
+        like = replace(facts, id=f"{facts.id} {number}")
+        own = split.order(like)[0]
+        if own in wanted:
+            wanted.remove(own)
+            found.append((split.parts[own], like))
+        if not wanted:
+            break
+    return sorted(found, key=lambda drawn: -drawn[0].share)
+
+
+def _part_shown(part: Part, routing: Routing) -> dict[str, Any]:
+    decision = routing.decision
+    return {
+        "part": part.name,
+        "share": part.share,
+        "decision": type(decision).__name__.lower(),
+        "backend": decision.backend if type(decision) is Send else None,
+        "code": decision.code if type(decision) is Reject else None,
     }
 
 

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 import policies
 from policies.base import BackendView, RequestFacts, Send
 from policies.explain import explain_policy
-from policies.filechecks import KEYED_BY_BACKEND
+from policies.filechecks import KEYED_BY_BACKEND, LISTS_SITES, KnownKeys
 from policies.files import (
     DEFAULT_POLICY,
     CompiledPolicy,
@@ -385,6 +385,16 @@ p.yaml:4:62: rules[0].prefer[0].pick.max_qps.locl: unknown backend 'locl'; known
   4 |       - {site: local, pick: {policy: weighted-qps, max_qps: {locl: 5, nj: 1}}}
     |                                                              ^""",
     ),
+    "a site in the list of a policy": (
+        "rules:\n  - name: all\n    pick: {policy: kv-threshold, prefer: [nanjng, local, remote]}\n",
+        """\
+p.yaml:3:43: rules[0].pick.prefer[0]: unknown site 'nanjng' (did you mean 'nanjing'?)
+  3 |     pick: {policy: kv-threshold, prefer: [nanjng, local, remote]}
+    |                                           ^
+p.yaml:3:58: rules[0].pick.prefer[2]: unknown site 'remote'; known: beijing, local, nanjing, suzhou
+  3 |     pick: {policy: kv-threshold, prefer: [nanjng, local, remote]}
+    |                                                          ^""",
+    ),
     "no rules": ("rules: []\n", "p.yaml:1:8: rules: needs at least 1 entry\n  1 | rules: []\n    |        ^"),
     "nothing": ("# soon\n", "p.yaml:1:1: the file is empty\n  1 | # soon\n    | ^"),
 }
@@ -478,7 +488,7 @@ def test_data_classes_are_those_that_a_key_can_have() -> None:
         assert taken == bool(_WORD(name)), name
 
 
-def test_every_parameter_that_is_keyed_by_backend_is_known_as_such() -> None:
+def test_every_parameter_that_names_backends_or_sites_is_known_as_such() -> None:
     described = {
         (name, parameter.name)
         for name in policies.POLICIES
@@ -486,6 +496,13 @@ def test_every_parameter_that_is_keyed_by_backend_is_known_as_such() -> None:
         if "by backend name" in parameter.doc
     }
     assert described == KEYED_BY_BACKEND
+    of_sites = {
+        (name, parameter.name)
+        for name in policies.POLICIES
+        for parameter in policies.parameters(name)
+        if "Sites" in parameter.doc
+    }
+    assert of_sites == LISTS_SITES
 
 
 def test_names_are_checked_only_when_the_fleet_is_known() -> None:
@@ -496,8 +513,11 @@ def test_names_are_checked_only_when_the_fleet_is_known() -> None:
 
 def test_sites_of_the_configuration_without_backends_are_known() -> None:
     assert warnings("rules: [{name: all, sites: beijing}]") == [
-        "1:28: rules[0].sites: no backend stands at 'beijing' now"
+        "1:28: rules[0].sites: no backend stands at 'beijing' now: all that rule 'all' matches is refused with 404"
     ]
+
+
+REFUSED = "all that rule 'first' matches is refused with 404"
 
 
 @pytest.mark.parametrize(
@@ -507,7 +527,23 @@ def test_sites_of_the_configuration_without_backends_are_known() -> None:
         ("prefer: [{site: local}, {site: remote}]", []),
         ("prefer: [{site: remote}, {site: '*'}]", []),
         ("prefer: [{site: nanjing, rtt: {max: 5ms}}, {site: nanjing}]", []),
-        ("require: {price: {max: 2}}", ["2:28: rules[0].require: no backend is like this now"]),
+        ("require: {price: {max: 2}}", [f"2:28: rules[0].require: no backend is like this now: {REFUSED}"]),
+        (
+            "prefer: [{labels: {card: a100}}, {labels: {card: a10}}]",
+            [
+                f"2:27: rules[0].prefer: no backend is in any of its tiers now: {REFUSED}",
+                "2:28: rules[0].prefer[0]: no backend is in this tier now",
+                "2:52: rules[0].prefer[1]: no backend is in this tier now",
+            ],
+        ),
+        (
+            "split: [{name: a, share: 5%, price: {max: 2}}, {name: b, share: 95%, carbon: {min: 5}}]",
+            [
+                f"2:26: rules[0].split: no backend is in any of its parts now: {REFUSED}",
+                "2:27: rules[0].split[0]: no backend is in this part now",
+                "2:66: rules[0].split[1]: no backend is in this part now",
+            ],
+        ),
         (
             "avoid: [{carbon: {min: 5}}]",
             ["2:27: rules[0].avoid[0]: no backend of this rule is like this now"],
@@ -553,6 +589,55 @@ def test_sites_of_the_configuration_without_backends_are_known() -> None:
 def test_what_does_nothing_now_is_a_warning(rule: str, expected: list[str]) -> None:
     last = LAST if "when" in rule else ""
     assert warnings(f"rules:\n  - {{name: first, {rule}}}{last}") == expected
+
+
+KEYS = KnownKeys(
+    frozenset({"vip", "acme"}),
+    frozenset({"public", "internal"}),
+    {"sla": frozenset({"golden"}), "task": frozenset({"chat"}), "kind": frozenset({"batch"})},
+)
+NOBODY = {
+    "model: 'qwne*'": "model[0]: no backend lists model 'qwne*'",
+    "tenant: [acme, vpi]": "tenant[1]: no key has tenant 'vpi' (did you mean vip?)",
+    "data_class: secret": "data_class: no key has data class 'secret'",
+    "sla: gloden": "sla: no key has the label sla 'gloden' (did you mean golden?)",
+    "task: caht": "task: no key has the label task 'caht' (did you mean chat?)",
+    "labels: {knid: batch}": "labels.knid: no key has a label 'knid' (did you mean kind?)",
+    "labels: {kind: btach}": "labels.kind: no key is labelled kind=btach (did you mean batch?)",
+}
+"""What no request carries, and the warning."""
+
+
+@pytest.mark.parametrize("when", NOBODY)
+def test_names_that_no_request_carries_are_warned_of(when: str) -> None:
+    known = KnownNames([BackendView("a", models=frozenset({"qwen3-8b"}))], keys=KEYS)
+    (found,) = read_policy(f"rules: [{{name: a, when: {{{when}}}}}, {{name: b}}]", "p.yaml", known).warnings
+    hint = f" (did you mean {found.suggestion}?)" if found.suggestion else ""
+    key, _, message = NOBODY[when].partition(": ")
+    assert found.path.removeprefix("rules[0].when.").removesuffix("[0]") == key.removesuffix("[0]")
+    assert f"{found.message}{hint}" == message
+
+
+@pytest.mark.parametrize(
+    ("when", "models", "keys"),
+    [
+        ("model: ['QWEN*', 'qwen*'], tenant: vip", {"QWEN", "qwen3-8b"}, KEYS),
+        ("labels: {kind: batch, sla: golden}, task: chat, data_class: internal", {"m"}, KEYS),
+        ("tenant: vpi, sla: gloden, labels: {knid: batch}", {"m"}, None),
+        ("model: 'qwne*'", set(), KEYS),
+    ],
+)
+def test_names_that_are_there_or_may_be_are_not_warned_of(
+    when: str, models: set[str], keys: KnownKeys | None
+) -> None:
+    known = KnownNames([BackendView("a", models=frozenset(models))], keys=keys)
+    assert read_policy(f"rules: [{{name: a, when: {{{when}}}}}, {{name: b}}]", "p.yaml", known).warnings == []
+
+
+@pytest.mark.parametrize("tenant", ["'*'", "'vip*'", "[vip, '?']"])
+def test_tenants_are_no_patterns(tenant: str) -> None:
+    text = f"rules: [{{name: a, when: {{tenant: {tenant}}}}}, {{name: b}}]"
+    assert "tenants are no patterns: list them, or leave 'tenant' out" in problems(text)
 
 
 @pytest.mark.parametrize(

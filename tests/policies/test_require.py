@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.base import Outcome, RequestFacts, Send
+from policies.explain import explain_policy
+from policies.filechecks import KnownNames
 from policies.files import read_policy
 from policies.routing import Routing
 from policies.rules import RuleSet
@@ -47,6 +49,34 @@ def test_what_is_required_is_not_given_up_when_everything_else_fails() -> None:
     assert decided(valve.submit(request("2"), 1.0)) == "no_backend"
     homes.replace([homes["b"], homes["c"]])
     assert decided(valve.submit(request("3"), 2.0)) == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("text", "served"),
+    [
+        ("require: {labels: {trust: contracted}}", True),
+        ("require: {labels: {trsut: contracted}}", False),
+        ("sites: away", False),
+        ("sites: [local, away]", True),
+        ("prefer: [{labels: {card: h20}}, {operator: x}]", False),
+        ("prefer: [{labels: {card: h20}}, {site: '*'}]", True),
+        ("avoid: [{labels: {trust: contracted}}]", True),
+        ("require: {rtt: {max: 50ms}}", True),
+        ("split: [{name: one, share: 5%, operator: x}, {name: two, share: 95%, site: away}]", False),
+        ("split: [{name: one, share: 5%, operator: x}, {name: two, share: 95%}]", True),
+    ],
+)
+def test_a_rule_that_nobody_meets_is_read_back_as_it_refuses(text: str, served: bool) -> None:
+    homes = fleet(backend("a", site="local", labels={"trust": "contracted"}), backend("b"))
+    homes["a"].observe_rtt(0.001, 0.0)
+    known = KnownNames(list(homes), frozenset({"away"}), frozenset({"x"}))
+    policy = read_policy(f"rules: [{{name: all, {text}}}]", "p.yaml", known)
+    refused = decided(Valve(policy.rules, homes).submit(request(), 1.0)) == "model_not_found"
+    assert (not refused, policy.unserved) == (served, set() if served else {"all"})
+    words = " ".join(explain_policy(policy).split())
+    assert ("may serve them: each is refused with 404." in words) == refused
+    assert ("When none has room" in words) == served
+    assert any("is refused with 404" in found.message for found in policy.warnings) == refused
 
 
 def test_sites_and_require_hold_both() -> None:

@@ -9,7 +9,7 @@ import pytest
 import trustme
 from typer.testing import CliRunner, Result
 
-from policies.files import library_policy
+from policies.files import library_names, library_policy
 from proxy.access.keys import create_key
 from proxy.access.pepper import load_pepper
 from proxy.cli import app
@@ -162,10 +162,10 @@ def test_what_is_written_for_nothing_is_warned_of(folder: Path, monkeypatch: pyt
     found = check()
     assert found.exit_code == 0
     assert found.stdout.splitlines()[:3] == [
-        "warning: tidegate.yaml:7:18: backend nj-1: NJ_KEY is not set in the environment",
-        "warning: tidegate.yaml:12:3: no backend stands at site 'nanjing'; "
+        "warning: tidegate.yaml:7:18: backends[1].api_key_env: backend nj-1: NJ_KEY is not set in the environment",
+        "warning: tidegate.yaml:12:3: sites.nanjing: no backend stands at site 'nanjing'; "
         "there is one at 'nanjng', which is not among the sites",
-        "warning: tidegate.yaml:13:3: no backend stands at site 'suzhou'",
+        "warning: tidegate.yaml:13:3: sites.suzhou: no backend stands at site 'suzhou'",
     ]
     assert [(warning["file"], warning["line"]) for warning in reported()["warnings"]] == [
         ("tidegate.yaml", 7),
@@ -240,12 +240,13 @@ aliases: {gpt-4: qwen3-32b, gpt-5: qwen3-8b}
 """
     )
     assert check().stdout.splitlines()[:4] == [
-        "warning: tidegate.yaml:8:7: backend a does not list model 'qwen3-23b': nothing ever costs this "
+        "warning: tidegate.yaml:8:7: backends[0].prices.qwen3-23b: backend a does not list model 'qwen3-23b': "
+        "nothing ever costs this (did you mean 'qwen3-32b'?)",
+        "warning: tidegate.yaml:9:7: backends[0].prices.gpt-4: backend a does not list model 'gpt-4': "
+        "nothing ever costs this (did you mean 'qwen3-32b'?)",
+        "warning: tidegate.yaml:10:36: aliases.gpt-5: no backend lists model 'qwen3-8b' "
         "(did you mean 'qwen3-32b'?)",
-        "warning: tidegate.yaml:9:7: backend a does not list model 'gpt-4': nothing ever costs this "
-        "(did you mean 'qwen3-32b'?)",
-        "warning: tidegate.yaml:10:36: no backend lists model 'qwen3-8b' (did you mean 'qwen3-32b'?)",
-        "warning: tidegate.yaml:6:5: backend a is asked over plain http: `tls` says nothing",
+        "warning: tidegate.yaml:6:5: backends[0].tls: backend a is asked over plain http: `tls` says nothing",
     ]
     text = (folder / "tidegate.yaml").read_text()
     (folder / "tidegate.yaml").write_text(
@@ -257,8 +258,8 @@ aliases: {gpt-4: qwen3-32b, gpt-5: qwen3-8b}
 def test_two_backends_at_one_url_are_warned_of(folder: Path) -> None:
     (folder / "tidegate.yaml").write_text(CONFIG.replace("https://nj.example:8443", "http://127.0.0.1:8000/"))
     assert check().stdout.splitlines()[0] == (
-        "warning: tidegate.yaml:5:10: backend appliance has this URL too: two names for one engine, whose slots "
-        "count twice"
+        "warning: tidegate.yaml:5:10: backends[1].url: backend appliance has this URL too: two names for one "
+        "engine, whose slots count twice"
     )
 
 
@@ -272,7 +273,7 @@ def test_an_open_proxy_without_keys_is_told_as_serve_would(folder: Path) -> None
     found = check()
     assert (found.exit_code, found.stdout.splitlines()[0]) == (
         0,
-        f"warning: tidegate.yaml:1:9: whether there are keys cannot be seen from here: {refusal}`",
+        f"warning: tidegate.yaml:1:9: listen: whether there are keys cannot be seen from here: {refusal}`",
     )
     assert not (folder / "tidegate-data").exists(), "a check leaves nothing behind"
     engine = open_database(folder / "tidegate-data")
@@ -402,6 +403,51 @@ def test_what_probes_for_a_token_cost_is_warned_of(folder: Path) -> None:
     )
     (folder / "tidegate.yaml").write_text(CONFIG + "probing: {generate: 5s, enabled: false}\n")
     assert "its probes cost" not in check().stdout
+
+
+def test_names_that_no_key_has_are_warned_of(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG + "policy: own.yaml\n")
+    rules = "rules: [{name: a, when: {tenant: vpi, labels: {knid: batch}}}, {name: b}]"
+    (folder / "own.yaml").write_text(rules)
+
+    def told() -> list[list[str]]:
+        return [
+            [one["message"] for one in reported(*file)["warnings"] if "no key" in one["message"]]
+            for file in ((), ("own.yaml",))
+        ]
+
+    assert told() == [[], []]
+    assert not (folder / "tidegate-data").exists(), "a check leaves nothing behind"
+    engine, pepper = open_database(folder / "tidegate-data"), load_pepper(folder / "tidegate-data")
+    assert told() == [[], []], "without keys, everybody is let in"
+    create_key(engine, pepper, tenant="vip", labels={"kind": "batch"})
+    assert told() == [["no key has tenant 'vpi'", "no key has a label 'knid'"]] * 2
+    create_key(engine, pepper, tenant="vpi", labels={"knid": "batch"})
+    assert told() == [[], []]
+    engine.dispose()
+
+
+@pytest.mark.parametrize("name", library_names())
+def test_a_policy_of_the_library_is_checked_by_its_name(folder: Path, name: str) -> None:
+    (folder / "tidegate.yaml").write_text('backends: [{name: a, url: "http://127.0.0.1:8000"}]')
+    for configured in (True, False):
+        found = check(name)
+        assert (found.exit_code, found.stdout.splitlines()[0].partition(":")[0]) == (0, name)
+        assert json.loads(check(name, "--json").stdout)["warnings"] == []
+        if configured:
+            (folder / "tidegate.yaml").unlink()
+
+
+def test_a_file_comes_before_a_policy_of_the_library_and_neither_is_told(folder: Path) -> None:
+    (folder / "local-first").write_text("rules: [{name: mine, pick: random}]")
+    assert "1. mine" in check("local-first").stdout
+    found = check("local-frist")
+    assert (found.exit_code, found.stderr) == (
+        1,
+        "local-frist: no such file, and no policy in the library is called 'local-frist' "
+        "(did you mean 'local-first'?)\n",
+    )
+    assert "no such file or directory" in check("local-first.yaml").stderr
 
 
 def test_the_library_is_as_it_should_be(folder: Path) -> None:

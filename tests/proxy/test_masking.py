@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL
 
-from policies.yamlfile import FileProblems
+from policies.yamlfile import FileProblems, Problem
 from proxy.config import load_config
-from proxy.masking import database_shown
+from proxy.masking import database_shown, without_secrets
 
 SECRET = "sk-live-4eC39Hq"
 
@@ -57,6 +57,29 @@ def test_tokens_that_are_no_secrets_are_shown(tmp_path: Path) -> None:
     with pytest.raises(FileProblems, match="got 'soon'") as caught:
         load_config(path)
     assert "timeouts: {first_token: soon}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "when: {prompt_tokens: {min: 5000, max: 100}}",
+        "pick: {policy: cost, joules_per_token: none}",
+        "pick: {policy: gorgo, ms_per_token: fast}",
+        "kv_tokens: 7, max_num_batched_tokens: 8, tokens_per_s: 9",
+    ],
+)
+def test_counts_of_tokens_are_no_secrets(line: str) -> None:
+    problem = Problem(1, 1, "rules[0].when.prompt_tokens", "wrong, got 7")
+    shown = without_secrets(FileProblems("p.yaml", [problem], line))
+    assert (shown.text, shown.problems) == (line, [problem])
+
+
+@pytest.mark.parametrize("key", ["token", "hf_token", "api_tokens", "token_file", "access_token"])
+def test_tokens_that_open_something_are_secrets(key: str) -> None:
+    problem = Problem(1, 1, key, f"wrong, got '{SECRET}'")
+    shown = without_secrets(FileProblems("p.yaml", [problem], f"{{{key}: {SECRET}, name: a}}"))
+    assert SECRET not in f"{shown} {shown.text} {shown.problems}"
+    assert ", name: a}" in shown.text
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,16 @@ from typing import Any, NoReturn
 
 import pytest
 import trustme
+from typer.testing import CliRunner
 
 import proxy.build
+import proxy.cli
+import proxy.process
 import proxy.serve
 from proxy.access.keys import Key
 from proxy.admin.http import state
 from proxy.build import DEFAULT_SLOTS
-from proxy.config import load_config
+from proxy.config import Config, load_config
 from proxy.process import print_banner
 from proxy.serve import Service
 
@@ -360,3 +363,47 @@ async def test_what_was_configured_before_is_not_kept(service: Service) -> None:
         assert len(gc.get_objects()) - before < 200, "each leaves ninety where nothing collects them"
     finally:
         gc.enable()
+
+
+async def test_what_is_saved_while_the_proxy_starts_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, policy = tmp_path / "tidegate.yaml", tmp_path / "policy.yaml"
+    path.write_text(TEXT % (tmp_path / "state") + f"policy: {policy}\n")
+    policy.write_text("rules: [{name: first, pick: random}]\n")
+    right = proxy.serve.build
+
+    def saved_meanwhile(*given: Any) -> Any:
+        built = right(*given[:3], resolver=None, path=path)
+        policy.write_text("rules: [{name: second, pick: random}]\n")
+        return built
+
+    service = Service(load_config(path), path)
+    monkeypatch.setattr(proxy.serve, "build", lambda *given, **_: saved_meanwhile(*given))
+    await service.start()
+    monkeypatch.undo()
+    try:
+        assert not seen(service)
+        assert service.reload()
+        assert seen(service)
+        assert [rule.name for rule in service.runtime.valve.rules.rules] == ["second"]
+    finally:
+        await service.stop()
+
+
+def test_the_configuration_is_watched_from_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tidegate.yaml"
+    path.write_text(TEXT % (tmp_path / "state"))
+    right, watched = proxy.cli.load, []
+
+    def saved_after(path: Path) -> Config:
+        config = right(path)
+        path.write_text(path.read_text() + "aliases: {x: m}\n")
+        return config
+
+    monkeypatch.setattr(proxy.cli, "load", saved_after)
+    monkeypatch.setattr(proxy.process, "serve", lambda *_, **given: watched.append(given["watched"].changed))
+    assert CliRunner().invoke(proxy.cli.app, ["serve", "--config", str(path)]).exit_code == 0
+    assert watched == [True]

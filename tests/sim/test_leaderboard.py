@@ -23,7 +23,7 @@ from sim.intervals import paired
 from sim.leaderboard import Board, Job, as_json
 from sim.leaderboard_command import INTERRUPTED, leaderboard
 from sim.leaderboard_plots import write_plots
-from sim.leaderboard_table import shown
+from sim.leaderboard_table import _table, shown
 from sim.traffic import Traffic
 from sim.workload import Arrival, Workload
 from tests.pages import ROOT
@@ -293,6 +293,15 @@ def test_no_figure_is_cut_off_whatever_the_width(folder: Path, monkeypatch: pyte
     assert [line for line in lines if line != line.rstrip()] == []
     (row,) = (line for line in lines if line.startswith(name))
     assert len(row.split()) == 19
+
+
+def test_a_policy_that_failed_is_marked_where_it_ranks(folder: Path) -> None:
+    mixed = board(folder)
+    mixed.policies = (named_policy("tests.sim.test_evaluate:Broken"), named_policy("random"))
+    standings = mixed.standings(played(mixed))
+    speed = standings[0].speed
+    names = _table([one for one in standings if one.speed == speed], speed).columns[0]
+    assert sorted(map(str, names.cells)) == ["random", "tests.sim.test_evaluate:Broken (fails)"]
 
 
 # Ctrl-C

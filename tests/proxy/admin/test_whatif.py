@@ -246,11 +246,39 @@ def test_the_part_of_a_split_is_the_sessions_own() -> None:
             exchange.routing.decision.backend,  # type: ignore[union-attr]
         )
         assert f"under the rule 'all', part '{decision['part']}'" in render_what_if(shown)
-        assert shown["notes"] == []
+        assert (shown["notes"], shown["parts"]) == ([], [])
         parts.add(decision["part"])
         exchange.client_gone()
     assert parts == {"canary", "stable"}
-    assert told(made)["notes"] == [BY_LOT]
+
+
+@pytest.mark.parametrize("share", [1, 5, 30])
+def test_without_a_session_the_usual_part_is_told_and_the_others_too(share: int) -> None:
+    text = PARTS.replace("name: canary, share: 50%", f"name: canary, share: {share}%")
+    made = world(
+        "a", "b", policy=text.replace("name: stable, share: 50%", f"name: stable, share: {100 - share}%")
+    )
+    shown = told(made)
+    assert shown["notes"] == [BY_LOT]
+    found = lines(shown)
+    assert found[:4] == [
+        "now: sent to a",
+        f"note: {BY_LOT}",
+        f"{100 - share}% of such requests, part 'stable': sent to a",
+        f"{share}% of such requests, part 'canary': sent to b",
+    ]
+    assert "decision: send to a, by least-load under the rule 'all', part 'stable'" in found
+
+
+def test_what_would_become_of_each_part_is_what_becomes_of_its_requests() -> None:
+    text = PARTS.replace("backend: b}", "backend: b, strict: true}, {name: none, share: 0%, backend: a}")
+    made = world("a", "b", policy=text, slots=1)
+    made.backend("b").draining = True
+    made.runtime.fleet.refresh(made.loop.now)
+    shown = {part["part"]: part for part in told(made)["parts"]}
+    assert (shown["canary"]["decision"], shown["canary"]["code"]) == ("reject", "no_backend")
+    assert shown.keys() == {"canary", "stable"}
+    assert any(line.endswith("part 'canary': refused with no_backend") for line in lines(told(made)))
 
 
 @pytest.mark.parametrize("need", ["prefix", "hashes"])
