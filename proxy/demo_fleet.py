@@ -24,7 +24,7 @@ MODEL = "demo"
 CURRENCY = "CNY"
 HOST = "127.0.0.1"
 CONFIG = "demo.yaml"
-"""The configuration in a directory that is kept: a `tidegate.yaml` there would be somebody's own."""
+"""The configuration in a directory that is kept: one of the usual name there would be somebody's own."""
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
 """From asking a process to end until it is killed."""
