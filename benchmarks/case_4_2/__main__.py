@@ -47,7 +47,7 @@ def main(
 ) -> None:
     """A medical institute's box and the cloud behind it: latency, throughput and cost of many policies.
 
-    Takes about 20 minutes of CPU for three days, by an estimate; `--quick` one.
+    Takes about 20 minutes of CPU for three days; `--quick` one.
 
     Example: python -m benchmarks.case_4_2 --check
     """
