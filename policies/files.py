@@ -59,12 +59,14 @@ class CompiledPolicy:
     """Rules whose requests no backend of the fleet as it is may serve."""
 
 
-def read_policy(text: str, name: str, known: KnownNames | None = None, seed: int = 0) -> CompiledPolicy:
+def read_policy(
+    text: str, name: str, known: KnownNames | None = None, seed: int = 0, *, tried: bool = False
+) -> CompiledPolicy:
     """Compile the text of a policy file.
 
     `name` is the file's name in messages. With `known`, names of sites and backends are checked. Each rule's policy
     gets a random generator of its own, from `seed` and the rule's name, so that rules do not disturb each other
-    when one is added.
+    when one is added. `tried`: policies of others choose once, which is a warning if it fails.
 
     Raises: FileProblems with everything that is wrong.
     """
@@ -86,7 +88,8 @@ def read_policy(text: str, name: str, known: KnownNames | None = None, seed: int
         if known is not None and not any(rule.allows(backend) for backend in known.backends)
     ]
     doubts = list(filechecks.warnings(file, known)) if known is not None else []
-    doubts += _trials(file, known.backends if known is not None else ())
+    if tried:
+        doubts += _trials(file, known.backends if known is not None else ())
     warnings = _problems(document, doubts)
     return CompiledPolicy(
         name,
@@ -125,11 +128,15 @@ def _trials(file: PolicyFile, fleet: Sequence[BackendView]) -> Iterator[Finding]
         for path, pick in filechecks.picks_of(section):
             if pick.policy in POLICIES:
                 continue
-            failure = trial.failure(load(pick.policy, Random(0), **pick.parameters), pick.policy, fleet)  # noqa: S311
-            if failure:
+            try:
+                policy = load(pick.policy, Random(0), **pick.parameters)  # noqa: S311
+            except PolicyError as error:  # it was made before, and cannot be twice
+                yield Finding(("rules", index, *path), str(error))
+                continue
+            if failure := trial.failure(policy, pick.policy, fleet):
                 message = f"policy {pick.policy} fails when it is tried: {failure}"
                 yield Finding(
-                    ("rules", index, *path), f"{message}; requests go to the emptiest backend instead"
+                    ("rules", index, *path), f"{message}; the least loaded backend is chosen instead"
                 )
 
 

@@ -64,7 +64,7 @@ class Guarded:
     ) -> tuple[Decision, str]:
         """The policy's decision and its name; on failure the least loaded backend and `policy failed`."""
         try:
-            decision = self.policy.choose(request, backends, now)
+            decision = self.policy.choose(request, list(backends), now)  # it may sort them
             if _is_answer(decision, backends):
                 return decision, self.name
             self._count(f"not an answer here: {decision!r}")

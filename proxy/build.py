@@ -214,15 +214,14 @@ def slots_of(section: BackendConfig) -> int | None:
     )
 
 
-def load_policy(
-    config: Config, backends: list[Backend], seed: int, keys: KnownKeys | None = None
-) -> CompiledPolicy:
+def load_policy(config: Config, backends: list[Backend], seed: int) -> CompiledPolicy:
     """The policy file that the configuration names. Raises FileProblems, ValueError or OSError."""
-    if is_policy_file(config.policy):
-        text = Path(config.policy).read_text(encoding="utf-8")
-    else:
-        text = library_policy(config.policy)
-    return read_policy(text, config.policy, known_names(config, backends, keys), seed)
+    return read_policy(policy_text(config.policy), config.policy, known_names(config, backends), seed)
+
+
+def policy_text(name: str) -> str:
+    """What a policy file says, or one of the library. Raises ValueError or OSError."""
+    return Path(name).read_text(encoding="utf-8") if is_policy_file(name) else library_policy(name)
 
 
 def known_names(config: Config, backends: list[Backend], keys: KnownKeys | None = None) -> KnownNames:

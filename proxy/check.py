@@ -20,8 +20,8 @@ from proxy.build import (
     DEFAULT_SLOTS,
     backend_certificates,
     known_names,
-    load_policy,
     make_backends,
+    policy_text,
     refused_without_keys,
     slots_of,
     tls_context,
@@ -68,9 +68,13 @@ def check_file(file: Path, config_path: Path | None) -> Report:
     Names in a policy file are checked against the configuration at `config_path`, if there is one.
     """
     kind = "policy"
-    library = not is_policy_file(str(file)) and not file.exists()
     try:
-        text = library_policy(str(file)) if library else file.read_text(encoding="utf-8")
+        found = "" if is_policy_file(str(file)) or file.exists() else library_policy(str(file))
+    except ValueError as error:
+        return Report(str(file), kind, False, f"{file}: no such file, and {error}")
+    library = bool(found)
+    try:
+        text = found or file.read_text(encoding="utf-8")
         if _is_configuration(text, str(file)):
             kind = "configuration"
             return _check_configuration(file, text)
@@ -88,13 +92,11 @@ def check_file(file: Path, config_path: Path | None) -> Report:
     except (OSError, UnicodeDecodeError) as error:
         words = in_words(error)
         return Report(str(file), kind, False, words if words.startswith(str(file)) else f"{file}: {words}")
-    except ValueError as error:
-        return Report(str(file), kind, False, f"{file}: no such file, and {error}")
 
 
 def _check_policy(file: Path, text: str, known: KnownNames | None, library: bool) -> Report:
     try:
-        policy = read_policy(text, str(file), known)
+        policy = read_policy(text, str(file), known, tried=True)
         return _good(str(file), "policy", "", [], _as_it_should_be(policy) if library else policy)
     except FileProblems as error:
         error = without_secrets(error)
@@ -147,7 +149,8 @@ def _check_configuration(file: Path, text: str) -> Report:
         raise document.failed(problems)
     backends = make_backends(config)
     try:
-        policy = load_policy(config, backends, 0, _keys(config))
+        rules = policy_text(config.policy)
+        policy = read_policy(rules, config.policy, known_names(config, backends, _keys(config)), tried=True)
     except FileProblems:
         raise
     except (OSError, ValueError) as error:  # no such file, not UTF-8, or no such policy in the library

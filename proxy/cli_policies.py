@@ -21,7 +21,7 @@ def policies(
 
     Example: tidegate policies local-first > my-policy.yaml
     """
-    from policies import PolicyError
+    from policies import PolicyError, names
     from policies.files import library_names, library_policy
     from policies.yamlproblems import closest
 
@@ -32,11 +32,15 @@ def policies(
     if name in files:
         typer.echo(library_policy(name), nl=False)
         return
-    meant = closest(name, files)
+    known = (*files, *names())
+    if name not in known and ":" not in name:
+        meant = closest(name, known)
+        hint = f"did you mean '{meant}'?" if meant else "`tidegate policies` lists what there is"
+        fail(f"no policy and no file of the library is called '{name}'; {hint}")
     try:
         typer.echo("\n".join(_policy(name)))
     except PolicyError as error:
-        fail(f"no file of the library is called '{name}'; did you mean '{meant}'?" if meant else str(error))
+        fail(str(error))
 
 
 def _all() -> Iterator[str]:

@@ -309,7 +309,7 @@ async def start_fleet(settings: DemoSettings, stack: AsyncExitStack, directory: 
     for child in children:
         async with _start_timeout(child.name):
             urls[child.name] = (await child.first_line()).split()[2]
-    config = directory / "tidegate.yaml" if settings.state is None else settings.state / CONFIG
+    config = (settings.state or directory) / CONFIG
     state = (settings.state or directory / "state").absolute()
     try:
         config.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -15,21 +15,10 @@ from policies.yamlfile import FileProblems, Problem
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
-_OF_TEXT = (
-    "first",
-    "between",
-    "prompt",
-    "output",
-    "context",
-    "system",
-    "unit",
-    "max",
-    "batched",
-    "kv",
-    "per",
-)
-"""Before `_token`: those of a model, which are no secrets."""
-_TOKEN = "".join(f"(?<!{word}_)" for word in _OF_TEXT) + "token(?!s_per_)"
+_COUNTED = ("prompt", "output", "context", "system", "unit", "max", "batched", "kv")
+"""Before `_tokens`: those of a model, which are no secrets. One `system_token` may be."""
+_COUNTS = "|".join(f"(?<={word}_)" for word in _COUNTED)
+_TOKEN = rf"(?<!first_)(?<!between_)(?<!per_)(?!(?:{_COUNTS})tokens)token(?!s_per_)"
 _NAME = rf"(?:key|passwo?r?d|{_TOKEN}|secret|database|authorization|credential)"
 _SENSITIVE = re.compile(_NAME, re.IGNORECASE)
 _FILE = r"""["']?[\w./-]{1,200}\.(?:pem|key|crt)["']?\s*(?:[,}]|$)"""

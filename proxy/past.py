@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from policies.state import Backend
 from policies.units import BadValueError
-from proxy.build import health, known_names, make_backends, slots_of, timing
+from proxy.build import health, known_names, make_backends, policy_text, slots_of, timing
 from proxy.build import prices as prices_of
 from proxy.cli_common import config_path, fail, load, open_ledger, readable_errors
 from proxy.config import Config, is_policy_file
@@ -51,11 +51,9 @@ class Installation:
 
     def policy(self) -> tuple[str, str]:
         """Name and text of the policy file in force."""
-        from policies.files import library_policy
-
         name = self._config.policy
         with readable_errors():
-            return name, Path(name).read_text("utf-8") if is_policy_file(name) else library_policy(name)
+            return name, policy_text(name)
 
     def policy_changed(self) -> float:
         """Unix time at which the policy file in force was last changed; 0: it is one of the library."""

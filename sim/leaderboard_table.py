@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from math import isfinite
 
 from rich.console import Console, Group
-from rich.measure import Measurement
 from rich.table import Table
-from rich.text import Text
 
 from sim.intervals import Estimate
 from sim.leaderboard import Board, Standing
@@ -34,14 +32,10 @@ def shown(board: Board, standings: Sequence[Standing]) -> str:
     """A table for each speed, and under them what has to be known of the figures. As wide as the figures are, even
     where the terminal is not: what is cut off is lost."""
     tables = [_table([one for one in standings if one.speed == speed], speed) for speed in _speeds(standings)]
-    console = Console()
-    options = console.options.update_width(UNBOUNDED)
-    wide = Console(
-        width=max(console.width, *(Measurement.get(console, options, one).maximum for one in tables))
-    )
+    wide = Console(width=UNBOUNDED)
     with wide.capture() as captured:
-        wide.print(Group(*tables, *(Text(line) for line in notes(board, standings))))
-    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+        wide.print(Group(*tables))
+    return "".join(f"{line.rstrip()}\n" for line in (*captured.get().splitlines(), *notes(board, standings)))
 
 
 def _speeds(standings: Sequence[Standing]) -> list[float]:

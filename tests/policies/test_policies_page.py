@@ -65,7 +65,7 @@ def test_the_policy_of_ones_own_works_as_it_stands_there(
     (tmp_path / "my_policy.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     rules = f"rules: [{{name: all, pick: {pick}}}]"
-    compiled = read_policy(rules, "p.yaml")
+    compiled = read_policy(rules, "p.yaml", tried=True)
     monkeypatch.delitem(sys.modules, "my_policy")
     assert compiled.warnings == []
     assert "my_policy:Nearest: The nearest backend that is not too full." in explain_policy(compiled)

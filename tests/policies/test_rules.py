@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, nan
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.base import Hold, Outcome, Reject, Send
+from policies.base import BackendView, Decision, Hold, Outcome, Reject, RequestFacts, Send
 from policies.constraints import feasible
 from policies.match import Match, Selector
 from policies.routing import Routing, rebuild
@@ -441,6 +442,17 @@ def test_a_policy_that_raises_when_told_leaks_no_load() -> None:
     )
     assert rules.rules[0].guarded.failures == 5
     assert rules.rules[0].guarded.last_failure == "ZeroDivisionError: choose"
+
+
+def test_a_policy_that_empties_what_it_is_offered_loses_no_request() -> None:
+    class Takes(Broken):
+        def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
+            cast("list[BackendView]", backends).clear()
+            return Send("a")
+
+    rules, homes = one_tier(Takes()), fleet(backend("a"), backend("b"))
+    assert send(rules.route(request(), homes, 0.0)) == Send("a", ("b",))
+    assert send(rules.route(request(), homes, 0.0)) == Send("a", ("b",))
 
 
 def test_tried_backends_are_left_out_and_move_no_flag() -> None:

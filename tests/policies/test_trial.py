@@ -45,13 +45,26 @@ class GoesByLabel(ForgetsWhatItSent):
     finished = Policy.finished
 
 
+class MadeTwiceOnly(ForgetsWhatItSent):
+    """Whatever it takes is not free a third time."""
+
+    made = 0
+
+    def __init__(self, rng: Random) -> None:
+        MadeTwiceOnly.made += 1
+        if MadeTwiceOnly.made > 2:
+            raise OSError("port in use")
+
+
 class Waits(Fails):
     def choose(self, request: RequestFacts, backends: Sequence[BackendView], now: float) -> Decision:
         return Hold(now + 1.0)
 
 
 def warnings(name: str, known: KnownNames | None = None) -> list[tuple[str, str]]:
-    read = read_policy(f"rules: [{{name: all, pick: '{HERE}:{name}'}}]", "p.yaml", known)
+    text = f"rules: [{{name: all, pick: '{HERE}:{name}'}}]"
+    assert read_policy(text, "p.yaml", known).warnings == [], "only who checks a file tries what is in it"
+    read = read_policy(text, "p.yaml", known, tried=True)
     return [(warning.path, warning.message) for warning in read.warnings]
 
 
@@ -68,7 +81,12 @@ def test_a_policy_that_fails_at_once_is_warned_of(name: str, said: str) -> None:
     ((path, message),) = warnings(name)
     assert path == "rules[0].pick"
     assert message.startswith(f"policy {HERE}:{name} fails when it is tried: {said}")
-    assert message.endswith("; requests go to the emptiest backend instead")
+    assert message.endswith("; the least loaded backend is chosen instead")
+
+
+def test_one_that_cannot_be_made_again_is_warned_of() -> None:
+    ((_, message),) = warnings("MadeTwiceOnly")
+    assert message == f"policy {HERE}:MadeTwiceOnly: OSError: port in use"
 
 
 def test_it_is_tried_with_the_fleet_that_is_configured() -> None:

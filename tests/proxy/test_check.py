@@ -12,7 +12,9 @@ from typer.testing import CliRunner, Result
 from policies.files import library_names, library_policy
 from proxy.access.keys import create_key
 from proxy.access.pepper import load_pepper
+from proxy.build import load_policy, make_backends
 from proxy.cli import app
+from proxy.config import load_config
 from proxy.database import open_database
 
 CONFIG = """\
@@ -425,6 +427,17 @@ def test_names_that_no_key_has_are_warned_of(folder: Path) -> None:
     create_key(engine, pepper, tenant="vpi", labels={"knid": "batch"})
     assert told() == [[], []]
     engine.dispose()
+
+
+def test_a_policy_of_ones_own_is_tried_wherever_it_is_named(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(CONFIG + "policy: own.yaml\n")
+    (folder / "own.yaml").write_text("rules: [{name: a, pick: 'tests.policies.test_trial:Fails'}]")
+    for file in ((), ("own.yaml",)):
+        found = [one["message"] for one in reported(*file)["warnings"] if "fails" in one["message"]]
+        assert len(found) == 1
+        assert "fails when it is tried: TypeError: no such thing" in found[0]
+    config = load_config(folder / "tidegate.yaml")
+    assert load_policy(config, make_backends(config), 0).warnings == [], "what serves has it said by the log"
 
 
 @pytest.mark.parametrize("name", library_names())

@@ -47,11 +47,9 @@ def test_a_policy_is_shown_with_all_of_its_parameters() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "night-on-remot",
-            "no file of the library is called 'night-on-remot'; did you mean 'night-on-remote'?",
-        ),
-        ("least-laod", "no policy 'least-laod'; did you mean 'least-load'?"),
+        ("night-on-remot", "is called 'night-on-remot'; did you mean 'night-on-remote'?\n"),
+        ("least-laod", "is called 'least-laod'; did you mean 'least-load'?\n"),
+        ("night", "is called 'night'; `tidegate policies` lists what there is\n"),
         ("nowhere:X", "policy nowhere:X cannot be imported from nowhere:X: No module named 'nowhere'"),
     ],
 )

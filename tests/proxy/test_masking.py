@@ -74,7 +74,7 @@ def test_counts_of_tokens_are_no_secrets(line: str) -> None:
     assert (shown.text, shown.problems) == (line, [problem])
 
 
-@pytest.mark.parametrize("key", ["token", "hf_token", "api_tokens", "token_file", "access_token"])
+@pytest.mark.parametrize("key", ["token", "hf_token", "api_tokens", "token_file", "system_token"])
 def test_tokens_that_open_something_are_secrets(key: str) -> None:
     problem = Problem(1, 1, key, f"wrong, got '{SECRET}'")
     shown = without_secrets(FileProblems("p.yaml", [problem], f"{{{key}: {SECRET}, name: a}}"))
