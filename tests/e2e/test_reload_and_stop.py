@@ -206,15 +206,17 @@ async def test_reloads_by_signal_under_load_fail_no_request(
     proxy = await asyncio.to_thread(
         tidegate, *sections, sites={"far": {}}, probing={"enabled": False}, log="off"
     )
-    load = Load(proxy.url)
+    load, fresh = Load(proxy.url), proxy.config_file.with_suffix(".new")
 
     async def reload_often() -> None:
         for turn in range(12):
             if turn % 4 == 2:
-                proxy.config_file.write_text("backends: [")
+                text = "backends: ["
             else:
                 change = {"backends": sections[:1] if turn % 2 else sections, "aliases": {f"x{turn}": "m"}}
-                proxy.config_file.write_text(json.dumps(config | change))
+                text = json.dumps(config | change)
+            fresh.write_text(text)
+            fresh.rename(proxy.config_file)  # at once: its watcher may look at any time
             proxy.reload()
             enough = load.served + 16
             await eventually(partial(lambda least: load.served > least, enough))
