@@ -76,7 +76,7 @@ def main(
 ) -> None:
     """Leaderboards of all policies, tuned, on three real traces. What was done is kept: the same command goes on.
 
-    Takes about 45 minutes of CPU, by an estimate; with --points 40 --tuning-seeds 2 --seeds 5 about 4 hours.
+    Takes about an hour of CPU.
 
     Example: python -m benchmarks.boards --board azure --points 20
     """
