@@ -23,7 +23,7 @@ Loops. Open: requests come at their times. Closed: after the answer to the one b
 what an answer takes; only Mooncake's trace tells which requests are of one conversation (`conversations.py`).
 Azure's and ServeGen's do not, so they are played open alone.
 
-Time. The defaults take about an hour of CPU (Xeon at 2.5 GHz: 0.2 to 0.6 ms a request, and up to 2 ms where a policy
+Time. The defaults take about an hour of CPU (Xeon at 2.5 GHz: 0.2 to 0.6 ms a request, up to 2 ms where a policy
 is overloaded). They are small: a search tries the defaults and about one generation, over one sample; intervals are
 of four samples. So less is found, for all policies alike, and wider intervals show fewer claims.
 
