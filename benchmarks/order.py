@@ -217,7 +217,7 @@ def report(played: Sequence[Played], found: Sequence[Pair], requests: int, speed
         row = [one.policy]
         for name in FIGURES:
             simulated = [quantile_of(values, 0.5) for values in of_simulated(one, name, requests)]
-            row += [_spread(simulated), _spread(of_measured(one, name, requests))]
+            row += [spread_text(simulated, 3), spread_text(of_measured(one, name, requests), 3)]
         missing = max(requests - len(each.outcome.ttft_s) for each in one.measured)
         rows.append([*row, str(missing)])
     columns = [
@@ -246,8 +246,9 @@ def report(played: Sequence[Played], found: Sequence[Pair], requests: int, speed
     print_table("Rounds: cores used; how late the client was, p99", columns, rows)
 
 
-def _spread(values: Sequence[float]) -> str:
-    return Spread.of(values).text(3) if all(map(isfinite, values)) else "not all were answered"
+def spread_text(values: Sequence[float], digits: int) -> str:
+    """Median and quartiles, if every value is a number."""
+    return Spread.of(values).text(digits) if all(map(isfinite, values)) else "not all were answered"
 
 
 def _where(pair: Pair) -> str:
@@ -310,9 +311,7 @@ def main() -> int:
             tasks = [progress.add_task(name, total=requests * rounds) for name in names]
             for seed in range(1, rounds + 1):
                 asked = conversations(requests, options.rate, seed)
-                # Those that begin early have another machine than those that come late: so another one begins.
-                turn = (seed - 1) % len(played)
-                for place in (*range(turn, len(played)), *range(turn)):
+                for place in in_turn(len(played), seed):
                     heard = partial(progress.advance, tasks[place])
                     play(load, names[place], played[place], asked, seed, options.speed, heard, options.quick)
     except (StartError, OSError, ValueError, FileProblems) as error:
@@ -346,9 +345,9 @@ def _document(
                 "figures": {
                     name: {
                         "simulated": [
-                            [_number(v) for v in values] for values in of_simulated(one, name, requests)
+                            [finite(v) for v in values] for values in of_simulated(one, name, requests)
                         ],
-                        "measured": [_number(v) for v in of_measured(one, name, requests)],
+                        "measured": [finite(v) for v in of_measured(one, name, requests)],
                     }
                     for name in FIGURES
                 },
@@ -368,7 +367,14 @@ def _document(
     }
 
 
-def _number(value: float) -> float | None:
+def in_turn(count: int, seed: int) -> list[int]:
+    """In which order so many are played in the round of a seed (1, 2, ...): those that come early have another
+    machine than those that come late, so another one begins each."""
+    return [(seed - 1 + place) % count for place in range(count)]
+
+
+def finite(value: float) -> float | None:
+    """For JSON: None where a request has no answer, and its time no end."""
     return value if isfinite(value) else None
 
 

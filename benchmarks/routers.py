@@ -47,7 +47,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,7 +57,7 @@ from benchmarks.agreement_loads import Load, Outcome, read_loads, simulate
 from benchmarks.conversations import Conversations, conversations
 from benchmarks.fleets import Served, served, start_emulators, start_tidegate
 from benchmarks.install_peers import environment
-from benchmarks.order import LOADS, QUICK_REQUESTS, quantile_of, ttfts
+from benchmarks.order import LOADS, QUICK_REQUESTS, finite, in_turn, quantile_of, spread_text, ttfts
 from benchmarks.peers import start_vllm_router, wait_for_chat
 from benchmarks.processes import Service, Services, StartError, raise_open_files
 from benchmarks.shapes import MODEL as WAITED_FOR
@@ -221,10 +220,10 @@ def report(
     rows = [
         [
             one.name,
-            _spread([p95_ttft(each.outcome, requests) for each in one.rounds], 2),
-            _spread([met(each.outcome, requests) * rate for each in one.rounds], 2),
-            _spread([met(each.outcome, requests) * 100 for each in one.rounds], 1),
-            _spread([done.cached * 100 for done in one.served], 0),
+            spread_text([p95_ttft(each.outcome, requests) for each in one.rounds], 2),
+            spread_text([met(each.outcome, requests) * rate for each in one.rounds], 2),
+            spread_text([met(each.outcome, requests) * 100 for each in one.rounds], 1),
+            spread_text([done.cached * 100 for done in one.served], 0),
             str(max(requests - len(each.outcome.ttft_s) for each in one.rounds)),
         ]
         for one in played
@@ -247,10 +246,6 @@ def report(
     ]
     columns = ["round", "router", "emulators", "client", "others", "late ms", "requests by backend"]
     print_table("Rounds: cores used; how late the client was, p99", columns, rows)
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    return Spread.of(values).text(digits) if all(map(isfinite, values)) else "not all were answered"
 
 
 def plot(played: Sequence[Played], requests: int, path: Path) -> None:
@@ -393,8 +388,7 @@ def _compare(load: Load, options: argparse.Namespace) -> int:
         tasks = [progress.add_task(one.name, total=requests * rounds) for one in played]
         for seed in range(1, rounds + 1):
             asked = conversations(requests, options.rate, seed)
-            turn = (seed - 1) % len(played)
-            for place in (*range(turn, len(played)), *range(turn)):
+            for place in in_turn(len(played), seed):
                 play(load, played[place], asked, speed, partial(progress.advance, tasks[place]), repeats)
     found = better(played, requests)
     report(played, found, requests, options.rate, speed)
@@ -425,7 +419,7 @@ def _document(
                 "repeated_rounds": one.repeated,
                 "rounds": [
                     {
-                        "p95_ttft_s": _number(p95_ttft(each.outcome, requests)),
+                        "p95_ttft_s": finite(p95_ttft(each.outcome, requests)),
                         "met": met(each.outcome, requests),
                         "goodput_rps": met(each.outcome, requests) * rate,
                         "unanswered": requests - len(each.outcome.ttft_s),
@@ -443,10 +437,6 @@ def _document(
             {"than": one.than, "p95_ttft": vars(one.ttft), "goodput": vars(one.goodput)} for one in found
         ],
     }
-
-
-def _number(value: float) -> float | None:
-    return value if value < inf else None
 
 
 if __name__ == "__main__":

@@ -311,7 +311,7 @@ class Forecast(Policy):
         if len(backends) == 1:
             return only(backends[0])
         used_at = self._used_at
-        cached = request.cached
+        cached = request.cached.get
         prompt, expected = request.prompt_tokens, request.expected_tokens or EXPECTED_TOKENS
         waited = max(now - request.arrived, 0.0)
         weight = self._ttft_weight
@@ -321,13 +321,14 @@ class Forecast(Policy):
             in_flight = backend.in_flight
             a, b, c = backend.ttft_fit or TTFT
             p, q = backend.tpot_fit or TPOT
-            tokens = backend.prefill_tokens + max(prompt - cached.get(backend.name, 0), 1)
+            new = prompt - cached(backend.name, 0)
+            tokens = backend.prefill_tokens + (new if new > 1 else 1)
             first = a + b * tokens + c * (in_flight - backend.prefilling)
             each = p + q * in_flight
             if in_flight:
-                excess = backend.in_flight_tokens + prompt + expected - backend.kv_tokens
-                if excess > 0 and backend.kv_tokens:
-                    first += excess / backend.in_flight_tokens * each * expected
+                held, room = backend.in_flight_tokens, backend.kv_tokens
+                if room and held + prompt + expected > room:
+                    first += (held + prompt + expected - room) / held * each * expected
             else:
                 fade = exp((used_at.get(backend.name, -inf) - now) / FADE_S)
                 rtt = backend.rtt_s

@@ -127,13 +127,14 @@ class Gorgo(Policy):
         given = self._given
         weight = self._running_weight
         used_at = self._used_at
-        cached = request.cached
+        cached = request.cached.get
         prompt = request.prompt_tokens
         usual = max(prompt, USUAL_TOKENS)
         costs = []
         for backend in backends:
             in_flight = backend.in_flight
-            tokens = float(backend.prefill_tokens + max(prompt - cached.get(backend.name, 0), 1))
+            new = prompt - cached(backend.name, 0)
+            tokens = float(backend.prefill_tokens + (new if new > 1 else 1))
             if in_flight:
                 tokens += weight * backend.in_flight_tokens * (in_flight - backend.prefilling) / in_flight
             seconds = given
@@ -209,7 +210,7 @@ class Mooncake(Policy):
         if len(backends) == 1 and not self._promises:
             return only(backends[0])
         used_at = self._used_at
-        cached = request.cached
+        cached = request.cached.get
         prompt = request.prompt_tokens
         ttft, tpot = self._ttft - max(now - request.arrived, 0.0), self._tpot
         misses = []
@@ -217,7 +218,8 @@ class Mooncake(Policy):
         for backend in backends:
             in_flight = backend.in_flight
             a, b, c = backend.ttft_fit or TTFT
-            tokens = backend.prefill_tokens + max(prompt - cached.get(backend.name, 0), 1)
+            new = prompt - cached(backend.name, 0)
+            tokens = backend.prefill_tokens + (new if new > 1 else 1)
             first = a + b * tokens + c * (in_flight - backend.prefilling)
             if not in_flight:
                 rtt = backend.rtt_s

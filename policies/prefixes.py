@@ -24,17 +24,18 @@ MOST_BLOCKS: Final = 65_536
 class Prefixes:
     """The blocks that one backend has probably, by hash; the one used longest ago first."""
 
-    __slots__ = ("_blocks",)
+    __slots__ = ("blocks",)
 
     def __init__(self) -> None:
-        self._blocks: dict[int, None] = {}
+        self.blocks: dict[int, None] = {}
+        """Only to look into."""
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self.blocks)
 
     def matching(self, hashes: tuple[int, ...]) -> int:
         """How many blocks of a prompt are there, from its beginning."""
-        blocks = self._blocks
+        blocks = self.blocks
         if not hashes or hashes[0] not in blocks:
             return 0
         low, high = 1, len(hashes)
@@ -48,7 +49,7 @@ class Prefixes:
 
     def note(self, hashes: tuple[int, ...], room: int) -> None:
         """The backend computes this prompt; its cache has room for so many blocks."""
-        blocks = self._blocks
+        blocks = self.blocks
         for one in reversed(hashes):
             blocks.pop(one, None)
             blocks[one] = None
@@ -59,4 +60,4 @@ class Prefixes:
 
     def clear(self) -> None:
         """Its engine has started anew."""
-        self._blocks.clear()
+        self.blocks.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from typing import Generic, TypeAlias, TypeVar
 
 from policies.base import BackendView, Send
@@ -109,8 +110,8 @@ def least_first(
     least, then all that are alike to the least of the rest, and so on. `last`: who comes after all others, whatever
     the cost.
     """
-    order = [(last is not None and last[index], cost, index) for index, cost in enumerate(costs)]
-    order.sort()
+    order = sorted(zip(last or repeat(False), costs, range(len(costs)), strict=False))
+    turn = turns.get
     scores = {}
     ranking: list[Rank] = []
     count = len(order)
@@ -125,10 +126,11 @@ def least_first(
             scores[backends[index].name] = cost
             ranking.append((float(begin), 0.0, 0.0, index, backends[index].name))
         else:
+            place = float(begin)
             for _, cost, index in order[begin:end]:
                 backend = backends[index]
                 name = backend.name
                 scores[name] = cost
-                ranking.append((float(begin), backend.saturation(now), turns[name], index, name))
+                ranking.append((place, backend.saturation(now), turn(name, 0), index, name))
         begin = end
     return best_first(ranking, reason, scores)

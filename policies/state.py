@@ -127,7 +127,17 @@ def _ewma(average: float, sample: float, age: float) -> float:
 
 def cached_in(backends: Iterable[Backend], request: RequestFacts) -> dict[str, int]:
     """What of the request each backend has cached, tokens (`RequestFacts.cached`)."""
-    return {backend.name: tokens for backend in backends if (tokens := backend.cached_tokens(request))}
+    found: dict[str, int] = {}
+    if request.prefix:
+        first = request.prefix[0]
+        for backend in backends:
+            prefixes = backend.prefixes
+            # Most have not even the first block, and a call for each would cost more than all else here.
+            if prefixes is not None and first in prefixes.blocks:
+                tokens = backend.cached_tokens(request)
+                if tokens:
+                    found[backend.name] = tokens
+    return found
 
 
 class Lease:

@@ -16,6 +16,7 @@ from benchmarks.order import (
     Played,
     ahead,
     complaints,
+    in_turn,
     of_measured,
     of_simulated,
     order,
@@ -138,3 +139,8 @@ def test_bad_input_is_told_in_a_line(
         with pytest.raises(SystemExit, match="2"):
             command.main()
         assert "one alone has no order" in capsys.readouterr().err
+
+
+def test_each_begins_a_round_in_its_turn() -> None:
+    rounds = [in_turn(3, seed) for seed in range(1, 5)]
+    assert rounds == [[0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2]]
