@@ -32,6 +32,7 @@ from proxy.config_values import (
     is_nearby,
 )
 from proxy.masking import without_secrets
+from proxy.scaling.sections import ScalingConfig, StandbySection
 
 DEFAULT_CURRENCY = "USD"
 DEFAULT_FILE = Path("tidegate.yaml")
@@ -151,9 +152,16 @@ class BackendConfig(FileModel):
         None, gt=0, description="Bytes per second towards it, for `shortest-path`. Default: 125 MB."
     )
     tls: Tls = Field(default_factory=Tls, description="For https backends.")
+    standby: StandbySection | None = Field(
+        None, description="It need not run: how it is started when traffic needs it, and stopped."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> BackendConfig:
+        if self.standby is not None and self.models == "auto":
+            raise BadValueError(
+                f"'{self.name}' cannot be asked for its models before it runs: list them here", at=("models",)
+            )
         if self.api_key_env is not None and self.api_key_file is not None:
             raise BadValueError("give api_key_env or api_key_file, not both", at=("api_key_file",))
         if (self.tls.certificate is None) != (self.tls.key is None):
@@ -243,6 +251,7 @@ class Config(FileModel):
     health: HealthConfig = Field(
         default_factory=HealthConfig, description="Coming back slowly, and how many are out at most."
     )
+    scaling: ScalingConfig = Field(default_factory=ScalingConfig, description="When standbys start and stop.")
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -253,6 +262,11 @@ class Config(FileModel):
                     f"two backends are called '{backend.name}'", at=("backends", number, "name")
                 )
             seen.add(backend.name)
+            if backend.standby is not None and not self.probing.enabled:
+                raise BadValueError(
+                    "without probes nobody sees a standby answer: leave `probing.enabled` out",
+                    at=("backends", number, "standby"),
+                )
             if backend.models == "auto" and not self.probing.enabled:
                 raise BadValueError(
                     f"without probes nobody asks backend '{backend.name}' for its models: list them here, "
