@@ -221,6 +221,7 @@ class Service:
             timing=timing(self.config),
             metrics=self.config.probing.metrics,
             changed=lambda: runtime.poll(runtime.now()),
+            answered=lambda name: runtime.scaling.answered(name) if runtime.scaling is not None else None,
             resolver=self._resolver,
             hosts=built.hosts,
         )
