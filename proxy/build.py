@@ -277,6 +277,7 @@ def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Bac
         price_output=float(price.output) if price else None,
         carbon_gco2_kwh=site.carbon_gco2_kwh,
         adaptive=AdaptiveSlots.of(section.name) if section.adaptive else None,
+        asleep=section.standby is not None,
     )
 
 
@@ -291,6 +292,10 @@ def _update(
     if section.models != "auto":
         old.models = frozenset(section.models)
         old.models_unknown, old.models_awaited = "", False
+    if section.standby is None:
+        old.asleep = old.draining = (
+            False  # from now on it is taken to run; of one that is new, its manager says
+        )
     if (old.adaptive is None) != (fresh.adaptive is None):
         old.adaptive = fresh.adaptive
     for name in (
