@@ -4,16 +4,16 @@ Demand is kept as its mean in each minute of eight days. What is expected within
 times what the demand grew by from this time of day on, the day before and the week before (seasonal-naive). So the
 ratio of now to then corrects the season, and without a past, demand is expected to stay.
 
-The margin is learned from the forecast's own errors: the quantile of the highest minute within the horizon over what
-was expected of it, in the last hour and at this time of the days before, whichever is more. Calm hours get a small
-one; an evening that was bursty yesterday gets a large one before its first burst.
+The margin is learned from the forecast's own errors: the quantile of the highest minute within the horizon over
+what was expected of it, in the last hour and at this time of the days before, whichever is more. Calm hours get a
+small one; an evening that was bursty yesterday gets a large one before its first burst.
 
 Pure: times are handed in.
 """
 
 from __future__ import annotations
 
-from math import ceil, inf, isnan, nan
+from math import ceil, isnan, nan
 from typing import Final, NamedTuple
 
 MINUTE_S: Final = 60.0
@@ -58,13 +58,16 @@ class Forecast:
     __slots__ = ("_ahead", "_count", "_errors", "_first", "_horizon", "_minute", "_sum", "_values")
 
     def __init__(self) -> None:
+        self._forget(-1)
+
+    def _forget(self, minute: int) -> None:
         self._values = [nan] * KEPT
         """Mean of each minute, by its number modulo `KEPT`; nan: not seen."""
         self._errors = [nan] * KEPT
         """By the minute at whose end it was forecast: what came over what was expected."""
-        self._minute = -1
+        self._minute = minute
         """The present one, counted from 1970; below zero: none was seen."""
-        self._first = -1
+        self._first = minute
         self._sum = 0.0
         self._count = 0
         self._horizon = 0
@@ -76,8 +79,7 @@ class Forecast:
         """What is asked for at a moment, Unix time."""
         minute = int(wall // MINUTE_S)
         if self._minute < 0 or not -DAY < minute - self._minute < KEPT:
-            self.__init__()  # type: ignore[misc]  # the first, or one whose clock jumped
-            self._minute = self._first = minute
+            self._forget(minute)  # the first, or its clock jumped
         elif minute > self._minute:
             self._end_minute()
             for missing in range(self._minute + 1, minute):
@@ -211,12 +213,12 @@ class Trend:
             samples.pop(0)
 
     def at(self, when: float) -> float:
-        """What it will be, at least zero; inf for nothing seen is never returned: 0 is."""
+        """What it will be; 0: nothing was seen."""
         samples = self._samples
         if not samples:
             return 0.0
         last = samples[-1][1]
-        if samples[-1][0] - samples[0][0] < self.LEAST_S or when == inf:
+        if samples[-1][0] - samples[0][0] < self.LEAST_S:
             return last
         count = len(samples)
         mean_at = sum(at for at, _ in samples) / count
