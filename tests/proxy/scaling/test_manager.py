@@ -48,7 +48,7 @@ def test_from_zero_to_ready_and_back_to_zero(tmp_path: Path) -> None:
         assert proxy.engines["a"].calls == [], "nobody wants it"
         proxy.around.held = 3
         proxy.scaling.wanted()
-        await proxy.until("a", State.READY, 4.0)
+        await proxy.until("a", State.READY, 5.0)
         assert proxy.around.states["a"] is State.READY
         proxy.around.held = 0
         await proxy.until("a", State.STANDBY, 4.0)
