@@ -65,6 +65,7 @@ TESTED_BY = {
     "policies/siteschema.py": "tests/proxy/test_config.py",
     "policies/units.py": "tests/policies/test_files.py",
     "policies/values.py": "tests/policies/test_base.py",
+    "policies/waiting.py": "tests/policies/test_standby_holds.py",
     "policies/weights.py": "tests/policies/test_files.py",
     "policies/yamlproblems.py": "tests/policies/test_yamlfile.py",
     "proxy/access/key_watch.py": "tests/e2e/test_keys_and_limits.py",
