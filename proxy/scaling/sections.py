@@ -174,6 +174,9 @@ class ScalingConfig(FileModel):
     objective: Objective = Field(default_factory=Objective, description="Times to keep.")
     approval: Duration = Field(900.0, gt=0, description="A plan that nobody has approved expires after this.")
     budgets: BudgetsSection = Field(default_factory=BudgetsSection, description="Ceilings.")
+    keep: bool = Field(
+        False, description="Standbys go on running when the proxy stops. Default: they are stopped with it."
+    )
     most: dict[SiteName, int] = Field(
         default_factory=dict, description="Standbys of a site that may run at once."
     )

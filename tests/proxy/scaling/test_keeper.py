@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from policies.standby import LONGEST_PAUSE_S, State
 from proxy.scaling.keeper import HUNG_S, LOOK_S
-from proxy.scaling.manager import NotPossibleError
+from proxy.scaling.seams import NotPossibleError
 from tests.patience import examples
 from tests.proxy.scaling.engines import Proxy, section
 from tests.proxy.scaling.virtual import run
@@ -131,7 +131,9 @@ def test_never_two_nothing_left_nobody_forgotten(happenings: list[Happening], wa
     st.sampled_from(["", "fail", "hang", "half", "late"]),
     st.floats(0.0, 0.3),
 )
-def test_a_minute_after_a_crash_nothing_runs_that_nobody_wants(state: State, mode: str, later_s: float) -> None:
+def test_a_minute_after_a_crash_nothing_runs_that_nobody_wants(
+    state: State, mode: str, later_s: float
+) -> None:
     """Whatever it was doing, with a provider that does as it should from then on."""
 
     async def whole(directory: Path) -> None:
