@@ -22,7 +22,7 @@ KV_SHARE = 0.8
 class Waits(Protocol):
     """What of a valve is needed."""
 
-    def waiting(self) -> Mapping[str, tuple[int, int]]:
+    def waiting_by_model(self) -> Mapping[str, tuple[int, int]]:
         """Requests that are held, and their tokens, by model."""
 
     def waiting_for_standbys(self) -> list[tuple[frozenset[str], int, float]]:
@@ -79,7 +79,7 @@ def pools(
 ) -> list[Pool]:
     """A pool for every model that a standby serves. `now` is monotonic, `wall` Unix time."""
     means = means or MeanTokens()
-    cold, waiting = valve.waiting_for_standbys(), valve.waiting()
+    cold, waiting = valve.waiting_for_standbys(), valve.waiting_by_model()
     models = sorted({model for name in standbys if name in fleet.backends for model in fleet[name].models})
     found = []
     for model in models:

@@ -48,6 +48,7 @@ class Metrics:
         now, in_spite = runtime.now(), runtime.valve.rules.in_spite
         gauges: dict[str, tuple[str, Callable[[Backend], float]]] = {
             "tidegate_backend_available": ("1: requests may be sent to it.", lambda b: float(b.available)),
+            "tidegate_backend_asleep": ("1: a standby that is not ready.", lambda b: float(b.asleep)),
             "tidegate_backend_in_flight": ("Requests leased to it.", lambda b: float(b.in_flight)),
             "tidegate_backend_slots": (
                 "Requests it serves at once inside its SLA.",

@@ -17,6 +17,7 @@ import orjson
 from policies.base import Outcome, RequestFacts
 from policies.hedging import Hedging
 from policies.retries import RetryBudget
+from policies.routing import STANDBY
 from policies.state import Fleet
 from policies.valve import Valve
 from proxy.access.keys import Key, KeyStore
@@ -41,6 +42,8 @@ from proxy.upstream import Endpoint
 
 if TYPE_CHECKING:
     from proxy.exchange import Exchange
+    from proxy.scaling.manager import Scaling
+    from proxy.scaling.wake import Waker
     from proxy.server import ClientConnection
 
 log = logging.getLogger("tidegate")
@@ -141,10 +144,13 @@ class Runtime:
         """What the probes know, by backend, for `/state`."""
         self.hosts: Callable[[], Mapping[str, Any]] = dict
         """What the hosts say, by site, likewise."""
+        self.scaling: Waker | None = None
+        """None: nobody starts standbys."""
+        self.standbys: Scaling | None = None
+        """The same, as the admin port knows it."""
         self.fleet = Fleet(built.backends, built.health)
         self.valve = Valve(built.policy.rules, self.fleet)
-        retries = config.retries
-        self.retry_budget = RetryBudget(retries.ratio, retries.per_second)
+        self.retry_budget = RetryBudget(config.retries.ratio, config.retries.per_second)
         self.responses = StoredResponses()
         self._writing_responses = False
         self.hedging: Hedging | None = None
@@ -195,9 +201,8 @@ class Runtime:
         self.most_bodies_bytes = limits.bodies
         self.media_urls = config.media_urls
         self.trusted_proxies: TrustedProxies | None = None
-        addresses = ""
+        addresses = config.forwarded_field if config.trusted_proxies else ""
         if config.trusted_proxies:
-            addresses = config.forwarded_field
             self.trusted_proxies = TrustedProxies(config.trusted_proxies, addresses)
         self.grammar = RequestGrammar(
             HeadLimits(limits.head, limits.target, limits.fields), tuple(config.forward_headers), addresses
@@ -370,6 +375,8 @@ class Runtime:
     def hold(self, exchange: Exchange) -> None:
         """The valve keeps a request."""
         self.held[exchange.row.op] = exchange
+        if self.scaling is not None and exchange.routings[-1].decided_by == STANDBY:
+            self.scaling.wanted()  # at once, not when it looks next
         self._schedule()
 
     def cancel_hold(self, operation: str) -> None:

@@ -73,6 +73,7 @@ TESTED_BY = {
     "proxy/config_sections.py": "tests/proxy/test_config.py",
     "proxy/past.py": "tests/sim/test_simulate.py",
     "proxy/pool.py": "tests/proxy/test_upstream.py",
+    "proxy/scaling/wake.py": "tests/proxy/test_held_for_standby.py",
     "proxy/proxied_server.py": "tests/e2e/test_client_address.py",
     "proxy/waiting.py": "tests/proxy/test_postgres.py",
     "proxy/answers.py": "tests/proxy/test_exchange.py",

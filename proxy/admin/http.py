@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
 from policies.state import Backend
-from proxy.admin.explain import explanation, unavailable
+from proxy.admin.explain import explanation, standbys, unavailable
 from proxy.admin.whatif import AskedError, Running, asked, what_if
 from proxy.ask import CLIENTS_ERROR
 from proxy.dialects import body_in, status_in
@@ -37,11 +37,9 @@ def admin_app(runtime: Runtime, started: float) -> web.Application:
         return web.json_response({"status": "ok"})
 
     async def readyz(_: web.Request) -> web.Response:
-        reason = unready(runtime)
-        status = 503 if reason else 200
-        return web.json_response(
-            {"status": "unready" if reason else "ready", "reason": reason}, status=status
-        )
+        if reason := unready(runtime):
+            return web.json_response({"status": "unready", "reason": reason}, status=503)
+        return web.json_response({"status": "ready", "reason": asleep(runtime)})
 
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": _CONTENT_TYPE})
@@ -103,10 +101,22 @@ def unready(runtime: Runtime) -> str:
         return "memory runs short"
     if not any(backend.models for backend in runtime.fleet):
         return "no backend serves any model"
-    panics = runtime.fleet.health.panic > 0
-    if not any(backend.available or (panics and backend.doubtful) for backend in runtime.fleet):
+    if not _runs(runtime) and not any(backend.asleep for backend in runtime.fleet):
         return "no backend is available"
     return ""
+
+
+def asleep(runtime: Runtime) -> str:
+    """What to say of a proxy whose backends all sleep; empty: one runs."""
+    if _runs(runtime):
+        return ""
+    names = ", ".join(f"{name} ({how})" for name, how in standbys(runtime).items())
+    return f"no backend runs: requests are held for standbys: {names}"
+
+
+def _runs(runtime: Runtime) -> bool:
+    panics = runtime.fleet.health.panic > 0
+    return any(backend.available or (panics and backend.doubtful) for backend in runtime.fleet)
 
 
 def state(runtime: Runtime, started: float) -> dict[str, Any]:
@@ -138,6 +148,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
                 "probed_up": backend.probed_up,
                 "breaker": backend.breaker.state(now),
                 "draining": backend.draining,
+                "asleep": backend.asleep,
                 "unavailable": unavailable(runtime, backend)[0],
                 "in_flight": backend.in_flight,
                 "in_flight_tokens": backend.in_flight_tokens,
@@ -204,6 +215,10 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             "waiting": runtime.valve.queued,
             "oldest_s": runtime.valve.oldest_age(now),
             "by_tenant": runtime.valve.queued_by_tenant(),
+            "for_standbys": [
+                {"standbys": sorted(names), "waiting": waiting, "tokens": tokens}
+                for names, waiting, tokens in runtime.valve.waiting_for_standbys()
+            ],
         },
         "spill": spills(runtime),
         "hedging": _hedging(runtime),

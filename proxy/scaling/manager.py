@@ -14,15 +14,11 @@ import os
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from math import inf
 from pathlib import Path
-from typing import Any, Final, Protocol
-
-from pydantic import ValidationError
+from typing import Any, Final
 
 from policies.pools import MeanTokens, Terms, pools
 from policies.scaling import Controller, Pool, Step
 from policies.standby import PAID, Event, Move, Standby, State
-from policies.state import Fleet
-from policies.valve import Valve
 from proxy.appended import AppendedFile
 from proxy.config import BackendConfig
 from proxy.observe import Histogram
@@ -30,6 +26,7 @@ from proxy.scaling.hours import Hours
 from proxy.scaling.journal import JOURNAL_FILE, UNTIL_STOPPED, Kept, StandbyJournal
 from proxy.scaling.keeper import Keeper
 from proxy.scaling.provider import Provider
+from proxy.scaling.seams import Around, Gate, MakeProvider, NoGate, NotPossibleError, provided, section_of
 from proxy.tasks import Tasks
 
 log = logging.getLogger("tidegate")
@@ -40,66 +37,6 @@ LOCK_FILE: Final = "standbys.lock"
 LOCK_LOOK_S: Final = 0.1
 START_SECONDS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 180.0, 300.0, 600.0, 900.0, 1800.0)
 """Buckets of how long starts take."""
-
-MakeProvider = Callable[[BackendConfig], Provider]
-"""Raises BadValueError: the section cannot work."""
-
-
-class NotPossibleError(Exception):
-    """A standby cannot be started or stopped now; the message says why."""
-
-
-class Around(Protocol):
-    """The running proxy, as far as standbys need it (`service.py`)."""
-
-    @property
-    def fleet(self) -> Fleet: ...
-
-    @property
-    def valve(self) -> Valve: ...
-
-    @property
-    def alone(self) -> bool:
-        """Whether no other process has requests on the same backends."""
-
-    def now(self) -> float: ...
-
-    def wall(self) -> float: ...
-
-    def put(self, name: str, state: State) -> None:
-        """Have fleet and probes know where a standby is."""
-
-    def answers(self, name: str) -> bool:
-        """Whether the probes say that a backend answers."""
-
-    def ended(self) -> Mapping[str, tuple[int, int]]:
-        """Requests that have ended, and their tokens, by model, since the start."""
-
-
-class Gate(Protocol):
-    """Who may forbid a start: plans and budgets."""
-
-    def may_start(self, name: str, step: Step) -> str | None:
-        """The id of the plan that pays for it, or empty: nobody has to; None: not now."""
-
-    def allowed(self, name: str) -> bool:
-        """Whether it is worth planning with."""
-
-    def template_of(self, plan: str) -> str:
-        """Name of the template that a plan was made from; empty: none."""
-
-
-class NoGate:
-    """Everything may start."""
-
-    def may_start(self, name: str, step: Step) -> str | None:
-        return ""
-
-    def allowed(self, name: str) -> bool:
-        return True
-
-    def template_of(self, plan: str) -> str:
-        return ""
 
 
 class Scaling:
@@ -131,7 +68,7 @@ class Scaling:
         """By standby and event, since the start."""
         self.starts: dict[str, Histogram] = {}
         """Seconds from start to ready, by standby."""
-        self._make = make
+        self.make = make
         self._directory = directory
         self._tasks = Tasks()
         self._running: dict[str, asyncio.Task[Any]] = {}
@@ -147,13 +84,13 @@ class Scaling:
 
     # Configuration
 
-    def make_all(self, sections: Collection[BackendConfig]) -> dict[str, Provider]:
+    def make_all(self, sections: Collection[BackendConfig], make: MakeProvider) -> dict[str, Provider]:
         """Providers of all standbys that are new or changed. Raises BadValueError, and changes nothing."""
         made = {}
         for section in sections:
             before = self._sections.get(section.name)
             if section.standby is not None and (before is None or provided(before) != provided(section)):
-                made[section.name] = self._make(section)
+                made[section.name] = make(section)
         return made
 
     def configure(
@@ -245,14 +182,14 @@ class Scaling:
                 else:
                     self._keep(section, kept, self._made.pop(name))
                 continue
-            old = _section(kept, name)
+            old = section_of(kept, name)
             if section is not None and (old is None or provided(old) == provided(section)):
                 self._keep(section, kept, self._made.pop(name))
                 continue
             if old is None:
                 continue
             try:
-                provider = self._make(old)
+                provider = self.make(old)
             except Exception as error:
                 log.error(
                     "standby %s may run, and cannot be stopped by the section that started it: %s",
@@ -340,8 +277,18 @@ class Scaling:
         """A request is held that only a standby may serve: decide at once."""
         self._wanted.set()
 
-    def looked(self, name: str) -> None:
-        """The probes know something new of a backend."""
+    def condition(self, name: str) -> str:
+        """How it is, in words that follow its name: `starting for 12 s`."""
+        keeper = self.keepers.get(name)
+        if keeper is None:
+            return f"{self._written(name)}" if name in self._sections else "no standby"
+        words = f"{keeper.state} for {keeper.in_state_s:.0f} s"
+        if keeper.trouble or keeper.state is State.FAILED:
+            words += f" ({keeper.trouble or keeper.standby.reason})"
+        return words
+
+    def answered(self, name: str) -> None:
+        """The probes have had its first good answer."""
         if (keeper := self.keepers.get(name)) is not None:
             keeper.wake()
 
@@ -502,7 +449,7 @@ class Scaling:
     def show(self) -> None:
         """Have the fleet and the probes know where each standby is. The one place for that."""
         for name in self._sections:
-            if name not in self.around.fleet.backends:
+            if name not in self.around.fleet.backends:  # a reload has not come so far
                 continue
             keeper = self.keepers.get(name)
             if keeper is not None:
@@ -516,7 +463,7 @@ class Scaling:
         kept = self.journal.kept.get(name)
         if kept is None or kept.standby.state is not State.READY:
             return kept.standby.state if kept is not None else State.STANDBY
-        section = _section(kept, name)  # it may have been configured anew since, and is stopped first
+        section = section_of(kept, name)  # it may have been configured anew since, and is stopped first
         same = section is not None and provided(section) == provided(self._sections[name])
         return State.READY if same else State.STANDBY
 
@@ -527,24 +474,3 @@ class Scaling:
     def section(self, name: str) -> BackendConfig | None:
         """Its configuration; None: it has none any more."""
         return self._sections.get(name)
-
-
-def provided(section: BackendConfig) -> dict[str, Any]:
-    """What of a backend's section its provider is made of: one that differs is another standby."""
-    written = section.model_dump(mode="json")
-    standby = written["standby"] or {}
-    kept = {name: written[name] for name in ("url", "models", "engine", "api_key_env", "api_key_file", "tls")}
-    kept["provider"] = {name: standby.get(name) for name in PROVIDER_KEYS}
-    return kept
-
-
-PROVIDER_KEYS: Final = ("process", "sleep", "command", "webhook", "scheduler")
-
-
-def _section(kept: Kept, name: str) -> BackendConfig | None:
-    """The section by which its run was started; None, and told: it is not there, or not understood."""
-    try:
-        return BackendConfig.model_validate(kept.backend)
-    except ValidationError as error:
-        log.error("standby %s: what it was started by cannot be read: %s", name, error)
-        return None

@@ -13,8 +13,9 @@ from policies.standby import State
 from policies.state import Backend, Fleet
 from proxy.config import BackendConfig
 from proxy.scaling.journal import JOURNAL_FILE, StandbyJournal
-from proxy.scaling.manager import Gate, Scaling
+from proxy.scaling.manager import Scaling
 from proxy.scaling.provider import Presence, ProviderError, Status
+from proxy.scaling.seams import Gate
 from tests.proxy.scaling.virtual import Inline
 
 
@@ -160,7 +161,7 @@ class Around:
     def ended(self) -> dict[str, tuple[int, int]]:
         return {}
 
-    def waiting(self) -> dict[str, tuple[int, int]]:
+    def waiting_by_model(self) -> dict[str, tuple[int, int]]:
         return {"m": (self.held, self.held * 100)} if self.held else {}
 
     def waiting_for_standbys(self) -> list[tuple[frozenset[str], int, float]]:
@@ -203,7 +204,7 @@ class Proxy:
         self.journal = Disk(self.directory / JOURNAL_FILE, Inline())
         self.journal.full = self.full
         self.scaling = scaling = Scaling(
-            self.around,  # type: ignore[arg-type]
+            self.around,
             self.make,
             self.directory,
             controller=Controller(self.settings),
@@ -216,12 +217,12 @@ class Proxy:
         return scaling
 
     async def acting(self) -> None:
-        while not self.scaling.acting:
+        while not self.scaling.acting:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
     def reload(self) -> None:
         sections = list(self.sections.values())
-        self.scaling.configure(sections, self.scaling.make_all(sections), self.most)
+        self.scaling.configure(sections, self.scaling.make_all(sections, self.make), self.most)
 
     async def crash(self) -> None:
         """As kill -9: nothing more is said or written."""
@@ -243,5 +244,5 @@ class Proxy:
     async def until(self, name: str, state: State, within_s: float = 60.0) -> None:
         """Time passes until it is there. Raises TimeoutError."""
         async with asyncio.timeout(within_s):
-            while name not in self.scaling.keepers or self.state(name) is not state:
+            while name not in self.scaling.keepers or self.state(name) is not state:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from policies.scaling import Step
 from policies.standby import Event, State, pause_after
 from proxy.scaling.journal import JOURNAL_FILE, StandbyJournal
 from proxy.scaling.keeper import HUNG_S, LOOK_S, SILENT_S
-from proxy.scaling.manager import NoGate, NotPossibleError
+from proxy.scaling.seams import NoGate, NotPossibleError
 from tests.proxy.scaling.engines import Proxy, section
 from tests.proxy.scaling.virtual import run
 
@@ -48,7 +49,7 @@ def test_from_zero_to_ready_and_back_to_zero(tmp_path: Path) -> None:
         assert proxy.engines["a"].calls == [], "nobody wants it"
         proxy.around.held = 3
         proxy.scaling.wanted()
-        await proxy.until("a", State.READY, 4.0)
+        await proxy.until("a", State.READY, 5.0)
         assert proxy.around.states["a"] is State.READY
         proxy.around.held = 0
         await proxy.until("a", State.STANDBY, 4.0)
@@ -99,7 +100,7 @@ def test_the_pause_doubles_with_each_failure(tmp_path: Path) -> None:
             await proxy.until("a", State.STARTING)
             await proxy.until("a", State.FAILED)
             times.append(proxy.around.now())
-        gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+        gaps = [after - before for before, after in pairwise(times)]
         assert [round(gap / 5) for gap in gaps] == [1, 2, 4]
 
     play(tmp_path, case)
