@@ -23,8 +23,8 @@ SEASONS: Final = (DAY, 7 * DAY)
 KEPT: Final = 8 * DAY
 MOST_GROWTH: Final = 4.0
 """That a season is believed."""
-SMOOTH: Final = 15
-"""Minutes to both sides over which a season is averaged: its bursts are for the margin."""
+SMOOTH: Final = 5
+"""Minutes over which a season is averaged, before a moment and after the horizon: its bursts are for the margin."""
 LEVELS: Final = (1, 5)
 """What there is now is the mean of so many minutes, the higher of the two: a burst that has just ended may be one
 of several."""
@@ -122,8 +122,8 @@ class Forecast:
         """See what came of the forecast at the end of a minute."""
         expected = self._expected(minute)
         came = max(self._known(minute + 1, minute + 1 + self._horizon), default=nan)
-        wrong = came / expected if expected > 0.0 else nan
-        self._errors[minute % KEPT] = wrong
+        nothing = 1.0 if came == 0.0 else nan  # no factor leads from nothing to something
+        self._errors[minute % KEPT] = came / expected if expected > 0.0 else nothing
 
     def _expected(self, minute: int) -> float:
         """At the end of a minute, for the horizon after it; nan: unknown."""
@@ -142,8 +142,8 @@ class Forecast:
             then = minute - season
             if then - SMOOTH < self._oldest():
                 continue
-            before = self._mean(then)
-            after = self._mean(min(then + self._horizon, self._minute - 1 - SMOOTH))
+            before = _mean(self._known(then + 1 - SMOOTH, then + 1))
+            after = _mean(self._known(then + self._horizon, then + self._horizon + SMOOTH))
             if before > 0.0 and after > 0.0:
                 now, later = now + before, later + after
         return min(max(later / now, 1.0), MOST_GROWTH) if now > 0.0 else 1.0
@@ -166,10 +166,6 @@ class Forecast:
     def _oldest(self) -> int:
         return max(self._first, self._minute - KEPT + 1)
 
-    def _mean(self, middle: int) -> float:
-        seen = self._known(middle - SMOOTH, middle + SMOOTH + 1)
-        return sum(seen) / len(seen) if seen else 0.0
-
     def _known(self, first: int, end: int) -> list[float]:
         return _of(self._values, max(first, self._oldest()), end)
 
@@ -183,6 +179,10 @@ def _of(ring: list[float], first: int, end: int) -> list[float]:
         return []
     cut = ring[begin : begin + length] + ring[: max(begin + length - KEPT, 0)]
     return [value for value in cut if value == value]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def _quantile(values: list[float], quantile: float) -> float:

@@ -53,6 +53,9 @@ class ScalingSettings:
     """Of the forecast's errors that its margin covers; 0: nothing is forecast."""
     most: Mapping[str, int] = field(default_factory=dict)
     """Standbys of a site that may run at once."""
+    ttft_objective_s: float = inf
+    """Means that are to be kept, where a pool has none of its own."""
+    tpot_objective_s: float = inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,12 +291,12 @@ class _View:
 
     def _objectives(self, ahead_s: float) -> list[tuple[str, float, float]]:
         """Name, forecast and objective of the times that are to be kept."""
-        pool, past, when = self.pool, self.past, self.now + ahead_s
+        pool, past, settings, when = self.pool, self.past, self.settings, self.now + ahead_s
         return [
             (name, max(trend.at(when), measured), objective)
             for name, trend, measured, objective in (
-                ("TTFT", past.ttft, pool.ttft_s, pool.ttft_objective_s),
-                ("TPOT", past.tpot, pool.tpot_s, pool.tpot_objective_s),
+                ("TTFT", past.ttft, pool.ttft_s, min(pool.ttft_objective_s, settings.ttft_objective_s)),
+                ("TPOT", past.tpot, pool.tpot_s, min(pool.tpot_objective_s, settings.tpot_objective_s)),
             )
             if objective < inf and measured > 0.0
         ]
