@@ -2,7 +2,8 @@
 
 Demand is kept as its mean in each minute of eight days. What is expected within a horizon is what there is now,
 times what the demand grew by from this time of day on, the day before and the week before (seasonal-naive). So the
-ratio of now to then corrects the season, and without a past, demand is expected to stay.
+ratio of now to then corrects the season, and without a past, demand is expected to stay. A rush that came out of
+almost nothing is expected as it was.
 
 The margin is learned from the forecast's own errors: the quantile of the highest minute within the horizon over
 what was expected of it, in the last hour and at this time of the days before, whichever is more. Calm hours get a
@@ -22,7 +23,7 @@ DAY: Final = 1440
 SEASONS: Final = (DAY, 7 * DAY)
 KEPT: Final = 8 * DAY
 MOST_GROWTH: Final = 4.0
-"""That a season is believed."""
+"""Of what there is. A season that grew by more came out of almost nothing, and is expected as it was."""
 SMOOTH: Final = 5
 """Minutes over which a season is averaged, before a moment and after the horizon: its bursts are for the margin."""
 LEVELS: Final = (1, 5)
@@ -132,21 +133,28 @@ class Forecast:
             seen = self._known(minute + 1 - length, minute + 1)
             if seen and not level >= (mean := sum(seen) / len(seen)):
                 level = mean
-        return level * self._growth(minute)
+        season = self._season(minute)
+        if season is None:
+            return level
+        before, after = season
+        if after > MOST_GROWTH * before:
+            return max(level, after)  # out of almost nothing: no ratio to correct it by
+        return level * max(after / before, 1.0) if before > 0.0 else level
 
-    def _growth(self, minute: int) -> float:
-        """By which demand rose in the horizon from this time on, in the seasons before; 1: it did not, or nobody
-        knows."""
-        now = later = 0.0
+    def _season(self, minute: int) -> tuple[float, float] | None:
+        """What there was up to this time, and after the horizon, in the seasons before."""
+        found = []
         for season in SEASONS:
             then = minute - season
             if then - SMOOTH < self._oldest():
                 continue
-            before = _mean(self._known(then + 1 - SMOOTH, then + 1))
-            after = _mean(self._known(then + self._horizon, then + self._horizon + SMOOTH))
-            if before > 0.0 and after > 0.0:
-                now, later = now + before, later + after
-        return min(max(later / now, 1.0), MOST_GROWTH) if now > 0.0 else 1.0
+            before = self._known(then + 1 - SMOOTH, then + 1)
+            after = self._known(then + self._horizon, then + self._horizon + SMOOTH)
+            if before and after:
+                found.append((_mean(before), _mean(after)))
+        if not found:
+            return None
+        return _mean([before for before, _ in found]), _mean([after for _, after in found])
 
     def _margin(self, quantile: float) -> float | None:
         last = self._minute - 1 - self._horizon
@@ -182,7 +190,7 @@ def _of(ring: list[float], first: int, end: int) -> list[float]:
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / len(values)
 
 
 def _quantile(values: list[float], quantile: float) -> float:

@@ -270,10 +270,11 @@ class Autoscaled(Cluster):
             if trip.end is None:
                 kept.append(trip)
             else:
-                self._count(trip)
+                self.count(trip)
         trips[:] = kept
 
-    def _count(self, trip: Trip) -> None:
+    def count(self, trip: Trip) -> None:
+        """A request has ended, a few seconds ago at most."""
         if trip.end is End.GONE:
             return
         day = self.days.setdefault(int(trip.arrived // DAY_S), Tally())

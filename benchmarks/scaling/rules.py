@@ -30,7 +30,7 @@ class HorizontalPodAutoscaler:
             wanted = ceil(pool.demand / size)
         else:
             ratio = pool.demand / (len(on) * size) / self.target
-            wanted = len(on) if abs(ratio - 1.0) <= self.TOLERANCE else ceil(len(on) * ratio - 1e-9)
+            wanted = len(on) if abs(ratio - 1.0) <= self.TOLERANCE + 1e-9 else ceil(len(on) * ratio - 1e-9)
         wanted = max(wanted, 1)
         self._wanted.append((now, wanted))
         while self._wanted[0][0] <= now - self.WINDOW_S:

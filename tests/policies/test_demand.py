@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.demand import DAY, LEAST_ERRORS, MOST_GROWTH, Ahead, Forecast, Trend
+from policies.demand import DAY, LEAST_ERRORS, Ahead, Forecast, Trend
 
 START = 1_764_000_000 // 86400 * 86400
 
@@ -72,12 +72,18 @@ def test_the_season_is_corrected_by_what_is_now() -> None:
     assert twice.expected == pytest.approx(2 * once.expected, rel=1e-6)
 
 
-def test_growth_is_believed_up_to_a_limit() -> None:
-    def explosive(minute: int) -> float:
-        return 1.0 if minute % DAY < 480 else 1000.0
+@pytest.mark.parametrize("night", [0.0, 1.0])
+def test_a_rush_out_of_almost_nothing_is_expected_as_it_was(night: float) -> None:
+    def office(minute: int) -> float:
+        return 1000.0 if 480 <= minute % DAY < 600 else night
 
-    found = asked(played(explosive, DAY + 479), 900.0)
-    assert found.expected <= MOST_GROWTH
+    assert asked(played(office, DAY + 470), 300.0).expected == night
+    assert asked(played(office, DAY + 479), 300.0).expected == 1000.0
+    # And on a day without it, it is not expected once its time is there.
+    assert (
+        asked(played(lambda minute: office(minute) if minute < DAY else night, DAY + 490), 300.0).expected
+        == night
+    )
 
 
 def evening(minute: int) -> float:

@@ -333,14 +333,14 @@ def test_capacity_starts_ahead_of_the_rush_that_yesterday_had() -> None:
 
     ready, more = [unit("a", State.READY), unit("b", State.READY)], unit("c")
     quick = ScalingSettings(up=1.0)
-    controller = after_days(rush, 1440 + 470, [*ready, more], quick)
+    controller = after_days(rush, 1440 + 475, [*ready, more], quick)
     now = (1440 + 475) * 60.0
     late = replace(pool([ready[0], unit("b")], 500.0))
     steps = controller.decide([late], now, WALL + now)
     assert names(steps, Event.START) == ["b"]
     assert "tokens are expected" in steps[0].reason
     assert steps[0].figures["high"] > 1000.0
-    reactive = after_days(rush, 1440 + 470, [*ready, more], replace(quick, quantile=0.0))
+    reactive = after_days(rush, 1440 + 475, [*ready, more], replace(quick, quantile=0.0))
     assert reactive.decide([late], now, WALL + now) == []
 
 

@@ -49,9 +49,9 @@ class Watched(Autoscaled):
         self.ended: list[Trip] = []
         super().__init__(*args, **kwargs)
 
-    def _count(self, trip: Trip) -> None:
+    def count(self, trip: Trip) -> None:
         self.ended.append(trip)
-        super()._count(trip)
+        super().count(trip)
 
 
 class Script:
@@ -223,9 +223,10 @@ sites: {far: {}}
 
 
 def simulate(tmp_path: Path, *options: str, cluster: str = CLUSTER) -> Result:
-    file, trace = tmp_path / "cluster.yaml", tmp_path / "trace.csv"
+    file, trace = tmp_path / "cluster.yaml", tmp_path / "trace.jsonl"
     file.write_text(cluster)
-    write_workload(Workload("test", [arrival(at * 2.0, 20) for at in range(100)]), trace)
+    with trace.open("wb") as out:
+        write_workload(Workload("test", [arrival(at * 2.0, 20) for at in range(100)]), out)
     return CliRunner().invoke(
         cli.app, ["simulate", "--trace", str(trace), "--autoscale", str(file), *options]
     )
