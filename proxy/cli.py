@@ -368,6 +368,7 @@ _ELSEWHERE = {
     "plan": "sim.plan_command:plan",
     "policies": "proxy.cli_policies:policies",
     "replay": "sim.replay_command:replay",
+    "standby": "proxy.cli_standby:standby_app",
     "simulate": "sim.simulate_command:simulate",
     "tune": "sim.tune_command:tune",
     "workload": "sim.workload_command:workload_app",
