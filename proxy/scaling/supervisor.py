@@ -234,6 +234,9 @@ class Supervisor:
 
     def start(self) -> None:
         """Launch it. Raises OSError or ValueError: it cannot be, and nothing runs."""
+        signal.signal(signal.SIGTERM, self._asked)
+        signal.signal(signal.SIGINT, self._asked)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # wakes `run`
         kill(left_of(self._prefix))
         write_record(self._prefix, self._record)  # before there is anything to know of
         self._log = Log(path_of(self._prefix, "log"))
@@ -264,15 +267,12 @@ class Supervisor:
         finally:
             os.close(inlet)
         self._record.command = identity(self._process.pid)
-        write_record(self._prefix, self._record)
+        self._save()
 
     def run(self) -> dict[str, Any]:
         """Keep it until nothing of it is left; what is then to be told."""
         woken, waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._asked)
-        signal.signal(signal.SIGINT, self._asked)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
         tell(self._told, {"started": True})
         poll = select.poll()
         poll.register(woken, select.POLLIN)
