@@ -15,7 +15,8 @@ from proxy.scaling.providers import CLASSES
 from proxy.scaling.sections import PROVIDERS
 from tests.proxy.scaling.worlds import WORLDS, World
 
-PATIENCE_S = 30.0
+pytestmark = pytest.mark.timeout(300)
+PATIENCE_S = 120.0
 
 
 @pytest_asyncio.fixture(params=sorted(WORLDS))
