@@ -68,6 +68,7 @@ TESTED_BY = {
     "policies/waiting.py": "tests/policies/test_standby_holds.py",
     "policies/weights.py": "tests/policies/test_files.py",
     "policies/yamlproblems.py": "tests/policies/test_yamlfile.py",
+    "proxy/capacity_report.py": "tests/e2e/test_standby.py",
     "proxy/probing.py": "tests/e2e/test_standby.py",
     "proxy/migrations/versions/revision_0003.py": "tests/proxy/test_database.py",
     "policies/pools.py": "tests/policies/test_standby.py",
