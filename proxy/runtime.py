@@ -42,7 +42,6 @@ from proxy.upstream import Endpoint
 
 if TYPE_CHECKING:
     from proxy.exchange import Exchange
-    from proxy.scaling.manager import Scaling
     from proxy.scaling.wake import Waker
     from proxy.server import ClientConnection
 
@@ -146,8 +145,6 @@ class Runtime:
         """What the hosts say, by site, likewise."""
         self.scaling: Waker | None = None
         """None: nobody starts standbys."""
-        self.standbys: Scaling | None = None
-        """The same, as the admin port knows it."""
         self.fleet = Fleet(built.backends, built.health)
         self.valve = Valve(built.policy.rules, self.fleet)
         self.retry_budget = RetryBudget(config.retries.ratio, config.retries.per_second)

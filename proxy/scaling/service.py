@@ -99,8 +99,13 @@ def settings_of(config: Config) -> ScalingSettings:
     )
 
 
+def scaling_in(runtime: Runtime) -> Scaling | None:
+    """That of a running proxy; None: it has no standbys."""
+    return runtime.scaling if isinstance(runtime.scaling, Scaling) else None
+
+
 class Standbys:
-    """What the life of the process (`proxy/serve.py`) has to do with them. A proxy without standbys has none of it."""
+    """What the life of the process (`proxy/serve.py`) has to do with them. Without standbys there is none of it."""
 
     def __init__(self, runtime: Runtime, engine: Engine, *, alone: bool) -> None:
         """`engine`: of the ledger. `alone`: no process before this one still has requests."""
@@ -124,8 +129,8 @@ class Standbys:
     def begin(self) -> None:
         """The proxy serves: act."""
         self._begun = True
-        if self._runtime.standbys is not None:
-            self._runtime.standbys.begin()
+        if (scaling := scaling_in(self._runtime)) is not None:
+            scaling.begin()
 
     def prepare(self, built: Built) -> Callable[[], None]:
         """Make what a configuration says of them, and return what has it followed, once all else has been swapped.
@@ -133,7 +138,7 @@ class Standbys:
         Raises BadValueError, OSError: a section cannot work, and nothing has changed.
         """
         runtime, config, sections = self._runtime, built.config, standbys_of(built.config)
-        scaling = runtime.standbys
+        scaling = scaling_in(runtime)
         if scaling is None:
             if not sections and self._begun:
                 return lambda: None
@@ -146,8 +151,8 @@ class Standbys:
             scaling.make = provider(config)
             scaling.controller.settings = settings_of(config)
             scaling.hours.currency = config.ledger_currency
-            is_new = runtime.standbys is None
-            runtime.standbys = runtime.scaling = scaling
+            is_new = scaling_in(runtime) is None
+            runtime.scaling = scaling
             scaling.configure(sections, made, config.scaling.most)
             if is_new and self._begun:
                 scaling.begin()
@@ -160,12 +165,12 @@ class Standbys:
 
     def hand_over(self) -> None:
         """Another process acts from now on."""
-        scaling = self._runtime.standbys
+        scaling = scaling_in(self._runtime)
         if scaling is not None:
             self._runtime.tasks.spawn(scaling.hand_over(), "standbys follow")
 
     async def stop(self) -> None:
         """The proxy ends, and nothing runs on its backends any more."""
-        scaling = self._runtime.standbys
+        scaling = scaling_in(self._runtime)
         if scaling is not None:
             await scaling.stop(keep=self._runtime.config.scaling.keep, hurry=lambda: self.hurry)
