@@ -46,6 +46,7 @@ def show(
         (text,) = policies_of([policy])
         show_warnings([text], cluster.known)
         traffic = read_traffic(trace)
+        traffic.resamples = False
         workload = traffic.workload(seed)
         task = bar.add_task(f"simulating {workload.name}", total=len(workload))
         found = autoscale(

@@ -22,7 +22,6 @@ from sim.profile import load_profile
 
 SHARE: Final = 0.01
 """Of ServeGen's requests."""
-UNITS: Final = 64
 PROFILE: Final = "l40-4-32b"
 SLOTS: Final = 15
 COST_PER_HOUR: Final = 4 * 0.8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil
+from random import Random
 
 import numpy as np
 import pytest
@@ -11,11 +12,14 @@ import pytest
 from benchmarks.scaling.__main__ import Verdict, hours_at
 from benchmarks.scaling.bound import lower_bound
 from benchmarks.scaling.coarse import Coarse, Outcome, most_slots
-from benchmarks.scaling.load import BIN_S, DAY_S, Demand
+from benchmarks.scaling.exact import Units, play
+from benchmarks.scaling.load import BIN_S, DAY_S, Demand, demand_of, times
 from benchmarks.scaling.rules import HorizontalPodAutoscaler, Static
 from policies.scaling import Controller, Pool, ScalingSettings, Unit
 from policies.standby import Event, State
 from sim.autoscale import Scaler, StandbyTerms
+from sim.profile import load_profile
+from sim.workload import Arrival, Workload
 
 TERMS = StandbyTerms(cold_start_s=180.0, stop_s=0.0, min_on_s=0.0, min_off_s=0.0)
 MEAN_S = 10.0
@@ -117,6 +121,50 @@ def test_the_forecast_hides_the_cold_start_on_the_second_day() -> None:
     assert missed[1] < missed[0] / 5
     reactive = run(of, Controller(ScalingSettings(quantile=0.0)), terms=slow, ready=4)
     assert came[day:].sum() - reactive.met_by_day[1] > missed[0] / 2, "which it owes to the forecast"
+
+
+def test_times_on_a_full_unit_leave_room_for_the_prompts_that_come() -> None:
+    profile = load_profile("l40-4-32b")
+    ttft, tpot = times(profile, 15, 200.0, 120.0)
+    step = profile.step
+    alone = (step.alpha_us + 15 * (step.beta_us + step.gamma_us * 260)) / 1e6
+    prompts = 15 / (120.0 * tpot) * 200.0 * step.delta_us / 1e6
+    assert tpot * (1.0 - prompts) == pytest.approx(alone)
+    assert ttft == pytest.approx(alone + 200 * step.delta_us / 1e6)
+
+
+def test_what_comes_is_added_up_by_bins() -> None:
+    days = [
+        Workload("one", [Arrival(0, 1, 11), Arrival(14_999_999, 1, 1), Arrival(15_000_000, 1, 21)]),
+        Workload("two", [Arrival(30_000_000, 1, 1)]),
+    ]
+    found = demand_of(iter(days), 1.0, 0.1, 3)
+    assert found.requests.tolist() == [2, 1, 0, 0, 0, 1]
+    assert found.slot_s.tolist() == pytest.approx([3.0, 3.0, 0, 0, 0, 1.0])
+    assert found.slots.tolist() == pytest.approx([0.2, 0.2, 0, 0, 0, 1 / 15])
+    assert found.mean_s == pytest.approx(7 / 4)
+
+
+def test_the_coarse_simulation_agrees_with_the_exact_one() -> None:
+    """Forty minutes of a load that doubles for ten of them: hours and misses."""
+    profile = load_profile("l40-4-32b")
+    random = Random(1)
+    arrivals, at = [], 0.0
+    while at < 2400.0:
+        at += random.expovariate(6.0 if 1200 <= at < 1800 else 3.0)
+        arrivals.append(Arrival(round(at * 1e6), 200, 120))
+    workload = Workload("test", arrivals)
+    terms = StandbyTerms(cold_start_s=120.0, min_on_s=0.0)
+    units = Units(profile, 8, 15, terms, 5.0, 0.1, 10.0)
+    hours, attainment, _ = play(workload, units, HorizontalPodAutoscaler(0.7))
+    ttft, tpot = times(profile, 15, 200.0, 120.0)
+    of = demand_of(iter([workload]), ttft, tpot, 160)
+    coarse = Coarse(
+        of, 8, 15, terms, HorizontalPodAutoscaler(0.7), ttft_s=5.0 - ttft, wait_s=10.0, ready=0
+    ).run()
+    assert coarse.hours == pytest.approx(hours, rel=0.1)
+    assert coarse.attainment == pytest.approx(attainment, abs=0.05)
+    assert 0.5 < attainment < 1.0
 
 
 def test_hours_at_equal_attainment_are_those_between_two_settings() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from policies.files import KnownNames, read_policy
@@ -227,9 +228,11 @@ def simulate(tmp_path: Path, *options: str, cluster: str = CLUSTER) -> Result:
     file.write_text(cluster)
     with trace.open("wb") as out:
         write_workload(Workload("test", [arrival(at * 2.0, 20) for at in range(100)]), out)
-    return CliRunner().invoke(
-        cli.app, ["simulate", "--trace", str(trace), "--autoscale", str(file), *options]
-    )
+    app = typer.Typer()
+    app.callback()(cli._root)
+    cli.register(app, "simulate")
+    arguments = ["simulate", "--trace", str(trace), "--autoscale", str(file), *options]
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)
 
 
 def test_the_command_shows_hours_costs_and_the_service_level_by_day(tmp_path: Path) -> None:
