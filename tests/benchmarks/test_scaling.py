@@ -113,13 +113,13 @@ def rush(hour: float) -> float:
 def test_the_forecast_hides_the_cold_start_on_the_second_day() -> None:
     slow = StandbyTerms(cold_start_s=600.0)
     of = demand(rush, 34)
-    found = run(of, Controller(), terms=slow, ready=4)
+    found = run(of, Controller(), units=10, terms=slow, ready=4)
     day = DAY_S // BIN_S
     came = of.requests
     missed = [came[:day].sum() - found.met_by_day[0], came[day:].sum() - found.met_by_day[1]]
     assert missed[0] > 100
     assert missed[1] < missed[0] / 5
-    reactive = run(of, Controller(ScalingSettings(quantile=0.0)), terms=slow, ready=4)
+    reactive = run(of, Controller(ScalingSettings(quantile=0.0)), units=10, terms=slow, ready=4)
     assert came[day:].sum() - reactive.met_by_day[1] > missed[0] / 2, "which it owes to the forecast"
 
 

@@ -244,7 +244,8 @@ def test_the_command_shows_hours_costs_and_the_service_level_by_day(tmp_path: Pa
     assert day["hours"] == pytest.approx(sum(one["hours"] for one in shown["standbys"]))
     assert day["gpu_hours"] == pytest.approx(2 * day["hours"])
     assert day["cost_of_hours"] == pytest.approx(3.6 * day["hours"])
-    assert day["cost_of_tokens"] == pytest.approx(100 * (100 * 1 + 20 * 2) / 1e6)
+    whole = 100 - day["rejected"] - day["failed"]
+    assert day["cost_of_tokens"] == pytest.approx(whole * (100 * 1 + 20 * 2) / 1e6)
     assert shown["moves"][0] | {"reason": ""} == {
         "at_s": 0.0, "name": "far-1", "before": "standby", "event": "start", "after": "preparing", "reason": "",
     }  # fmt: skip
