@@ -9,6 +9,9 @@ from random import Random
 import numpy as np
 import pytest
 
+from benchmarks.scaling import __main__ as command
+from benchmarks.scaling import coarse as coarse_module
+from benchmarks.scaling import load
 from benchmarks.scaling.__main__ import Verdict, hours_at
 from benchmarks.scaling.bound import lower_bound
 from benchmarks.scaling.coarse import Coarse, Outcome, most_slots
@@ -165,6 +168,27 @@ def test_the_coarse_simulation_agrees_with_the_exact_one() -> None:
     assert coarse.hours == pytest.approx(hours, rel=0.1)
     assert coarse.attainment == pytest.approx(attainment, abs=0.05)
     assert 0.5 < attainment < 1.0
+
+
+def test_the_command_tunes_tests_and_judges(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On days of an hour."""
+
+    def made(day: int, share: float, seed: int = 0, seconds: float = 3600.0) -> Workload:
+        random = Random(day)
+        busy = [at for at in range(0, 3600, 2) if at >= 1800 or at % 6 == 0]
+        return Workload("made", [Arrival(at * 10**6 + random.randrange(10**6), 200, 120) for at in busy])
+
+    for module in (command, coarse_module, load):
+        monkeypatch.setattr(module, "DAY_S", 3600)
+    monkeypatch.setattr(command, "draw", made)
+    command.main(share=0.01, seed=0, exact=True, quick=True, check=False, result=False)
+    said = capsys.readouterr().out
+    assert "fewer unit-hours than the rule at equal attainment" in said
+    assert "lower cost than static capacity for the peak" in said
+    assert said.count("first test day, request by request") == 4
+    assert said.count("*") == 3, "the best of each, and what the mark means"
 
 
 def test_hours_at_equal_attainment_are_those_between_two_settings() -> None:
