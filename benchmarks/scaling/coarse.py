@@ -27,17 +27,29 @@ EPOCH: Final = 1_764_028_800.0
 class Outcome:
     """What a run came to."""
 
-    hours: float
-    """Of units."""
-    requests: float
-    met: float
     hours_by_day: list[float]
+    """Of units."""
+    requests_by_day: list[float]
     met_by_day: list[float]
     samples: list[Sample] = field(default_factory=list)
 
     @property
+    def hours(self) -> float:
+        return sum(self.hours_by_day)
+
+    @property
     def attainment(self) -> float:
-        return self.met / self.requests
+        return sum(self.met_by_day) / sum(self.requests_by_day)
+
+    def part(self, first_day: int, days: int) -> Outcome:
+        """Days, counted from 0."""
+        whole, size = slice(first_day, first_day + days), DAY_S // BIN_S
+        return Outcome(
+            self.hours_by_day[whole],
+            self.requests_by_day[whole],
+            self.met_by_day[whole],
+            self.samples[first_day * size : (first_day + days) * size],
+        )
 
 
 class Coarse:
@@ -96,15 +108,7 @@ class Coarse:
                 self._move(self._by_name[step.name], step.event, wall)
             coming = self.slots * sum(one.state in PENDING for one in self.standbys)
             samples.append(Sample(now, pool.demand, float(room), float(coming), paid))
-        size = DAY_S // BIN_S
-        return Outcome(
-            sum(hours),
-            sum(requests),
-            sum(met),
-            [sum(hours[at : at + size]) for at in range(0, len(hours), size)],
-            [sum(met[at : at + size]) for at in range(0, len(met), size)],
-            samples,
-        )
+        return Outcome(_by_day(hours), _by_day(requests), _by_day(met), samples)
 
     def _pool(self, in_use: float, waiting: float, wall: float, *, held: bool) -> Pool:
         for at, standby in enumerate(self.standbys):
@@ -155,6 +159,11 @@ class Coarse:
             for when, at, state, event in due:
                 if self.standbys[at].state is state and self.standbys[at].since <= when:
                     self._move(at, event, when)
+
+
+def _by_day(values: list[float]) -> list[float]:
+    size = DAY_S // BIN_S
+    return [sum(values[at : at + size]) for at in range(0, len(values), size)]
 
 
 def most_slots(demand: Demand) -> float:

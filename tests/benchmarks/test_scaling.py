@@ -119,7 +119,11 @@ def test_the_forecast_hides_the_cold_start_on_the_second_day() -> None:
     found = run(of, Controller(), units=10, terms=slow, ready=4)
     day = DAY_S // BIN_S
     came = of.requests
+    assert found.requests_by_day == pytest.approx([came[:day].sum(), came[day:].sum()])
     missed = [came[:day].sum() - found.met_by_day[0], came[day:].sum() - found.met_by_day[1]]
+    second = found.part(1, 1)
+    assert second.attainment == pytest.approx(1.0 - missed[1] / came[day:].sum())
+    assert (second.hours, second.samples[0].at_s) == (found.hours_by_day[1], DAY_S)
     assert missed[0] > 100
     assert missed[1] < missed[0] / 5
     reactive = run(of, Controller(ScalingSettings(quantile=0.0)), units=10, terms=slow, ready=4)
