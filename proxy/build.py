@@ -35,6 +35,7 @@ from proxy.config_values import is_loopback, split_address
 from proxy.masking import without_secrets
 from proxy.places import unusable_places
 from proxy.prices import Price, Prices
+from proxy.scaling.providers import check_standby
 from proxy.upstream import Endpoint
 
 log = logging.getLogger("tidegate")
@@ -117,6 +118,8 @@ def build(
             at = ("backends", number)
             site = config.sites.get(section.site) or SiteConfig()
             key, slots = backend_key(section), slots_of(section)
+            for problem in check_standby(section, config.state):
+                raise problem
             # First, so that what changes between the two is seen by the next reload.
             tls_files = _tls_files(section.tls)
             at = ("backends", number, "tls")

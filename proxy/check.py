@@ -33,6 +33,7 @@ from proxy.masking import database_shown, without_secrets
 from proxy.places import unusable_places
 from proxy.prices import amount
 from proxy.readable import in_words
+from proxy.scaling.providers import check_standby
 
 PROBE_TOKENS = 10
 """About what a chat template makes of the prompt of `probing.generate`, a full stop."""
@@ -181,6 +182,8 @@ def _unusable(config: Config, document: Document) -> Iterator[Problem]:
             slots_of(section)
         except BadValueError as error:
             yield document.problem(("backends", number, *error.at), error.message)
+        for found in check_standby(section, config.state):
+            yield document.problem(("backends", number, *found.at), found.message, found.suggestion)
     refusal = refused_without_keys(config.listen, Path(document.name), None)
     if refusal and _has_keys(config) is False:
         yield document.problem(("listen",), refusal)

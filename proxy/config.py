@@ -348,6 +348,8 @@ def _resolve(config: Config, base: Path) -> Config:
         for name in ("api_key_file", "profile"):
             if (file := getattr(backend, name)) is not None:
                 update[name] = base / file
+        if backend.standby is not None and (process := backend.standby.process) is not None:
+            update["standby"] = backend.standby.model_copy(update={"process": process.resolved(base)})
         backends.append(backend.model_copy(update=update))
     changes: dict[str, Any] = {"state": base / config.state, "backends": backends}
     changes["tls"] = [

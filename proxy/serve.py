@@ -34,7 +34,7 @@ from proxy.access.pepper import load_pepper
 from proxy.access.shared import limits_of_this_month, shared_budgets
 from proxy.admin.http import admin_app
 from proxy.ask import PORTS_FILE
-from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, timing, warn_of
+from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, warn_of
 from proxy.certificates import ServerCertificates, fingerprints
 from proxy.changes import changes
 from proxy.config import Config, load_config, override
@@ -46,12 +46,14 @@ from proxy.notify import READY, STOPPING, notify, reloading
 from proxy.observe import Observer
 from proxy.open_files import Reserve, most_clients, watch_open_files
 from proxy.pressure import Memory
+from proxy.probing import new_prober
 from proxy.proxied_server import accepting
 from proxy.readable import in_words
 from proxy.reload import NEXT_START, keep_connections, owed
 from proxy.requestlog import RequestLog
 from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
+from proxy.scaling.service import Standbys
 from proxy.state_lock import adopt_when_left, lock_state, open_journal, other_journals
 from proxy.upgrade import SOCKET_FILE, Predecessor, UpgradeSocket
 from proxy.upstream import is_our_shortage
@@ -116,6 +118,7 @@ class Service:
         """None: clients speak plain HTTP, as long as the process lives."""
         self._admin: web.AppRunner | None = None
         self._prober: Prober | None = None
+        self._standbys: Standbys
         self._ledger: Ledger
         self._engine: sa.Engine
         self._seed = config.seed if config.seed is not None else secrets.randbits(32)
@@ -180,8 +183,12 @@ class Service:
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
         runtime.pressure.memory = Memory(config.limits.memory)
+        self._standbys = standbys = Standbys(runtime, self._engine, alone=not written)
         if config.probing.enabled:
-            await self._start_probes(built)
+            self._prober = new_prober(runtime, self._resolver)
+            standbys.watch(self._prober)
+            standbys.open()
+            await self._prober.start()
         await self._listen(given)
         if self._record is not None:  # not before: a start that fails leaves nothing behind
             cast("RecordedRuntime", runtime).write_record()
@@ -195,7 +202,7 @@ class Service:
                 budgets.watch(limits, keys, lambda: runtime.prices.currency), "budgets of several proxies"
             )
         if written:
-            unshare = (runtime.responses.unshare, runtime.idempotency.unshare)
+            unshare = (runtime.responses.unshare, runtime.idempotency.unshare, standbys.left_alone)
             runtime.tasks.spawn(adopt_when_left(ledger, written, unshare), "what others leave")
         self._upgrades = UpgradeSocket(self, runtime.tasks.spawn)
         if predecessor is not None and self._stopping.is_set():
@@ -207,26 +214,10 @@ class Service:
             )  # the state directory tells of the other
             return
         self.publish()
+        standbys.begin()
         if predecessor is not None and (reason := await asyncio.to_thread(predecessor.ready)):
             log.error("not taking over: the process before %s", reason)
             self._stopping.set()
-
-    async def _start_probes(self, built: Built) -> None:
-        runtime = self.runtime
-        self._prober = Prober(
-            built.targets,
-            runtime.fleet,
-            spawn=runtime.tasks.spawn,
-            clock=runtime.now,
-            timing=timing(self.config),
-            metrics=self.config.probing.metrics,
-            changed=lambda: runtime.poll(runtime.now()),
-            answered=lambda name: runtime.scaling.answered(name) if runtime.scaling is not None else None,
-            resolver=self._resolver,
-            hosts=built.hosts,
-        )
-        runtime.probes, runtime.hosts = self._prober.snapshot, self._prober.hosts
-        await self._prober.start()
 
     async def _listen(self, given: Listeners) -> None:
         runtime, config = self.runtime, self.config
@@ -276,6 +267,7 @@ class Service:
         self._handed_over = runtime.handed_over = runtime.draining = True
         runtime.responses.share()
         runtime.idempotency.share()
+        self._standbys.hand_over()
         runtime.timeouts.idle = min(runtime.timeouts.idle, IDLE_GRACE_S)
         for client in runtime.clients:
             if client.idle:
@@ -316,6 +308,7 @@ class Service:
             self._drain_until = soon  # it may have been given longer than a stop is
         elif self._stopping.is_set():
             log.warning("stopping at once")
+            self._standbys.hurry = True
             for exchange in [*self.runtime.exchanges, *self.runtime.held.values()]:
                 exchange.stop()
         else:
@@ -355,6 +348,7 @@ class Service:
             exchange.stop()
         deadline = max(self._drain_until, runtime.now() + FLUSH_S)
         await self._while(lambda: any(client.unsent for client in clients), deadline)
+        await self._standbys.stop()
         if self._prober is not None:
             await self._prober.close()
         await runtime.tasks.cancel_all()
@@ -409,6 +403,7 @@ class Service:
             config = override(config, self.overrides)
             self._watched.watch(self._files(config))
             built = build(config, runtime.loop, self._seed, runtime.built, self._resolver, self.path)
+            follow = self._standbys.prepare(built)
         except (ConfigError, FileProblems, OSError, ValueError) as error:
             if is_our_shortage(error):
                 self._watched.forget()  # nothing is wrong with the files: the next look tries again
@@ -444,6 +439,7 @@ class Service:
         runtime.valve.swap(built.policy.rules, runtime.now())
         if self._prober is not None:
             self._prober.replace(built.targets, built.hosts)
+        follow()
         runtime.poll(runtime.now())
         runtime.observer.reloads_ok += 1
         runtime.observer.reload_ok = True

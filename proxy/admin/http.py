@@ -14,6 +14,7 @@ from prometheus_client.exposition import generate_latest
 
 from policies.state import Backend
 from proxy.admin.explain import explanation, standbys, unavailable
+from proxy.admin.standbys import routes as standby_routes
 from proxy.admin.whatif import AskedError, Running, asked, what_if
 from proxy.ask import CLIENTS_ERROR
 from proxy.dialects import body_in, status_in
@@ -24,6 +25,8 @@ from proxy.openai import is_slow_to_read, read_body
 from proxy.policy_failures import failing
 from proxy.pressure import REFUSE_REQUESTS
 from proxy.runtime import Runtime
+from proxy.scaling import shown
+from proxy.scaling.service import scaling_in
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -86,6 +89,7 @@ def admin_app(runtime: Runtime, started: float) -> web.Application:
             web.get("/state", show_state),
             web.get("/explain/{id}", explain),
             web.post("/explain", explain_request),
+            *standby_routes(runtime),
         ]
     )
     return app
@@ -210,6 +214,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             }
             for certificate in runtime.built.backend_certificates
         ],
+        "standbys": [] if (scaling := scaling_in(runtime)) is None else shown.standbys(scaling),
         "hosts": runtime.hosts(),
         "queue": {
             "waiting": runtime.valve.queued,

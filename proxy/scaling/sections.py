@@ -19,7 +19,9 @@ Money = Annotated[float, Field(ge=0)]
 class VllmRecipe(FileModel):
     """How `vllm serve` is launched."""
 
-    model: str = Field(description="Model that it loads: a name of a hub, or a folder.")
+    model: str = Field(
+        description="Model that it loads: a name of a hub, or a folder, as in `./models/qwen3`."
+    )
     executable: str = Field("vllm", description="The command, or a path to it.")
     arguments: list[str] = Field(
         default_factory=list, description="Further arguments: `[--max-model-len, '16384']`."
@@ -44,6 +46,22 @@ class ProcessSection(FileModel):
         if (self.command is None) == (self.vllm is None):
             raise BadValueError("give `command` or `vllm`, one of them", at=("command",))
         return self
+
+    def resolved(self, base: Path) -> ProcessSection:
+        """With absolute paths; a command or a model without any `/` in it is none, nor is `org/model`."""
+        changes: dict[str, object] = {}
+        if self.directory is not None:
+            changes["directory"] = base / self.directory
+        if self.command is not None and "/" in self.command[0]:
+            changes["command"] = [str(base / self.command[0]), *self.command[1:]]
+        if (recipe := self.vllm) is not None:
+            paths = {}
+            if "/" in recipe.executable:
+                paths["executable"] = str(base / recipe.executable)
+            if recipe.model.startswith(("./", "../")):
+                paths["model"] = str(base / recipe.model)
+            changes["vllm"] = recipe.model_copy(update=paths)
+        return self.model_copy(update=changes)
 
 
 class SleepSection(FileModel):
@@ -152,10 +170,23 @@ class ScalingConfig(FileModel):
     up: Fraction = Field(0.8, gt=0, description="Of capacity in use; more is started above.")
     down: Fraction = Field(0.4, ge=0, description="Of capacity in use; some is given back below.")
     settle: Duration = Field(300.0, ge=0, description="Nothing is given back for so long after a start.")
-    most_at_once: int = Field(1, ge=1, description="Starts, and stops, of one model at a time.")
+    most_at_once: int = Field(
+        1,
+        ge=1,
+        description="Starts, and stops, of one model at a time. As many as run, or half of them, may always.",
+    )
+    forecast: Fraction = Field(
+        0.95,
+        ge=0,
+        lt=1,
+        description="Of the forecast's own errors that its margin covers. 0: nothing is forecast.",
+    )
     objective: Objective = Field(default_factory=Objective, description="Times to keep.")
     approval: Duration = Field(900.0, gt=0, description="A plan that nobody has approved expires after this.")
     budgets: BudgetsSection = Field(default_factory=BudgetsSection, description="Ceilings.")
+    keep: bool = Field(
+        False, description="Standbys go on running when the proxy stops. Default: they are stopped with it."
+    )
     most: dict[SiteName, int] = Field(
         default_factory=dict, description="Standbys of a site that may run at once."
     )
