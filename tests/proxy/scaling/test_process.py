@@ -201,7 +201,7 @@ async def test_one_that_ends_at_once_has_not_started(place: Place, monkeypatch: 
     [
         ({"command": ["no-such-command-here"]}, "no-such-command-here"),
         ({"command": ["./no-such-file"]}, "no-such-file"),
-        ({"command": ["/etc/passwd"]}, "/etc/hostname cannot be run: permission denied"),
+        ({"command": ["/etc/passwd"]}, "/etc/passwd cannot be run: permission denied"),
         ({"command": ["/etc"]}, "/etc cannot be run: permission denied"),
         ({"command": ["true"], "directory": Path("/no/such")}, "/no/such"),
         ({"command": ["echo", "\0"]}, "null"),
