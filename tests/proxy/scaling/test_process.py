@@ -302,7 +302,7 @@ async def test_what_supervisor_and_guard_left_is_seen_and_ended_by_a_stop(place:
 
 
 async def test_a_start_ends_what_was_left_first(place: Place) -> None:
-    provider = place.provider("--stubborn", "--family")
+    provider = place.provider("--stubborn", "--family", grace=0.1)
     await provider.start("r")
     family = {member.who: member for member in [await place.home.call() for _ in range(3)]}
     guard = guard_of(place)
