@@ -118,6 +118,8 @@ TESTED_BY = {
     "proxy/readable.py": "tests/e2e/test_docs_run.py",
     "proxy/replay.py": "tests/proxy/test_journal.py",
     "proxy/runtime.py": "tests/proxy/test_exchange.py",
+    "proxy/scaling/facts.py": "tests/proxy/scaling/test_providers.py",
+    "proxy/scaling/sections.py": "tests/proxy/scaling/test_providers.py",
     "proxy/sse.py": "tests/proxy/test_exchange.py",
     "proxy/tables.py": "tests/proxy/test_database.py",
     "proxy/tasks.py": "tests/probes/test_runner.py",

@@ -201,7 +201,7 @@ async def test_one_that_ends_at_once_has_not_started(place: Place, monkeypatch: 
     [
         ({"command": ["no-such-command-here"]}, "no-such-command-here"),
         ({"command": ["./no-such-file"]}, "no-such-file"),
-        ({"command": ["/etc/passwd"]}, "/etc/hostname cannot be run: permission denied"),
+        ({"command": ["/etc/passwd"]}, "/etc/passwd cannot be run: permission denied"),
         ({"command": ["/etc"]}, "/etc cannot be run: permission denied"),
         ({"command": ["true"], "directory": Path("/no/such")}, "/no/such"),
         ({"command": ["echo", "\0"]}, "null"),
@@ -302,7 +302,7 @@ async def test_what_supervisor_and_guard_left_is_seen_and_ended_by_a_stop(place:
 
 
 async def test_a_start_ends_what_was_left_first(place: Place) -> None:
-    provider = place.provider("--stubborn", "--family")
+    provider = place.provider("--stubborn", "--family", grace=0.1)
     await provider.start("r")
     family = {member.who: member for member in [await place.home.call() for _ in range(3)]}
     guard = guard_of(place)
