@@ -85,7 +85,7 @@ class Scaling:
     # Configuration
 
     def make_all(self, sections: Collection[BackendConfig], make: MakeProvider) -> dict[str, Provider]:
-        """Providers of all standbys that are new or changed. Raises BadValueError, and changes nothing."""
+        """Providers of all standbys that are new or changed. Raises what `make` does, and changes nothing."""
         made = {}
         for section in sections:
             before = self._sections.get(section.name)
@@ -100,7 +100,8 @@ class Scaling:
         self._sections = {section.name: section for section in sections if section.standby is not None}
         self._most = most
         if not self.acting:
-            self._made = dict(made)
+            made_so_far = {**self._made, **made}
+            self._made = {name: made_so_far[name] for name in self._sections}
         for name, keeper in list(self.keepers.items()):
             section = self._sections.get(name)
             if section is None:
