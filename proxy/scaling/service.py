@@ -10,8 +10,8 @@ from sqlalchemy import Engine
 from policies.scaling import ScalingSettings
 from policies.standby import State
 from policies.state import Fleet
-from policies.valve import Valve
 from policies.units import BadValueError
+from policies.valve import Valve
 from proxy.build import Built, ConfigError, tls_context
 from proxy.config import BackendConfig, Config, backend_key
 from proxy.scaling.hours import Hours
