@@ -472,6 +472,11 @@ class Scaling:
         keeper = self.keepers.get(name)
         return keeper.config.site if keeper is not None else self._sections[name].site
 
+    @property
+    def names(self) -> list[str]:
+        """Of all, those included that are no longer configured and not gone yet."""
+        return list(dict.fromkeys((*self._sections, *self.keepers)))
+
     def section(self, name: str) -> BackendConfig | None:
         """Its configuration; None: it has none any more."""
         return self._sections.get(name)
