@@ -77,7 +77,6 @@ class Scaling:
         self._sections: dict[str, BackendConfig] = {}
         self._most: Mapping[str, int] = {}
         self._means = MeanTokens()
-        self._ended: dict[str, tuple[int, int]] = {}
         self._wanted = asyncio.Event()
         self._lock = -1
         self._handed_over = False
@@ -296,7 +295,6 @@ class Scaling:
     def turn(self) -> None:
         """Decide once, and have it done."""
         now, wall = self.around.now(), self.around.wall()
-        self._note_ended(now)
         self.hours.advance(wall, now)
         if self.hours.due(now):
             self.spawn(self.hours.write(wall, now), "capacity hours")
@@ -354,12 +352,6 @@ class Scaling:
             for other in self.keepers.values()
         )
         return running < most
-
-    def _note_ended(self, now: float) -> None:
-        for model, (requests, tokens) in self.around.ended().items():
-            before = self._ended.get(model, (0, 0))
-            self._means.note(model, requests - before[0], tokens - before[1], now)
-            self._ended[model] = (requests, tokens)
 
     # By hand
 

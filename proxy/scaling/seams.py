@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -49,9 +49,6 @@ class Around(Protocol):
 
     def answers(self, name: str) -> bool:
         """Whether the probes say that a backend answers."""
-
-    def ended(self) -> Mapping[str, tuple[int, int]]:
-        """Requests that have ended, and their tokens, by model, since the start."""
 
 
 class Gate(Protocol):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from math import inf
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
@@ -75,13 +76,6 @@ class Surroundings:
         backend = self._runtime.fleet.backends.get(name)
         return backend is not None and backend.probed_up
 
-    def ended(self) -> Mapping[str, tuple[int, int]]:
-        sums: dict[str, tuple[int, int]] = {}
-        for (_, model), series in self._runtime.observer.series.items():
-            requests, tokens = sums.get(model, (0, 0))
-            sums[model] = (requests + series.requests, tokens + series.prompt + series.completion)
-        return sums
-
 
 def standbys_of(config: Config) -> list[BackendConfig]:
     return [section for section in config.backends if section.standby is not None]
@@ -100,8 +94,17 @@ def provider(config: Config) -> Callable[[BackendConfig], Provider]:
 
 
 def settings_of(config: Config) -> ScalingSettings:
-    scaling = config.scaling
-    return ScalingSettings(scaling.up, scaling.down, scaling.settle, scaling.most_at_once)
+    scaling, objective = config.scaling, config.scaling.objective
+    return ScalingSettings(
+        scaling.up,
+        scaling.down,
+        scaling.settle,
+        scaling.most_at_once,
+        scaling.forecast,
+        dict(scaling.most),
+        objective.ttft or inf,
+        objective.tpot or inf,
+    )
 
 
 def scaling_in(runtime: Runtime) -> Scaling | None:
