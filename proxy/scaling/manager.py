@@ -84,7 +84,7 @@ class Scaling:
     # Configuration
 
     def make_all(self, sections: Collection[BackendConfig], make: MakeProvider) -> dict[str, Provider]:
-        """Providers of all standbys that are new or changed. Raises BadValueError, and changes nothing."""
+        """Providers of all standbys that are new or changed. Raises what `make` does, and changes nothing."""
         made = {}
         for section in sections:
             before = self._sections.get(section.name)
@@ -99,7 +99,8 @@ class Scaling:
         self._sections = {section.name: section for section in sections if section.standby is not None}
         self._most = most
         if not self.acting:
-            self._made = dict(made)
+            made_so_far = {**self._made, **made}
+            self._made = {name: made_so_far[name] for name in self._sections}
         for name, keeper in list(self.keepers.items()):
             section = self._sections.get(name)
             if section is None:
@@ -462,6 +463,11 @@ class Scaling:
     def site(self, name: str) -> str:
         keeper = self.keepers.get(name)
         return keeper.config.site if keeper is not None else self._sections[name].site
+
+    @property
+    def names(self) -> list[str]:
+        """Of all, those included that are no longer configured and not gone yet."""
+        return list(dict.fromkeys((*self._sections, *self.keepers)))
 
     def section(self, name: str) -> BackendConfig | None:
         """Its configuration; None: it has none any more."""

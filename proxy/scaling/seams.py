@@ -20,7 +20,7 @@ from proxy.scaling.sections import PROVIDERS
 log = logging.getLogger("tidegate")
 
 MakeProvider = Callable[[BackendConfig], Provider]
-"""Raises BadValueError: the section cannot work."""
+"""Raises ConfigError: the section cannot work."""
 
 
 class NotPossibleError(Exception):

@@ -88,6 +88,7 @@ async def test_from_zero_to_a_token_and_back_to_zero(tidegate: StartTidegate) ->
 async def test_by_hand_with_words_for_what_is_not_possible(tidegate: StartTidegate) -> None:
     port = free_port()
     proxy = tidegate(standby(port), scaling={"settle": 0}, currency="CNY")
+    await until(proxy, "standby")
     status, _, complaint = await ask(proxy, "stop", "a")
     assert (status, complaint) == (1, "tidegate: a is standby: it was never started\n")
     status, _, complaint = await ask(proxy, "start", "b")
@@ -109,6 +110,7 @@ async def test_by_hand_with_words_for_what_is_not_possible(tidegate: StartTidega
 async def test_who_is_killed_goes_on_with_the_same_run(tidegate: StartTidegate, state: str) -> None:
     port = free_port()
     proxy = tidegate(standby(port), scaling={"settle": 0}, currency="CNY")
+    await until(proxy, "standby")
     await ask(proxy, "start", "a")
     row = await until(proxy, state)
     proxy.kill()
@@ -124,6 +126,7 @@ async def test_who_is_killed_goes_on_with_the_same_run(tidegate: StartTidegate, 
 async def test_a_stop_of_the_proxy_stops_its_standbys(tidegate: StartTidegate) -> None:
     port = free_port()
     proxy = tidegate(standby(port), scaling={"settle": 0}, currency="CNY")
+    await until(proxy, "standby")
     await ask(proxy, "start", "a")
     await until(proxy, "ready")
     await asyncio.to_thread(proxy.stop)
