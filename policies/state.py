@@ -62,6 +62,8 @@ class Backend(BackendView):
     """When it was last found well again: from then on its slots come back."""
     draining: bool = False
     """Removed from the configuration: finishes what it has, gets nothing new."""
+    over_budget: bool = False
+    """A ceiling that it falls under is reached: finishes what it has, gets nothing new."""
     backoff_until: float = -inf
     """It said that it is full (429 or 503 with Retry-After): nothing new before this time."""
     breaker: Breaker = field(default_factory=Breaker)
@@ -254,6 +256,7 @@ class Fleet:
             usable = (
                 bool(backend.models)  # one without answers its probes, and no request
                 and not backend.draining
+                and not backend.over_budget
                 and now >= backend.backoff_until
             )
             allowed = breaker.allows(now)

@@ -356,6 +356,8 @@ def _resolve(config: Config, base: Path) -> Config:
     ]
     if config.log not in ("-", "off"):
         changes["log"] = str(base / config.log)
+    if config.scaling.images is not None:
+        changes["scaling"] = config.scaling.model_copy(update={"images": base / config.scaling.images})
     if is_policy_file(config.policy):
         changes["policy"] = str(base / config.policy)
     return config.model_copy(update=changes)

@@ -193,6 +193,8 @@ def unavailable(runtime: Deciding, backend: Backend) -> tuple[str, float]:
     now = runtime.now()
     if backend.draining:
         return "it is being removed", inf
+    if backend.over_budget:
+        return "its budget for this month is used up", inf
     if not backend.probed_up:
         probe = runtime.probes().get(backend.name) or {}
         age = probe.get("since_s")

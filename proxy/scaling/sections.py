@@ -11,6 +11,7 @@ from policies.siteschema import SiteName
 from policies.units import BadValueError, Duration, Fraction
 from policies.yamlfile import FileModel
 from proxy.config_values import Url, Variable
+from proxy.scaling.images import Task
 
 Money = Annotated[float, Field(ge=0)]
 """In the ledger's currency."""
@@ -86,6 +87,18 @@ class StandbySection(FileModel):
     command: CommandSection | None = Field(None, description="A script.")
     webhook: WebhookSection | None = Field(None, description="An HTTP endpoint.")
     scheduler: SchedulerSection | None = Field(None, description="The scheduling platform.")
+    card: str | None = Field(
+        None,
+        min_length=1,
+        description="Card that it runs on: `H20`. Default: what its profile says, if it has one.",
+    )
+    cards: int = Field(1, ge=1, description="How many of them.")
+    task: Task = Field("generate", description="What it is for; with model and card it chooses the image.")
+    image: str | None = Field(
+        None,
+        min_length=1,
+        description="Image that runs there. Default: by model, card and task (`tidegate images`).",
+    )
     cost_per_hour: Money | None = Field(
         None, description="What an hour costs while it runs, in the ledger's currency. Default: unknown."
     )
@@ -136,11 +149,21 @@ class SchedulerPlatform(FileModel):
     )
 
 
+class NoticeSection(FileModel):
+    """An HTTP endpoint that is told something."""
+
+    url: Url = Field(description="Gets a POST, signed as Standard Webhooks says.")
+    secret_env: Variable = Field(
+        description="Environment variable with the secret that signs notices and their answers (HMAC-SHA256)."
+    )
+
+
 class BudgetsSection(FileModel):
     """Ceilings of a calendar month, tokens and hours of capacity together, in the ledger's currency."""
 
     month: Money | None = Field(None, description="All remote sites together.")
     sites: dict[SiteName, Money] = Field(default_factory=dict, description="Single sites.")
+    webhook: NoticeSection | None = Field(None, description="Told at 50, 80 and 100 % of each.")
 
 
 class ScalingConfig(FileModel):
@@ -155,6 +178,12 @@ class ScalingConfig(FileModel):
     most_at_once: int = Field(1, ge=1, description="Starts, and stops, of one model at a time.")
     objective: Objective = Field(default_factory=Objective, description="Times to keep.")
     approval: Duration = Field(900.0, gt=0, description="A plan that nobody has approved expires after this.")
+    approval_webhook: NoticeSection | None = Field(
+        None, description="Told of each plan that waits; it may answer (`POST /plans/ID/answer`)."
+    )
+    images: Path | None = Field(
+        None, description="File of images that goes before the shipped one. Default: that alone."
+    )
     budgets: BudgetsSection = Field(default_factory=BudgetsSection, description="Ceilings.")
     most: dict[SiteName, int] = Field(
         default_factory=dict, description="Standbys of a site that may run at once."
