@@ -195,7 +195,14 @@ class Plan:
     """What it waits for while it is proposed: approval, or the ceiling that is reached."""
     ready: tuple[str, ...] = ()
     """Standbys of it that have been ready."""
+    stopped: tuple[tuple[str, float], ...] = ()
+    """Standbys of it that were stopped since, and when."""
     decisions: tuple[Decision, ...] = ()
+
+    @property
+    def began(self) -> float | None:
+        """When the first of its standbys was told to start; None: none was."""
+        return next((made.wall for made in self.decisions if made.event is PlanEvent.BEGIN), None)
 
     @property
     def open(self) -> bool:
@@ -237,6 +244,13 @@ class Plan:
             return now
         return now.moved(PlanEvent.FINISH, "manager", "all its standbys are ready", wall)
 
+    def stopped_with(self, standby: str, wall: float, reason: str) -> Plan | None:
+        """After one of its standbys was stopped: nothing comes of it any more, if it was not done."""
+        if standby not in self.standbys or self.began is None or standby in dict(self.stopped):
+            return None
+        now = replace(self, stopped=(*self.stopped, (standby, wall)))
+        return now.moved(PlanEvent.EXPIRE, "manager", reason, wall) or now
+
     def as_dict(self) -> dict[str, Any]:
         """As the store writes it and the admin port shows it."""
         return {
@@ -256,6 +270,7 @@ class Plan:
             "forecast": {name: getattr(self.forecast, name) for name in Forecast.__slots__},
             "created": self.created,
             "expires": self.expires,
+            "stopped": dict(self.stopped),
             "decisions": [
                 {
                     "event": made.event.value,
@@ -288,6 +303,7 @@ def plan_from(written: Mapping[str, Any]) -> Plan:
         state=PlanState(written["state"]),
         waits_for=_text(written["waits_for"]),
         ready=tuple(map(_text, written["ready"])),
+        stopped=tuple((_text(name), float(wall)) for name, wall in written["stopped"].items()),
         decisions=tuple(
             Decision(
                 PlanEvent(made["event"]),

@@ -35,6 +35,7 @@ from proxy.config_values import is_loopback, split_address
 from proxy.masking import without_secrets
 from proxy.places import unusable_places
 from proxy.prices import Price, Prices
+from proxy.scaling.offers import unworkable
 from proxy.upstream import Endpoint
 
 log = logging.getLogger("tidegate")
@@ -108,6 +109,8 @@ def build(
     """What is being read, in the configuration."""
     try:
         for problem in unusable_places(config, None if before is None else before.config):
+            raise problem
+        for problem in unworkable(config):
             raise problem
         certificates = load_certificates(config.tls)
         backends, configured, endpoints, targets, changes = [], [], {}, [], []
@@ -427,6 +430,8 @@ def files_of(config: Config) -> list[Path]:
     for section in config.backends:
         files += _tls_file_names(section.tls)
         files += [str(file) for file in (section.api_key_file, section.profile) if file is not None]
+    if config.scaling.images is not None:
+        files.append(str(config.scaling.images))
     return [Path(file) for file in files]
 
 

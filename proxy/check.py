@@ -33,6 +33,7 @@ from proxy.masking import database_shown, without_secrets
 from proxy.places import unusable_places
 from proxy.prices import amount
 from proxy.readable import in_words
+from proxy.scaling.offers import unworkable
 
 PROBE_TOKENS = 10
 """About what a chat template makes of the prompt of `probing.generate`, a full stop."""
@@ -166,8 +167,8 @@ def _check_configuration(file: Path, text: str) -> Report:
 
 def _unusable(config: Config, document: Document) -> Iterator[Problem]:
     """What the proxy would not start with, beyond what the file itself says."""
-    for found in unusable_places(config):
-        yield document.problem(found.at, found.message)
+    for found in [*unusable_places(config), *unworkable(config)]:
+        yield document.problem(found.at, found.message, found.suggestion)
     try:
         load_certificates(config.tls)
     except BadValueError as error:

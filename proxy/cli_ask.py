@@ -103,7 +103,7 @@ def explain(
     if asked:
         fail(f"--{asked[0][0].replace('_', '-')} is for --request: what was, is known")
     try:
-        record = fetch(request_id, _port(admin, config, state))
+        record = fetch(request_id, admin_port(admin, config, state))
     except AskError as error:
         fail(str(error), 1)
     typer.echo(json.dumps(record, indent=2) if json_output else render(record))
@@ -134,7 +134,7 @@ def _explain_what_if(
     path = None if admin is not None or state is not None else config_path(config)
     try:
         try:
-            record = fetch_what_if(asked, raw, _port(admin, config, state))
+            record = fetch_what_if(asked, raw, admin_port(admin, config, state))
         except NobodyError:
             if path is None:
                 raise
@@ -194,7 +194,7 @@ def status(
     if watch and json_output:
         fail("give --watch or --json, not both")
     try:
-        port = _port(admin, config, state)
+        port = admin_port(admin, config, state)
         shown = ask(port, "/state")
     except AskError as error:
         fail(str(error), 1)
@@ -238,7 +238,7 @@ def _watch(port: AdminPort | str) -> None:
             time.sleep(WATCH_S)
 
 
-def _port(admin: str | None, config: Path | None, state: Path | None) -> AdminPort | str:
+def admin_port(admin: str | None, config: Path | None, state: Path | None) -> AdminPort | str:
     """Where the admin port is. Raises AskError."""
     from proxy.ask import DEFAULT_STATE, AdminPort, admin_address
 

@@ -41,6 +41,7 @@ from proxy.upstream import Endpoint
 
 if TYPE_CHECKING:
     from proxy.exchange import Exchange
+    from proxy.scaling.planning import Planning
     from proxy.server import ClientConnection
 
 log = logging.getLogger("tidegate")
@@ -141,6 +142,7 @@ class Runtime:
         """What the probes know, by backend, for `/state`."""
         self.hosts: Callable[[], Mapping[str, Any]] = dict
         """What the hosts say, by site, likewise."""
+        self.planning: Planning | None = None
         self.fleet = Fleet(built.backends, built.health)
         self.valve = Valve(built.policy.rules, self.fleet)
         retries = config.retries

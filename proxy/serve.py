@@ -52,6 +52,8 @@ from proxy.reload import NEXT_START, keep_connections, owed
 from proxy.requestlog import RequestLog
 from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
+from proxy.scaling.planning import Planning
+from proxy.scaling.spending import TokenSpending
 from proxy.state_lock import adopt_when_left, lock_state, open_journal, other_journals
 from proxy.upgrade import SOCKET_FILE, Predecessor, UpgradeSocket
 from proxy.upstream import is_our_shortage
@@ -150,7 +152,8 @@ class Service:
         journal = open_journal(config.state)
         zone = time_zone(config.budget_zone)
         budgets = shared_budgets(self._engine, zone)
-        self._ledger = ledger = Ledger(self._engine, journal, built.prices, budgets=budgets)
+        spending = TokenSpending(self._engine, time.time(), zone, config.ledger_currency, budgets)
+        self._ledger = ledger = Ledger(self._engine, journal, built.prices, budgets=spending)
         await asyncio.to_thread(ledger.start, loop, self._ledger_failed)
         left = other_journals(config.state, journal)
         written = [folder for folder in left if await asyncio.to_thread(ledger.adopt, folder) is None]
@@ -176,6 +179,7 @@ class Service:
         runtime.responses = StoredResponses(config.state / "responses.jsonl", shared=shared)
         keys_file = config.state / "idempotency.jsonl"
         runtime.idempotency.open(keys_file, runtime.tasks, runtime.wall(), shared=shared)
+        self._planning = runtime.planning = await Planning.opened(runtime, spending)
         runtime.most_clients = most_clients(config.limits.connections, told=predecessor is not None)
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
@@ -438,6 +442,7 @@ class Service:
             )
             runtime.limits.change_currency(runtime.prices.currency, built.prices.currency)
         runtime.use(built)
+        self._planning.use(config)
         runtime.most_clients = most_clients(config.limits.connections, runtime.most_clients)
         runtime.fleet.replace(built.backends)
         runtime.valve.swap(built.policy.rules, runtime.now())

@@ -14,6 +14,7 @@ from prometheus_client.exposition import generate_latest
 
 from policies.state import Backend
 from proxy.admin.explain import explanation, unavailable
+from proxy.admin.plans import plan_routes
 from proxy.admin.whatif import AskedError, Running, asked, what_if
 from proxy.ask import CLIENTS_ERROR
 from proxy.dialects import body_in, status_in
@@ -88,6 +89,7 @@ def admin_app(runtime: Runtime, started: float) -> web.Application:
             web.get("/state", show_state),
             web.get("/explain/{id}", explain),
             web.post("/explain", explain_request),
+            *plan_routes(runtime),
         ]
     )
     return app
@@ -223,6 +225,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             "failed": runtime.ledger.failed or runtime.journal.failed,
         },
         "keys": {"trouble": runtime.keys.trouble},
+        "plans": runtime.planning.shown() if runtime.planning is not None else None,
         "memory": {"use": round(runtime.pressure.use, 4), "shedding": runtime.shedding},
         "connections": {"clients": len(runtime.clients), "open_exchanges": len(runtime.exchanges)},
     }

@@ -159,10 +159,14 @@ class Budgets:
         """The first of them that is reached."""
         return next((used for used in self.under(site, template) if used.reached), None)
 
-    def refuses(self, site: str, template: str, nano: int) -> Used | None:
-        """The first of them that has no room for so much more."""
-        found = self.under(site, template)
-        return next((used for used in found if used.reached or used.nano + nano > used.ceiling.nano), None)
+    def refuses(self, costs: Iterable[tuple[str, int]], template: str = "") -> Used | None:
+        """The first ceiling that has no room for these further costs, nano-units by site."""
+        costs = list(costs)
+        for used in self.used():
+            nano = [nano for site, nano in costs if _covers(used.ceiling, site, template)]
+            if nano and (used.reached or used.nano + sum(nano) > used.ceiling.nano):
+                return used
+        return None
 
     def left(self, site: str, template: str = "") -> int | None:
         """Of the tightest of them, nano-units; None: there is none."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from policies.match import LOCAL
-from policies.plans import Forecast, forecast_of
+from policies.plans import Forecast, Plan, Resources, Trigger, forecast_of
 from policies.profile import Profile, read_profile
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
@@ -84,6 +84,54 @@ def offer(backend: BackendConfig, images: Images) -> Offer:
         forecast_of(profile, None if backend.slots == "auto" else backend.slots),
         launch,
     )
+
+
+def draft(
+    chosen: Sequence[Offer],
+    *,
+    id: str,
+    trigger: Trigger,
+    reason: str,
+    mode: str,
+    created: float,
+    waits_s: float,
+    budget_left: float | None,
+    figures: Mapping[str, float],
+    template: str,
+) -> Plan:
+    """A plan to start these standbys, with what they take, cost and promise together."""
+    forecast = chosen[0].forecast
+    for one in chosen[1:]:
+        forecast = forecast.and_then(one.forecast)
+    known = [one.cost_per_hour for one in chosen if one.cost_per_hour is not None]
+    return Plan(
+        id=id,
+        standbys=tuple(one.name for one in chosen),
+        trigger=trigger,
+        reason=reason,
+        mode=mode,
+        created=created,
+        expires=created + waits_s,
+        resources=Resources(
+            model=_joined(model for model in chosen[0].models if all(model in one.models for one in chosen)),
+            task=chosen[0].task,
+            site=_joined(one.site for one in chosen),
+            card=_joined(one.card for one in chosen),
+            cards=max(one.cards for one in chosen),
+            count=len(chosen),
+            image=_joined(one.image for one in chosen),
+        ),
+        forecast=forecast,
+        cost_per_hour=sum(known) if len(known) == len(chosen) else None,
+        budget_left=budget_left,
+        figures=figures,
+        template=template,
+    )
+
+
+def _joined(words: Iterable[str]) -> str:
+    """Each once, in their order."""
+    return ", ".join(dict.fromkeys(filter(None, words)))
 
 
 def _profile(file: Path | None) -> Profile | None:

@@ -131,6 +131,27 @@ def test_a_plan_is_done_with_the_last_of_its_standbys() -> None:
     assert both.state is PlanState.DONE
 
 
+def test_what_is_stopped_before_it_is_done_comes_to_nothing() -> None:
+    plan = a_plan("a", "b").moved(PlanEvent.APPROVE, "Ada", "", 1.0)
+    assert plan is not None
+    assert plan.stopped_with("a", 2.0, "") is None, "it has not begun"
+    plan = plan.began_with("a", 2.0, "")
+    assert plan is not None
+    assert plan.began == 2.0
+    gone = plan.stopped_with("a", 5.0, "nobody wants it")
+    assert gone is not None
+    assert (gone.state, gone.stopped) == (PlanState.EXPIRED, (("a", 5.0),))
+    done = plan.ready_with("a", 3.0)
+    assert done is not None
+    done = done.ready_with("b", 4.0)
+    assert done is not None
+    later = done.stopped_with("b", 9.0, "")
+    assert later is not None
+    assert (later.state, later.stopped) == (PlanState.DONE, (("b", 9.0),))
+    assert later.stopped_with("b", 10.0, "") is None
+    assert plan_from(later.as_dict()) == later
+
+
 def test_only_what_waits_is_ever_due() -> None:
     plan = a_plan()
     assert not plan.is_due(1899.9)

@@ -197,11 +197,12 @@ def test_at_the_ceiling_and_not_before(engine: Engine) -> None:
     of = budgets(process, Ceiling("site", "nanjing", 100))
     process.pays(99)
     assert of.reached("nanjing") is None
-    assert of.refuses("nanjing", "", 1) is None
-    assert of.refuses("nanjing", "", 2) is not None
+    assert of.refuses([("nanjing", 1)]) is None
+    assert of.refuses([("nanjing", 2)]) is not None
+    assert of.refuses([("nanjing", 1), ("xian", 9), ("nanjing", 1)]) is not None, "both together"
     process.pays(1)
     assert of.reached("nanjing") is not None
-    assert of.refuses("nanjing", "", 0) is not None, "a budget that is used up allows nothing"
+    assert of.refuses([("nanjing", 0)]) is not None, "a budget that is used up allows nothing"
     assert of.reached("xian") is None
     assert budgets(process, Ceiling("site", "xian", 0)).reached("xian") is not None
 
