@@ -1,8 +1,8 @@
 """Plans, templates and budgets on the admin port.
 
 The port asks for no key, so what changes something takes no request that a web page could send from a browser which
-may reach it: one with an `Origin`, or with a body that is not declared as JSON. Answers of own systems
-are signed.
+may reach it: one with an `Origin`, or with a body that is not declared as JSON. Answers of the
+operator's own systems are signed.
 """
 
 from __future__ import annotations

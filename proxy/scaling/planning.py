@@ -76,7 +76,7 @@ class Planning:
         self._budget_notices: Notices | None = None
         self._moves: deque[Move] = deque(maxlen=10_000)
         self._read_at = 0.0
-        self._reading = False
+        self._turning = asyncio.Lock()
         self._trouble = ""
         self.use(config)
 
@@ -147,6 +147,10 @@ class Planning:
 
     async def turn(self) -> None:
         """What goes on all the time: moves, ends of waits, money, templates."""
+        async with self._turning:
+            await self._turn()
+
+    async def _turn(self) -> None:
         if self.templates.look():
             if self.templates.trouble:
                 log.error("templates: the old ones go on:\n%s", self.templates.trouble)
@@ -438,15 +442,12 @@ class Planning:
 
     async def _look_at_costs(self) -> None:
         over = self.runtime.wall() >= self.spending.end
-        if not self.budgets.ceilings or self._reading or (self.runtime.now() < self._read_at and not over):
+        if not self.budgets.ceilings or (self.runtime.now() < self._read_at and not over):
             return
-        self._reading = True
         try:
             await self._read()
         except SQLAlchemyError as error:
             self._say(f"budgets: what this month has cost cannot be read: {said(error)}")
-        finally:
-            self._reading = False
 
     def _drain(self) -> None:
         """Take what has reached its ceiling from those that get requests, and give back what has not."""
