@@ -58,7 +58,9 @@ class Entry(FileModel):
 
     models: Patterns = Field(["*"], description="Names or patterns (`Qwen/Qwen3-*`).")
     cards: Patterns = Field(["*"], description="Cards or patterns; vendor and case do not count.")
-    tasks: list[Task] = Field(list(TASKS), min_length=1, description="What it serves.")
+    tasks: list[Task] = Field(
+        default_factory=lambda: list(get_args(Task)), min_length=1, description="What it serves."
+    )
     protocols: list[Protocol] = Field(["openai"], min_length=1, description="API that it speaks.")
     image: str | None = Field(None, min_length=1, description="Container image.")
     command: list[Argument] | None = Field(None, min_length=1, description="Instead of an image: a command.")

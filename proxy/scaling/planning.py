@@ -77,6 +77,8 @@ class Planning:
         self._moves: deque[Move] = deque(maxlen=10_000)
         self._read_at = 0.0
         self._turning = asyncio.Lock()
+        self._asking: set[str] = set()
+        """Standbys of which a plan is being proposed."""
         self._trouble = ""
         self.use(config)
 
@@ -185,13 +187,29 @@ class Planning:
         age = self.runtime.wall() - refused.decisions[-1].wall
         return not 0.0 <= age < self.config.scaling.approval
 
-    async def may_start(self, name: str, step: Step) -> str | None:
+    def may_start(self, name: str, step: Step) -> str | None:
         """The id of the approved plan that pays for starting a standby; None: not now.
 
-        In mode `auto` that is a new plan, approved at once, unless a ceiling is in the way; in mode `confirm` it is
-        proposed, and approved by somebody later. Asking again changes nothing. Not to be asked for a standby that
+        Where there is none, one is proposed meanwhile, and `approved` called when it may start: at once in mode
+        `auto`, unless a ceiling is in the way. Asking again changes nothing. Not to be asked for a standby that
         drains: its run is paid for.
         """
+        plan = self.plans.holding(name)
+        if plan is not None and plan.state is not PlanState.PROPOSED:
+            return plan.id
+        if plan is None and name not in self._asking and self.allowed(name):
+            self._asking.add(name)
+            self.runtime.tasks.spawn(self._asked(name, step), f"plan for {name}")
+        return None
+
+    async def _asked(self, name: str, step: Step) -> None:
+        try:
+            await self.want(name, step)
+        finally:
+            self._asking.discard(name)
+
+    async def want(self, name: str, step: Step) -> str | None:
+        """As `may_start`, with what comes of a proposal."""
         if not self.allowed(name):
             return None
         plan = self.plans.holding(name)

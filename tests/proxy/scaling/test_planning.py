@@ -124,9 +124,9 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
 
 async def test_in_mode_auto_a_plan_is_executed_at_once(start: Start) -> None:
     proxy = await start()
-    id = await proxy.planning.may_start("nj", STEP)
+    id = await proxy.planning.want("nj", STEP)
     assert id is not None
-    assert await proxy.planning.may_start("nj", STEP) == id, "asking again makes no second one"
+    assert await proxy.planning.want("nj", STEP) == id, "asking again makes no second one"
     plan = proxy.planning.plans.find(id)
     assert (plan.state, plan.approved_by, plan.reason) == (PlanState.APPROVED, "auto", STEP.reason)
     assert (plan.cost_per_hour, plan.resources.card, plan.forecast.concurrency) == (10.0, "H20", 8)
@@ -138,12 +138,22 @@ async def test_in_mode_auto_a_plan_is_executed_at_once(start: Start) -> None:
     await proxy.lives(nj, Event.PREPARED, Event.STARTED)
     assert proxy.planning.plans.find(id).state is PlanState.DONE
     assert proxy.planning.wanted() == []
-    assert await proxy.planning.may_start("nj", STEP) != id, "the next run is another plan"
+    assert await proxy.planning.want("nj", STEP) != id, "the next run is another plan"
+
+
+async def test_the_manager_asks_and_is_woken_when_it_may(start: Start) -> None:
+    proxy = await start()
+    woken: list[str | None] = []
+    proxy.planning.approved = lambda: woken.append(proxy.planning.may_start("nj", STEP))
+    for _ in range(3):
+        assert proxy.planning.may_start("nj", STEP) is None, "a plan is on its way to the disk"
+    (id,) = await eventually(lambda: woken)
+    assert [plan.id for plan in proxy.planning.plans.all()] == [id]
 
 
 async def test_a_failure_ends_its_plan(start: Start) -> None:
     proxy = await start()
-    id = await proxy.planning.may_start("nj", STEP)
+    id = await proxy.planning.want("nj", STEP)
     assert id is not None
     await proxy.lives(Standby("nj"), Event.START, Event.FAIL, plan=id)
     plan = proxy.planning.plans.find(id)
@@ -152,8 +162,8 @@ async def test_a_failure_ends_its_plan(start: Start) -> None:
 
 async def test_in_mode_confirm_somebody_has_to_approve(start: Start) -> None:
     proxy = await start(mode="confirm")
-    assert await proxy.planning.may_start("nj", STEP) is None
-    assert await proxy.planning.may_start("nj", STEP) is None
+    assert await proxy.planning.want("nj", STEP) is None
+    assert await proxy.planning.want("nj", STEP) is None
     (plan,) = proxy.planning.plans.all()
     assert plan.waits_for == "approval"
     assert proxy.planning.wanted() == []
@@ -163,7 +173,7 @@ async def test_in_mode_confirm_somebody_has_to_approve(start: Start) -> None:
     assert "for       qwen3-32b (generate), on 1 × H20" in shown
     said = await proxy.says("plans", "approve", plan.id, "--by", "ada", "--reason", "exam week")
     assert said == f"plan {plan.id} is approved, by ada\n"
-    assert await proxy.planning.may_start("nj", STEP) == plan.id
+    assert await proxy.planning.want("nj", STEP) == plan.id
     said = await proxy.says("plans", "approve", plan.id, status=1)
     assert f"plan {plan.id} is approved already, by ada: exam week" in said
     said = await proxy.says("plans", "show", "ffffffff", status=1)
@@ -174,12 +184,12 @@ async def test_in_mode_confirm_somebody_has_to_approve(start: Start) -> None:
 
 async def test_what_was_refused_is_left_alone_for_a_while(start: Start) -> None:
     proxy = await start(mode="confirm", approval="10m")
-    assert await proxy.planning.may_start("nj", STEP) is None
+    assert await proxy.planning.want("nj", STEP) is None
     (plan,) = proxy.planning.plans.all()
     await proxy.says("plans", "refuse", plan.id, "--reason", "too dear")
     assert not proxy.planning.allowed("nj")
     assert proxy.planning.allowed("xa")
-    assert await proxy.planning.may_start("nj", STEP) is None
+    assert await proxy.planning.want("nj", STEP) is None
     assert len(proxy.planning.plans) == 1
     later = time.time() + 601
     proxy.service.runtime.wall = lambda: later
@@ -188,7 +198,7 @@ async def test_what_was_refused_is_left_alone_for_a_while(start: Start) -> None:
 
 async def test_what_waits_too_long_expires(start: Start) -> None:
     proxy = await start(mode="confirm", approval="10m")
-    await proxy.planning.may_start("nj", STEP)
+    await proxy.planning.want("nj", STEP)
     (plan,) = proxy.planning.plans.all()
     later = time.time() + 601
     proxy.planning.plans._wall = proxy.service.runtime.wall = lambda: later
@@ -199,12 +209,12 @@ async def test_what_waits_too_long_expires(start: Start) -> None:
 
 async def test_plans_outlive_the_process(start: Start) -> None:
     proxy = await start(mode="confirm")
-    await proxy.planning.may_start("nj", STEP)
+    await proxy.planning.want("nj", STEP)
     (plan,) = proxy.planning.plans.all()
     await proxy.service.stop()
     again = await start(mode="confirm")
     assert again.planning.plans.all() == [plan]
-    assert await again.planning.may_start("nj", STEP) is None
+    assert await again.planning.want("nj", STEP) is None
     assert len(again.planning.plans) == 1
 
 
@@ -235,7 +245,7 @@ async def test_a_webhook_is_asked_and_answers(
     monkeypatch.setenv("HOOK_SECRET", SECRET)
     url, came = told
     proxy = await start(mode="confirm", approval_webhook={"url": url, "secret_env": "HOOK_SECRET"})
-    await proxy.planning.may_start("nj", STEP)
+    await proxy.planning.want("nj", STEP)
     headers, body = await eventually(lambda: came[0] if came else None)
     assert verify([SECRET.encode()], headers, body, time.time())
     asked = json.loads(body)
@@ -269,7 +279,7 @@ async def test_at_a_ceiling_nothing_new_is_sent_or_started(start: Start) -> None
     proxy.pays(91)
     await proxy.turn()
     assert proxy.planning.allowed("nj")
-    assert await proxy.planning.may_start("nj", STEP) is None, "an hour of it costs 10"
+    assert await proxy.planning.want("nj", STEP) is None, "an hour of it costs 10"
     (plan,) = proxy.planning.plans.all()
     assert plan.waits_for == "the budget of site nanjing: 91.0000 of 100.0000 CNY used"
     assert plan.budget_left == 9.0
@@ -281,7 +291,7 @@ async def test_at_a_ceiling_nothing_new_is_sent_or_started(start: Start) -> None
     assert (fleet["nj"].over_budget, fleet["xa"].over_budget) == (True, False)
     assert not fleet["nj"].available
     assert not proxy.planning.allowed("nj")
-    assert await proxy.planning.may_start("xa", STEP) is not None
+    assert await proxy.planning.want("xa", STEP) is not None
     _, shown = await proxy.ask("GET", "/budgets")
     assert {row["name"]: row["reached"] for row in shown["budgets"]} == {"nanjing": True, "xian": False}
     async with (
@@ -315,7 +325,7 @@ async def test_a_ceiling_is_kept_over_a_restart_and_gives_back_when_it_is_raised
 
 async def test_with_money_again_a_plan_in_mode_auto_goes_on(start: Start) -> None:
     proxy = await start(budgets={"month": 5})
-    assert await proxy.planning.may_start("nj", STEP) is None
+    assert await proxy.planning.want("nj", STEP) is None
     scaling = proxy.planning.config.scaling.model_copy(
         update={"budgets": proxy.planning.config.scaling.budgets.model_copy(update={"month": 50.0})}
     )
@@ -323,7 +333,7 @@ async def test_with_money_again_a_plan_in_mode_auto_goes_on(start: Start) -> Non
     await proxy.turn()
     (plan,) = proxy.planning.plans.all()
     assert plan.state is PlanState.APPROVED
-    assert await proxy.planning.may_start("nj", STEP) == plan.id
+    assert await proxy.planning.want("nj", STEP) == plan.id
 
 
 # Templates
@@ -400,7 +410,7 @@ async def test_a_template_pays_for_what_runs_on_its_account(start: Start) -> Non
 
 async def test_no_web_page_changes_anything(start: Start) -> None:
     proxy = await start(mode="confirm")
-    await proxy.planning.may_start("nj", STEP)
+    await proxy.planning.want("nj", STEP)
     (plan,) = proxy.planning.plans.all()
     approve = f"/plans/{plan.id}/approve"
     assert (await proxy.ask("POST", approve, {"by": "x"}, origin="http://localhost"))[0] == 403
@@ -421,7 +431,7 @@ async def test_no_web_page_changes_anything(start: Start) -> None:
 )
 async def test_a_bad_body_is_named(start: Start, body: bytes, status: int, said: str) -> None:
     proxy = await start(mode="confirm")
-    await proxy.planning.may_start("nj", STEP)
+    await proxy.planning.want("nj", STEP)
     (plan,) = proxy.planning.plans.all()
     found, answer = await proxy.ask("POST", f"/plans/{plan.id}/refuse", body)
     assert (found, said in answer["error"]["message"]) == (status, True)
