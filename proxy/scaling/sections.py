@@ -10,10 +10,15 @@ from pydantic import Field, model_validator
 from policies.siteschema import SiteName
 from policies.units import BadValueError, Duration, Fraction
 from policies.yamlfile import FileModel
-from proxy.config_values import Url, Variable
+from proxy.config_values import NetworkText, Url, Variable
 
 Money = Annotated[float, Field(ge=0)]
 """In the ledger's currency."""
+
+
+def _over_http(url: str) -> None:
+    if url.startswith("unix:"):
+        raise BadValueError("this one is called over HTTP: http:// or https://", at=("url",))
 
 
 class VllmRecipe(FileModel):
@@ -70,6 +75,11 @@ class WebhookSection(FileModel):
         None, description="Environment variable with the secret that signs each call (HMAC-SHA256)."
     )
     timeout: Duration = Field(10.0, gt=0, description="One call that takes longer is tried again.")
+
+    @model_validator(mode="after")
+    def _check(self) -> WebhookSection:
+        _over_http(self.url)
+        return self
 
 
 class SchedulerSection(FileModel):
@@ -132,8 +142,22 @@ class SchedulerPlatform(FileModel):
 
     url: Url = Field(description="Gets scale requests.")
     secret_env: Variable = Field(
-        description="Environment variable with the secret that signs both directions (HMAC-SHA256)."
+        description="Environment variable with the secret that signs both directions (HMAC-SHA256). Two secrets, "
+        "divided by a blank, while one is replaced."
     )
+    api_key_env: Variable | None = Field(
+        None, description="Environment variable with the key that engines of its placements want."
+    )
+    networks: list[NetworkText] = Field(
+        default_factory=list,
+        description="Networks that are not public and in which placements may be all the same: `[10.8.0.0/16]`.",
+    )
+    timeout: Duration = Field(10.0, gt=0, description="One call that takes longer is tried again.")
+
+    @model_validator(mode="after")
+    def _check(self) -> SchedulerPlatform:
+        _over_http(self.url)
+        return self
 
 
 class BudgetsSection(FileModel):
