@@ -267,6 +267,11 @@ class Config(FileModel):
                     "without probes nobody sees a standby answer: leave `probing.enabled` out",
                     at=("backends", number, "standby"),
                 )
+            if backend.standby is not None and backend.standby.scheduler and self.scaling.scheduler is None:
+                raise BadValueError(
+                    "a placement of which platform? Give `scaling.scheduler` too",
+                    at=("backends", number, "standby", "scheduler"),
+                )
             if backend.models == "auto" and not self.probing.enabled:
                 raise BadValueError(
                     f"without probes nobody asks backend '{backend.name}' for its models: list them here, "
