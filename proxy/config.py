@@ -353,6 +353,8 @@ def _resolve(config: Config, base: Path) -> Config:
         for name in ("api_key_file", "profile"):
             if (file := getattr(backend, name)) is not None:
                 update[name] = base / file
+        if (standby := backend.standby) is not None and standby.command is not None:
+            update["standby"] = standby.model_copy(update={"command": standby.command.resolved(base)})
         backends.append(backend.model_copy(update=update))
     changes: dict[str, Any] = {"state": base / config.state, "backends": backends}
     changes["tls"] = [

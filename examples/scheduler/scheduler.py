@@ -270,7 +270,7 @@ class Scheduler:
         async with placed.turn:
             if placed.state != "starting":
                 return
-            await self._progress(id, placed, 0.1, "launching")
+            self._progress(id, placed, 0.1, "launching")
             command = [sys.executable, "-m", "proxy.cli", "emulate", "--model", placed.message["models"][0]]
             command += ["--port", str(placed.port), "--profile", placed.profile, "--speed", str(placed.speed)]
             placed.engine = engine = await asyncio.create_subprocess_exec(
@@ -283,13 +283,13 @@ class Scheduler:
                 placed.state, placed.detail = "failed", "the engine ended before it listened"
             elif placed.state == "starting":  # nobody has stopped it meanwhile
                 placed.state = "ready"
-            await self._progress(id, placed, 1.0, placed.detail)
+            self._progress(id, placed, 1.0, placed.detail)
 
     async def _stop(self, id: str, placed: Placed) -> None:
         async with placed.turn:
             await self._end(placed)
             placed.state, placed.run = "standby", ""
-            await self._progress(id, placed, None, "")
+            self._progress(id, placed, None, "")
 
     async def _end(self, placed: Placed) -> None:
         engine, placed.engine = placed.engine, None
@@ -315,10 +315,10 @@ class Scheduler:
             content = placed.placement(self.ttl_s).model_dump(mode="json", exclude_none=True)
             await self._push("PUT", f"/platform/placements/{id}", content)
 
-    async def _progress(self, id: str, placed: Placed, progress: float | None, detail: str) -> None:
+    def _progress(self, id: str, placed: Placed, progress: float | None, detail: str) -> None:
         placed.progress, placed.detail = progress, detail
         if id in self.placed:
-            await self._push("POST", "/platform/progress", {"placement": id, **placed.status()})
+            self._spawn(self._push("POST", "/platform/progress", {"placement": id, **placed.status()}))
 
     async def _push(self, method: str, path: str, content: dict[str, Any] | None = None) -> None:
         try:

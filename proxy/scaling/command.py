@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Final
 
+from policies.units import BadValueError
 from proxy.masking import masked_output, secret_values
 from proxy.scaling.facts import Facts
 from proxy.scaling.provider import Presence, ProviderError, Status
@@ -36,6 +38,14 @@ class CommandProvider:
             raise ValueError("not a standby with a command")
         self._section = section.command
         self._facts = facts
+
+    @staticmethod
+    def check(section: StandbySection, facts: Facts) -> Iterator[BadValueError]:
+        """What cannot work: the script is not there, or cannot be run."""
+        if section.command is not None and shutil.which(executable := section.command.command[0]) is None:
+            there = os.path.exists(executable)
+            why = "may not be executed (chmod +x)" if there else "is not there, or not in PATH"
+            yield BadValueError(f"{executable} {why}", at=("command", "command"))
 
     async def prepare(self, run: str) -> None:
         """Raises ProviderError."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from proxy.scaling.sections import SchedulerPlatform
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,3 +21,11 @@ class Facts:
     site: str = "local"
     key: str | None = field(default=None, repr=False)
     """The API key that its engine wants; None: it wants none."""
+    directory: Path = Path("standbys")
+    """Where files of standbys are kept: in the state directory."""
+    tls: ssl.SSLContext | None = None
+    """How its certificate is checked; None: its URL is plain http."""
+    server_name: str | None = None
+    """Name the certificate must carry; None: the URL's host."""
+    platform: SchedulerPlatform | None = None
+    """`scaling.scheduler`; None: there is none."""

@@ -140,7 +140,8 @@ class Platform:
         """Who may be connected to, for each name that only placements have: see `probes.resolver`."""
         section = config.scaling.scheduler
         networks = section.networks if section is not None else ()
-        ours, theirs = set(), set()
+        ours: set[str] = set()
+        theirs: set[str] = set()
         for backend in config.backends:
             if backend.url.startswith("unix:"):
                 continue

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
+from policies.units import BadValueError
 from proxy.scaling.calls import Caller, RefusedError, new_id
 from proxy.scaling.facts import Facts
 from proxy.scaling.messages import PRESENCE, MessageError, PlacementStatus, Run, read_message
 from proxy.scaling.platform import caller_of
 from proxy.scaling.provider import Presence, ProviderError, Status
-from proxy.scaling.sections import SchedulerPlatform, StandbySection
+from proxy.scaling.sections import StandbySection
 
 FIRST_LOOK_S: Final = 0.5
 LONGEST_LOOK_S: Final = 10.0
@@ -31,14 +32,13 @@ class SchedulerProvider:
         self,
         section: StandbySection,
         facts: Facts,
-        platform: SchedulerPlatform,
         caller: Caller | None = None,
         *,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
-        """`platform`: `scaling.scheduler`. `caller`: default: one of its own. Raises BadValueError: the secret is
-        not there."""
-        if section.scheduler is None:
+        """`caller`: default: one of its own. Raises BadValueError: the secret is not there."""
+        platform = facts.platform
+        if section.scheduler is None or platform is None:
             raise ValueError("not a standby of a scheduler")
         self._section = section
         self._facts = facts
@@ -47,6 +47,14 @@ class SchedulerProvider:
         self._within_s = platform.timeout
         self._caller = caller or caller_of(platform)
         self._sleep = sleep
+
+    @staticmethod
+    def check(section: StandbySection, facts: Facts) -> Iterator[BadValueError]:
+        """What cannot work."""
+        if facts.platform is None:
+            yield BadValueError(
+                "a placement of which platform? Give `scaling.scheduler` too", at=("scheduler",)
+            )
 
     async def prepare(self, run: str) -> None:
         """Raises ProviderError."""

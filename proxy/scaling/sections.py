@@ -66,6 +66,12 @@ class CommandSection(FileModel):
     environment: dict[str, str] = Field(default_factory=dict, description="Variables besides our own.")
     timeout: Duration = Field(60.0, gt=0, description="One call that takes longer has failed.")
 
+    def resolved(self, base: Path) -> CommandSection:
+        """With an absolute path; a script without any `/` in it is looked for in PATH."""
+        if "/" not in self.command[0]:
+            return self
+        return self.model_copy(update={"command": [str(base / self.command[0]), *self.command[1:]]})
+
 
 class WebhookSection(FileModel):
     """An HTTP endpoint that starts and stops it."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
 from policies.standby import Work
+from policies.units import BadValueError
 from proxy.scaling.calls import Answer, Caller, new_id
 from proxy.scaling.facts import Facts
 from proxy.scaling.provider import Presence, ProviderError, Status
@@ -49,6 +50,15 @@ class WebhookProvider:
             caller = Caller(secrets, timeout_s=webhook.timeout)
         self._caller = caller
         self._sleep = sleep
+
+    @staticmethod
+    def check(section: StandbySection, facts: Facts) -> Iterator[BadValueError]:
+        """What cannot work: its secret is not there."""
+        try:
+            if section.webhook is not None and section.webhook.secret_env:
+                secrets_of(section.webhook.secret_env, ("webhook", "secret_env"))
+        except BadValueError as error:
+            yield error
 
     async def prepare(self, run: str) -> None:
         """Raises ProviderError."""

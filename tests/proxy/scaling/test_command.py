@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from proxy.config import load_config
 from proxy.scaling.command import MOST_OUTPUT_BYTES, CommandProvider
 from proxy.scaling.facts import Facts
 from proxy.scaling.provider import Presence, ProviderError
@@ -155,3 +156,29 @@ async def test_a_script_that_is_not_there(tmp_path: Path) -> None:
     section = StandbySection.model_validate({"command": {"command": [str(tmp_path / "none")]}})
     with pytest.raises(ProviderError, match="none cannot be run: no such file"):
         await CommandProvider(section, FACTS).start("r1")
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"), [(None, "is not there"), (0o600, "may not be executed"), (0o700, "")]
+)
+def test_a_script_is_looked_at_before(tmp_path: Path, mode: int | None, said: str) -> None:
+    script = tmp_path / "standby.sh"
+    if mode is not None:
+        script.touch()
+        script.chmod(mode)
+    section = StandbySection.model_validate({"command": {"command": [str(script)]}})
+    problems = list(CommandProvider.check(section, FACTS))
+    assert [problem.at for problem in problems] == ([("command", "command")] if said else [])
+    assert all(said in problem.message for problem in problems)
+
+
+def test_a_path_is_relative_to_the_configuration(tmp_path: Path) -> None:
+    backend = {"name": "a", "url": "http://127.0.0.1:1", "models": ["m"]}
+    sections = [
+        backend | {"name": name, "standby": {"command": {"command": [command, "x"]}}}
+        for name, command in (("a", "./on.sh"), ("b", "on.sh"))
+    ]
+    file = tmp_path / "tidegate.yaml"
+    file.write_text(json.dumps({"backends": sections}))
+    found = [backend.standby.command.command for backend in load_config(file).backends]  # type: ignore[union-attr]
+    assert found == [[str(tmp_path / "on.sh"), "x"], ["on.sh", "x"]]

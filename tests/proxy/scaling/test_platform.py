@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from policies.state import Backend
 from proxy.scaling.messages import MOST_BODY_BYTES, ScaleRequest
 from proxy.scaling.signing import TOLERANCE_S, verify
+from tests.patience import examples
 from tests.proxy.scaling.endpoint import endpoint
 from tests.proxy.scaling.served import BODY, CONFIG, SECRET, Serving, pushing
 
@@ -285,7 +286,7 @@ async def test_no_body_makes_it_fail(tmp_path: Path) -> None:
     loop = asyncio.get_running_loop()
     async with pushing(serving) as push:
 
-        @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=examples(200), deadline=None, suppress_health_check=list(HealthCheck))
         @given(ROUTES, st.dictionaries(FIELDS, JSON, max_size=4), st.none() | JSON | st.binary(max_size=30))
         def fuzz(route: tuple[str, str], fields: dict[str, Any], instead: Any) -> None:
             body = {**BODY, **fields} if instead is None else instead

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from proxy.config import Config
 from proxy.scaling.calls import Caller
 from proxy.scaling.facts import Facts
 from proxy.scaling.provider import Presence, ProviderError
@@ -19,8 +20,8 @@ def provider(server: Endpoint, **times: float) -> SchedulerProvider:
     platform = SchedulerPlatform.model_validate({"url": server.url, "secret_env": "HOOK"})
     pauses = Pauses()
     caller = Caller([b"a-secret-of-16-b"], sleep=pauses, timeout_s=0.2)
-    facts = Facts("nj", "http://10.0.0.7:8000", ["m"], "nanjing")
-    return SchedulerProvider(section, facts, platform, caller, sleep=pauses)
+    facts = Facts("nj", "http://10.0.0.7:8000", ["m"], "nanjing", platform=platform)
+    return SchedulerProvider(section, facts, caller, sleep=pauses)
 
 
 def state(state: str, **more: Any) -> tuple[int, dict[str, Any]]:
@@ -120,3 +121,12 @@ async def test_a_status_that_says_nothing_is_unknown(answer: Any) -> None:
         await one.close()
     assert found.presence is Presence.UNKNOWN
     assert found.detail
+
+
+def test_without_a_platform_it_is_refused() -> None:
+    section = StandbySection.model_validate({"scheduler": {"placement": "p1"}})
+    facts = Facts("nj", "http://10.0.0.7:8000", ["m"])
+    assert [problem.at for problem in SchedulerProvider.check(section, facts)] == [("scheduler",)]
+    backend = {"name": "nj", "url": facts.url, "models": ["m"], "standby": {"scheduler": {"placement": "p1"}}}
+    with pytest.raises(ValueError, match="placement of which platform"):
+        Config.model_validate({"backends": [backend]})

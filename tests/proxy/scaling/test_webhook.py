@@ -140,6 +140,7 @@ async def test_a_secret_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BadValueError, match="HOOK is not set") as raised:
         WebhookProvider(section, FACTS)
     assert raised.value.at == ("webhook", "secret_env")
+    assert [problem.at for problem in WebhookProvider.check(section, FACTS)] == [("webhook", "secret_env")]
 
 
 def test_a_socket_is_no_webhook() -> None:
