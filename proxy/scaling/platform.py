@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,22 +23,28 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import orjson
 
+from policies.asking import LIFE_S, Ask
+from policies.match import LOCAL
 from policies.state import Backend
 from policies.units import BadValueError
 from probes.resolver import Resolver
 from proxy.config import Config
 from proxy.readable import in_words
-from proxy.scaling.calls import Caller, new_id
+from proxy.scaling.calls import Caller, RefusedError, new_id
 from proxy.scaling.messages import (
+    Budget,
+    Demand,
     MessageError,
     Placement,
     Progress,
     Resources,
     ScaleRequest,
+    Sla,
     read_message,
 )
 from proxy.scaling.overlay import LeftOut, with_placements
 from proxy.scaling.placements import Answered, Placements
+from proxy.scaling.provider import ProviderError
 from proxy.scaling.sections import SchedulerPlatform
 from proxy.scaling.signing import SignatureError, secrets_of, verify, what_is_signed
 from proxy.ssrf import check_url, checked_addresses, may_be_reached
@@ -47,6 +54,7 @@ log = logging.getLogger("tidegate")
 FILE: Final = "placements.json"
 EXPIRE_S: Final = 1.0
 """How often it is looked whose time is over."""
+NOT_FOUND: Final = 404
 WITHIN_S: Final = 60.0
 """How long a scale request is tried for."""
 
@@ -313,6 +321,42 @@ class Platform:
         content = wanted.model_dump(mode="json", exclude_none=True)
         await caller.call("POST", f"{url}/v1/scale-requests", content, id=new_id(), within_s=WITHIN_S)
 
+    async def ask(
+        self, ask: Ask, tokens_per_request: float = 2000.0, month_left: float | None = None
+    ) -> bool:
+        """Send what `policies.asking` decided; False: it has not arrived, and the log says why.
+
+        `month_left`: of this month's budget; None: as much as the whole of it.
+        """
+        config = self._served.configured()
+        objective, budgets = config.scaling.objective, config.scaling.budgets
+        id = request_id(ask.model)
+        try:
+            if ask.tokens <= 0.0:
+                await self.release(id)
+            else:
+                wanted = ScaleRequest(
+                    id=id,
+                    model=ask.model,
+                    demand=Demand(requests=ask.tokens / max(tokens_per_request, 1.0), tokens=ask.tokens),
+                    sla=Sla(ttft_s=objective.ttft, tpot_s=objective.tpot),
+                    budget=Budget(
+                        month_left=budgets.month if month_left is None else month_left,
+                        currency=config.ledger_currency,
+                    ),
+                    sites=sorted(site for site in config.sites if site != LOCAL),
+                    expires=self._wall() + LIFE_S,
+                )
+                await self.request(wanted)
+        except RefusedError as error:
+            log.warning("the platform refuses: %s", error)
+            return ask.tokens <= 0.0 and error.status == NOT_FOUND
+        except (ProviderError, BadValueError, ValueError) as error:
+            log.warning("the platform was not asked for capacity for %s: %s", ask.model, error)
+            return False
+        log.info("asked the platform for %.0f tokens of %s: %s", ask.tokens, ask.model, ask.reason)
+        return True
+
     async def release(self, id: str) -> None:
         """Ask for it no more: the platform takes its placements back. Raises ProviderError or BadValueError."""
         url, caller = self.caller()
@@ -338,6 +382,12 @@ class Platform:
             ],
             "resources": [one.model_dump(mode="json") for one in self.placements.resources(now).values()],
         }
+
+
+def request_id(model: str) -> str:
+    """Of the scale request for a model: always the same, so that a restart asks for nothing twice."""
+    digest = hashlib.sha256(model.encode()).hexdigest()[:8]
+    return f"want-{re.sub('[^A-Za-z0-9._-]', '-', model)[:48]}-{digest}"
 
 
 def caller_of(section: SchedulerPlatform) -> Caller:

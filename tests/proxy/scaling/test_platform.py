@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from policies.asking import Ask
 from policies.state import Backend
 from proxy.scaling.messages import MOST_BODY_BYTES, ScaleRequest
 from proxy.scaling.signing import TOLERANCE_S, verify
@@ -295,6 +296,27 @@ async def test_no_body_makes_it_fail(tmp_path: Path) -> None:
             assert status < 300 or (status in (401, 404, 422) and said["error"]["message"])
 
         await asyncio.to_thread(fuzz)
+
+
+async def test_what_was_decided_is_sent(tmp_path: Path) -> None:
+    async with endpoint((202, {}), (404, {}), (422, {"error": "no cards"})) as server:
+        scaling = {
+            "scheduler": {**CONFIG["scaling"]["scheduler"], "url": server.url},
+            "objective": {"ttft": "2s"},
+            "budgets": {"month": 500},
+        }
+        serving = Serving({**CONFIG, "scaling": scaling}, tmp_path)
+        platform = serving.platform
+        assert await platform.ask(Ask("org/m", 8000.0, "short"), tokens_per_request=2000)
+        assert await platform.ask(Ask("org/m", 0.0, "enough")), "it has forgotten it already"
+        assert not await platform.ask(Ask("org/m", 8000.0, "short"))
+        await platform.close()
+    wanted = ScaleRequest.model_validate(server.asked[0].body)
+    assert (wanted.demand.requests, wanted.demand.tokens) == (4.0, 8000.0)
+    assert (wanted.sla.ttft_s, wanted.budget.month_left) == (2.0, 500.0)
+    assert wanted.sites == ["nanjing", "suzhou"]
+    assert server.asked[1].path == f"/v1/scale-requests/{wanted.id}"
+    assert server.asked[2].body["id"] == wanted.id
 
 
 async def test_capacity_is_asked_for_and_given_back(tmp_path: Path) -> None:
