@@ -35,6 +35,7 @@ from proxy.config_values import is_loopback, split_address
 from proxy.masking import without_secrets
 from proxy.places import unusable_places
 from proxy.prices import Price, Prices
+from proxy.scaling.signing import secrets_of
 from proxy.upstream import Endpoint
 
 log = logging.getLogger("tidegate")
@@ -109,6 +110,12 @@ def build(
     try:
         for problem in unusable_places(config, None if before is None else before.config):
             raise problem
+        if (platform := config.scaling.scheduler) is not None:
+            at = ("scaling", "scheduler")
+            secrets_of(platform.secret_env, ("secret_env",))
+            if platform.api_key_env is not None and not os.environ.get(platform.api_key_env, "").strip():
+                raise BadValueError("this variable is not set in the environment", at=("api_key_env",))
+            at = ()
         certificates = load_certificates(config.tls)
         backends, configured, endpoints, targets, changes = [], [], {}, [], []
         dated: list[BackendCertificate] = []

@@ -279,6 +279,7 @@ class Service:
         """Process `pid` accepts connections: accept none any more, and end when what runs has ended."""
         runtime = self.runtime
         self._handed_over = runtime.handed_over = runtime.draining = True
+        self.platform.leave()
         runtime.responses.share()
         runtime.idempotency.share()
         runtime.timeouts.idle = min(runtime.timeouts.idle, IDLE_GRACE_S)

@@ -54,9 +54,8 @@ class Placements:
         self._resources: dict[str, Held[Resources]] = {}
         self._answered: dict[str, Answered] = {}
 
-    def put(self, placement: Placement, now: float) -> None:
-        """A new one, or a renewal. Raises MessageError: there are too many, or its name is another's or was
-        another."""
+    def check(self, placement: Placement, now: float) -> None:
+        """Raises MessageError: there are too many, or its name is another's or was another."""
         before = self.find(placement.id, now)
         if before is None and len(self.all(now)) >= MOST_PLACEMENTS:
             raise MessageError("", f"there are {MOST_PLACEMENTS} placements already")
@@ -64,6 +63,10 @@ class Placements:
             raise MessageError("name", f"this placement is called '{before.name}': its name cannot change")
         if any(one.name == placement.name and one.id != placement.id for one in self.all(now)):
             raise MessageError("name", f"another placement is called '{placement.name}'")
+
+    def put(self, placement: Placement, now: float) -> None:
+        """A new one, or a renewal. Raises MessageError as `check` does."""
+        self.check(placement, now)
         self._placements[placement.id] = Held(placement, now + placement.ttl_s)
 
     def progressed(self, progress: Progress, now: float) -> bool:

@@ -104,6 +104,7 @@ class Platform:
         self._file = state / FILE
         self._now, self._wall = now, wall
         self._turn = asyncio.Lock()
+        self._left = False
         self._caller: tuple[SchedulerPlatform, Caller] | None = None
         self._said: dict[str, str] = {}
         """Of placements that do not fit: why, as the log has it."""
@@ -133,7 +134,7 @@ class Platform:
         )
         if candidates is None:
             self._tell(left_out)
-        elif left_out:
+        elif left_out and left_out[-1].placement is candidates[-1]:
             raise left_out[-1].problem
         return overlaid
 
@@ -241,18 +242,15 @@ class Platform:
         now = self._now()
         store = self.placements
         before = store.find(placement.id, now)
-        others = [one for one in store.all(now) if one.id != placement.id and one.id not in self._said]
+        store.check(placement, now)
         if before is None or _served_from(before) != _served_from(placement):
+            others = [one for one in store.all(now) if one.id != placement.id]
             self._try([*others, placement])
-        try:
-            store.put(placement, now)
-        except MessageError:
-            self._try([*others, before] if before is not None else others)
-            raise
+        store.put(placement, now)
         return Reply(200 if before is not None else 201, {"id": placement.id, "ttl_s": placement.ttl_s})
 
     def _try(self, candidates: list[Placement]) -> None:
-        """Serve from these. Raises MessageError: nothing has changed."""
+        """Serve from these, the last of which is new. Raises MessageError: nothing has changed."""
         self._candidates = candidates
         try:
             self._served.serve_placements()
@@ -290,6 +288,8 @@ class Platform:
 
     async def expired(self) -> None:
         """Take out those whose time is over now."""
+        if self._left:
+            return
         over = self.placements.expire(self._now())
         for placement in over:
             log.warning("placement %s was not renewed within %g s: it drains", placement.id, placement.ttl_s)
@@ -299,6 +299,10 @@ class Platform:
                 await self._write()
             except OSError as error:
                 log.error("%s cannot be written: %s", self._file, in_words(error))
+
+    def leave(self) -> None:
+        """Another process has taken over, and with it the file."""
+        self._left = True
 
     async def _write(self) -> None:
         """Raises OSError."""

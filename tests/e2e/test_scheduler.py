@@ -167,3 +167,21 @@ async def test_an_engine_runs_from_start_to_stop(start_platform: StartPlatform) 
 
         await eventually(lambda: told() == ["starting", "ready", "standby"], PATIENCE_S)
         await provider.close()
+
+
+async def test_traffic_wakes_a_placement_from_zero(
+    start_platform: StartPlatform, start_proxy: StartProxy, start_backend: StartBackend
+) -> None:
+    """A request that only the placement may serve is held, the platform deploys it, and it answers."""
+    pytest.importorskip("proxy.scaling.manager")
+    platform = await start_platform()
+    other = {"url": (await start_backend(then=b.answers(3))).url, "models": ["other"]}
+    proxy = await start_proxy(other, **(platform.config() | {"probing": {"interval": "200ms"}}))
+    platform.scheduler.tidegate = proxy.admin
+    await proxy.service.platform.request(wanted())
+    await eventually(lambda: names(proxy), PATIENCE_S)
+    placed = platform.scheduler.placed[names(proxy)[0]]
+    assert placed.engine is None
+    answer = await proxy.ask(chat(model="m"))
+    assert answer.status == 200
+    assert placed.engine is not None

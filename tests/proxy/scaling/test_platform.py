@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from policies.asking import Ask
 from policies.state import Backend
+from proxy.build import ConfigError, build
+from proxy.config import load_config
 from proxy.scaling.messages import MOST_BODY_BYTES, ScaleRequest
 from proxy.scaling.signing import TOLERANCE_S, verify
 from tests.patience import examples
@@ -231,6 +233,37 @@ async def test_resources_and_progress(tmp_path: Path) -> None:
     assert shown["resources"][0]["cards"] == resources["cards"]
     found = shown["placements"][0]
     assert (found["state"], found["progress"], found["detail"]) == ("starting", 0.5, "weights")
+
+
+@pytest.mark.parametrize(
+    ("variable", "fields", "at"),
+    [("HOOK", {}, "secret_env"), ("KEY", {"api_key_env": "KEY"}, "api_key_env")],
+)
+async def test_a_configuration_without_its_secrets_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, fields: dict[str, str], at: str
+) -> None:
+    file = tmp_path / "tidegate.yaml"
+    scheduler = {**CONFIG["scaling"]["scheduler"], **fields}
+    file.write_text(json.dumps({**CONFIG, "scaling": {"scheduler": scheduler}}))
+    monkeypatch.setenv("KEY", "k")
+    build(load_config(file), asyncio.get_running_loop(), 1, path=file)
+    monkeypatch.delenv(variable)
+    with pytest.raises(ConfigError, match=rf"tidegate.yaml:1:\d+: scaling.scheduler.{at}: .*not set"):
+        build(load_config(file), asyncio.get_running_loop(), 1, path=file)
+
+
+async def test_a_process_that_was_replaced_leaves_the_file_alone(tmp_path: Path) -> None:
+    old = Serving(CONFIG, tmp_path)
+    async with pushing(old) as push:
+        await push.put()
+        old.platform.leave()
+        new = Serving(CONFIG, tmp_path)
+        async with pushing(new) as other:
+            await other.put(id="b", name="b")
+        old.clock += 31
+        await old.platform.expired()
+    again = Serving(CONFIG, tmp_path)
+    assert {one.id for one in again.platform.placements.all(again.clock)} == {"a", "b"}
 
 
 async def test_without_a_scheduler_nothing_is_taken(tmp_path: Path) -> None:
