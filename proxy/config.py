@@ -267,6 +267,11 @@ class Config(FileModel):
                     "without probes nobody sees a standby answer: leave `probing.enabled` out",
                     at=("backends", number, "standby"),
                 )
+            if backend.standby is not None and backend.standby.scheduler and self.scaling.scheduler is None:
+                raise BadValueError(
+                    "a placement of which platform? Give `scaling.scheduler` too",
+                    at=("backends", number, "standby", "scheduler"),
+                )
             if backend.models == "auto" and not self.probing.enabled:
                 raise BadValueError(
                     f"without probes nobody asks backend '{backend.name}' for its models: list them here, "
@@ -348,6 +353,8 @@ def _resolve(config: Config, base: Path) -> Config:
         for name in ("api_key_file", "profile"):
             if (file := getattr(backend, name)) is not None:
                 update[name] = base / file
+        if (standby := backend.standby) is not None and standby.command is not None:
+            update["standby"] = standby.model_copy(update={"command": standby.command.resolved(base)})
         backends.append(backend.model_copy(update=update))
     changes: dict[str, Any] = {"state": base / config.state, "backends": backends}
     changes["tls"] = [

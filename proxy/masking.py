@@ -7,6 +7,7 @@ line, on terminals and in logs. What stands behind a key that sounds like a secr
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,24 @@ def without_secrets(error: FileProblems) -> FileProblems:
             problem = _silent(problem)
         problems.append(problem._replace(message=_USER.sub("***", problem.message)))
     return FileProblems(error.name, problems, "".join(pieces))
+
+
+_ASSIGNED = re.compile(rf"((?:[\w.-]{{0,64}}{_NAME}[\w.-]{{0,64}})=)(\S+)", re.IGNORECASE)
+_BEARER = re.compile(r"\b(Bearer|Basic|whsec_)(\s*)([\w.~+/=-]+)", re.IGNORECASE)
+
+
+def masked_output(text: str, secrets: Iterable[str] = ()) -> str:
+    """What a command has said, for a message: values that sound like secrets, and these `secrets`, are masked."""
+    for secret in secrets:
+        if len(secret) >= 6:  # shorter ones are words of every text
+            text = text.replace(secret, "***")
+    text = _BEARER.sub(r"\1\2***", _ASSIGNED.sub(r"\1***", text))
+    return "".join(_masked(piece) for piece in _BREAK.split(text))
+
+
+def secret_values(environment: Mapping[str, str]) -> list[str]:
+    """Values of environment variables whose names sound like secrets."""
+    return [value for name, value in environment.items() if _SENSITIVE.search(name) and value]
 
 
 def database_shown(target: str | Path | URL) -> str:

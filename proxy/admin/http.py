@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -29,8 +30,8 @@ from proxy.runtime import Runtime
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def admin_app(runtime: Runtime, started: float) -> web.Application:
-    """The application; `started` is the monotonic time of the start."""
+def admin_app(runtime: Runtime, started: float, further: Iterable[web.RouteDef] = ()) -> web.Application:
+    """The application; `started` is the monotonic time of the start. `further`: routes of others."""
     registry = CollectorRegistry()
     registry.register(Metrics(runtime))
 
@@ -90,6 +91,7 @@ def admin_app(runtime: Runtime, started: float) -> web.Application:
             web.get("/explain/{id}", explain),
             web.post("/explain", explain_request),
             *plan_routes(runtime),
+            *further,
         ]
     )
     return app

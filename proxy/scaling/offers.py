@@ -64,7 +64,7 @@ def offer(backend: BackendConfig, images: Images) -> Offer:
     section = backend.standby
     assert section is not None
     profile = _profile(backend.profile)
-    card = section.card or (profile.card if profile is not None else "")
+    card = section.card or backend.labels.get("card") or (profile.card if profile is not None else "")
     launch: Launch | Missing | None = None
     models = () if backend.models == "auto" else tuple(backend.models)
     if section.image is not None:

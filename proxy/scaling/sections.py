@@ -10,11 +10,16 @@ from pydantic import Field, model_validator
 from policies.siteschema import SiteName
 from policies.units import BadValueError, Duration, Fraction
 from policies.yamlfile import FileModel
-from proxy.config_values import Url, Variable
+from proxy.config_values import NetworkText, Url, Variable
 from proxy.scaling.images import Task
 
 Money = Annotated[float, Field(ge=0)]
 """In the ledger's currency."""
+
+
+def _over_http(url: str) -> None:
+    if url.startswith("unix:"):
+        raise BadValueError("this one is called over HTTP: http:// or https://", at=("url",))
 
 
 class VllmRecipe(FileModel):
@@ -62,6 +67,12 @@ class CommandSection(FileModel):
     environment: dict[str, str] = Field(default_factory=dict, description="Variables besides our own.")
     timeout: Duration = Field(60.0, gt=0, description="One call that takes longer has failed.")
 
+    def resolved(self, base: Path) -> CommandSection:
+        """With an absolute path; a script without any `/` in it is looked for in PATH."""
+        if "/" not in self.command[0]:
+            return self
+        return self.model_copy(update={"command": [str(base / self.command[0]), *self.command[1:]]})
+
 
 class WebhookSection(FileModel):
     """An HTTP endpoint that starts and stops it."""
@@ -71,6 +82,11 @@ class WebhookSection(FileModel):
         None, description="Environment variable with the secret that signs each call (HMAC-SHA256)."
     )
     timeout: Duration = Field(10.0, gt=0, description="One call that takes longer is tried again.")
+
+    @model_validator(mode="after")
+    def _check(self) -> WebhookSection:
+        _over_http(self.url)
+        return self
 
 
 class SchedulerSection(FileModel):
@@ -90,7 +106,7 @@ class StandbySection(FileModel):
     card: str | None = Field(
         None,
         min_length=1,
-        description="Card that it runs on: `H20`. Default: what its profile says, if it has one.",
+        description="Card that it runs on: `H20`. Default: what its label `card` or its profile says.",
     )
     cards: int = Field(1, ge=1, description="How many of them.")
     task: Task = Field("generate", description="What it is for; with model and card it chooses the image.")
@@ -145,8 +161,22 @@ class SchedulerPlatform(FileModel):
 
     url: Url = Field(description="Gets scale requests.")
     secret_env: Variable = Field(
-        description="Environment variable with the secret that signs both directions (HMAC-SHA256)."
+        description="Environment variable with the secret that signs both directions (HMAC-SHA256). Two secrets, "
+        "divided by a blank, while one is replaced."
     )
+    api_key_env: Variable | None = Field(
+        None, description="Environment variable with the key that engines of its placements want."
+    )
+    networks: list[NetworkText] = Field(
+        default_factory=list,
+        description="Networks that are not public and in which placements may be all the same: `[10.8.0.0/16]`.",
+    )
+    timeout: Duration = Field(10.0, gt=0, description="One call that takes longer is tried again.")
+
+    @model_validator(mode="after")
+    def _check(self) -> SchedulerPlatform:
+        _over_http(self.url)
+        return self
 
 
 class NoticeSection(FileModel):

@@ -95,7 +95,10 @@ def verify(secrets: Sequence[bytes], headers: Mapping[str, str], body: bytes, no
         raise SignatureError(f"{ID}: at most 128 letters, digits and any of '_:.-'")
     if _SECONDS.fullmatch(stamp) is None:
         raise SignatureError(f"{TIMESTAMP}: whole seconds of Unix time")
-    signatures = [word.encode() for word in given.split(" ", MOST_SIGNATURES)[:MOST_SIGNATURES]]
+    signatures = [
+        word.encode("utf-8", "surrogateescape")
+        for word in given.split(" ", MOST_SIGNATURES)[:MOST_SIGNATURES]
+    ]
     good = False
     for secret in secrets:
         wanted = sign(secret, id, int(stamp), body).encode()
