@@ -117,6 +117,8 @@ class Candidates:
     """Name of the part of the rule's split; empty: it has none, or all parts are meant."""
     moving: tuple[tuple[SpillState, frozenset[str]], ...] = ()
     """Flags of tiers whose backends change with round trips, and who they are."""
+    asleep: tuple[str, ...] = ()
+    """Standbys among them that are not ready, in the order of their tiers; empty of what has been tried."""
 
     def without(self, tried: frozenset[str]) -> Candidates:
         """The same, less the backends in `tried`."""
@@ -246,6 +248,8 @@ class CandidateSets:
                 if split.parts[part].strict:
                     return found
                 own = found
+            elif found.asleep and not own.asleep:
+                own = found
         return own or self.find(rule, request, fleet, failed, WHOLE)
 
     def move_spills(self, fleet: Fleet, now: float) -> None:
@@ -330,6 +334,7 @@ class CandidateSets:
             {},
             rule.split.parts[part].name if rule.split is not None and part >= 0 else "",
             tuple(moving),
+            tuple(backend.name for tier in members for backend in tier if backend.asleep),
         )
 
     def _spill(

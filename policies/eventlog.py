@@ -17,7 +17,7 @@ name, and decisions:
 | `ended` | a request ended in any other way | `request`, `outcome`, `usage` |
 | `freed` | after a request has ended: who waits may be asked | |
 | `poll` | the valve was polled for any other reason | |
-| `figures` | probes have set figures of backends | `backends`: by name, what is new |
+| `figures` | probes have set figures of backends, or a standby went elsewhere | `backends`: by name, what is new |
 | `refresh` | who is available was looked at, and something was new | `renewed`: models or slots had changed |
 | `end` | nothing more is recorded | `reason` |
 
@@ -44,7 +44,7 @@ from policies.rules import RuleSet
 from policies.state import Backend, Fleet, Lease
 from policies.valve import Valve
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 
 FACTS: Final = tuple([field for field in fields(RequestFacts) if field.name != "cached"])
 """Of a request, what is recorded; what of it is cached follows from what was sent where."""
@@ -52,15 +52,16 @@ FACTS: Final = tuple([field for field in fields(RequestFacts) if field.name != "
 CONFIGURED: Final = (
     *("name", "site", "slots", "weight", "models", "models_unknown", "models_awaited", "labels", "operator"),
     *("location", "data_classes", "context_tokens", "bandwidth", "price_input", "price_output"),
-    *("carbon_gco2_kwh", "probed_up", "kv_tokens"),
+    *("carbon_gco2_kwh", "probed_up", "kv_tokens", "asleep"),
 )
 """Of a backend, what the first record holds."""
 
 OBSERVED: Final = (
     *("probed_up", "connects", "full_slots", "models", "models_unknown", "models_awaited", "context_tokens"),
     *("rtt_s", "running", "waiting", "kv_use", "sampled_at", "host", "host_at", "kv_tokens"),
+    *("asleep", "draining"),
 )
-"""Of a backend, what probes set."""
+"""Of a backend, what probes set, and where its standby is."""
 
 _MODELS_UNKNOWN: Final = OBSERVED.index("models_unknown")
 

@@ -80,6 +80,8 @@ def _rule(number: int, rule: Rule, file: PolicyFile, *, served: bool) -> Iterato
     if rule.weights:
         yield _line(f"Weights here: {_pairs(rule.weights)}.")
     yield _line(_queue(rule.queue))
+    if rule.queue.depth and "cold_start" in rule.queue.model_fields_set:
+        yield _line(_cold_start(rule.queue))
 
 
 def _split(parts: Sequence[Part]) -> Iterator[str]:
@@ -289,6 +291,12 @@ def _queue(queue: Queue) -> str:
         f"When none has room, a request waits for up to {_seconds(queue.wait)} and then goes {least_loaded}, "
         f"{unless}. {queue.depth} may wait at once; one more is answered 429."
     )
+
+
+def _cold_start(queue: Queue) -> str:
+    if queue.cold_start == 0:
+        return "When nothing but a standby may serve it, a request is answered 503 at once."
+    return f"When nothing but a standby may serve it, a request waits for up to {_seconds(queue.cold_start)}."
 
 
 def _sites(names: Sequence[str]) -> str:

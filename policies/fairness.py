@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from heapq import heappop, heappush
 from math import exp, inf
+from typing import TypeAlias
 
 from policies.base import RequestFacts
 
@@ -30,14 +31,17 @@ RATE_TAU_S = 10.0
 class Held:
     """A request that waits. `sequence` orders all of them by arrival."""
 
-    __slots__ = ("queue", "request", "sequence", "since", "until")
+    __slots__ = ("cold", "queue", "request", "sequence", "since", "until")
 
-    def __init__(self, request: RequestFacts, sequence: int, since: float, until: float) -> None:
-        """`until`: when its hold ends at the latest, monotonic."""
+    def __init__(
+        self, request: RequestFacts, sequence: int, since: float, until: float, cold: bool = False
+    ) -> None:
+        """`until`: when its hold ends at the latest, monotonic. `cold`: it waits for a standby, or has done."""
         self.request = request
         self.sequence = sequence
         self.since = since
         self.until = until
+        self.cold = cold
         self.queue: FairQueue | None = None
         """Where it waits; None: it has been answered."""
 
@@ -89,6 +93,10 @@ class Level:
         return None
 
 
+Waiting: TypeAlias = dict[str, tuple[int, int]]
+"""Requests, and their tokens with those expected of the answers, by model."""
+
+
 class FairQueue:
     """Held requests that wait for the same backends.
 
@@ -100,6 +108,8 @@ class FairQueue:
         self.key = key
         self.tenants: dict[str, int] = {}
         """Requests waiting by tenant."""
+        self.models: Waiting = {}
+        """Those that wait."""
         self.blocked = False
         """Whoever asked last found no room, so nobody in it will until something changes."""
         self._levels: dict[int, Level] = {}
@@ -132,6 +142,7 @@ class FairQueue:
         held.queue = self
         self._began = min(self._began, held.since)
         self.tenants[tenant] = self.tenants.get(tenant, 0) + 1
+        self._count(held.request, 1)
         self._length += 1
 
     def remove(self, held: Held, served: bool) -> None:
@@ -149,8 +160,16 @@ class FairQueue:
         self.tenants[tenant] -= 1
         if not self.tenants[tenant]:
             del self.tenants[tenant]
+        self._count(held.request, -1)
         if not level.waiting:  # tags mean nothing once nobody waits
             del self._levels[priority]
+
+    def _count(self, request: RequestFacts, sign: int) -> None:
+        count, tokens = self.models.get(request.model, (0, 0))
+        if count + sign:
+            self.models[request.model] = (count + sign, tokens + sign * request.tokens)
+        else:
+            del self.models[request.model]
 
     def served(self, now: float) -> None:
         """One of it was sent, because there was room."""
@@ -215,6 +234,10 @@ class FairQueue:
             if priority <= request.priority and flow is not None and flow.waiting:
                 return next(reversed(flow.waiting.values()))
         return None
+
+    def first(self) -> RequestFacts:
+        """The one that arrived first on one of its levels; somebody waits."""
+        return next(iter(next(iter(self._levels.values())).waiting.values())).request
 
     def oldest_since(self) -> float:
         """When the request that waits longest began to wait; inf: nothing waits."""

@@ -211,7 +211,7 @@ def _rule(section: RuleSection, match: Match, seed: int, at: Path, findings: lis
         match,
         required(section),
         tuple(tiers) or (Tier(),),
-        Queue(section.queue.wait, section.queue.depth, section.queue.overflow),
+        Queue(section.queue.wait, section.queue.depth, section.queue.overflow, section.queue.cold_start),
         section.weights or {},
         tuple(selector(avoided) for avoided in section.avoid or ()),
         _split(section),

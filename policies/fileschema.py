@@ -394,7 +394,7 @@ class Tier(Selection):
 
 
 class Queue(FileModel):
-    """What happens when no tier has room."""
+    """What happens when no tier has room, or nothing runs that may serve a request."""
 
     wait: Duration = 10.0
     """How long a request is held for room, at most. Then it goes to any backend, full or not, up to `overflow`. One
@@ -403,6 +403,8 @@ class Queue(FileModel):
     """How many requests may be held at once. One more is answered 429."""
     overflow: Overflow = 1.5
     """Saturation up to which backends take requests whose wait is over. Beyond, those are answered 503."""
+    cold_start: Duration = 300.0
+    """How long a request is held while nothing but a standby may serve it, at most. Then it is answered 503."""
 
 
 class Rule(FileModel):

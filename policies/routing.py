@@ -25,6 +25,9 @@ TIERS = "tiers"
 SHARES = "shares"
 """`decided_by` when the free slots are kept for other tenants."""
 
+STANDBY = "standby"
+"""`decided_by` when no backend that may serve the request is available, and it is held for one that sleeps."""
+
 WAIT_OVER = "wait over"
 """`decided_by` when a request was held long enough."""
 
@@ -104,10 +107,11 @@ class Routing:
     """Name of the rule that applied."""
     decision: Decision
     decided_by: str
-    """The policy's name; or `constraints` (nothing may serve it), `availability` (nothing is up), `tiers`
-    (no tier has room), `shares` (what is free is kept for other tenants, or others hold what is its own), `queue`
-    (full, or others wait), `wait over` (held long enough: to any backend), `fallback` (after a failed attempt),
-    `hedge` (besides one that is late), `policy failed` (the least loaded instead)."""
+    """The policy's name; or `constraints` (nothing may serve it), `availability` (nothing is up), `standby`
+    (nothing is up, and a standby may be), `tiers` (no tier has room), `shares` (what is free is kept for other
+    tenants, or others hold what is its own), `queue` (full, or others wait), `wait over` (held long enough: to any
+    backend), `fallback` (after a failed attempt), `hedge` (besides one that is late), `policy failed` (the least
+    loaded instead)."""
     policy: Policy | None = None
     """Hears how it goes; the lease carries it too."""
     tier: int = -1

@@ -43,6 +43,8 @@ class Queue:
     depth: int = 200
     overflow: float = 1.5
     """Saturation from which a backend is not sent even requests whose wait is over."""
+    cold_start_s: float = 300.0
+    """How long a request may be held while nothing but a standby may serve it."""
 
 
 @dataclass(slots=True, eq=False)

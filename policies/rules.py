@@ -11,6 +11,9 @@ little). While open, it still takes a request whenever one of its backends has a
 takes a request only with a free slot. The flag itself is what sessions, waking and alerts go by. Requests move it,
 and so do polls, both ways: a tier that is full spills, whether or not the next request has come.
 
+When no backend that may serve a request is available, it is held as long as one of them is a standby that may be
+started for it.
+
 A backend whose host is outside of its tier's `host` has no free slot, whatever its saturation; nor has one that is
 measured with few in flight (`adaptive.py`) when it has those.
 
@@ -29,7 +32,8 @@ from policies.candidates import Candidates, CandidateSets, SpillState
 from policies.constraints import RETRY_AFTER_S
 from policies.host import HostBounds
 from policies.match import Hours, Match, Selector
-from policies.routing import AVAILABILITY, TIERS, Candidate, Routing, copy_figures
+from policies.refusals import standbys, undecided
+from policies.routing import AVAILABILITY, STANDBY, TIERS, Candidate, Routing, copy_figures
 from policies.rule import Queue, Rule, Spill, Tier
 from policies.state import Backend, Fleet, cached_in
 
@@ -113,15 +117,15 @@ class RuleSet:
         because it is left out for another reason.
 
         Without a backend that may serve it: `Reject`, named after the constraint. With none that is
-        available: `Reject` with `no_backend`. With no tier that takes it: `Hold`, until the first of the
-        policies that asked to wait would be asked again.
+        available: `Hold` if a standby may serve it, else `Reject` with `no_backend`. With no tier that takes it:
+        `Hold`, until the first of the policies that asked to wait would be asked again.
         """
         candidates = self._sets.find(self.rule_for(request), request, fleet, failed)
         rule = candidates.rule
         if tried:
             candidates = candidates.without(tried)
         if not candidates.order:
-            return self._refused(request, candidates, fleet, now)
+            return self._unserved(request, candidates, fleet, now)
         passed: tuple[float, ...] = ()
         spilling = False
         waits: dict[int, str] | None = None
@@ -179,9 +183,10 @@ class RuleSet:
         return held
 
     @staticmethod
-    def hold_until(request: RequestFacts, rule: Rule) -> float:
-        """The latest a request of this rule may be held, monotonic."""
-        return min(request.arrived + rule.queue.wait_s, request.deadline)
+    def hold_until(request: RequestFacts, rule: Rule, cold: bool = False) -> float:
+        """The latest a request of this rule may be held, monotonic. `cold`: it waits for a standby, or has done."""
+        queue = rule.queue
+        return min(request.arrived + (queue.cold_start_s if cold else queue.wait_s), request.deadline)
 
     def _choose(
         self,
@@ -218,6 +223,15 @@ class RuleSet:
             tuple(figures),
             now,
         )
+
+    def _unserved(self, request: RequestFacts, candidates: Candidates, fleet: Fleet, now: float) -> Routing:
+        """No candidate is available: held for those that sleep, or refused."""
+        if candidates.asleep:
+            until = self.hold_until(request, candidates.rule, cold=True)
+            if until > now:
+                hold = Hold(until, f"no backend runs that may serve it; waiting for {standbys(candidates)}")
+                return undecided(request, candidates, hold, STANDBY, now)
+        return self._refused(request, candidates, fleet, now)
 
     @staticmethod
     def _refused(request: RequestFacts, candidates: Candidates, fleet: Fleet, now: float) -> Routing:
@@ -256,6 +270,7 @@ def _unavailable(feasible: list[Backend], now: float) -> Reject:
         if now < backend.backoff_until
         and backend.probed_up
         and not backend.draining
+        and not backend.asleep
         and backend.breaker.allows(now)
     ]
     if pauses:

@@ -147,7 +147,7 @@ class Standby:
     """Unix time before which a failed one is not tried again. After a clock was set back it is at most
     `LONGEST_PAUSE_S` away: see `pause_left`."""
     ready_at: float = 0.0
-    """Unix time at which it was last ready."""
+    """Unix time at which this run was last ready; 0: it was not."""
     plan: str = ""
     runs: int = 0
 
@@ -163,14 +163,14 @@ class Standby:
         before = self.state
         if before is State.STANDBY:
             self.runs += 1
-            self.run, self.plan = f"{self.name}-{int(wall)}-{self.runs}", plan
+            self.run, self.plan, self.ready_at = f"{self.name}-{int(wall)}-{self.runs}", plan, 0.0
         if event is Event.FAIL:
             if before is State.READY and wall - self.ready_at >= STEADY_S:
                 self.failures = 0
             self.failures += 1
             self.retry_at = wall + pause_after(self.failures)
         elif event is Event.STOPPED:
-            if wall - self.ready_at >= STEADY_S:
+            if self.ready_at and wall - self.ready_at >= STEADY_S:
                 self.failures = 0
         elif event is Event.STARTED:
             self.ready_at = wall

@@ -61,7 +61,9 @@ class Backend(BackendView):
     back_at: float = -inf
     """When it was last found well again: from then on its slots come back."""
     draining: bool = False
-    """Removed from the configuration: finishes what it has, gets nothing new."""
+    """Finishes what it has, gets nothing new."""
+    asleep: bool = False
+    """A standby that is not ready: gets nothing, and what only it may serve is held for it."""
     over_budget: bool = False
     """A ceiling that it falls under is reached: finishes what it has, gets nothing new."""
     backoff_until: float = -inf
@@ -99,6 +101,22 @@ class Backend(BackendView):
             if self.prefixes is not None:
                 self.prefixes.clear()  # most likely it was started anew
         self.probed_up = up
+
+    def put(self, asleep: bool, draining: bool, now: float) -> bool:
+        """Where its standby is, see `Fleet.put`; call `Fleet.refresh` afterwards. True: something changed.
+
+        One that wakes was started anew, whatever went wrong before: no breaker, pause or cache is left of that.
+        """
+        if (asleep, draining) == (self.asleep, self.draining):
+            return False
+        if self.asleep and not self.draining and not asleep:
+            breaker = self.breaker
+            self.breaker = Breaker(breaker.threshold, breaker.base_s, breaker.max_s, moved_at=now)
+            self.backoff_until, self.silent = -inf, False
+            if self.prefixes is not None:
+                self.prefixes.clear()
+        self.asleep, self.draining = asleep, draining
+        return True
 
     def observe_ttft(self, seconds: float, now: float) -> None:
         self.ttft_s = _ewma(self.ttft_s, seconds, now - self.ttft_at)
@@ -257,6 +275,7 @@ class Fleet:
                 bool(backend.models)  # one without answers its probes, and no request
                 and not backend.draining
                 and not backend.over_budget
+                and not backend.asleep
                 and now >= backend.backoff_until
             )
             allowed = breaker.allows(now)
@@ -265,7 +284,7 @@ class Fleet:
             if available != backend.available or doubtful != backend.doubtful:
                 backend.available, backend.doubtful = available, doubtful
                 changed = True
-            out = breaker.is_open or not backend.probed_up
+            out = breaker.is_open or not backend.probed_up or (backend.asleep and not backend.draining)
             if out != backend.out:
                 backend.out = out
                 if not out:
@@ -297,6 +316,18 @@ class Fleet:
             ):
                 return True
         return False
+
+    def put(self, name: str, now: float, *, asleep: bool, draining: bool = False) -> bool:
+        """Say where the standby of this name is. True: something changed.
+
+        `asleep`: it is not ready, and may be when it is needed. `draining`: what runs on it ends. Both: it drains,
+        and is taken back if it is needed. Neither: it is ready, and starts slowly as a new one does.
+        """
+        if not self.backends[name].put(asleep, draining, now):
+            return False
+        self.version += 1  # who waits for it is looked up with who may serve
+        self.refresh(now)
+        return True
 
     def back_off(self, name: str, seconds: float, now: float) -> bool:
         """Send a backend nothing new for a while, because it said that it is full. True: something changed.

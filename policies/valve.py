@@ -12,8 +12,9 @@ a full queue is searched for the tenant that has most in it. The `until` of a po
 are asked again. A hold ends with its rule's wait or the request's deadline: then the request goes to the least
 saturated backend that may serve it, whatever its tier, if that is below the rule's `overflow`, or is refused.
 
-Who would wait for most of that anyway is refused at once, so that an overload is shed at the door. Between tenants,
-the last free slots of a backend go by shares (`shares.py`).
+What only a standby may serve is held for as long as its rule's `cold_start` allows, and goes to whoever is there
+first. Who would wait for most of a rule's `wait` anyway is refused at once, so that an overload is shed at the
+door. Between tenants, the last free slots of a backend go by shares (`shares.py`).
 
 Every request that is submitted gets exactly one answer that is not a `Hold`, by `submit` or by `poll`,
 unless it is cancelled.
@@ -25,15 +26,25 @@ from collections.abc import Collection
 from heapq import heapify, heappop, heappush
 from math import inf
 
-from policies.base import Hold, Reject, RequestFacts, Send
+from policies.base import Hold, RequestFacts, Send
 from policies.candidates import Candidates
-from policies.constraints import RETRY_AFTER_S
-from policies.fairness import FairQueue, Held
-from policies.refusals import hopeless, queue_full, undecided
-from policies.routing import AVAILABILITY, HEDGE, SHARES, TIERS, WAIT_OVER, Routing, because, copy_figures
+from policies.fairness import FairQueue, Held, Waiting
+from policies.refusals import hopeless, overflow, overflow_room, queue_full, to_any, too_late, undecided
+from policies.routing import (
+    AVAILABILITY,
+    HEDGE,
+    SHARES,
+    STANDBY,
+    TIERS,
+    WAIT_OVER,
+    Routing,
+    because,
+    copy_figures,
+)
 from policies.rules import RuleSet
 from policies.shares import MOST_KEPT
 from policies.state import Fleet
+from policies.waiting import by_model, by_tenant, for_standbys
 
 MOST_OF_WAIT = 0.6
 """A request that would wait for more of its rule's wait than this is refused at once. The rest is for what the
@@ -82,15 +93,20 @@ class Valve:
         return len(self._held)
 
     def queued_by_tenant(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for queue in self._queues.values():
-            for tenant, count in queue.tenants.items():
-                counts[tenant] = counts.get(tenant, 0) + count
-        return counts
+        return by_tenant(self._queues.values())
 
     def oldest_age(self, now: float) -> float:
         """Seconds for which the longest waiting request has been held; 0: none is."""
         return max((now - queue.oldest_since() for queue in self._queues.values()), default=0.0)
+
+    def waiting_by_model(self) -> Waiting:
+        """Requests that are held, by model."""
+        return by_model(self._queues.values())
+
+    def waiting_for_standbys(self) -> list[tuple[frozenset[str], int, float]]:
+        """For every queue of requests that nothing but standbys may serve: which ones, how many wait, and their
+        tokens."""
+        return for_standbys(self._queues.values(), self.rules, self.fleet)
 
     def submit(self, request: RequestFacts, now: float) -> Routing:
         """Decide over a new request. With a `Hold` it is in the queue, and its answer comes from a `poll`."""
@@ -105,7 +121,7 @@ class Valve:
         if request.backend and not request.tokens:  # it asks after what is there, and takes nobody's place
             candidates = self.rules.candidates(request, self.fleet)
             if candidates.order:
-                routing = self._to_any(request, candidates, "holder", "what it asks for is there", now)
+                routing = to_any(request, candidates, self.fleet, "holder", "what it asks for is there", now)
                 self._lease(routing, now)
                 return routing
         if self._held:
@@ -151,7 +167,9 @@ class Valve:
                 return again
         again = self.rules.route(request, self.fleet, now, excluded, failed=excluded)
         if type(again.decision) is Hold:
-            again = self._to_any(request, candidates, "fallback", "no tier has room for another attempt", now)
+            again = to_any(
+                request, candidates, self.fleet, "fallback", "no tier has room for another attempt", now
+            )
         self._lease(again, now)
         return again
 
@@ -310,10 +328,12 @@ class Valve:
             refusal.held_s = now - displaced.since
             self._answers.append(refusal)
         self._sequence += 1
-        held = Held(request, self._sequence, now, self.rules.hold_until(request, candidates.rule))
+        cold = routing.decided_by == STANDBY
+        until = self.rules.hold_until(request, candidates.rule, cold)
+        held = Held(request, self._sequence, now, until, cold)
         if routing.decided_by == TIERS:
             queue.blocked = True
-        else:
+        elif not cold:
             self._ask_again(routing.decision, now)
         self._queues[candidates.key] = queue
         queue.add(held)
@@ -326,7 +346,8 @@ class Valve:
     ) -> Routing | None:
         """Its refusal if it would wait in vain, or the queue is full and it may take no place; None: it waits."""
         limits = candidates.rule.queue
-        if limits.wait_s > 0.0 and len(queue) > self._overflow_room(candidates):
+        # While nobody is there nothing is served, so there is no rate to go by.
+        if candidates.order and limits.wait_s > 0.0 and len(queue) > overflow_room(candidates, self.fleet):
             wait = queue.expected_wait(request, now)
             if wait > limits.wait_s * MOST_OF_WAIT:
                 return hopeless(request, candidates, wait, now)
@@ -352,6 +373,8 @@ class Valve:
         self._take(held, served)
         if served and routing.decided_by != WAIT_OVER:
             queue.served(now)
+        if held.cold and type(routing.decision) is Send:
+            routing.decision = because("waited for a standby", routing.decision)
         routing.held_s = now - held.since
         self._lease(routing, now)
         answers.append(routing)
@@ -364,13 +387,19 @@ class Valve:
                 continue
             request = held.request
             candidates = self.rules.candidates(request, self.fleet)
-            if request.deadline <= now:
-                late = Reject("queue_timeout", "its deadline passed while it was held", RETRY_AFTER_S)
-                routing = undecided(request, candidates, late, WAIT_OVER, now)
+            if candidates.asleep and not candidates.order:
+                # All that were there have gone while it waited: a standby may be started for it yet.
+                held.cold, held.until = True, self.rules.hold_until(request, candidates.rule, cold=True)
+                if held.until > now:
+                    heappush(self._ends, (held.until, held.sequence, held))
+                    continue
+                routing = too_late(request, candidates, now)
+            elif request.deadline <= now:
+                routing = too_late(request, candidates, now)
             else:
                 routing = self._route(request, now)
                 if type(routing.decision) is Hold:
-                    routing = self._overflow(request, candidates, now)
+                    routing = overflow(request, candidates, self.fleet, now)
             self._answer(held, routing, now, answers)
 
     def _ask_heads(self, now: float, answers: list[Routing]) -> None:
@@ -393,6 +422,10 @@ class Valve:
         if held is None:
             return False
         routing = self._route(held.request, now)
+        if routing.decided_by == STANDBY or (
+            routing.decided_by == AVAILABILITY and self._may_wait(held, now)
+        ):
+            return False  # nobody is there; one may come, or come back, before its wait is over
         if type(routing.decision) is Hold:
             if routing.decided_by == TIERS:
                 queue.blocked = True  # no room, nor for those behind it
@@ -401,55 +434,20 @@ class Valve:
             self._ask_again(routing.decision, now)
             queue.pass_over(held)
             return True
-        if routing.decided_by == AVAILABILITY:
-            return False  # all went down while it waited; one may come back before its wait is over
         queue.blocked = False
         self._answer(held, routing, now, answers)
         return len(queue) > 0
+
+    def _may_wait(self, held: Held, now: float) -> bool:
+        """Whether it may wait on though no standby is left that it could wait for."""
+        request = held.request
+        return not held.cold or now < self.rules.hold_until(request, self.rules.rule_for(request))
 
     def _ask_again(self, hold: Hold, now: float) -> None:
         """Note when a policy wants to be asked again. A time that has passed is none: polls would run in a
         circle."""
         if now < hold.until < self._ask_at:
             self._ask_at = hold.until
-
-    def _overflow_room(self, candidates: Candidates) -> float:
-        """Requests that would be sent when their wait is over, though no slot has come free."""
-        most = candidates.rule.queue.overflow
-        backends = map(self.fleet.__getitem__, candidates.order)
-        return sum(max(backend.slots * most - backend.in_flight, 0.0) for backend in backends)
-
-    def _overflow(self, request: RequestFacts, candidates: Candidates, now: float) -> Routing:
-        """Its wait is over and there is no room: to the least saturated backend that is not too full for that, nor
-        one that its tenant has more than its share of; else it is refused."""
-        most = candidates.rule.queue.overflow
-        crowded = frozenset(
-            backend.name
-            for backend in map(self.fleet.__getitem__, candidates.order)
-            if backend.saturation(now) >= most
-            or backend.shares.kept_from(request.tenant, request.priority, backend.slots, now) >= 0
-        )
-        left = candidates.without(crowded) if crowded else candidates
-        if left.order:
-            return self._to_any(request, left, WAIT_OVER, "held long enough", now)
-        late = Reject("queue_timeout", "no backend had room for it while it was held", RETRY_AFTER_S)
-        return undecided(request, candidates, late, WAIT_OVER, now)
-
-    def _to_any(
-        self, request: RequestFacts, candidates: Candidates, decided_by: str, reason: str, now: float
-    ) -> Routing:
-        """To the least saturated of the available `candidates`, of which there is one at least."""
-        figures = sorted(
-            (
-                copy_figures(backend, backend.saturation(now))
-                for backend in map(self.fleet.__getitem__, candidates.order)
-            ),
-            key=lambda figure: figure.saturation,
-        )
-        names = tuple(figure.name for figure in figures)
-        routing = undecided(request, candidates, Send(names[0], names[1:], reason), decided_by, now)
-        routing.candidates = tuple(figures)
-        return routing
 
     def _follow_fleet(self, now: float) -> None:
         """Notice what probes, breakers and time have changed."""
@@ -459,7 +457,7 @@ class Valve:
             self._version = fleet.version
             if self._held:
                 self._place_again(now, new_rules=False)
-        away = [backend for backend in fleet if not backend.available]
+        away = [backend for backend in fleet if not backend.available and not backend.asleep]
         self._impaired = bool(away)
         back_at = [max(backend.breaker.opened_until, backend.backoff_until) for backend in away]
         back_at += [backend.adaptive.measured_until for backend in fleet if backend.adaptive is not None]
@@ -487,6 +485,6 @@ class Valve:
                 queue = self._queues[candidates.key] = FairQueue(candidates.key)
             queue.add(held)
             if new_rules:
-                held.until = self.rules.hold_until(held.request, candidates.rule)
+                held.until = self.rules.hold_until(held.request, candidates.rule, held.cold)
         self._ends = [(held.until, held.sequence, held) for held in self._held.values()]
         heapify(self._ends)

@@ -6,6 +6,8 @@ twice at once and a hanging backend holds up nobody but itself. A round is a che
 then `/v1/models`), a look at the engine's figures, or both, in that order. What a check learns is in force
 before the figures are asked for: a page of metrics that hangs keeps no backend out.
 
+A standby that sleeps is not asked at all; while it starts it is asked until it answers, see `Prober.watch`.
+
 `step` starts what is due and is all that the loop calls, so a test drives it by hand with a clock of its
 own.
 """
@@ -16,6 +18,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from random import Random
 from typing import Any, Final, TypeAlias
@@ -24,7 +27,7 @@ import aiohttp
 
 from policies.state import Fleet
 from probes.active import NO_HEALTH_ENDPOINT, Generate, Health, Models, new_session
-from probes.base import Clock, ProbeResult, Target, Timing, ask
+from probes.base import Clock, Hysteresis, ProbeResult, Target, Timing, ask
 from probes.engine import Metrics
 from probes.host import Hosts, HostTarget
 from probes.network import Connect
@@ -161,6 +164,8 @@ class _Watched:
     """Misconfigurations that were logged already."""
     news: bool = False
     """What it serves or its slots have changed, and nobody was told yet."""
+    starting: bool = False
+    """A standby that was told to start."""
 
     @property
     def busy(self) -> bool:
@@ -172,6 +177,13 @@ class _Watched:
             self.task.cancel()
             self.task = None
 
+    def forget(self, timing: Timing) -> None:
+        """Begin anew: what runs next may be another engine."""
+        self.abandon()
+        self.status = TargetStatus.new(self.status.target, timing)
+        self.check_due = self.metrics_asked = -inf
+        self.complaints.clear()
+
 
 class Prober:
     """Probes all targets until it is closed.
@@ -179,7 +191,8 @@ class Prober:
     It owns `probed_up`, `models` and why they are unknown, `context_tokens`, the engine figures and `rtt_s` of
     every backend of the fleet that has a target of its name, and `slots` where the target has none. `changed`
     is called (synchronously, in the loop) whenever a backend became available or unavailable, serves other
-    models or has other slots. Without `metrics` no engine is asked for its figures.
+    models or has other slots; `answered`, with its name, when a standby that starts has answered. Without `metrics`
+    no engine is asked for its figures.
     """
 
     def __init__(
@@ -192,6 +205,7 @@ class Prober:
         timing: Timing | None = None,
         metrics: bool = True,
         changed: Callable[[], None] = lambda: None,
+        answered: Callable[[str], None] = lambda name: None,
         session: Callable[[Resolver | None], aiohttp.ClientSession] = new_session,
         random: Random | None = None,
         resolver: Resolver | None = None,
@@ -204,6 +218,7 @@ class Prober:
         self._timing = timing or Timing()
         self._metrics = metrics
         self._changed = changed
+        self._answered = answered
         self._new_session = session
         self._random = random or Random()  # noqa: S311  # jitter, no secret
         self._session: aiohttp.ClientSession | None = None
@@ -260,6 +275,27 @@ class Prober:
         for watched in self._watched.values():
             self._say_news(watched)
 
+    def watch(self, name: str, starting: bool) -> None:
+        """Ask a standby that sleeps until it answers, or (False) leave it alone again.
+
+        Being down is expected of it, so nobody is told of that, and its first good answer is enough: `answered` is
+        called once, and it is asked further until it is awake (`Fleet.put`) or this is called again.
+        """
+        watched = self._watched[name]
+        watched.forget(self._timing)
+        watched.starting = starting
+        if starting:
+            watched.status.health = Hysteresis(1, self._timing.down, is_up=False, decided=True)
+        self._apply([watched])
+
+    def _rests(self, watched: _Watched) -> bool:
+        """Whether it is a standby of which no answer is expected."""
+        backend = self._fleet.backends.get(watched.status.target.name)
+        if backend is None or not backend.asleep or backend.draining:
+            watched.starting = False
+            return False
+        return not watched.starting
+
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """What is known of each target, by name, as plain values (`TargetStatus.snapshot`)."""
         now = self._clock()
@@ -275,6 +311,11 @@ class Prober:
             self._tell()
         started = []
         for name, watched in self._watched.items():
+            if self._rests(watched):
+                if watched.task is not None:  # it was awake, or has been asked
+                    watched.forget(self._timing)
+                    self._apply([watched])
+                continue
             if watched.busy:
                 continue
             check = now >= watched.check_due
@@ -338,6 +379,8 @@ class Prober:
 
     def _checked(self, watched: _Watched, flipped: bool) -> None:
         """A check came back: bring the backend in line, say what changed."""
+        if self._rests(watched):
+            return  # it was put to sleep meanwhile
         status = watched.status
         now, name = self._clock(), status.target.name
         backend = self._fleet.backends.get(name)
@@ -345,6 +388,7 @@ class Prober:
             backend.observe_rtt(status.rtt_s, now)
         if flipped and status.checked is not None:
             if status.up:
+                status.health.up = self._timing.up
                 # A new engine, perhaps: with other slots, and with figures where there were none.
                 status.metrics_failures, watched.metrics_asked = 0, -inf
                 log.info("backend %s is up", name)
@@ -356,6 +400,8 @@ class Prober:
                 log.warning("backend %s: %s", name, complaint)
         watched.complaints = complaints
         self._apply([watched])
+        if flipped and status.up and watched.starting:
+            self._tell(partial(self._answered, name))
 
     def _apply(self, those: Iterable[_Watched]) -> None:
         now, changed = self._clock(), False
@@ -376,9 +422,9 @@ class Prober:
             log.info("backend %s serves %s on %d slots", backend.name, models, backend.full_slots)
         watched.news = False
 
-    def _tell(self) -> None:
+    def _tell(self, listener: Callable[[], None] | None = None) -> None:
         try:
-            self._changed()
+            (listener or self._changed)()
         except Exception:
             # A fault in the listener must not end the watch over the backends.
             log.exception("after a probe")

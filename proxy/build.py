@@ -36,6 +36,7 @@ from proxy.masking import without_secrets
 from proxy.places import unusable_places
 from proxy.prices import Price, Prices
 from proxy.scaling.offers import unworkable
+from proxy.scaling.providers import check_standby
 from proxy.scaling.signing import secrets_of
 from proxy.upstream import Endpoint
 
@@ -127,6 +128,8 @@ def build(
             at = ("backends", number)
             site = config.sites.get(section.site) or SiteConfig()
             key, slots = backend_key(section), slots_of(section)
+            for problem in check_standby(section, config.state, config.scaling.scheduler):
+                raise problem
             # First, so that what changes between the two is seen by the next reload.
             tls_files = _tls_files(section.tls)
             at = ("backends", number, "tls")
@@ -287,6 +290,7 @@ def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Bac
         price_output=float(price.output) if price else None,
         carbon_gco2_kwh=site.carbon_gco2_kwh,
         adaptive=AdaptiveSlots.of(section.name) if section.adaptive else None,
+        asleep=section.standby is not None,
     )
 
 
@@ -301,6 +305,10 @@ def _update(
     if section.models != "auto":
         old.models = frozenset(section.models)
         old.models_unknown, old.models_awaited = "", False
+    if section.standby is None:
+        old.asleep = old.draining = (
+            False  # from now on it is taken to run; of one that is new, its manager says
+        )
     if (old.adaptive is None) != (fresh.adaptive is None):
         old.adaptive = fresh.adaptive
     for name in (

@@ -34,6 +34,7 @@ from proxy.places import unusable_places
 from proxy.prices import amount
 from proxy.readable import in_words
 from proxy.scaling.offers import unworkable
+from proxy.scaling.providers import check_standby
 
 PROBE_TOKENS = 10
 """About what a chat template makes of the prompt of `probing.generate`, a full stop."""
@@ -182,6 +183,8 @@ def _unusable(config: Config, document: Document) -> Iterator[Problem]:
             slots_of(section)
         except BadValueError as error:
             yield document.problem(("backends", number, *error.at), error.message)
+        for found in check_standby(section, config.state, config.scaling.scheduler):
+            yield document.problem(("backends", number, *found.at), found.message, found.suggestion)
     refusal = refused_without_keys(config.listen, Path(document.name), None)
     if refusal and _has_keys(config) is False:
         yield document.problem(("listen",), refusal)

@@ -370,6 +370,7 @@ _ELSEWHERE = {
     "plans": "proxy.cli_plans:plans_app",
     "policies": "proxy.cli_policies:policies",
     "replay": "sim.replay_command:replay",
+    "standby": "proxy.cli_standby:standby_app",
     "simulate": "sim.simulate_command:simulate",
     "templates": "proxy.cli_plans:templates_app",
     "tune": "sim.tune_command:tune",

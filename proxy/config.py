@@ -355,6 +355,8 @@ def _resolve(config: Config, base: Path) -> Config:
                 update[name] = base / file
         if (standby := backend.standby) is not None and standby.command is not None:
             update["standby"] = standby.model_copy(update={"command": standby.command.resolved(base)})
+        if backend.standby is not None and (process := backend.standby.process) is not None:
+            update["standby"] = backend.standby.model_copy(update={"process": process.resolved(base)})
         backends.append(backend.model_copy(update=update))
     changes: dict[str, Any] = {"state": base / config.state, "backends": backends}
     changes["tls"] = [

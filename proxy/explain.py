@@ -128,6 +128,8 @@ def _what_if_lines(record: dict[str, Any]) -> Iterator[str]:
         others = queue["waiting"]
         before = "nobody waits yet" if not others else f"{others} wait{'s' if others == 1 else ''} already"
         yield f"now: held for up to {queue['until_s']:g} s; {before}"
+        for name, how in queue["standbys"].items():
+            yield f"  no backend runs that may serve it; standby {name}: {how}"
     else:
         yield f"now: sent to {decision['backend']}"
     for note in record["notes"]:

@@ -51,6 +51,10 @@ class Imagined:
             self.notes.append(f"taken to have {DEFAULT_SLOTS} slots: {', '.join(unsized)}")
         if any(rule.rtts for rule in self.policy.rules.rules):
             self.notes.append(NO_ROUND_TRIPS)
+        standbys = [backend.name for backend in backends if backend.asleep]
+        if standbys:
+            self.notes.append(f"taken to sleep, being standbys: {', '.join(standbys)}")
+        self.scaling = None
         self.fleet = Fleet(backends, health(config))
         self.fleet.refresh(self.now())
         self.valve = Valve(self.policy.rules, self.fleet)

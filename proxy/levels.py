@@ -22,6 +22,8 @@ def called(row: Mapping[str, Any]) -> str:
 
 def condition(row: Mapping[str, Any]) -> Text:
     """One word on whether requests go there."""
+    if row.get("asleep"):
+        return Text("draining" if row["draining"] else "standby", "yellow" if row["draining"] else "dim")
     if row["draining"]:
         return Text("draining", "yellow")
     if row["in_spite"]:

@@ -13,6 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from policies.state import Backend
 from proxy.observe import Histogram, Observer
 from proxy.runtime import Runtime
+from proxy.scaling.service import scaling_in
+from proxy.scaling.shown import families
 
 
 class Metrics:
@@ -31,6 +33,7 @@ class Metrics:
         text = "Time from a whole request to its dispatch, holding excluded."
         yield _histogram("tidegate_overhead_seconds", text, [], [((), observer.overhead)])
         yield from self._process()
+        yield from families(scaling_in(self._runtime))
         expiry = GaugeMetricFamily(
             "tidegate_certificate_expiry_timestamp_seconds",
             "Unix time at which a certificate for clients ends, or a file in the `tls` of a backend.",
@@ -49,6 +52,7 @@ class Metrics:
         now, in_spite = runtime.now(), runtime.valve.rules.in_spite
         gauges: dict[str, tuple[str, Callable[[Backend], float]]] = {
             "tidegate_backend_available": ("1: requests may be sent to it.", lambda b: float(b.available)),
+            "tidegate_backend_asleep": ("1: a standby that is not ready.", lambda b: float(b.asleep)),
             "tidegate_backend_in_flight": ("Requests leased to it.", lambda b: float(b.in_flight)),
             "tidegate_backend_slots": (
                 "Requests it serves at once inside its SLA.",

@@ -17,6 +17,7 @@ import orjson
 from policies.base import Outcome, RequestFacts
 from policies.hedging import Hedging
 from policies.retries import RetryBudget
+from policies.routing import STANDBY
 from policies.state import Fleet
 from policies.valve import Valve
 from proxy.access.keys import Key, KeyStore
@@ -42,6 +43,7 @@ from proxy.upstream import Endpoint
 if TYPE_CHECKING:
     from proxy.exchange import Exchange
     from proxy.scaling.planning import Planning
+    from proxy.scaling.wake import Waker
     from proxy.server import ClientConnection
 
 log = logging.getLogger("tidegate")
@@ -51,6 +53,7 @@ _MODELS: Final = b"/v1/models"
 _LOCAL_ORIGIN: Final = re.compile(rb"https?://(?:localhost|127\.[0-9.]++|\[::1\])(?::[0-9]++)?")
 """Web pages of this machine's own."""
 
+_DEADLINES: Final = ["head", "body", "idle", "first_token", "answer", "between_tokens", "total", "client_write", "connection"]
 _ID_BYTES: Final = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_.:")
 
 
@@ -143,10 +146,11 @@ class Runtime:
         self.hosts: Callable[[], Mapping[str, Any]] = dict
         """What the hosts say, by site, likewise."""
         self.planning: Planning | None = None
+        self.scaling: Waker | None = None
+        """None: nobody starts standbys."""
         self.fleet = Fleet(built.backends, built.health)
         self.valve = Valve(built.policy.rules, self.fleet)
-        retries = config.retries
-        self.retry_budget = RetryBudget(retries.ratio, retries.per_second)
+        self.retry_budget = RetryBudget(config.retries.ratio, config.retries.per_second)
         self.responses = StoredResponses()
         self._writing_responses = False
         self.hedging: Hedging | None = None
@@ -181,25 +185,14 @@ class Runtime:
         limits = config.limits
         # What every request asks for: an attribute of a pydantic model costs fifty times as much as one of ours.
         timeouts = config.timeouts
-        self.timeouts = Deadlines(
-            timeouts.head,
-            timeouts.body,
-            timeouts.idle,
-            timeouts.first_token,
-            timeouts.answer,
-            timeouts.between_tokens,
-            timeouts.total,
-            timeouts.client_write,
-            timeouts.connection,
-        )
+        self.timeouts = Deadlines(*[getattr(timeouts, name) for name in _DEADLINES])
         self.most_requests = limits.requests
         self.most_body_bytes = limits.body
         self.most_bodies_bytes = limits.bodies
         self.media_urls = config.media_urls
         self.trusted_proxies: TrustedProxies | None = None
-        addresses = ""
+        addresses = config.forwarded_field if config.trusted_proxies else ""
         if config.trusted_proxies:
-            addresses = config.forwarded_field
             self.trusted_proxies = TrustedProxies(config.trusted_proxies, addresses)
         self.grammar = RequestGrammar(
             HeadLimits(limits.head, limits.target, limits.fields), tuple(config.forward_headers), addresses
@@ -372,6 +365,8 @@ class Runtime:
     def hold(self, exchange: Exchange) -> None:
         """The valve keeps a request."""
         self.held[exchange.row.op] = exchange
+        if self.scaling is not None and exchange.routings[-1].decided_by == STANDBY:
+            self.scaling.wanted()  # at once, not when it looks next
         self._schedule()
 
     def cancel_hold(self, operation: str) -> None:

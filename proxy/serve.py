@@ -35,7 +35,7 @@ from proxy.access.shared import limits_of_this_month, shared_budgets
 from proxy.admin.http import admin_app
 from proxy.admin.platform import platform_routes
 from proxy.ask import PORTS_FILE
-from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, timing, warn_of
+from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, warn_of
 from proxy.certificates import ServerCertificates, fingerprints
 from proxy.changes import changes
 from proxy.config import Config, load_config, override
@@ -47,6 +47,7 @@ from proxy.notify import READY, STOPPING, notify, reloading
 from proxy.observe import Observer
 from proxy.open_files import Reserve, most_clients, watch_open_files
 from proxy.pressure import Memory
+from proxy.probing import new_prober
 from proxy.proxied_server import accepting
 from proxy.readable import in_words
 from proxy.reload import NEXT_START, owed, swap
@@ -54,8 +55,9 @@ from proxy.requestlog import RequestLog
 from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
 from proxy.scaling.planning import Planning
-from proxy.scaling.spending import TokenSpending
 from proxy.scaling.platform import Platform
+from proxy.scaling.service import Standbys
+from proxy.scaling.spending import TokenSpending
 from proxy.state_lock import adopt_when_left, lock_state, open_journal, other_journals
 from proxy.stopping import let_end
 from proxy.upgrade import SOCKET_FILE, Predecessor, UpgradeSocket
@@ -120,6 +122,7 @@ class Service:
         """None: clients speak plain HTTP, as long as the process lives."""
         self._admin: web.AppRunner | None = None
         self._prober: Prober | None = None
+        self._standbys: Standbys
         self._ledger: Ledger
         self._engine: sa.Engine
         self._seed = config.seed if config.seed is not None else secrets.randbits(32)
@@ -187,8 +190,12 @@ class Service:
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
         runtime.pressure.memory = Memory(config.limits.memory)
+        self._standbys = standbys = Standbys(runtime, self._engine, alone=not written)
         if config.probing.enabled:
-            await self._start_probes(built)
+            self._prober = new_prober(runtime, self._resolver)
+            standbys.watch(self._prober)
+            standbys.open()
+            await self._prober.start()
         await self._listen(given)
         if self._record is not None:  # not before: a start that fails leaves nothing behind
             cast("RecordedRuntime", runtime).write_record()
@@ -203,7 +210,7 @@ class Service:
                 budgets.watch(limits, keys, lambda: runtime.prices.currency), "budgets of several proxies"
             )
         if written:
-            unshare = (runtime.responses.unshare, runtime.idempotency.unshare)
+            unshare = (runtime.responses.unshare, runtime.idempotency.unshare, standbys.left_alone)
             runtime.tasks.spawn(adopt_when_left(ledger, written, unshare), "what others leave")
         self._upgrades = UpgradeSocket(self, runtime.tasks.spawn)
         if predecessor is not None and self._stopping.is_set():
@@ -215,25 +222,10 @@ class Service:
             )  # the state directory tells of the other
             return
         self.publish()
+        standbys.begin()
         if predecessor is not None and (reason := await asyncio.to_thread(predecessor.ready)):
             log.error("not taking over: the process before %s", reason)
             self._stopping.set()
-
-    async def _start_probes(self, built: Built) -> None:
-        runtime = self.runtime
-        self._prober = Prober(
-            built.targets,
-            runtime.fleet,
-            spawn=runtime.tasks.spawn,
-            clock=runtime.now,
-            timing=timing(self.config),
-            metrics=self.config.probing.metrics,
-            changed=lambda: runtime.poll(runtime.now()),
-            resolver=self._resolver,
-            hosts=built.hosts,
-        )
-        runtime.probes, runtime.hosts = self._prober.snapshot, self._prober.hosts
-        await self._prober.start()
 
     async def _listen(self, given: Listeners) -> None:
         runtime, config = self.runtime, self.config
@@ -286,6 +278,7 @@ class Service:
         self.platform.leave()
         runtime.responses.share()
         runtime.idempotency.share()
+        self._standbys.hand_over()
         runtime.timeouts.idle = min(runtime.timeouts.idle, IDLE_GRACE_S)
         for client in runtime.clients:
             if client.idle:
@@ -326,6 +319,7 @@ class Service:
             self._drain_until = soon  # it may have been given longer than a stop is
         elif self._stopping.is_set():
             log.warning("stopping at once")
+            self._standbys.hurry = True
             for exchange in [*self.runtime.exchanges, *self.runtime.held.values()]:
                 exchange.stop()
         else:
@@ -344,6 +338,7 @@ class Service:
             self._drain_until = self._soon()
         self._listening.close("listen")
         await let_end(runtime, lambda: self._drain_until, handed_over=self._handed_over)
+        await self._standbys.stop()
         if self._prober is not None:
             await self._prober.close()
         await runtime.tasks.cancel_all()
@@ -394,6 +389,7 @@ class Service:
             config = override(config, self.overrides)
             self._watched.watch(self._files(config))
             built = self._built(config, runtime.built)
+            follow = self._standbys.prepare(built)
         except (ConfigError, FileProblems, OSError, ValueError) as error:
             if is_our_shortage(error):
                 self._watched.forget()  # nothing is wrong with the files: the next look tries again
@@ -412,7 +408,7 @@ class Service:
             self._certificates.use(built.certificates)
             self._tell_certificates(built)
         self._configured = config
-        changed = self._use(built)
+        changed = self._use(built, follow)
         runtime.observer.reloads_ok += 1
         runtime.observer.reload_ok = True
         log.info("reloaded: %s", "; ".join(changed) or "nothing changed")
@@ -426,8 +422,8 @@ class Service:
         self._resolver.judge(self.platform.judges(config))
         return built
 
-    def _use(self, built: Built) -> list[str]:
-        """Serve from what was built. What has changed, in words."""
+    def _use(self, built: Built, follow: Callable[[], None]) -> list[str]:
+        """Serve from what was built, and have standbys follow it. What has changed, in words."""
         runtime = self.runtime
         changed = changes(runtime.built, built, (*NEXT_START, *runtime.observer.restart_for))
         self.config = built.config
@@ -435,6 +431,7 @@ class Service:
         self._planning.use(built.config)
         if self._prober is not None:
             self._prober.replace(built.targets, built.hosts)
+        follow()
         self.platform.seen_from(runtime.fleet.backends, runtime.now())
         runtime.poll(runtime.now())
         return changed
@@ -447,7 +444,8 @@ class Service:
 
     def serve_placements(self) -> None:
         """Serve from the placements there are now. Raises what `build` does: nothing has changed."""
-        changed = self._use(self._built(self._configured, self.runtime.built))
+        built = self._built(self._configured, self.runtime.built)
+        changed = self._use(built, self._standbys.prepare(built))
         log.info("placements: %s", "; ".join(changed) or "nothing changed")
 
     def drain(self, name: str) -> None:

@@ -90,6 +90,7 @@ def _lines(state: State) -> Iterator[str]:
         yield from _complaints(row)
     yield ""
     yield f"queue     {_queue(state['queue'])}"
+    yield from _standbys(state)
     yield from _spill(state["spill"])
     yield from _hosts(state["hosts"])
     yield from _adaptive(state["backends"])
@@ -126,7 +127,7 @@ def _ledger(ledger: State) -> Iterator[str]:
 def _complaints(row: State) -> Iterator[str]:
     """What is wrong with a backend."""
     probe = row["probe"] or {}
-    if row["unavailable"]:
+    if row["unavailable"] and not row.get("asleep"):
         since = probe.get("since_s")
         is_down = since is not None and not row["draining"] and not row["probed_up"]
         yield f"! {row['name']}: {row['unavailable']}" + (
@@ -155,6 +156,14 @@ def _queue(queue: State) -> str:
         return "nobody waits"
     tenants = ", ".join(f"{tenant} {count}" for tenant, count in queue["by_tenant"].items())
     return f"{queue['waiting']} held, the first for {duration(queue['oldest_s'])} ({tenants})"
+
+
+def _standbys(state: State) -> Iterator[str]:
+    for row in state["backends"]:
+        if row.get("asleep"):
+            yield f"standby   {row['name']}: {row['unavailable'].removeprefix('a standby, ')}"
+    for queue in state["queue"].get("for_standbys", ()):
+        yield f"          {queue['waiting']} held for {' or '.join(queue['standbys'])}"
 
 
 def _spill(entries: Sequence[State]) -> Iterator[str]:

@@ -126,6 +126,28 @@ HOURLY_SUMS: dict[str, ColumnElement[Any]] = {
 }
 """The other columns of `usage_hourly`, as sums over a group of `ledger`."""
 
+capacity_hourly = Table(
+    "capacity_hourly",
+    metadata,
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),
+    Column("run", Text, primary_key=True),
+    Column("standby", Text, nullable=False),
+    Column("site", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("plan", Text, nullable=False),
+    Column("template", Text, nullable=False),
+    Column("started", Float(53), nullable=False),
+    Column("until", Float(53), nullable=False),
+    Column("seconds", Float(53), nullable=False),
+    Column("cost_nano", BigInteger, nullable=False),
+    Column("currency", Text, nullable=False),
+    Index("capacity_hourly_run", "run"),
+    sqlite_with_rowid=False,
+)
+"""What each run of a standby has taken within each hour (`hour`: Unix seconds at which it begins): `seconds` of
+capacity, and what they cost; `currency` empty: the price is not known. `until`: Unix time up to which the run is
+counted. `model`: all of them, joined by commas."""
+
 keys = Table(
     "keys",
     metadata,

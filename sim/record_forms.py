@@ -49,7 +49,7 @@ class RetriesForm(Form):
 
 
 class FiguresForm(Form):
-    """What probes have found of a backend."""
+    """What probes have found of a backend, and where its standby is."""
 
     probed_up: bool = True
     connects: bool = True
@@ -66,6 +66,8 @@ class FiguresForm(Form):
     kv_use: NotNegative = 0.0
     sampled_at: Seconds = 0.0
     kv_tokens: Count = 0
+    asleep: bool = False
+    draining: bool = False
 
 
 class BackendForm(Form):
@@ -87,6 +89,7 @@ class BackendForm(Form):
     carbon_gco2_kwh: NotNegative | None = None
     probed_up: bool = True
     kv_tokens: Count = 0
+    asleep: bool = False
     adaptive: Literal[True] = True
     breaker: BreakerForm
 

@@ -228,10 +228,15 @@ class Replay(Router):
             backend = self.fleet.backends.get(name)
             if backend is None:
                 raise BadLogError(self._reader.line, f"its first line has no backend {name!r}")
+            asleep, draining = (
+                figures.get("asleep", backend.asleep),
+                figures.get("draining", backend.draining),
+            )
+            backend.put(asleep, draining, at)
             for figure, value in figures.items():
                 if figure == "probed_up":
                     backend.probed(value, at)
-                else:
+                elif figure not in ("asleep", "draining"):
                     setattr(backend, figure, plain_back(figure, value, self._start))
         assert self.log is not None
         self.log.figures(self.fleet, at)

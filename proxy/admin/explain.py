@@ -20,6 +20,7 @@ from proxy import records
 from proxy.observe import Record
 from proxy.records import Row
 from proxy.runtime import Runtime
+from proxy.scaling.wake import Waker
 
 
 class HasPolicy(Protocol):
@@ -47,6 +48,9 @@ class Deciding(Protocol):
     @property
     def probes(self) -> Callable[[], Mapping[str, Any]]: ...
 
+    @property
+    def scaling(self) -> Waker | None: ...
+
 
 WHY: Final[dict[str, str]] = {
     "model_not_allowed": "the key does not list this model",
@@ -59,7 +63,7 @@ WHY: Final[dict[str, str]] = {
     "no_backend": "every backend that may serve it was down, or it is not known yet what they serve",
     "overloaded": "every backend that may serve it had asked for a pause, or the proxy itself had no room",
     "queue_full": "as many requests as the rule's queue holds were waiting",
-    "queue_timeout": "its deadline passed while it was held",
+    "queue_timeout": "it was held for as long as its deadline, `wait` or `cold_start` allows",
     "backend_unreachable": "no connection to the backend could be made",
     "backend_reset": "the backend closed the connection before its answer was complete",
     "backend_protocol": "what the backend sent was no well-formed answer",
@@ -191,8 +195,10 @@ def _absence(runtime: Runtime, backend: Backend, routing: Routing, was_down: boo
 def unavailable(runtime: Deciding, backend: Backend) -> tuple[str, float]:
     """Why nothing new is sent to a backend, and since when (monotonic; inf: not known). Empty: it may be."""
     now = runtime.now()
+    if backend.asleep:
+        return f"a standby, {standby_words(runtime, backend)}", inf
     if backend.draining:
-        return "it is being removed", inf
+        return "it takes nothing new, and ends when what runs on it has ended", inf
     if backend.over_budget:
         return "its budget for this month is used up", inf
     if not backend.probed_up:
@@ -214,3 +220,14 @@ def unavailable(runtime: Deciding, backend: Backend) -> tuple[str, float]:
     if now < backend.backoff_until:
         return f"it asked for a pause of {backend.backoff_until - now:.0f} s more", inf
     return "", inf
+
+
+def standby_words(runtime: Deciding, backend: Backend) -> str:
+    """How a standby is that sleeps."""
+    words = runtime.scaling.condition(backend.name) if runtime.scaling is not None else ""
+    return words or ("draining" if backend.draining else "not running")
+
+
+def standbys(runtime: Deciding) -> dict[str, str]:
+    """The standbys that sleep, by name, and how they are."""
+    return {backend.name: standby_words(runtime, backend) for backend in runtime.fleet if backend.asleep}

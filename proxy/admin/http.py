@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
 from policies.state import Backend
-from proxy.admin.explain import explanation, unavailable
+from proxy.admin.explain import explanation, standbys, unavailable
 from proxy.admin.plans import plan_routes
+from proxy.admin.standbys import routes as standby_routes
 from proxy.admin.whatif import AskedError, Running, asked, what_if
 from proxy.ask import CLIENTS_ERROR
 from proxy.dialects import body_in, status_in
@@ -26,6 +27,8 @@ from proxy.openai import is_slow_to_read, read_body
 from proxy.policy_failures import failing
 from proxy.pressure import REFUSE_REQUESTS
 from proxy.runtime import Runtime
+from proxy.scaling import shown
+from proxy.scaling.service import scaling_in
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -39,11 +42,9 @@ def admin_app(runtime: Runtime, started: float, further: Iterable[web.RouteDef] 
         return web.json_response({"status": "ok"})
 
     async def readyz(_: web.Request) -> web.Response:
-        reason = unready(runtime)
-        status = 503 if reason else 200
-        return web.json_response(
-            {"status": "unready" if reason else "ready", "reason": reason}, status=status
-        )
+        if reason := unready(runtime):
+            return web.json_response({"status": "unready", "reason": reason}, status=503)
+        return web.json_response({"status": "ready", "reason": asleep(runtime)})
 
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": _CONTENT_TYPE})
@@ -92,6 +93,7 @@ def admin_app(runtime: Runtime, started: float, further: Iterable[web.RouteDef] 
             web.post("/explain", explain_request),
             *plan_routes(runtime),
             *further,
+            *standby_routes(runtime),
         ]
     )
     return app
@@ -107,10 +109,22 @@ def unready(runtime: Runtime) -> str:
         return "memory runs short"
     if not any(backend.models for backend in runtime.fleet):
         return "no backend serves any model"
-    panics = runtime.fleet.health.panic > 0
-    if not any(backend.available or (panics and backend.doubtful) for backend in runtime.fleet):
+    if not _runs(runtime) and not any(backend.asleep for backend in runtime.fleet):
         return "no backend is available"
     return ""
+
+
+def asleep(runtime: Runtime) -> str:
+    """What to say of a proxy whose backends all sleep; empty: one runs."""
+    if _runs(runtime):
+        return ""
+    names = ", ".join(f"{name} ({how})" for name, how in standbys(runtime).items())
+    return f"no backend runs: requests are held for standbys: {names}"
+
+
+def _runs(runtime: Runtime) -> bool:
+    panics = runtime.fleet.health.panic > 0
+    return any(backend.available or (panics and backend.doubtful) for backend in runtime.fleet)
 
 
 def state(runtime: Runtime, started: float) -> dict[str, Any]:
@@ -142,6 +156,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
                 "probed_up": backend.probed_up,
                 "breaker": backend.breaker.state(now),
                 "draining": backend.draining,
+                "asleep": backend.asleep,
                 "unavailable": unavailable(runtime, backend)[0],
                 "in_flight": backend.in_flight,
                 "in_flight_tokens": backend.in_flight_tokens,
@@ -203,11 +218,16 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             }
             for certificate in runtime.built.backend_certificates
         ],
+        "standbys": [] if (scaling := scaling_in(runtime)) is None else shown.standbys(scaling),
         "hosts": runtime.hosts(),
         "queue": {
             "waiting": runtime.valve.queued,
             "oldest_s": runtime.valve.oldest_age(now),
             "by_tenant": runtime.valve.queued_by_tenant(),
+            "for_standbys": [
+                {"standbys": sorted(names), "waiting": waiting, "tokens": tokens}
+                for names, waiting, tokens in runtime.valve.waiting_for_standbys()
+            ],
         },
         "spill": spills(runtime),
         "hedging": _hedging(runtime),

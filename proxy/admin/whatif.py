@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 from policies.base import Hold, Reject, RequestFacts, Send
 from policies.fileschema import ENDPOINTS, offset_seconds
-from policies.routing import SHARES, Routing
+from policies.routing import SHARES, STANDBY, Routing
 from policies.rules import Rule
 from policies.split import Part
 from policies.state import Backend
@@ -22,7 +22,7 @@ from policies.unmatched import why_not
 from policies.whatif import DryRun
 from proxy.access.keys import Key, KeyFieldError, imagined_key
 from proxy.access.limits import Refusal
-from proxy.admin.explain import WHY, Deciding, tier_of, tiers, unavailable
+from proxy.admin.explain import WHY, Deciding, standby_words, tier_of, tiers, unavailable
 from proxy.endpoints import BY_NAME, FORM_BODY, NO_BODY, WEBSOCKET
 from proxy.errors import STATUS, RequestError
 from proxy.facts import check_model, facts_of, no_model, wants_hashes
@@ -90,6 +90,7 @@ class Running:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.now, self.wall, self.probes = runtime.now, runtime.wall, runtime.probes
+        self.scaling = runtime.scaling
         self.fleet, self.valve, self.built = runtime.fleet, runtime.valve, runtime.built
         self.aliases, self.salt, self.total_s = runtime.aliases, runtime.salt, runtime.timeouts.total
 
@@ -190,7 +191,7 @@ def what_if(reading: Reading, body: RequestBody, asked: Asked) -> dict[str, Any]
         },
         "rules": list(_rules(trial.rules.rules, facts)),
         "decisions": [decision],
-        "queue": _queue(trial, routing, reading.now()),
+        "queue": _queue(reading, trial, routing),
         "answer": _answer(reading, body, routing),
         "forecast": {"ttft_s": expected, "completion_tokens": facts.expected_tokens},
         "parts": [
@@ -305,12 +306,18 @@ def _rules(rules: Sequence[Rule], facts: RequestFacts) -> Iterator[dict[str, Any
             return
 
 
-def _queue(trial: DryRun, routing: Routing, now: float) -> dict[str, Any] | None:
-    """Of a request that is held: how many wait already, and how long it waits at most."""
+def _queue(reading: Reading, trial: DryRun, routing: Routing) -> dict[str, Any] | None:
+    """Of a request that is held: how many wait already, how long it waits at most, and for which standbys."""
     if type(routing.decision) is not Hold:
         return None
-    until = trial.rules.hold_until(routing.request, trial.rules.rule_for(routing.request))
-    return {"waiting": trial.waiting, "until_s": max(until - now, 0.0)}
+    request, cold = routing.request, routing.decided_by == STANDBY
+    until = trial.rules.hold_until(request, trial.rules.rule_for(request), cold)
+    asleep = trial.rules.candidates(request, trial.fleet).asleep if cold else ()
+    return {
+        "waiting": trial.waiting,
+        "until_s": max(until - reading.now(), 0.0),
+        "standbys": {name: standby_words(reading, trial.fleet[name]) for name in asleep},
+    }
 
 
 def _answer(reading: Reading, body: RequestBody, routing: Routing) -> dict[str, Any] | None:

@@ -6,5 +6,5 @@ it must not import `proxy.tables`), and append its number to `REVISIONS`.
 
 from __future__ import annotations
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 """All schemas there have been, oldest first. Known here so that a start without a migration needs no alembic."""

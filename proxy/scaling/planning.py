@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,13 +27,15 @@ from proxy.access.shared import SHARE
 from proxy.config import Config
 from proxy.config_values import time_zone
 from proxy.database import said
-from proxy.postgres import is_postgres
-from proxy.scaling.budgets import NANO, TOLD_FILE, Budgets, CapacityCost, Used, ceilings, nano_of, no_capacity
+from proxy.scaling.accounts import accounts, running_for, shortage
+from proxy.scaling.budgets import NANO, SITE, TOLD_FILE, Budgets, Used, ceilings, nano_of
+from proxy.scaling.hours import spent
 from proxy.scaling.images import Images, load_images
 from proxy.scaling.notices import Notices
 from proxy.scaling.offers import Offer, draft, offers
-from proxy.scaling.plans import PLANS_FILE, ConflictError, Plans, new_id
+from proxy.scaling.plans import PLANS_FILE, ConflictError, Plans, PlansError, new_id
 from proxy.scaling.planwords import in_words
+from proxy.scaling.seams import NotPossibleError
 from proxy.scaling.spending import Span, TokenSpending
 from proxy.scaling.templates import TEMPLATES_FILE, Shortage, Template, Templates, choose, fires, sites_of
 
@@ -43,19 +45,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("tidegate")
 
 TURN_S: Final = 1.0
-LOOK_S: Final = 60.0
-"""How often costs are read from a ledger that nobody else writes."""
-SHARED_LOOK_S: Final = 5.0
-"""And from one that others write too."""
+LOOK_S: Final = 5.0
+"""How often costs are read: hours of capacity, and what other proxies have spent."""
 
 
 class Planning:
     """Plans, templates and budgets of one proxy."""
 
-    def __init__(
-        self, runtime: Runtime, spending: TokenSpending, capacity: CapacityCost = no_capacity
-    ) -> None:
-        """`spending` counts the rows of the runtime's ledger. `capacity`: what hours have cost."""
+    def __init__(self, runtime: Runtime, spending: TokenSpending) -> None:
+        """`spending` counts the rows of the runtime's ledger."""
         config = runtime.config
         self.runtime = runtime
         self.spending = spending
@@ -63,9 +61,13 @@ class Planning:
         self.plans.changed = self._plan_changed
         self.templates = Templates(config.state / TEMPLATES_FILE)
         self.budgets = Budgets(
-            spending, time_zone(config.budget_zone), config.state / TOLD_FILE, capacity, self._tell_budget
+            spending,
+            time_zone(config.budget_zone),
+            config.state / TOLD_FILE,
+            self._capacity,
+            self._tell_budget,
         )
-        self.budgets.running = self._running_for
+        self.budgets.running = lambda template: running_for(self.plans.all(), template)
         self.state_of: Callable[[str], State | None] = lambda name: None
         """State of a standby; None: not known. Set by the manager."""
         self.approved: Callable[[], None] = lambda: None
@@ -74,6 +76,8 @@ class Planning:
         self.images = Images(())
         self._approval: Notices | None = None
         self._budget_notices: Notices | None = None
+        self._hours: dict[tuple[str, str], int] = {}
+        """What hours of capacity have cost at the last look, nano-units by site and template."""
         self._moves: deque[Move] = deque(maxlen=10_000)
         self._read_at = 0.0
         self._turning = asyncio.Lock()
@@ -304,28 +308,23 @@ class Planning:
             raise ConflictError(f"all that template '{name}' would start is on, or is being started")
         return await self._of_template(name, template, chosen, f"{by} has run it")
 
-    async def by_hand(self, name: str, by: str) -> Plan:
-        """A plan for one standby that somebody starts by hand, approved by that. Raises KeyError, OSError;
-        ConflictError: a ceiling stands against it."""
-        plan = await self.propose([self.offers[name]], Trigger.HAND, f"{by} has started it", mode=CONFIRM)
-        return await self.approve(plan.id, by) if plan.state is PlanState.PROPOSED else plan
+    async def by_hand(self, name: str, by: str) -> str:
+        """The id of a plan for a standby that somebody starts by hand, approved by that. Raises OSError;
+        NotPossibleError: a ceiling stands against it."""
+        offer = self.offers.get(name)
+        if offer is None:
+            return ""
+        plan = await self.propose([offer], Trigger.HAND, f"{by} has started it", mode=CONFIRM)
+        if plan.state is PlanState.PROPOSED:
+            try:
+                plan = await self.approve(plan.id, by)
+            except PlansError as error:
+                raise NotPossibleError(str(error)) from None
+        return plan.id
 
     def shortage(self, model: str) -> Shortage:
         """How short of capacity the local backends of a model are."""
-        runtime = self.runtime
-        now = runtime.now()
-        of = [backend for backend in runtime.fleet if model in backend.models]
-        names = {backend.name for backend in of}
-        spilling = [
-            now - flag.moved_at for flag in runtime.valve.rules.spills if flag.open and flag.backends & names
-        ]
-        local = [backend.saturation(now) for backend in of if backend.site == LOCAL and backend.available]
-        return Shortage(
-            max(spilling, default=0.0),
-            runtime.valve.queued,
-            runtime.valve.oldest_age(now),
-            sum(local) / len(local) if local else 0.0,
-        )
+        return shortage(self.runtime.fleet, self.runtime.valve, model, self.runtime.now())
 
     # Plans
 
@@ -433,30 +432,24 @@ class Planning:
         of_templates = {name: template.budget for name, template in self.templates.all().items()}
         self.budgets.ceilings = ceilings(section.month, section.sites, of_templates)
 
-    def _running_for(self, template: str) -> Iterable[str]:
-        """Standbys that run on the account of a template."""
-        for plan in self.plans.all():
-            if plan.template == template and plan.began is not None:
-                gone = dict(plan.stopped)
-                yield from (name for name in plan.standbys if name not in gone)
-
-    def _accounts(self) -> dict[str, Sequence[Span]]:
-        found: dict[str, list[Span]] = {}
-        for plan in self.plans.all():
-            if plan.template and (began := plan.began) is not None:
-                ended = dict(plan.stopped)
-                spans = found.setdefault(plan.template, [])
-                spans += (Span(name, began, ended.get(name)) for name in plan.standbys)
-        return dict(found)
-
     async def _read(self) -> None:
         """Raises SQLAlchemy's errors."""
         began = time.monotonic()
-        await asyncio.to_thread(self.spending.read, self.runtime.wall(), self._accounts())
-        took = time.monotonic() - began
-        shared = is_postgres(self.runtime.ledger.engine.url)
-        pause = SHARED_LOOK_S if shared else LOOK_S
-        self._read_at = self.runtime.now() + max(pause, SHARE * took)
+        await asyncio.to_thread(self._read_costs, self.runtime.wall(), accounts(self.plans.all()))
+        self._read_at = self.runtime.now() + max(LOOK_S, SHARE * (time.monotonic() - began))
+
+    def _read_costs(self, wall: float, of: dict[str, Sequence[Span]]) -> None:
+        """Blocks."""
+        spending = self.spending
+        spending.read(wall, of)
+        wanted = {("", ""), (LOCAL, "")}
+        for ceiling in self.budgets.ceilings:
+            wanted.add((ceiling.name, "") if ceiling.scope == SITE else ("", ceiling.name))
+        engine, begin, end = self.runtime.ledger.engine, spending.begin, spending.end
+        self._hours = {key: spent(engine, key[0] or None, begin, end, key[1] or None) for key in wanted}
+
+    def _capacity(self, site: str, template: str, month_begin: float) -> int:
+        return self._hours.get((site, template), 0)
 
     async def _look_at_costs(self) -> None:
         over = self.runtime.wall() >= self.spending.end
@@ -473,7 +466,7 @@ class Planning:
         accounts: dict[str, str] = {}
         for used in self.budgets.used():
             if used.ceiling.scope == "template" and used.reached:
-                accounts |= dict.fromkeys(self._running_for(used.ceiling.name), used.ceiling.name)
+                accounts |= dict.fromkeys(self.budgets.running(used.ceiling.name), used.ceiling.name)
         changed = False
         for backend in runtime.fleet:
             over = self.budgets.reached(backend.site, accounts.get(backend.name, "")) is not None

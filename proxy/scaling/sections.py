@@ -25,7 +25,9 @@ def _over_http(url: str) -> None:
 class VllmRecipe(FileModel):
     """How `vllm serve` is launched."""
 
-    model: str = Field(description="Model that it loads: a name of a hub, or a folder.")
+    model: str = Field(
+        description="Model that it loads: a name of a hub, or a folder, as in `./models/qwen3`."
+    )
     executable: str = Field("vllm", description="The command, or a path to it.")
     arguments: list[str] = Field(
         default_factory=list, description="Further arguments: `[--max-model-len, '16384']`."
@@ -50,6 +52,22 @@ class ProcessSection(FileModel):
         if (self.command is None) == (self.vllm is None):
             raise BadValueError("give `command` or `vllm`, one of them", at=("command",))
         return self
+
+    def resolved(self, base: Path) -> ProcessSection:
+        """With absolute paths; a command or a model without any `/` in it is none, nor is `org/model`."""
+        changes: dict[str, object] = {}
+        if self.directory is not None:
+            changes["directory"] = base / self.directory
+        if self.command is not None and "/" in self.command[0]:
+            changes["command"] = [str(base / self.command[0]), *self.command[1:]]
+        if (recipe := self.vllm) is not None:
+            paths = {}
+            if "/" in recipe.executable:
+                paths["executable"] = str(base / recipe.executable)
+            if recipe.model.startswith(("./", "../")):
+                paths["model"] = str(base / recipe.model)
+            changes["vllm"] = recipe.model_copy(update=paths)
+        return self.model_copy(update=changes)
 
 
 class SleepSection(FileModel):
@@ -215,6 +233,9 @@ class ScalingConfig(FileModel):
         None, description="File of images that goes before the shipped one. Default: that alone."
     )
     budgets: BudgetsSection = Field(default_factory=BudgetsSection, description="Ceilings.")
+    keep: bool = Field(
+        False, description="Standbys go on running when the proxy stops. Default: they are stopped with it."
+    )
     most: dict[SiteName, int] = Field(
         default_factory=dict, description="Standbys of a site that may run at once."
     )

@@ -181,6 +181,11 @@ def test_a_condition_without_conditions_is_none() -> None:
             "goes to the least loaded backend that may serve it at once, unless all are 200% full.",
         ),
         ("queue: {depth: 0}", "When none has room, a request is answered 429 at once."),
+        (
+            "queue: {cold_start: 8m}",
+            "one more is answered 429. When nothing but a standby may serve it, a request waits for up to 8 min.",
+        ),
+        ("queue: {cold_start: 0}", "nothing but a standby may serve it, a request is answered 503 at once."),
     ],
 )
 def test_where_they_go(text: str, expected: str) -> None:

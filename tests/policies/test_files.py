@@ -88,7 +88,7 @@ rules:
       - {labels: {card: h20}, pick: power-of-two}
       - {backend: [nj, sz]}
     pick: {policy: weighted-qps, max_qps: {nj: 5}}
-    queue: {wait: 500ms, depth: 7}
+    queue: {wait: 500ms, depth: 7, cold_start: 8m}
   - name: everything else
 """,
         "p.yaml",
@@ -118,7 +118,7 @@ rules:
         (Selector(backends=frozenset({"nj", "sz"})), None, ""),
     ]
     assert [chooser.name for chooser in much.choosers] == ["weighted-qps", "power-of-two", "weighted-qps"]
-    assert (much.policy_name, much.queue) == ("weighted-qps", Queue(0.5, 7))
+    assert (much.policy_name, much.queue) == ("weighted-qps", Queue(0.5, 7, cold_start_s=480.0))
     assert rest.matches_all
     assert compiled.warnings == []
 

@@ -5,6 +5,7 @@
    choice, spill, retry or after a wait.
 3. What is counted onto backends is what was sent and has not ended; at the end all counts are zero.
 4. Whoever drives it by `next_wake` alone gets every held request answered.
+5. Nothing is sent to a standby that sleeps, and whoever waits for standbys alone is told of.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def policy_file(seed: int) -> RuleSet:
             (Tier(Selector(sites=frozenset({"east"}))), Tier(LOCAL)),
         ]
     )
-    queue = Queue(rng.choice([2.0, 8.0]), rng.choice([1, 4]))
+    queue = Queue(rng.choice([2.0, 8.0]), rng.choice([1, 4]), cold_start_s=rng.choice([0.0, 1.0, 20.0]))
     return RuleSet(
         [
             builders.rule(
@@ -125,6 +126,7 @@ class ValveMachine(RuleBasedStateMachine):
                 assert name not in tried
             assert routing.lease is not None
             assert routing.lease.backend is self.fleet[decision.backend]
+            assert not self.fleet[decision.backend].asleep
             assert facts.id not in self.running
             self.running[facts.id] = (routing, [*tried, decision.backend])
         else:
@@ -199,6 +201,13 @@ class ValveMachine(RuleBasedStateMachine):
             self.fleet[name].probed(up, self.now)
             self.fleet.refresh(self.now)
 
+    @rule(data=st.data(), asleep=st.booleans(), draining=st.booleans())
+    def put(self, data: st.DataObject, asleep: bool, draining: bool) -> None:
+        """A standby goes to sleep, wakes, drains or is out of reach."""
+        if self.fleet.backends:
+            name = data.draw(st.sampled_from(sorted(self.fleet.backends)))
+            self.fleet.put(name, self.now, asleep=asleep, draining=draining)
+
     @rule(data=st.data(), seconds=st.floats(0.0, 5.0))
     def back_off(self, data: st.DataObject, seconds: float) -> None:
         if self.fleet.backends:
@@ -226,6 +235,11 @@ class ValveMachine(RuleBasedStateMachine):
         assert self.valve.queued <= len(self.held)  # the rest was refused and waits to be polled for
         assert self.valve.queued == sum(self.valve.queued_by_tenant().values())
         assert self.valve.next_wake() < inf or not self.held
+        by_model = self.valve.waiting_by_model()
+        assert self.valve.queued == sum(count for count, _ in by_model.values())
+        awaited = self.valve.waiting_for_standbys()
+        assert sum(count for _, count, _ in awaited) <= self.valve.queued
+        assert all(self.fleet[name].asleep for names, _, _ in awaited for name in names)
         counted: dict[int, int] = {}
         for routing, _ in self.running.values():
             assert routing.lease is not None

@@ -27,10 +27,12 @@ from policies.eventlog import (
 )
 from policies.files import read_policy
 from policies.state import Backend, Fleet
+from probes.passive import AttemptError
 from sim.cluster import SECOND, Cluster
 from sim.members import Change, Incident
 from sim.recording import BadLogError, Recording
 from sim.replay import compare
+from sim.router import Request, Router
 from sim.workload import Workload
 from tests.patience import examples
 from tests.sim.test_cluster import LOCAL_FIRST, every, member, scenes
@@ -225,6 +227,7 @@ def test_backends_come_back() -> None:
         data_classes=frozenset({"public"}),
         context_tokens={"m": 4096},
         price_input=0.1,
+        asleep=True,
         breaker=Breaker(threshold=2, base_s=1.0),
     )
     lines: list[bytes] = []
@@ -232,6 +235,52 @@ def test_backends_come_back() -> None:
     log.begin(Fleet([backend, Backend("b")]), Retries())
     first = orjson.loads(lines[0])
     assert [backend_from(one, 0.0) for one in first["backends"]] == [backend, Backend("b")]
+
+
+class ByHand(Router):
+    """A router whose requests do as the test says."""
+
+    def send(self, request: Request, now: float) -> None: ...
+
+    def over(self, request: Request, now: float) -> None: ...
+
+
+def test_what_was_held_for_standbys_is_decided_again() -> None:
+    records: Records = []
+    source = PolicySource("test", PICK.format("prefix-affinity"), 0)
+    log = EventLog(lambda one: records.append(orjson.loads(orjson.dumps(one))), source)
+    homes = [Backend(name, slots=2, models=frozenset({"m"}), asleep=True) for name in "yz"]
+    router = ByHand(homes, read_policy(source.text, source.name).rules, log=log)
+    requests = [Request(RequestFacts(f"r{n}", "m", arrived=float(n), prefix=(1, 2, n))) for n in range(12)]
+    for number, request in enumerate(requests[:6]):
+        router.submit(request, float(number))
+    router.fleet.put("z", 6.0, asleep=False)
+    router.poll(6.0)
+    router.begun(requests[0], 6.5)
+    router.fleet.put("z", 7.0, asleep=True, draining=True)
+    router.submit(requests[6], 7.0)
+    router.fleet.put("z", 7.5, asleep=False)
+    router.finished(requests[0], (9, 0, 3), 8.0)
+    for number in range(1, 5):  # its breaker opens
+        router.failed(requests[number], AttemptError.RESET, 9.0 + number)
+    router.failed(requests[5], 429, 15.0, 60.0)
+    router.fleet.put("z", 16.0, asleep=True)
+    router.submit(requests[7], 16.0)
+    router.fleet.put("y", 17.0, asleep=False)
+    router.poll(17.0)
+    router.fleet.put("z", 18.0, asleep=False)  # without the breaker and the pause that it had
+    router.submit(requests[8], 18.0)
+    router.submit(requests[9], 18.5)
+    router.submit(requests[10], 19.0)
+    router.left(requests[10], 19.5)
+    router.sweep(400.0)
+    log.end("it is over")
+    said = [record.get("decided_by") for record in records]
+    assert said.count("standby") >= 8
+    assert {record.get("send") for record in records} == {None, "y", "z"}
+    found = compare(records)
+    assert found.difference is None, found.difference.text
+    assert found.end == "it is over"
 
 
 def test_a_request_that_left_the_queue_has_the_time_at_which_it_left() -> None:

@@ -1,0 +1,182 @@
+"""Standbys of the running proxy: makes `Scaling` out of its configuration, and starts, reloads and ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Engine
+
+from policies.scaling import ScalingSettings
+from policies.standby import State
+from policies.state import Fleet
+from policies.valve import Valve
+from proxy.build import Built, tls_context
+from proxy.config import BackendConfig, Config, backend_key
+from proxy.scaling.hours import Hours
+from proxy.scaling.journal import JOURNAL_FILE
+from proxy.scaling.manager import Scaling
+from proxy.scaling.provider import Provider
+from proxy.scaling.providers import provider_of
+
+if TYPE_CHECKING:
+    from probes.runner import Prober
+    from proxy.runtime import Runtime
+
+
+class Surroundings:
+    """`manager.Around`: the running proxy."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.alone = True
+        self.prober: Prober | None = None
+        self._watched: set[str] = set()
+        """Standbys that the probes ask while they start."""
+
+    @property
+    def fleet(self) -> Fleet:
+        return self._runtime.fleet
+
+    @property
+    def valve(self) -> Valve:
+        return self._runtime.valve
+
+    def now(self) -> float:
+        return self._runtime.now()
+
+    def wall(self) -> float:
+        return self._runtime.wall()
+
+    def put(self, name: str, state: State) -> None:
+        runtime = self._runtime
+        now = runtime.now()
+        changed = runtime.fleet.put(
+            name, now, asleep=state is not State.READY, draining=state is State.DRAINING
+        )
+        starts = state is State.STARTING
+        if self.prober is not None and starts is not (name in self._watched):
+            if starts:
+                self._watched.add(name)
+                self.prober.watch(name, True)
+            else:
+                self._watched.discard(name)
+                if state is not State.READY:
+                    self.prober.watch(name, False)
+        if changed:
+            runtime.poll(now)
+
+    def answers(self, name: str) -> bool:
+        backend = self._runtime.fleet.backends.get(name)
+        return backend is not None and backend.probed_up
+
+    def ended(self) -> Mapping[str, tuple[int, int]]:
+        sums: dict[str, tuple[int, int]] = {}
+        for (_, model), series in self._runtime.observer.series.items():
+            requests, tokens = sums.get(model, (0, 0))
+            sums[model] = (requests + series.requests, tokens + series.prompt + series.completion)
+        return sums
+
+
+def standbys_of(config: Config) -> list[BackendConfig]:
+    return [section for section in config.backends if section.standby is not None]
+
+
+def provider(config: Config) -> Callable[[BackendConfig], Provider]:
+    """What makes providers by a configuration."""
+
+    def make(section: BackendConfig) -> Provider:
+        return provider_of(
+            section,
+            config.state,
+            key=backend_key(section),
+            tls=tls_context(section),
+            platform=config.scaling.scheduler,
+        )
+
+    return make
+
+
+def settings_of(config: Config) -> ScalingSettings:
+    scaling = config.scaling
+    return ScalingSettings(scaling.up, scaling.down, scaling.settle, scaling.most_at_once)
+
+
+def scaling_in(runtime: Runtime) -> Scaling | None:
+    """That of a running proxy; None: it has no standbys."""
+    return runtime.scaling if isinstance(runtime.scaling, Scaling) else None
+
+
+class Standbys:
+    """What the life of the process (`proxy/serve.py`) has to do with them. Without standbys there is none of it."""
+
+    def __init__(self, runtime: Runtime, engine: Engine, *, alone: bool) -> None:
+        """`engine`: of the ledger. `alone`: no process before this one still has requests."""
+        self._runtime = runtime
+        self._engine = engine
+        self._around = Surroundings(runtime)
+        self._around.alone = alone
+        self._begun = False
+        self.hurry = False
+        """Wait for nothing any more."""
+
+    def open(self) -> None:
+        """Show the fleet where they are, before probes and traffic come. Raises BadValueError, OSError."""
+        config = self._runtime.config
+        if standbys_of(config) or (config.state / JOURNAL_FILE).exists():
+            self.prepare(self._runtime.built)()
+
+    def watch(self, prober: Prober) -> None:
+        self._around.prober = prober
+
+    def begin(self) -> None:
+        """The proxy serves: act."""
+        self._begun = True
+        if (scaling := scaling_in(self._runtime)) is not None:
+            scaling.begin()
+
+    def prepare(self, built: Built) -> Callable[[], None]:
+        """Make what a configuration says of them, and return what has it followed, once all else has been swapped.
+
+        Raises BadValueError, OSError: a section cannot work, and nothing has changed.
+        """
+        runtime, config, sections = self._runtime, built.config, standbys_of(built.config)
+        scaling = scaling_in(runtime)
+        if scaling is None:
+            if not sections and self._begun:
+                return lambda: None
+            hours = Hours(self._engine, config.ledger_currency)
+            gate = runtime.planning
+            scaling = Scaling(self._around, provider(config), config.state, hours=hours, gate=gate)
+            scaling.journal.read()
+            if gate is not None:
+                gate.state_of, gate.approved = scaling.state_of, scaling.wanted
+        made = scaling.make_all(sections, provider(config))
+
+        def follow() -> None:
+            scaling.make = provider(config)
+            scaling.controller.settings = settings_of(config)
+            scaling.hours.currency = config.ledger_currency
+            is_new = scaling_in(runtime) is None
+            runtime.scaling = scaling
+            scaling.configure(sections, made, config.scaling.most)
+            if is_new and self._begun:
+                scaling.begin()
+
+        return follow
+
+    def left_alone(self) -> None:
+        """The process before this one has ended."""
+        self._around.alone = True
+
+    def hand_over(self) -> None:
+        """Another process acts from now on."""
+        scaling = scaling_in(self._runtime)
+        if scaling is not None:
+            self._runtime.tasks.spawn(scaling.hand_over(), "standbys follow")
+
+    async def stop(self) -> None:
+        """The proxy ends, and nothing runs on its backends any more."""
+        scaling = scaling_in(self._runtime)
+        if scaling is not None:
+            await scaling.stop(keep=self._runtime.config.scaling.keep, hurry=lambda: self.hurry)
