@@ -53,7 +53,6 @@ _MODELS: Final = b"/v1/models"
 _LOCAL_ORIGIN: Final = re.compile(rb"https?://(?:localhost|127\.[0-9.]++|\[::1\])(?::[0-9]++)?")
 """Web pages of this machine's own."""
 
-_DEADLINES: Final = ["head", "body", "idle", "first_token", "answer", "between_tokens", "total", "client_write", "connection"]
 _ID_BYTES: Final = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_.:")
 
 
@@ -185,7 +184,9 @@ class Runtime:
         limits = config.limits
         # What every request asks for: an attribute of a pydantic model costs fifty times as much as one of ours.
         timeouts = config.timeouts
-        self.timeouts = Deadlines(*[getattr(timeouts, name) for name in _DEADLINES])
+        first = timeouts.head, timeouts.body, timeouts.idle, timeouts.first_token, timeouts.answer
+        rest = timeouts.between_tokens, timeouts.total, timeouts.client_write, timeouts.connection
+        self.timeouts = Deadlines(*first, *rest)
         self.most_requests = limits.requests
         self.most_body_bytes = limits.body
         self.most_bodies_bytes = limits.bodies

@@ -16,7 +16,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -216,10 +216,8 @@ class Service:
         if predecessor is not None and self._stopping.is_set():
             log.warning("not taking over: this process was told to stop")
             predecessor.leave()
-            self._handed_over, self._drain_until = (
-                True,
-                self._soon(),
-            )  # the state directory tells of the other
+            self._handed_over = True  # the state directory tells of the other
+            self._drain_until = self._soon()
             return
         self.publish()
         standbys.begin()

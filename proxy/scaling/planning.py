@@ -9,34 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from policies.match import LOCAL
 from policies.plans import AUTO, CONFIRM, Plan, PlanEvent, PlanState, Trigger
 from policies.scaling import Step
 from policies.standby import Event, Move, State
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
-from proxy.access.shared import SHARE
 from proxy.config import Config
-from proxy.config_values import time_zone
 from proxy.database import said
-from proxy.scaling.accounts import accounts, running_for, shortage
-from proxy.scaling.budgets import NANO, SITE, TOLD_FILE, Budgets, Used, ceilings, nano_of
-from proxy.scaling.hours import spent
+from proxy.scaling.accounts import shortage
+from proxy.scaling.budgets import NANO, Used, nano_of
+from proxy.scaling.filelock import FileLock
 from proxy.scaling.images import Images, load_images
 from proxy.scaling.notices import Notices
 from proxy.scaling.offers import Offer, draft, offers
 from proxy.scaling.plans import PLANS_FILE, ConflictError, Plans, PlansError, new_id
 from proxy.scaling.planwords import in_words
 from proxy.scaling.seams import NotPossibleError
-from proxy.scaling.spending import Span, TokenSpending
+from proxy.scaling.sections import NoticeSection
+from proxy.scaling.spending import TokenSpending
 from proxy.scaling.templates import TEMPLATES_FILE, Shortage, Template, Templates, choose, fires, sites_of
 
 if TYPE_CHECKING:
@@ -45,8 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("tidegate")
 
 TURN_S: Final = 1.0
-LOOK_S: Final = 5.0
-"""How often costs are read: hours of capacity, and what other proxies have spent."""
+LOCK_FILE: Final = "plans.lock"
+LOCK_LOOK_S: Final = 0.1
 
 
 class Planning:
@@ -60,14 +58,8 @@ class Planning:
         self.plans = Plans(config.state / PLANS_FILE, runtime.wall)
         self.plans.changed = self._plan_changed
         self.templates = Templates(config.state / TEMPLATES_FILE)
-        self.budgets = Budgets(
-            spending,
-            time_zone(config.budget_zone),
-            config.state / TOLD_FILE,
-            self._capacity,
-            self._tell_budget,
-        )
-        self.budgets.running = lambda template: running_for(self.plans.all(), template)
+        self.money = Money(runtime, spending, self._tell_budget, self.plans.all)
+        self.budgets = self.money.budgets
         self.state_of: Callable[[str], State | None] = lambda name: None
         """State of a standby; None: not known. Set by the manager."""
         self.approved: Callable[[], None] = lambda: None
@@ -76,11 +68,12 @@ class Planning:
         self.images = Images(())
         self._approval: Notices | None = None
         self._budget_notices: Notices | None = None
-        self._hours: dict[tuple[str, str], int] = {}
-        """What hours of capacity have cost at the last look, nano-units by site and template."""
         self._moves: deque[Move] = deque(maxlen=10_000)
-        self._read_at = 0.0
         self._turning = asyncio.Lock()
+        self.acting = False
+        """Whether this process is the one that decides."""
+        self._handed_over = False
+        self._lock = FileLock(config.state / LOCK_FILE)
         self._asking: set[str] = set()
         """Standbys of which a plan is being proposed."""
         self._trouble = ""
@@ -98,12 +91,9 @@ class Planning:
         self.offers = offers(config, self.images)
         self._approval = self._notices(self._approval, config.scaling.approval_webhook)
         self._budget_notices = self._notices(self._budget_notices, config.scaling.budgets.webhook)
-        if self.spending.currency != config.ledger_currency:
-            self.spending.currency = config.ledger_currency
-            self._read_at = 0.0
-        self._set_ceilings()
+        self.money.use(self.config, self.templates.all())
 
-    def _notices(self, before: Notices | None, section: Any) -> Notices | None:
+    def _notices(self, before: Notices | None, section: NoticeSection | None) -> Notices | None:
         if before is not None and before.section == section:
             return before
         if before is not None:
@@ -124,23 +114,35 @@ class Planning:
 
     async def open(self) -> None:
         """Read what is on the disk and in the ledger. Raises OSError and SQLAlchemy's errors."""
-        await asyncio.to_thread(self.plans.open)
         self.templates.look()
-        self._set_ceilings()
-        if self.budgets.ceilings:
-            await self._read()
+        self.money.use(self.config, self.templates.all())
+        await self.money.read()
+        await self._act()
+
+    async def _act(self) -> None:
+        """Have plans to ourselves, if no other process does: during an upgrade the one before decides on."""
+        if not self.acting and not self._handed_over and self._lock.taken():
+            await asyncio.to_thread(self.plans.open)
+            self.acting = True
+
+    def hand_over(self) -> None:
+        """Another process decides from now on; what is drained is for each of the two."""
+        self.acting, self._handed_over = False, True
+        self.plans.close()
+        self._lock.release()
 
     async def run(self) -> None:
         """Turn, again and again, until it is cancelled; then close."""
         try:
             while True:
                 try:
+                    await self._act()
                     await self.turn()
                 except OSError as error:
                     self._say(f"plans cannot be written: {error.strerror or error}")
                 except Exception:
                     log.exception("plans: this turn failed")
-                await asyncio.sleep(TURN_S)
+                await asyncio.sleep(TURN_S if self.acting or self._handed_over else LOCK_LOOK_S)
         finally:
             await self.close()
 
@@ -149,7 +151,7 @@ class Planning:
         for notices in (self._approval, self._budget_notices):
             if notices is not None:
                 await notices.close()
-        await asyncio.to_thread(self.plans.close)
+        await asyncio.to_thread(self.hand_over)
 
     async def turn(self) -> None:
         """What goes on all the time: moves, ends of waits, money, templates."""
@@ -160,14 +162,19 @@ class Planning:
         if self.templates.look():
             if self.templates.trouble:
                 log.error("templates: the old ones go on:\n%s", self.templates.trouble)
-            self._set_ceilings()
+            self.money.use(self.config, self.templates.all())
+        try:
+            await self.money.look()
+        except SQLAlchemyError as error:
+            self._say(f"budgets: what this month has cost cannot be read: {said(error)}")
+        self.money.drain()
+        if not self.acting:
+            return
         while self._moves:
             await self._take(self._moves[0])
             self._moves.popleft()
         await self.plans.expire()
-        await self._look_at_costs()
         self.budgets.turn()
-        self._drain()
         for plan in self.plans.open_plans():
             await self._look_again(plan)
         await self._fire()
@@ -201,7 +208,7 @@ class Planning:
         plan = self.plans.holding(name)
         if plan is not None and plan.state is not PlanState.PROPOSED:
             return plan.id
-        if plan is None and name not in self._asking and self.allowed(name):
+        if self.acting and plan is None and name not in self._asking and self.allowed(name):
             self._asking.add(name)
             self.runtime.tasks.spawn(self._asked(name, step), f"plan for {name}")
         return None
@@ -255,7 +262,7 @@ class Planning:
         trigger: Trigger,
         reason: str,
         *,
-        figures: Mapping[str, float] | None = None,
+        figures: Mapping[str, float] = MappingProxyType({}),
         template: str = "",
         mode: str = "",
     ) -> Plan:
@@ -270,7 +277,7 @@ class Planning:
             created=self.runtime.wall(),
             waits_s=self.config.scaling.approval,
             budget_left=min(left) / NANO if left else None,
-            figures=dict(figures or {}),
+            figures=dict(figures),
             template=template,
         )
         plan = replace(plan, waits_for=self._waits_for(plan))
@@ -306,7 +313,7 @@ class Planning:
         chosen = self._startable(template)
         if not chosen:
             raise ConflictError(f"all that template '{name}' would start is on, or is being started")
-        return await self._of_template(name, template, chosen, f"{by} has run it")
+        return await self._of_template(name, template.mode, chosen, f"{by} has run it")
 
     async def by_hand(self, name: str, by: str) -> str:
         """The id of a plan for a standby that somebody starts by hand, approved by that. Raises OSError;
@@ -381,7 +388,9 @@ class Planning:
         if move.after is State.PREPARING:
             await self.plans.update(move.plan, lambda plan: plan.began_with(name, wall, reason))
         elif move.after is State.READY and move.event is Event.STARTED:
-            await self.plans.update(move.plan, lambda plan: _begun(plan, name, wall).ready_with(name, wall))
+            await self.plans.update(
+                move.plan, lambda plan: (plan.began_with(name, wall, "") or plan).ready_with(name, wall)
+            )
         elif move.event is Event.FAIL:
             words = f"{name}: {reason}"
             await self.plans.update(
@@ -403,11 +412,9 @@ class Planning:
             if self.plans.holding(one.name) is None and self.state_of(one.name) in (None, State.STANDBY)
         ]
 
-    async def _of_template(self, name: str, template: Template, chosen: list[Offer], reason: str) -> Plan:
-        mode = template.mode or ""
-        return await self.propose(
-            chosen, Trigger.TEMPLATE, f"template {name}: {reason}", template=name, mode=mode
-        )
+    async def _of_template(self, name: str, mode: str | None, chosen: list[Offer], why: str) -> Plan:
+        reason = f"template {name}: {why}"
+        return await self.propose(chosen, Trigger.TEMPLATE, reason, template=name, mode=mode or "")
 
     async def _fire(self) -> None:
         """Run the templates whose time has come."""
@@ -423,61 +430,7 @@ class Planning:
                 self._say(f"template {name} cannot fire: {error.message}")
                 continue
             if chosen:
-                await self._of_template(name, template, chosen, why)
-
-    # Money
-
-    def _set_ceilings(self) -> None:
-        section = self.config.scaling.budgets
-        of_templates = {name: template.budget for name, template in self.templates.all().items()}
-        self.budgets.ceilings = ceilings(section.month, section.sites, of_templates)
-
-    async def _read(self) -> None:
-        """Raises SQLAlchemy's errors."""
-        began = time.monotonic()
-        await asyncio.to_thread(self._read_costs, self.runtime.wall(), accounts(self.plans.all()))
-        self._read_at = self.runtime.now() + max(LOOK_S, SHARE * (time.monotonic() - began))
-
-    def _read_costs(self, wall: float, of: dict[str, Sequence[Span]]) -> None:
-        """Blocks."""
-        spending = self.spending
-        spending.read(wall, of)
-        wanted = {("", ""), (LOCAL, "")}
-        for ceiling in self.budgets.ceilings:
-            wanted.add((ceiling.name, "") if ceiling.scope == SITE else ("", ceiling.name))
-        engine, begin, end = self.runtime.ledger.engine, spending.begin, spending.end
-        self._hours = {key: spent(engine, key[0] or None, begin, end, key[1] or None) for key in wanted}
-
-    def _capacity(self, site: str, template: str, month_begin: float) -> int:
-        return self._hours.get((site, template), 0)
-
-    async def _look_at_costs(self) -> None:
-        over = self.runtime.wall() >= self.spending.end
-        if not self.budgets.ceilings or (self.runtime.now() < self._read_at and not over):
-            return
-        try:
-            await self._read()
-        except SQLAlchemyError as error:
-            self._say(f"budgets: what this month has cost cannot be read: {said(error)}")
-
-    def _drain(self) -> None:
-        """Take what has reached its ceiling from those that get requests, and give back what has not."""
-        runtime = self.runtime
-        accounts: dict[str, str] = {}
-        for used in self.budgets.used():
-            if used.ceiling.scope == "template" and used.reached:
-                accounts |= dict.fromkeys(self.budgets.running(used.ceiling.name), used.ceiling.name)
-        changed = False
-        for backend in runtime.fleet:
-            over = self.budgets.reached(backend.site, accounts.get(backend.name, "")) is not None
-            if over != backend.over_budget:
-                backend.over_budget, changed = over, True
-                words = "gets nothing new: its budget is used up" if over else "takes requests again"
-                log.warning("backend %s %s", backend.name, words)
-        if changed:
-            now = runtime.now()
-            runtime.fleet.refresh(now)
-            runtime.poll(now)
+                await self._of_template(name, template.mode, chosen, why)
 
     def _tell_budget(self, words: str, figures: dict[str, Any]) -> None:
         if self._budget_notices is not None:
@@ -497,8 +450,3 @@ class Planning:
             "budgets": [self.budgets.shown(used) for used in self.budgets.used()],
             "trouble": self._trouble or self.templates.trouble,
         }
-
-
-def _begun(plan: Plan, name: str, wall: float) -> Plan:
-    """The plan, executed: its first move may have got lost in a crash."""
-    return plan.began_with(name, wall, "") or plan

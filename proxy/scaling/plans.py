@@ -56,6 +56,8 @@ class Plans:
         self._wall = wall
         self._plans: dict[str, Plan] = {}
         self._executor = executor or ThreadPoolExecutor(1, "plans")
+        self.closed = True
+        """Whether nothing can be written: it is not open yet, or not any more."""
         self._handle = -1
         self._lines = 0
         self._one_at_a_time = asyncio.Lock()
@@ -82,9 +84,11 @@ class Plans:
             self._plans[plan.id] = plan
         self._forget()
         self._write_anew(self._plans.values())
+        self.closed = False
 
     def close(self) -> None:
         """Wait for what is being written. Blocks."""
+        self.closed = True
         self._executor.shutdown(wait=True)
         if self._handle >= 0:
             os.close(self._handle)
@@ -180,6 +184,8 @@ class Plans:
     # On the disk
 
     async def _put(self, plan: Plan) -> None:
+        if self.closed:
+            raise ConflictError("another process decides over plans now: ask again")
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._executor, self._append, plan)
         self._plans.pop(plan.id, None)

@@ -171,6 +171,8 @@ class Standbys:
 
     def hand_over(self) -> None:
         """Another process acts from now on."""
+        if self._runtime.planning is not None:
+            self._runtime.planning.hand_over()
         scaling = scaling_in(self._runtime)
         if scaling is not None:
             self._runtime.tasks.spawn(scaling.hand_over(), "standbys follow")
