@@ -28,6 +28,7 @@ from proxy.scaling.accounts import shortage
 from proxy.scaling.budgets import NANO, Used, nano_of
 from proxy.scaling.filelock import FileLock
 from proxy.scaling.images import Images, load_images
+from proxy.scaling.money import Money
 from proxy.scaling.notices import Notices
 from proxy.scaling.offers import Offer, draft, offers
 from proxy.scaling.plans import PLANS_FILE, ConflictError, Plans, PlansError, new_id
