@@ -50,6 +50,14 @@ LONG_FILES = {
 """Files above 500 lines, and why they are one."""
 
 TESTED_BY = {
+    "proxy/admin/plans.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/cli_plans.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/scaling/accounts.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/scaling/money.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/scaling/notices.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/scaling/offers.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/scaling/planwords.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/scaling/spending.py": "tests/proxy/scaling/test_budgets.py",
     "policies/candidates.py": "tests/policies/test_rules.py",
     "policies/eventlog.py": "tests/sim/test_replay.py",
     "policies/filechecks.py": "tests/policies/test_files.py",
