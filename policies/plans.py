@@ -193,6 +193,8 @@ class Plan:
     state: PlanState = PlanState.PROPOSED
     waits_for: str = ""
     """What it waits for while it is proposed: approval, or the ceiling that is reached."""
+    started: tuple[str, ...] = ()
+    """Standbys of it that were told to start."""
     ready: tuple[str, ...] = ()
     """Standbys of it that have been ready."""
     stopped: tuple[tuple[str, float], ...] = ()
@@ -233,7 +235,12 @@ class Plan:
 
     def began_with(self, standby: str, wall: float, reason: str) -> Plan | None:
         """After one of its standbys was told to start. None: that changes nothing."""
-        return self.moved(PlanEvent.BEGIN, "manager", reason, wall) if standby in self.standbys else None
+        if standby not in self.standbys or standby in self.started:
+            return None
+        now = replace(self, started=(*self.started, standby))
+        return (
+            now if self.state is PlanState.EXECUTING else now.moved(PlanEvent.BEGIN, "manager", reason, wall)
+        )
 
     def ready_with(self, standby: str, wall: float) -> Plan | None:
         """After one of its standbys became ready: done, if it was the last."""
@@ -257,6 +264,7 @@ class Plan:
             "id": self.id,
             "state": self.state.value,
             "standbys": list(self.standbys),
+            "started": list(self.started),
             "ready": list(self.ready),
             "trigger": self.trigger.value,
             "template": self.template,
@@ -302,6 +310,7 @@ def plan_from(written: Mapping[str, Any]) -> Plan:
         template=_text(written["template"]),
         state=PlanState(written["state"]),
         waits_for=_text(written["waits_for"]),
+        started=tuple(map(_text, written["started"])),
         ready=tuple(map(_text, written["ready"])),
         stopped=tuple((_text(name), float(wall)) for name, wall in written["stopped"].items()),
         decisions=tuple(

@@ -312,8 +312,18 @@ class Scaling:
                 and self._has_room(keeper)
             ):
                 keeper.ask(Event.START, reason, plan)
-        for keeper in self.keepers.values():
-            if keeper.pinned and keeper.state is State.STANDBY and keeper.pause_s <= 0.0:
+        for name, keeper in self.keepers.items():
+            if keeper.state in (State.PREPARING, State.STARTING, State.READY) and (
+                why := self.gate.over(name)
+            ):
+                keeper.ask(Event.STOP, why)
+        for name, keeper in self.keepers.items():
+            if (
+                keeper.pinned
+                and keeper.state is State.STANDBY
+                and keeper.pause_s <= 0.0
+                and self.gate.allowed(name)
+            ):
                 keeper.ask(Event.START, "started by hand, to stay")
 
     def pools(self) -> list[Pool]:

@@ -77,7 +77,9 @@ class Planning:
         self._lock = FileLock(config.state / LOCK_FILE)
         self._asking: set[str] = set()
         """Standbys of which a plan is being proposed."""
-        self._trouble = ""
+        self._troubles: list[str] = []
+        self._said: list[str] = []
+        """Those of the turn before."""
         self.use(config)
 
     # Its life
@@ -157,6 +159,7 @@ class Planning:
     async def turn(self) -> None:
         """What goes on all the time: moves, ends of waits, money, templates."""
         async with self._turning:
+            self._said, self._troubles = self._troubles, []
             await self._turn()
 
     async def _turn(self) -> None:
@@ -179,12 +182,12 @@ class Planning:
         for plan in self.plans.open_plans():
             await self._look_again(plan)
         await self._fire()
-        self._say("")
 
     def _say(self, trouble: str) -> None:
-        if trouble and trouble != self._trouble:
+        """Note what is wrong; the log has it once, as long as it stays."""
+        if trouble not in self._said and trouble not in self._troubles:
             log.error("%s", trouble)
-        self._trouble = trouble
+        self._troubles.append(trouble)
 
     # What the manager asks
 
@@ -237,14 +240,19 @@ class Planning:
 
     def wanted(self) -> list[tuple[str, str, str]]:
         """Standbys that approved plans are to start and have not yet: name, id of the plan, reason."""
+        unseen = {move.plan for move in self._moves}
         found = []
-        for plan in self.plans.open_plans():
-            if plan.state is not PlanState.PROPOSED:
-                done = {*plan.ready, *dict(plan.stopped)}
+        for plan in self.plans.open_plans() if self.acting else ():
+            if plan.state is not PlanState.PROPOSED and plan.id not in unseen:
                 for name in plan.standbys:
-                    if name not in done and self.state_of(name) in (None, State.STANDBY):
+                    if name not in plan.started and self.state_of(name) in (None, State.STANDBY):
                         found.append((name, plan.id, plan.reason))
         return found
+
+    def over(self, name: str) -> str:
+        """Why a standby may not run on: a ceiling that it falls under is reached. Empty: it may."""
+        backend = self.runtime.fleet.backends.get(name)
+        return "its budget is used up" if backend is not None and backend.over_budget else ""
 
     def moved(self, move: Move) -> None:
         """A standby has made a move; what it means for its plan is written with the next turn."""
@@ -363,7 +371,7 @@ class Planning:
     async def _abandon(self, plan: Plan) -> Plan | None:
         """End a plan whose standbys all stand by again although nobody said so: a move got lost in a crash."""
         states = {self.state_of(name) for name in plan.standbys}
-        if states != {State.STANDBY} or self._moves:
+        if states != {State.STANDBY} or set(plan.started) < set(plan.standbys) or self._moves:
             return None
         gone = "its standbys stand by"
         return await self.plans.update(
@@ -449,5 +457,5 @@ class Planning:
             "waiting": sum(plan.state is PlanState.PROPOSED for plan in self.plans.open_plans()),
             "open": [plan.id for plan in self.plans.open_plans()],
             "budgets": [self.budgets.shown(used) for used in self.budgets.used()],
-            "trouble": self._trouble or self.templates.trouble,
+            "trouble": "; ".join(filter(None, (*dict.fromkeys(self._troubles), self.templates.trouble))),
         }

@@ -69,6 +69,9 @@ class Gate(Protocol):
     def wanted(self) -> Iterable[tuple[str, str, str]]:
         """Standbys that plans are to start: name, id of the plan, reason."""
 
+    def over(self, name: str) -> str:
+        """Why it may not run on; empty: it may."""
+
     def moved(self, move: Move) -> None:
         """A standby has made a move."""
 
@@ -91,6 +94,9 @@ class NoGate:
 
     def wanted(self) -> Iterable[tuple[str, str, str]]:
         return ()
+
+    def over(self, name: str) -> str:
+        return ""
 
     def moved(self, move: Move) -> None:
         pass

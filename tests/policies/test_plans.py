@@ -120,7 +120,11 @@ def test_a_plan_is_done_with_the_last_of_its_standbys() -> None:
     assert plan.ready_with("a", 2.0) is None, "it has not begun"
     plan = plan.began_with("a", 2.0, "")
     assert plan is not None
-    assert plan.began_with("b", 3.0, "") is None
+    assert plan.began_with("a", 3.0, "") is None
+    assert plan.began_with("c", 3.0, "") is None
+    plan = plan.began_with("b", 3.0, "")
+    assert plan is not None
+    assert (plan.started, plan.state, len(plan.decisions)) == (("a", "b"), PlanState.EXECUTING, 2)
     one = plan.ready_with("a", 4.0)
     assert one is not None
     assert one.state is PlanState.EXECUTING
