@@ -78,9 +78,13 @@ class Entry(FileModel):
 
     def patterns(self, name: str) -> Sequence[str]:
         """Of one of the four fields."""
-        return {"model": self.models, "card": self.cards, "task": self.tasks, "protocol": self.protocols}[
-            name
-        ]
+        found: dict[str, Sequence[str]] = {
+            "model": self.models,
+            "card": self.cards,
+            "task": self.tasks,
+            "protocol": self.protocols,
+        }
+        return found[name]
 
 
 class ImagesFile(FileModel):

@@ -305,26 +305,18 @@ class Scaling:
                 self._do(keeper, step)
         for name, plan, reason in self.gate.wanted():
             keeper = self.keepers.get(name)
-            if (
-                keeper is not None
-                and not keeper.is_asked
-                and keeper.pause_s <= 0.0
-                and self._has_room(keeper)
-            ):
+            if keeper is not None and self._may_begin(keeper):
                 keeper.ask(Event.START, reason, plan)
         for name, keeper in self.keepers.items():
-            if keeper.state in (State.PREPARING, State.STARTING, State.READY) and (
-                why := self.gate.over(name)
-            ):
+            runs = keeper.state in (State.PREPARING, State.STARTING, State.READY)
+            if runs and (why := self.gate.over(name)):
                 keeper.ask(Event.STOP, why)
-        for name, keeper in self.keepers.items():
-            if (
-                keeper.pinned
-                and keeper.state is State.STANDBY
-                and keeper.pause_s <= 0.0
-                and self.gate.allowed(name)
-            ):
+            elif keeper.pinned and self._may_begin(keeper) and self.gate.allowed(name):
                 keeper.ask(Event.START, "started by hand, to stay")
+
+    def _may_begin(self, keeper: Keeper) -> bool:
+        idle = keeper.state is State.STANDBY and keeper.pause_s <= 0.0 and not keeper.is_asked
+        return idle and self._has_room(keeper)
 
     def pools(self) -> list[Pool]:
         """As they stand now."""

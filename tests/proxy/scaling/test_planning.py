@@ -13,12 +13,14 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from policies.plans import Plan, PlanState
+from policies.plans import PlanState
 from policies.scaling import Step
 from policies.standby import Event, Standby
+from policies.state import Backend, Fleet
 from proxy.config import Config
 from proxy.records import to_values
 from proxy.scaling.planning import Planning
+from proxy.scaling.service import Standbys
 from proxy.scaling.signing import signed, verify
 from proxy.scaling.templates import Shortage
 from proxy.serve import Service
@@ -92,7 +94,9 @@ Start = Callable[..., Awaitable[Proxy]]
 
 
 @pytest.fixture
-async def start(tmp_path: Path) -> AsyncIterator[Start]:
+async def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
+    """Starts a proxy whose standbys nobody looks after: the test says what becomes of them."""
+    monkeypatch.setattr(Standbys, "begin", lambda self: None)
     async with AsyncExitStack() as stack:
 
         async def one(**scaling: Any) -> Proxy:
@@ -289,7 +293,7 @@ async def test_at_a_ceiling_nothing_new_is_sent_or_started(start: Start) -> None
     await proxy.turn()
     fleet = proxy.service.runtime.fleet
     assert (fleet["nj"].over_budget, fleet["xa"].over_budget) == (True, False)
-    assert not fleet["nj"].available
+    assert (proxy.planning.over("nj"), proxy.planning.over("xa")) == ("its budget is used up", "")
     assert not proxy.planning.allowed("nj")
     assert await proxy.planning.want("xa", STEP) is not None
     _, shown = await proxy.ask("GET", "/budgets")
@@ -300,9 +304,7 @@ async def test_at_a_ceiling_nothing_new_is_sent_or_started(start: Start) -> None
     ):
         assert 'tidegate_budget_used_ratio{name="nanjing",scope="site"} 1.0' in await response.text()
     _, state = await proxy.ask("GET", "/state")
-    assert next(row for row in state["backends"] if row["name"] == "nj")["unavailable"].startswith(
-        "its budget"
-    )
+    assert [row["reached"] for row in state["plans"]["budgets"]] == [True, False]
 
 
 async def test_a_ceiling_is_kept_over_a_restart_and_gives_back_when_it_is_raised(start: Start) -> None:
@@ -437,5 +439,13 @@ async def test_a_bad_body_is_named(start: Start, body: bytes, status: int, said:
     assert (found, said in answer["error"]["message"]) == (status, True)
 
 
-def test_the_type_of_plans() -> None:
-    assert {"id", "state", "forecast", "resources", "decisions"} <= set(Plan.__slots__)
+def test_what_is_over_its_budget_gets_nothing_new() -> None:
+    fleet = Fleet([Backend("nj", "nanjing", 8, models=frozenset({"m"}))])
+    fleet.refresh(0.0)
+    assert fleet["nj"].available
+    fleet["nj"].over_budget = True
+    assert fleet.refresh(1.0)
+    assert not fleet["nj"].available
+    fleet["nj"].over_budget = False
+    fleet.refresh(2.0)
+    assert fleet["nj"].available
