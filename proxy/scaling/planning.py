@@ -71,6 +71,8 @@ class Planning:
         self._budget_notices: Notices | None = None
         self._moves: deque[Move] = deque(maxlen=10_000)
         self._turning = asyncio.Lock()
+        self._used_version = 0
+        """Of the templates."""
         self.acting = False
         """Whether this process is the one that decides."""
         self._handed_over = False
@@ -163,7 +165,9 @@ class Planning:
             await self._turn()
 
     async def _turn(self) -> None:
-        if self.templates.look():
+        self.templates.look()
+        if self.templates.version != self._used_version:
+            self._used_version = self.templates.version
             if self.templates.trouble:
                 log.error("templates: the old ones go on:\n%s", self.templates.trouble)
             self.money.use(self.config, self.templates.all())

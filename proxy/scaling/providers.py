@@ -19,6 +19,9 @@ CLASSES: Final[Mapping[str, str]] = MappingProxyType(
     {
         "process": "proxy.scaling.process:ProcessProvider",
         "sleep": "proxy.scaling.sleep:SleepProvider",
+        "command": "proxy.scaling.command:CommandProvider",
+        "webhook": "proxy.scaling.webhook:WebhookProvider",
+        "scheduler": "proxy.scaling.scheduler:SchedulerProvider",
     }
 )
 """Kind to module and class. A class is made of a `StandbySection` and `Facts`; if it has a static method `check`

@@ -245,6 +245,8 @@ class Templates:
         self.path = path
         self.trouble = ""
         """What is wrong with the file; empty: nothing."""
+        self.version = 0
+        """Changes with what is known."""
         self._known: dict[str, Template] = {}
         self._seen: tuple[int, int, int] | None = None
 
@@ -269,6 +271,7 @@ class Templates:
         if stamp == self._seen:
             return False
         self._seen = stamp
+        self.version += 1
         try:
             text = self.path.read_text(encoding="utf-8") if stamp is not None else ""
             self._known = (
