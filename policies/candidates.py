@@ -334,7 +334,12 @@ class CandidateSets:
             {},
             rule.split.parts[part].name if rule.split is not None and part >= 0 else "",
             tuple(moving),
-            tuple(backend.name for tier in members for backend in tier if backend.asleep),
+            tuple(
+                backend.name
+                for tier in members
+                for backend in tier
+                if backend.asleep and not backend.over_budget
+            ),
         )
 
     def _spill(

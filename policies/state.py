@@ -64,6 +64,8 @@ class Backend(BackendView):
     """Finishes what it has, gets nothing new."""
     asleep: bool = False
     """A standby that is not ready: gets nothing, and what only it may serve is held for it."""
+    over_budget: bool = False
+    """A ceiling that it falls under is reached: finishes what it has, gets nothing new."""
     backoff_until: float = -inf
     """It said that it is full (429 or 503 with Retry-After): nothing new before this time."""
     breaker: Breaker = field(default_factory=Breaker)
@@ -272,6 +274,7 @@ class Fleet:
             usable = (
                 bool(backend.models)  # one without answers its probes, and no request
                 and not backend.draining
+                and not backend.over_budget
                 and not backend.asleep
                 and now >= backend.backoff_until
             )

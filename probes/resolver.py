@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from typing import Final, TypeAlias
@@ -60,6 +60,8 @@ class Resolver:
     ) -> None:
         """`allowed`: whether an address may be connected to at all."""
         self.changed = changed
+        self.judges: Mapping[str, Callable[[str], bool]] = {}
+        """For some names: which of their addresses may be connected to, besides `allowed`."""
         self._lookup = lookup or SystemLookup()
         self._allowed = allowed
         self._known: dict[str, tuple[str, ...]] = {}
@@ -74,6 +76,16 @@ class Resolver:
         if is_address(host):
             return (host,)
         return await self._asked(host)
+
+    async def look_up(self, host: str) -> Sequence[str]:
+        """What is said now, nothing of it judged or kept. Raises OSError or UnicodeError."""
+        return await self._lookup(host)
+
+    def judge(self, judges: Mapping[str, Callable[[str], bool]]) -> None:
+        """From now on these names are judged in these ways; what is known of them is asked again."""
+        for host in judges.keys() - self.judges.keys():
+            self._known.pop(host, None)
+        self.judges = dict(judges)
 
     async def refresh(self, hosts: Iterable[str]) -> None:
         """Look these names up again, all at the same time, and forget all others. What fails is told in the log."""
@@ -99,7 +111,10 @@ class Resolver:
     async def _ask(self, host: str) -> tuple[str, ...]:
         try:
             found = tuple(dict.fromkeys(await self._lookup(host)))
-            good = tuple(address for address in found if self._allowed(address))[:MOST_ADDRESSES]
+            judge = self.judges.get(host, self._allowed)
+            good = tuple(address for address in found if self._allowed(address) and judge(address))[
+                :MOST_ADDRESSES
+            ]
             if not good:
                 reason = "names addresses that are never connected to" if found else "has no address"
                 raise socket.gaierror(socket.EAI_NONAME, reason)

@@ -125,8 +125,8 @@ def _written(state: Path) -> dict[str, Any]:
     return written if isinstance(written, dict) else {}
 
 
-def ask(port: AdminPort | str, path: str, body: bytes | None = None) -> dict[str, Any]:
-    """What an admin port answers to `GET path`, or to a `POST` of `body`.
+def ask(port: AdminPort | str, path: str, body: bytes | None = None, method: str = "") -> dict[str, Any]:
+    """What an admin port answers to `GET path`, or to a `POST` of `body`, unless `method` says another.
 
     Raises AskError; ClientsError for an error of the API in answer to a body.
 
@@ -143,9 +143,9 @@ def ask(port: AdminPort | str, path: str, body: bytes | None = None) -> dict[str
             if sha256(shown).hexdigest() not in trusted:
                 raise AskError(f"what answers at {address} shows another certificate than this proxy")
         if body is None:
-            connection.request("GET", path)
+            connection.request(method or "GET", path)
         else:
-            connection.request("POST", path, body, {"content-type": "application/json"})
+            connection.request(method or "POST", path, body, {"content-type": "application/json"})
         response = connection.getresponse()
         answer = json.loads(response.read())
     except ssl.SSLCertVerificationError as error:

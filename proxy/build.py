@@ -35,7 +35,9 @@ from proxy.config_values import is_loopback, split_address
 from proxy.masking import without_secrets
 from proxy.places import unusable_places
 from proxy.prices import Price, Prices
+from proxy.scaling.offers import unworkable
 from proxy.scaling.providers import check_standby
+from proxy.scaling.signing import secrets_of
 from proxy.upstream import Endpoint
 
 log = logging.getLogger("tidegate")
@@ -110,6 +112,14 @@ def build(
     try:
         for problem in unusable_places(config, None if before is None else before.config):
             raise problem
+        for problem in unworkable(config):
+            raise problem
+        if (platform := config.scaling.scheduler) is not None:
+            at = ("scaling", "scheduler")
+            secrets_of(platform.secret_env, ("secret_env",))
+            if platform.api_key_env is not None and not os.environ.get(platform.api_key_env, "").strip():
+                raise BadValueError("this variable is not set in the environment", at=("api_key_env",))
+            at = ()
         certificates = load_certificates(config.tls)
         backends, configured, endpoints, targets, changes = [], [], {}, [], []
         dated: list[BackendCertificate] = []
@@ -118,7 +128,7 @@ def build(
             at = ("backends", number)
             site = config.sites.get(section.site) or SiteConfig()
             key, slots = backend_key(section), slots_of(section)
-            for problem in check_standby(section, config.state):
+            for problem in check_standby(section, config.state, config.scaling.scheduler):
                 raise problem
             # First, so that what changes between the two is seen by the next reload.
             tls_files = _tls_files(section.tls)
@@ -435,6 +445,8 @@ def files_of(config: Config) -> list[Path]:
     for section in config.backends:
         files += _tls_file_names(section.tls)
         files += [str(file) for file in (section.api_key_file, section.profile) if file is not None]
+    if config.scaling.images is not None:
+        files.append(str(config.scaling.images))
     return [Path(file) for file in files]
 
 

@@ -33,6 +33,7 @@ from proxy.masking import database_shown, without_secrets
 from proxy.places import unusable_places
 from proxy.prices import amount
 from proxy.readable import in_words
+from proxy.scaling.offers import unworkable
 from proxy.scaling.providers import check_standby
 
 PROBE_TOKENS = 10
@@ -167,8 +168,8 @@ def _check_configuration(file: Path, text: str) -> Report:
 
 def _unusable(config: Config, document: Document) -> Iterator[Problem]:
     """What the proxy would not start with, beyond what the file itself says."""
-    for found in unusable_places(config):
-        yield document.problem(found.at, found.message)
+    for found in [*unusable_places(config), *unworkable(config)]:
+        yield document.problem(found.at, found.message, found.suggestion)
     try:
         load_certificates(config.tls)
     except BadValueError as error:
@@ -182,7 +183,7 @@ def _unusable(config: Config, document: Document) -> Iterator[Problem]:
             slots_of(section)
         except BadValueError as error:
             yield document.problem(("backends", number, *error.at), error.message)
-        for found in check_standby(section, config.state):
+        for found in check_standby(section, config.state, config.scaling.scheduler):
             yield document.problem(("backends", number, *found.at), found.message, found.suggestion)
     refusal = refused_without_keys(config.listen, Path(document.name), None)
     if refusal and _has_keys(config) is False:

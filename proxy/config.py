@@ -267,6 +267,11 @@ class Config(FileModel):
                     "without probes nobody sees a standby answer: leave `probing.enabled` out",
                     at=("backends", number, "standby"),
                 )
+            if backend.standby is not None and backend.standby.scheduler and self.scaling.scheduler is None:
+                raise BadValueError(
+                    "a placement of which platform? Give `scaling.scheduler` too",
+                    at=("backends", number, "standby", "scheduler"),
+                )
             if backend.models == "auto" and not self.probing.enabled:
                 raise BadValueError(
                     f"without probes nobody asks backend '{backend.name}' for its models: list them here, "
@@ -348,6 +353,8 @@ def _resolve(config: Config, base: Path) -> Config:
         for name in ("api_key_file", "profile"):
             if (file := getattr(backend, name)) is not None:
                 update[name] = base / file
+        if (standby := backend.standby) is not None and standby.command is not None:
+            update["standby"] = standby.model_copy(update={"command": standby.command.resolved(base)})
         if backend.standby is not None and (process := backend.standby.process) is not None:
             update["standby"] = backend.standby.model_copy(update={"process": process.resolved(base)})
         backends.append(backend.model_copy(update=update))
@@ -358,6 +365,8 @@ def _resolve(config: Config, base: Path) -> Config:
     ]
     if config.log not in ("-", "off"):
         changes["log"] = str(base / config.log)
+    if config.scaling.images is not None:
+        changes["scaling"] = config.scaling.model_copy(update={"images": base / config.scaling.images})
     if is_policy_file(config.policy):
         changes["policy"] = str(base / config.policy)
     return config.model_copy(update=changes)

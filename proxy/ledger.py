@@ -34,7 +34,7 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from proxy import postgres
-from proxy.access.shared import SharedBudgets
+from proxy.access.shared import RowCounter
 from proxy.database import BUSY_TIMEOUT_S, said, writing
 from proxy.journal import Journal, JournalLockedError
 from proxy.prices import Prices
@@ -79,7 +79,7 @@ class Ledger:
         *,
         interval_s: float = 0.5,
         most_waiting: int = 100_000,
-        budgets: SharedBudgets | None = None,
+        budgets: RowCounter | None = None,
     ) -> None:
         """`most_waiting`: rows (about 1 KB each) that may wait in memory before `failed` is set.
 

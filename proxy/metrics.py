@@ -39,6 +39,7 @@ class Metrics:
             "Unix time at which a certificate for clients ends, or a file in the `tls` of a backend.",
             labels=["certificate"],
         )
+        yield from self._plans()
         built = self._runtime.built
         ends = {shown.file: shown.not_after for shown in built.certificates}
         ends |= {used.file: used.not_after for used in built.backend_certificates}
@@ -99,6 +100,21 @@ class Metrics:
         for outcome, count in runtime.observer.hedges.items():
             hedges.add_metric([outcome], count)
         yield hedges
+
+    def _plans(self) -> Iterator[Metric]:
+        planning = self._runtime.planning
+        ratio = GaugeMetricFamily(
+            "tidegate_budget_used_ratio",
+            "How much of a ceiling this month has used, 1: all of it. `scope`: month, site or template.",
+            labels=["scope", "name"],
+        )
+        waiting = 0
+        if planning is not None:
+            waiting = planning.shown()["waiting"]
+            for used in planning.budgets.used():
+                ratio.add_metric([used.ceiling.scope, used.ceiling.name], used.ratio)
+        yield ratio
+        yield GaugeMetricFamily("tidegate_plans_waiting", "Plans that are not approved yet.", value=waiting)
 
     def _process(self) -> Iterator[Metric]:
         runtime = self._runtime

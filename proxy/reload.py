@@ -1,13 +1,22 @@
-"""What a reload keeps as it is: connections of backends that did not change, and what waits for the next start."""
+"""What a reload swaps in, and what it keeps: connections of backends that did not change, and what waits for the
+next start."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from proxy.build import Built
 from proxy.config import Config
+from proxy.open_files import most_clients
 from proxy.upstream import Endpoint
+
+if TYPE_CHECKING:
+    from proxy.runtime import Runtime
+
+log = logging.getLogger("tidegate")
 
 NEXT_START = (
     *("listen", "admin", "admin_tls", "proxy_protocol", "state", "database", "log", "recent", "seed"),
@@ -41,3 +50,19 @@ def keep_connections(before: Built, built: Built, endpoints: Mapping[str, Endpoi
                 old.pool.age_s = fresh.pool.age_s
                 old.pool.most_requests = fresh.pool.most_requests
                 built.endpoints[section.name] = old
+
+
+def swap(runtime: Runtime, built: Built) -> None:
+    """Serve from what was built, at once; what runs goes on where it is."""
+    old = runtime.endpoints
+    keep_connections(runtime.built, built, old)
+    for name, endpoint in old.items():
+        if built.endpoints.get(name) is not endpoint:
+            endpoint.pool.close()
+    if built.prices.currency != runtime.prices.currency:
+        log.warning("budgets count %s from now on, and what was counted in it before", built.prices.currency)
+        runtime.limits.change_currency(runtime.prices.currency, built.prices.currency)
+    runtime.use(built)
+    runtime.most_clients = most_clients(built.config.limits.connections, runtime.most_clients)
+    runtime.fleet.replace(built.backends)
+    runtime.valve.swap(built.policy.rules, runtime.now())

@@ -42,6 +42,7 @@ from proxy.upstream import Endpoint
 
 if TYPE_CHECKING:
     from proxy.exchange import Exchange
+    from proxy.scaling.planning import Planning
     from proxy.scaling.wake import Waker
     from proxy.server import ClientConnection
 
@@ -143,6 +144,7 @@ class Runtime:
         """What the probes know, by backend, for `/state`."""
         self.hosts: Callable[[], Mapping[str, Any]] = dict
         """What the hosts say, by site, likewise."""
+        self.planning: Planning | None = None
         self.scaling: Waker | None = None
         """None: nobody starts standbys."""
         self.fleet = Fleet(built.backends, built.health)
@@ -182,17 +184,9 @@ class Runtime:
         limits = config.limits
         # What every request asks for: an attribute of a pydantic model costs fifty times as much as one of ours.
         timeouts = config.timeouts
-        self.timeouts = Deadlines(
-            timeouts.head,
-            timeouts.body,
-            timeouts.idle,
-            timeouts.first_token,
-            timeouts.answer,
-            timeouts.between_tokens,
-            timeouts.total,
-            timeouts.client_write,
-            timeouts.connection,
-        )
+        first = timeouts.head, timeouts.body, timeouts.idle, timeouts.first_token, timeouts.answer
+        rest = timeouts.between_tokens, timeouts.total, timeouts.client_write, timeouts.connection
+        self.timeouts = Deadlines(*first, *rest)
         self.most_requests = limits.requests
         self.most_body_bytes = limits.body
         self.most_bodies_bytes = limits.bodies

@@ -33,6 +33,7 @@ from proxy.access.keys import KeyStore
 from proxy.access.pepper import load_pepper
 from proxy.access.shared import limits_of_this_month, shared_budgets
 from proxy.admin.http import admin_app
+from proxy.admin.platform import platform_routes
 from proxy.ask import PORTS_FILE
 from proxy.build import Built, ConfigError, build, files_of, refused_without_keys, warn_of
 from proxy.certificates import ServerCertificates, fingerprints
@@ -49,12 +50,16 @@ from proxy.pressure import Memory
 from proxy.probing import new_prober
 from proxy.proxied_server import accepting
 from proxy.readable import in_words
-from proxy.reload import NEXT_START, keep_connections, owed
+from proxy.reload import NEXT_START, owed, swap
 from proxy.requestlog import RequestLog
 from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
+from proxy.scaling.planning import Planning
+from proxy.scaling.platform import Platform
 from proxy.scaling.service import Standbys
+from proxy.scaling.spending import TokenSpending
 from proxy.state_lock import adopt_when_left, lock_state, open_journal, other_journals
+from proxy.stopping import let_end
 from proxy.upgrade import SOCKET_FILE, Predecessor, UpgradeSocket
 from proxy.upstream import is_our_shortage
 from proxy.waiting import opened_in_time
@@ -68,12 +73,8 @@ log = logging.getLogger("tidegate")
 SWEEP_S = 0.25
 FILES_S = 1.0
 """How often files are looked at."""
-FLUSH_S = 1.0
-"""At least so long, when the proxy stops, clients may take to read the ends of their answers."""
 IDLE_GRACE_S = 5.0
 """After a hand-over, how long an idle connection stays for a request that may be on its way."""
-SETTLE_S = 0.1
-"""After a hand-over, how long connections may take to appear that had been accepted."""
 
 
 class Service:
@@ -99,6 +100,9 @@ class Service:
         a process that takes over from this one.
         """
         self.config = config
+        """What is served, placements of the scheduling platform included."""
+        self._configured = config
+        """The same as the file has it."""
         self._started_with = config
         self.path = path
         self.overrides = dict(overrides or {})
@@ -125,6 +129,7 @@ class Service:
         self._watched = watched or WatchedFiles()
         """The configuration and what it names, also if that was refused."""
         self._resolver = Resolver(allowed=lambda address: not is_metadata(address), changed=self._moved)
+        self.platform = Platform(self, self._resolver, config.state)
         self._stopping = asyncio.Event()
         self._started = time.monotonic()
 
@@ -133,7 +138,7 @@ class Service:
         config = self.config
         loop = asyncio.get_running_loop()
         self._watched.watch(self._files(config))
-        built = build(config, loop, self._seed, resolver=self._resolver, path=self.path)
+        built = self._built(config)
         warn_of(built)
         config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         predecessor = await asyncio.to_thread(Predecessor.of, config.state) if self._take_over else None
@@ -153,7 +158,8 @@ class Service:
         journal = open_journal(config.state)
         zone = time_zone(config.budget_zone)
         budgets = shared_budgets(self._engine, zone)
-        self._ledger = ledger = Ledger(self._engine, journal, built.prices, budgets=budgets)
+        spending = TokenSpending(self._engine, time.time(), zone, config.ledger_currency, budgets)
+        self._ledger = ledger = Ledger(self._engine, journal, built.prices, budgets=spending)
         await asyncio.to_thread(ledger.start, loop, self._ledger_failed)
         left = other_journals(config.state, journal)
         written = [folder for folder in left if await asyncio.to_thread(ledger.adopt, folder) is None]
@@ -179,6 +185,7 @@ class Service:
         runtime.responses = StoredResponses(config.state / "responses.jsonl", shared=shared)
         keys_file = config.state / "idempotency.jsonl"
         runtime.idempotency.open(keys_file, runtime.tasks, runtime.wall(), shared=shared)
+        self._planning = runtime.planning = await Planning.opened(runtime, spending)
         runtime.most_clients = most_clients(config.limits.connections, told=predecessor is not None)
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
@@ -192,6 +199,7 @@ class Service:
         await self._listen(given)
         if self._record is not None:  # not before: a start that fails leaves nothing behind
             cast("RecordedRuntime", runtime).write_record()
+        runtime.tasks.spawn(self.platform.expire(), "placements")
         runtime.tasks.spawn(self._sweep(), "sweep")
         runtime.tasks.spawn(self._resolve(), "resolve")
         runtime.tasks.spawn(watch_keys(keys, limits), "watch keys")
@@ -208,10 +216,8 @@ class Service:
         if predecessor is not None and self._stopping.is_set():
             log.warning("not taking over: this process was told to stop")
             predecessor.leave()
-            self._handed_over, self._drain_until = (
-                True,
-                self._soon(),
-            )  # the state directory tells of the other
+            self._handed_over = True  # the state directory tells of the other
+            self._drain_until = self._soon()
             return
         self.publish()
         standbys.begin()
@@ -222,7 +228,9 @@ class Service:
     async def _listen(self, given: Listeners) -> None:
         runtime, config = self.runtime, self.config
         self._admin = admin = web.AppRunner(
-            admin_app(runtime, self._started), access_log=None, handle_signals=False
+            admin_app(runtime, self._started, platform_routes(self.platform)),
+            access_log=None,
+            handle_signals=False,
         )
         await admin.setup()
         front = self._certificates.front if self._certificates is not None and config.admin_tls else None
@@ -265,6 +273,7 @@ class Service:
         """Process `pid` accepts connections: accept none any more, and end when what runs has ended."""
         runtime = self.runtime
         self._handed_over = runtime.handed_over = runtime.draining = True
+        self.platform.leave()
         runtime.responses.share()
         runtime.idempotency.share()
         self._standbys.hand_over()
@@ -322,36 +331,16 @@ class Service:
         """Drain, end, and record everything."""
         runtime = self.runtime
         runtime.draining = True
-        clients = runtime.clients
         if not self._handed_over:
             notify(STOPPING)
             self._drain_until = self._soon()
-        if running := sum(client.exchange is not None for client in clients):
-            seconds = self._drain_until - runtime.now()
-            log.info("draining: up to %.3g s for what runs, %d requests", seconds, running)
         self._listening.close("listen")
-        if self._handed_over:
-            await asyncio.sleep(SETTLE_S)
-            await self._while(lambda: clients and runtime.now() < self._drain_until)
-        for client in list(clients):
-            if client.idle and client.transport is not None:
-                client.transport.close()
-        await self._while(
-            lambda: (
-                runtime.now() < self._drain_until
-                and any(client.exchange is not None or client.receiving for client in clients)
-            )
-        )
-        # Who waits goes first: the places of those who run would be given to them.
-        rest = [client.exchange for client in clients if client.exchange is not None]
-        for exchange in sorted(rest, key=lambda exchange: exchange in runtime.exchanges):
-            exchange.stop()
-        deadline = max(self._drain_until, runtime.now() + FLUSH_S)
-        await self._while(lambda: any(client.unsent for client in clients), deadline)
+        await let_end(runtime, lambda: self._drain_until, handed_over=self._handed_over)
         await self._standbys.stop()
         if self._prober is not None:
             await self._prober.close()
         await runtime.tasks.cancel_all()
+        await self.platform.close()
         await self._resolver.close()
         await asyncio.to_thread(runtime.idempotency.close)
         for client in list(runtime.clients):
@@ -378,11 +367,6 @@ class Service:
         """When a stop that begins now ends what runs."""
         return self.runtime.now() + self.runtime.config.timeouts.drain
 
-    async def _while(self, condition: Callable[[], object], deadline: float = inf) -> None:
-        """Return when the condition is false, or the time is over."""
-        while condition() and self.runtime.now() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-
     # Reloading
 
     def reload(self) -> bool:
@@ -399,10 +383,10 @@ class Service:
         runtime = self.runtime
         self._watched.read()
         try:
-            config = load_config(self.path) if self.path is not None else self.config
+            config = load_config(self.path) if self.path is not None else self._configured
             config = override(config, self.overrides)
             self._watched.watch(self._files(config))
-            built = build(config, runtime.loop, self._seed, runtime.built, self._resolver, self.path)
+            built = self._built(config, runtime.built)
             follow = self._standbys.prepare(built)
         except (ConfigError, FileProblems, OSError, ValueError) as error:
             if is_our_shortage(error):
@@ -421,30 +405,53 @@ class Service:
         if self._certificates is not None and built.certificates:
             self._certificates.use(built.certificates)
             self._tell_certificates(built)
-        old = runtime.endpoints
-        keep_connections(runtime.built, built, old)
-        changed = changes(runtime.built, built, (*NEXT_START, *waiting))
-        self.config = config
-        for name, endpoint in old.items():
-            if built.endpoints.get(name) is not endpoint:
-                endpoint.pool.close()
-        if built.prices.currency != runtime.prices.currency:
-            log.warning(
-                "budgets count %s from now on, and what was counted in it before", built.prices.currency
-            )
-            runtime.limits.change_currency(runtime.prices.currency, built.prices.currency)
-        runtime.use(built)
-        runtime.most_clients = most_clients(config.limits.connections, runtime.most_clients)
-        runtime.fleet.replace(built.backends)
-        runtime.valve.swap(built.policy.rules, runtime.now())
-        if self._prober is not None:
-            self._prober.replace(built.targets, built.hosts)
-        follow()
-        runtime.poll(runtime.now())
+        self._configured = config
+        changed = self._use(built, follow)
         runtime.observer.reloads_ok += 1
         runtime.observer.reload_ok = True
         log.info("reloaded: %s", "; ".join(changed) or "nothing changed")
         return True
+
+    def _built(self, config: Config, before: Built | None = None) -> Built:
+        """What a configuration amounts to with the placements there are. Raises what `build` does."""
+        config = self.platform.overlaid(config)
+        loop = asyncio.get_running_loop()
+        built = build(config, loop, self._seed, before, self._resolver, self.path)
+        self._resolver.judge(self.platform.judges(config))
+        return built
+
+    def _use(self, built: Built, follow: Callable[[], None]) -> list[str]:
+        """Serve from what was built, and have standbys follow it. What has changed, in words."""
+        runtime = self.runtime
+        changed = changes(runtime.built, built, (*NEXT_START, *runtime.observer.restart_for))
+        self.config = built.config
+        swap(runtime, built)
+        self._planning.use(built.config)
+        if self._prober is not None:
+            self._prober.replace(built.targets, built.hosts)
+        follow()
+        self.platform.seen_from(runtime.fleet.backends, runtime.now())
+        runtime.poll(runtime.now())
+        return changed
+
+    # Placements: `proxy.scaling.platform.Served`
+
+    def configured(self) -> Config:
+        """The configuration as the file has it."""
+        return self._configured
+
+    def serve_placements(self) -> None:
+        """Serve from the placements there are now. Raises what `build` does: nothing has changed."""
+        built = self._built(self._configured, self.runtime.built)
+        changed = self._use(built, self._standbys.prepare(built))
+        log.info("placements: %s", "; ".join(changed) or "nothing changed")
+
+    def drain(self, name: str) -> None:
+        """Send nothing new to a backend."""
+        backend = self.runtime.fleet.backends.get(name)
+        if backend is not None:
+            backend.draining = True
+            self.runtime.poll(self.runtime.now())
 
     def _tell_certificates(self, built: Built) -> None:
         """For commands on this machine, which trust just these."""

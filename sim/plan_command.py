@@ -57,6 +57,8 @@ def plan(
 ) -> None:
     """Say which resources meet a service level, the cheapest first; if none does, what is nearest.
 
+    Nothing is started. Plans of a running proxy to start standbys are another thing: `tidegate plans`.
+
     Example: tidegate plan --model 32B --concurrency 32 --ttft 2 --tpot 0.1 --price H20=1.9
     """
     from rich.console import Console

@@ -21,6 +21,7 @@ from policies.units import Duration, Fraction, Size
 from proxy import config, config_sections, config_values, exchange
 from proxy.endpoints import TABLE
 from proxy.metrics import Metrics
+from proxy.scaling import sections
 from sim import derive
 from tests.commands import Command, Option, commands
 from tests.proxy.fakes import World
@@ -42,6 +43,18 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "hedging": config_sections.HedgingConfig,
     "probing": config_sections.Probing,
     "health": config_sections.HealthConfig,
+    "standby": sections.StandbySection,
+    "process": sections.ProcessSection,
+    "vllm": sections.VllmRecipe,
+    "sleep": sections.SleepSection,
+    "command": sections.CommandSection,
+    "webhook": sections.WebhookSection,
+    "placement": sections.SchedulerSection,
+    "scaling": sections.ScalingConfig,
+    "objective": sections.Objective,
+    "notice": sections.NoticeSection,
+    "budgets": sections.BudgetsSection,
+    "platform": sections.SchedulerPlatform,
 }
 """Sections of the configuration file, each with a table of its keys."""
 

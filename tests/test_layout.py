@@ -50,6 +50,14 @@ LONG_FILES = {
 """Files above 500 lines, and why they are one."""
 
 TESTED_BY = {
+    "proxy/admin/plans.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/cli_plans.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/scaling/accounts.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/scaling/money.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/scaling/notices.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/scaling/offers.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/scaling/planwords.py": "tests/proxy/scaling/test_planning.py",
+    "proxy/scaling/spending.py": "tests/proxy/scaling/test_budgets.py",
     "policies/candidates.py": "tests/policies/test_rules.py",
     "policies/eventlog.py": "tests/sim/test_replay.py",
     "policies/filechecks.py": "tests/policies/test_files.py",
@@ -120,6 +128,11 @@ TESTED_BY = {
     "proxy/runtime.py": "tests/proxy/test_exchange.py",
     "proxy/scaling/facts.py": "tests/proxy/scaling/test_providers.py",
     "proxy/scaling/sections.py": "tests/proxy/scaling/test_providers.py",
+    "proxy/admin/platform.py": "tests/proxy/scaling/test_platform.py",
+    "proxy/scaling/overlay.py": "tests/proxy/scaling/test_platform.py",
+    "proxy/scaling/provider.py": "tests/proxy/scaling/test_webhook.py",
+    "proxy/scaling/statusbody.py": "tests/proxy/scaling/test_webhook.py",
+    "proxy/stopping.py": "tests/e2e/test_reload_and_stop.py",
     "proxy/sse.py": "tests/proxy/test_exchange.py",
     "proxy/tables.py": "tests/proxy/test_database.py",
     "proxy/tasks.py": "tests/probes/test_runner.py",

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import tzinfo
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import sqlalchemy as sa
 
@@ -34,6 +34,16 @@ PAUSE_S = 5.0
 SHARE = 20
 """Of the time, the sum may take one part in so many."""
 _ARRIVED, _KEY, _COST, _CURRENCY = map(COLUMNS.index, ("arrived_us", "key_id", "cost_nano", "currency"))
+
+
+class RowCounter(Protocol):
+    """Told of the rows that the ledger has got from this process."""
+
+    lock: threading.Lock
+    """Held while rows are inserted and counted."""
+
+    def count(self, rows: Iterable[Values]) -> None:
+        """These are in the ledger now. The lock is held."""
 
 
 class Elsewhere(NamedTuple):

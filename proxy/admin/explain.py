@@ -199,6 +199,8 @@ def unavailable(runtime: Deciding, backend: Backend) -> tuple[str, float]:
         return f"a standby, {standby_words(runtime, backend)}", inf
     if backend.draining:
         return "it takes nothing new, and ends when what runs on it has ended", inf
+    if backend.over_budget:
+        return "its budget for this month is used up", inf
     if not backend.probed_up:
         probe = runtime.probes().get(backend.name) or {}
         age = probe.get("since_s")

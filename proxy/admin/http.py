@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from prometheus_client.exposition import generate_latest
 
 from policies.state import Backend
 from proxy.admin.explain import explanation, standbys, unavailable
+from proxy.admin.plans import plan_routes
 from proxy.admin.standbys import routes as standby_routes
 from proxy.admin.whatif import AskedError, Running, asked, what_if
 from proxy.ask import CLIENTS_ERROR
@@ -31,8 +33,8 @@ from proxy.scaling.service import scaling_in
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def admin_app(runtime: Runtime, started: float) -> web.Application:
-    """The application; `started` is the monotonic time of the start."""
+def admin_app(runtime: Runtime, started: float, further: Iterable[web.RouteDef] = ()) -> web.Application:
+    """The application; `started` is the monotonic time of the start. `further`: routes of others."""
     registry = CollectorRegistry()
     registry.register(Metrics(runtime))
 
@@ -89,6 +91,8 @@ def admin_app(runtime: Runtime, started: float) -> web.Application:
             web.get("/state", show_state),
             web.get("/explain/{id}", explain),
             web.post("/explain", explain_request),
+            *plan_routes(runtime),
+            *further,
             *standby_routes(runtime),
         ]
     )
@@ -243,6 +247,7 @@ def state(runtime: Runtime, started: float) -> dict[str, Any]:
             "failed": runtime.ledger.failed or runtime.journal.failed,
         },
         "keys": {"trouble": runtime.keys.trouble},
+        "plans": runtime.planning.shown() if runtime.planning is not None else None,
         "memory": {"use": round(runtime.pressure.use, 4), "shedding": runtime.shedding},
         "connections": {"clients": len(runtime.clients), "open_exchanges": len(runtime.exchanges)},
     }

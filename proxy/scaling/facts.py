@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from proxy.scaling.sections import SchedulerPlatform
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -25,3 +27,5 @@ class Facts:
     """How its certificate is checked; None: its URL is plain http."""
     server_name: str | None = None
     """Name the certificate must carry; None: the URL's host."""
+    platform: SchedulerPlatform | None = None
+    """`scaling.scheduler`; None: there is none."""

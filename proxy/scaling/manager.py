@@ -302,9 +302,20 @@ class Scaling:
             keeper = self.keepers.get(step.name)
             if keeper is not None and not keeper.is_asked:
                 self._do(keeper, step)
-        for keeper in self.keepers.values():
-            if keeper.pinned and keeper.state is State.STANDBY and keeper.pause_s <= 0.0:
+        for name, plan, reason in self.gate.wanted():
+            keeper = self.keepers.get(name)
+            if keeper is not None and self._may_begin(keeper):
+                keeper.ask(Event.START, reason, plan)
+        for name, keeper in self.keepers.items():
+            runs = keeper.state in (State.PREPARING, State.STARTING, State.READY)
+            if runs and (why := self.gate.over(name)):
+                keeper.ask(Event.STOP, why)
+            elif keeper.pinned and self._may_begin(keeper) and self.gate.allowed(name):
                 keeper.ask(Event.START, "started by hand, to stay")
+
+    def _may_begin(self, keeper: Keeper) -> bool:
+        idle = keeper.state is State.STANDBY and keeper.pause_s <= 0.0 and not keeper.is_asked
+        return idle and self._has_room(keeper)
 
     def pools(self) -> list[Pool]:
         """As they stand now."""
@@ -368,8 +379,10 @@ class Scaling:
                 f"site {site} may have {self._most[site]} run, and has: `scaling.most` says so"
             )
         until = UNTIL_STOPPED if seconds == inf else self.around.wall() + seconds
+        starts = keeper.state is State.STANDBY and not keeper.is_asked
+        plan = await self.gate.by_hand(name, "somebody") if starts else ""
         await keeper.pin(until)
-        keeper.ask(Event.START, "started by hand")
+        keeper.ask(Event.START, "started by hand", plan)
 
     async def stop_one(self, name: str) -> None:
         """Stop it, as soon as what runs on it has ended. Raises NotPossibleError, KeyError, OSError."""
@@ -431,6 +444,7 @@ class Scaling:
             self.hours.open(keeper.kept, keeper.config, self.gate.template_of(move.plan), wall, now)
         elif move.after is State.STANDBY:
             self.hours.close(move.run, wall, now)
+        self.gate.moved(move)
         self.show()
         self._wanted.set()
 
@@ -459,6 +473,11 @@ class Scaling:
         section = section_of(kept, name)  # it may have been configured anew since, and is stopped first
         same = section is not None and provided(section) == provided(self._sections[name])
         return State.READY if same else State.STANDBY
+
+    def state_of(self, name: str) -> State | None:
+        """Where one is; None: there is none, or this process does not act."""
+        keeper = self.keepers.get(name)
+        return keeper.state if keeper is not None and self.acting else None
 
     def site(self, name: str) -> str:
         keeper = self.keepers.get(name)

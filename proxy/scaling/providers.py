@@ -13,11 +13,15 @@ from policies.units import BadValueError
 from proxy.config import BackendConfig
 from proxy.scaling.facts import Facts
 from proxy.scaling.provider import Provider
+from proxy.scaling.sections import SchedulerPlatform
 
 CLASSES: Final[Mapping[str, str]] = MappingProxyType(
     {
         "process": "proxy.scaling.process:ProcessProvider",
         "sleep": "proxy.scaling.sleep:SleepProvider",
+        "command": "proxy.scaling.command:CommandProvider",
+        "webhook": "proxy.scaling.webhook:WebhookProvider",
+        "scheduler": "proxy.scaling.scheduler:SchedulerProvider",
     }
 )
 """Kind to module and class. A class is made of a `StandbySection` and `Facts`; if it has a static method `check`
@@ -27,19 +31,27 @@ FOLDER: Final = "standbys"
 
 
 def provider_of(
-    backend: BackendConfig, state: Path, *, key: str | None = None, tls: ssl.SSLContext | None = None
+    backend: BackendConfig,
+    state: Path,
+    *,
+    key: str | None = None,
+    tls: ssl.SSLContext | None = None,
+    platform: SchedulerPlatform | None = None,
 ) -> Provider:
     """What starts and stops a backend that has a `standby` section.
 
-    `key`: what `backend_key` says. `tls`: how its certificate is checked. Raises BadValueError, placed in the
-    backend's section: there is no such provider.
+    `key`: what `backend_key` says. `tls`: how its certificate is checked. `platform`: `scaling.scheduler`. Raises
+    BadValueError, placed in the backend's section: there is no such provider.
     """
     assert backend.standby is not None
-    provider: Provider = _class_of(backend.standby.kind)(backend.standby, facts_of(backend, state, key, tls))
+    facts = facts_of(backend, state, key, tls, platform)
+    provider: Provider = _class_of(backend.standby.kind)(backend.standby, facts)
     return provider
 
 
-def check_standby(backend: BackendConfig, state: Path) -> Iterator[BadValueError]:
+def check_standby(
+    backend: BackendConfig, state: Path, platform: SchedulerPlatform | None = None
+) -> Iterator[BadValueError]:
     """What cannot work, each with its place in the backend's section; nothing for a backend without standby.
 
     Nothing is started, written or connected to.
@@ -53,13 +65,17 @@ def check_standby(backend: BackendConfig, state: Path) -> Iterator[BadValueError
         return
     if check is not None:
         problem: BadValueError
-        for problem in check(backend.standby, facts_of(backend, state)):
+        for problem in check(backend.standby, facts_of(backend, state, platform=platform)):
             problem.at = ("standby", *problem.at)
             yield problem
 
 
 def facts_of(
-    backend: BackendConfig, state: Path, key: str | None = None, tls: ssl.SSLContext | None = None
+    backend: BackendConfig,
+    state: Path,
+    key: str | None = None,
+    tls: ssl.SSLContext | None = None,
+    platform: SchedulerPlatform | None = None,
 ) -> Facts:
     """What its provider is told."""
     models = () if backend.models == "auto" else tuple(backend.models)
@@ -72,6 +88,7 @@ def facts_of(
         state / FOLDER,
         tls,
         backend.tls.server_name,
+        platform,
     )
 
 

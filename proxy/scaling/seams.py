@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from pydantic import ValidationError
 
 from policies.pools import Waits
 from policies.scaling import Step
-from policies.standby import State
+from policies.standby import Move, State
 from policies.state import Fleet
 from proxy.config import BackendConfig
 from proxy.scaling.journal import Kept
@@ -63,6 +63,19 @@ class Gate(Protocol):
     def template_of(self, plan: str) -> str:
         """Name of the template that a plan was made from; empty: none."""
 
+    def wanted(self) -> Iterable[tuple[str, str, str]]:
+        """Standbys that plans are to start: name, id of the plan, reason."""
+
+    def over(self, name: str) -> str:
+        """Why it may not run on; empty: it may."""
+
+    def moved(self, move: Move) -> None:
+        """A standby has made a move."""
+
+    async def by_hand(self, name: str, by: str) -> str:
+        """The id of the plan that pays for a start by hand, or empty. Raises NotPossibleError: a ceiling is in
+        the way."""
+
 
 class NoGate:
     """Everything may start."""
@@ -74,6 +87,18 @@ class NoGate:
         return True
 
     def template_of(self, plan: str) -> str:
+        return ""
+
+    def wanted(self) -> Iterable[tuple[str, str, str]]:
+        return ()
+
+    def over(self, name: str) -> str:
+        return ""
+
+    def moved(self, move: Move) -> None:
+        pass
+
+    async def by_hand(self, name: str, by: str) -> str:
         return ""
 
 

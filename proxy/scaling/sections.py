@@ -10,10 +10,16 @@ from pydantic import Field, model_validator
 from policies.siteschema import SiteName
 from policies.units import BadValueError, Duration, Fraction
 from policies.yamlfile import FileModel
-from proxy.config_values import Url, Variable
+from proxy.config_values import NetworkText, Url, Variable
+from proxy.scaling.images import Task
 
 Money = Annotated[float, Field(ge=0)]
 """In the ledger's currency."""
+
+
+def _over_http(url: str) -> None:
+    if url.startswith("unix:"):
+        raise BadValueError("this one is called over HTTP: http:// or https://", at=("url",))
 
 
 class VllmRecipe(FileModel):
@@ -79,6 +85,12 @@ class CommandSection(FileModel):
     environment: dict[str, str] = Field(default_factory=dict, description="Variables besides our own.")
     timeout: Duration = Field(60.0, gt=0, description="One call that takes longer has failed.")
 
+    def resolved(self, base: Path) -> CommandSection:
+        """With an absolute path; a script without any `/` in it is looked for in PATH."""
+        if "/" not in self.command[0]:
+            return self
+        return self.model_copy(update={"command": [str(base / self.command[0]), *self.command[1:]]})
+
 
 class WebhookSection(FileModel):
     """An HTTP endpoint that starts and stops it."""
@@ -88,6 +100,11 @@ class WebhookSection(FileModel):
         None, description="Environment variable with the secret that signs each call (HMAC-SHA256)."
     )
     timeout: Duration = Field(10.0, gt=0, description="One call that takes longer is tried again.")
+
+    @model_validator(mode="after")
+    def _check(self) -> WebhookSection:
+        _over_http(self.url)
+        return self
 
 
 class SchedulerSection(FileModel):
@@ -104,6 +121,18 @@ class StandbySection(FileModel):
     command: CommandSection | None = Field(None, description="A script.")
     webhook: WebhookSection | None = Field(None, description="An HTTP endpoint.")
     scheduler: SchedulerSection | None = Field(None, description="The scheduling platform.")
+    card: str | None = Field(
+        None,
+        min_length=1,
+        description="Card that it runs on: `H20`. Default: what its label `card` or its profile says.",
+    )
+    cards: int = Field(1, ge=1, description="How many of them.")
+    task: Task = Field("generate", description="What it is for; with model and card it chooses the image.")
+    image: str | None = Field(
+        None,
+        min_length=1,
+        description="Image that runs there. Default: by model, card and task (`tidegate images`).",
+    )
     cost_per_hour: Money | None = Field(
         None, description="What an hour costs while it runs, in the ledger's currency. Default: unknown."
     )
@@ -150,7 +179,30 @@ class SchedulerPlatform(FileModel):
 
     url: Url = Field(description="Gets scale requests.")
     secret_env: Variable = Field(
-        description="Environment variable with the secret that signs both directions (HMAC-SHA256)."
+        description="Environment variable with the secret that signs both directions (HMAC-SHA256). Two secrets, "
+        "divided by a blank, while one is replaced."
+    )
+    api_key_env: Variable | None = Field(
+        None, description="Environment variable with the key that engines of its placements want."
+    )
+    networks: list[NetworkText] = Field(
+        default_factory=list,
+        description="Networks that are not public and in which placements may be all the same: `[10.8.0.0/16]`.",
+    )
+    timeout: Duration = Field(10.0, gt=0, description="One call that takes longer is tried again.")
+
+    @model_validator(mode="after")
+    def _check(self) -> SchedulerPlatform:
+        _over_http(self.url)
+        return self
+
+
+class NoticeSection(FileModel):
+    """An HTTP endpoint that is told something."""
+
+    url: Url = Field(description="Gets a POST, signed as Standard Webhooks says.")
+    secret_env: Variable = Field(
+        description="Environment variable with the secret that signs notices and their answers (HMAC-SHA256)."
     )
 
 
@@ -159,6 +211,7 @@ class BudgetsSection(FileModel):
 
     month: Money | None = Field(None, description="All remote sites together.")
     sites: dict[SiteName, Money] = Field(default_factory=dict, description="Single sites.")
+    webhook: NoticeSection | None = Field(None, description="Told at 50, 80 and 100 % of each.")
 
 
 class ScalingConfig(FileModel):
@@ -183,6 +236,12 @@ class ScalingConfig(FileModel):
     )
     objective: Objective = Field(default_factory=Objective, description="Times to keep.")
     approval: Duration = Field(900.0, gt=0, description="A plan that nobody has approved expires after this.")
+    approval_webhook: NoticeSection | None = Field(
+        None, description="Told of each plan that waits; it may answer (`POST /plans/ID/answer`)."
+    )
+    images: Path | None = Field(
+        None, description="File of images that goes before the shipped one. Default: that alone."
+    )
     budgets: BudgetsSection = Field(default_factory=BudgetsSection, description="Ceilings.")
     keep: bool = Field(
         False, description="Standbys go on running when the proxy stops. Default: they are stopped with it."

@@ -86,7 +86,13 @@ def provider(config: Config) -> Callable[[BackendConfig], Provider]:
 
     def make(section: BackendConfig) -> Provider:
         try:
-            return provider_of(section, config.state, key=backend_key(section), tls=tls_context(section))
+            return provider_of(
+                section,
+                config.state,
+                key=backend_key(section),
+                tls=tls_context(section),
+                platform=config.scaling.scheduler,
+            )
         except BadValueError as error:
             raise ConfigError(f"backend {section.name}: {error.message}") from None
 
@@ -151,8 +157,11 @@ class Standbys:
             if not sections and self._begun:
                 return lambda: None
             hours = Hours(self._engine, config.ledger_currency)
-            scaling = Scaling(self._around, provider(config), config.state, hours=hours)
+            gate = runtime.planning
+            scaling = Scaling(self._around, provider(config), config.state, hours=hours, gate=gate)
             scaling.journal.read()
+            if gate is not None:
+                gate.state_of, gate.approved = scaling.state_of, scaling.wanted
         made = scaling.make_all(sections, provider(config))
 
         def follow() -> None:
@@ -174,6 +183,8 @@ class Standbys:
 
     def hand_over(self) -> None:
         """Another process acts from now on."""
+        if self._runtime.planning is not None:
+            self._runtime.planning.hand_over()
         scaling = scaling_in(self._runtime)
         if scaling is not None:
             self._runtime.tasks.spawn(scaling.hand_over(), "standbys follow")

@@ -153,3 +153,14 @@ async def test_a_probe_goes_where_the_resolver_says_and_tries_the_next() -> None
         assert result.ok
         result = await ask(Connect(Resolver(Stub(FAILS))), target, 10.0)
         assert result.reason == "TCP connect: name not resolved"
+
+
+async def test_some_names_are_judged_by_themselves() -> None:
+    """What was known of such a name is asked again, and an address that is not for it is not used."""
+    resolver = Resolver(Stub(["10.0.0.1"], ["10.0.0.1", "93.184.215.14"], ["10.0.0.1"], ["10.0.0.1"]))
+    assert await resolver.addresses("a.test") == ("10.0.0.1",)
+    resolver.judge({"a.test": lambda address: not address.startswith("10.")})
+    assert await resolver.addresses("a.test") == ("93.184.215.14",)
+    await resolver.refresh(["a.test"])
+    assert await resolver.addresses("a.test") == ("93.184.215.14",), "it has moved inside: the last good one"
+    assert await resolver.addresses("b.test") == ("10.0.0.1",)

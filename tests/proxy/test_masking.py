@@ -9,7 +9,7 @@ from sqlalchemy import URL
 
 from policies.yamlfile import FileProblems, Problem
 from proxy.config import load_config
-from proxy.masking import database_shown, without_secrets
+from proxy.masking import database_shown, masked_output, secret_values, without_secrets
 
 SECRET = "sk-live-4eC39Hq"
 
@@ -95,3 +95,11 @@ def test_tokens_that_open_something_are_secrets(key: str) -> None:
 )
 def test_databases_are_shown_without_passwords(target: str | Path | URL, shown: str) -> None:
     assert database_shown(target) == shown
+
+
+def test_what_a_command_says_is_shown_without_secrets() -> None:
+    said = "API_KEY=abcdef Bearer xyzzy-1\npassword: hunter22\nusing c1oudt0ken, max_tokens=5, exit 3"
+    shown = masked_output(said, secret_values({"CLOUD_TOKEN": "c1oudt0ken", "HOME": "exit 3", "A_KEY": ""}))
+    assert not [secret for secret in ("abcdef", "xyzzy", "hunter22", "c1oudt0ken") if secret in shown]
+    assert "max_tokens=5, exit 3" in shown
+    assert shown.count("\n") == 2

@@ -1,0 +1,465 @@
+"""The admin in control: what may be started, by whose word, and within which money.
+
+The manager of standbys asks `may_start` before it starts anything that the controller wants, starts what `wanted`
+says, and reports every move (`moved`). Admins approve, refuse and run plans; templates fire by themselves; ceilings
+drain what has reached them. All of it is one object, which belongs to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from policies.plans import AUTO, CONFIRM, Plan, PlanEvent, PlanState, Trigger
+from policies.scaling import Step
+from policies.standby import Event, Move, State
+from policies.units import BadValueError
+from policies.yamlfile import FileProblems
+from proxy.config import Config
+from proxy.database import said
+from proxy.scaling.accounts import shortage
+from proxy.scaling.budgets import NANO, Used, nano_of
+from proxy.scaling.filelock import FileLock
+from proxy.scaling.images import Images, load_images
+from proxy.scaling.money import Money
+from proxy.scaling.notices import Notices
+from proxy.scaling.offers import Offer, draft, offers
+from proxy.scaling.plans import PLANS_FILE, ConflictError, Plans, PlansError, new_id
+from proxy.scaling.planwords import in_words
+from proxy.scaling.seams import NotPossibleError
+from proxy.scaling.sections import NoticeSection
+from proxy.scaling.spending import TokenSpending
+from proxy.scaling.templates import TEMPLATES_FILE, Shortage, Template, Templates, choose, fires, sites_of
+
+if TYPE_CHECKING:
+    from proxy.runtime import Runtime
+
+log = logging.getLogger("tidegate")
+
+TURN_S: Final = 1.0
+LOCK_FILE: Final = "plans.lock"
+LOCK_LOOK_S: Final = 0.1
+
+
+class Planning:
+    """Plans, templates and budgets of one proxy."""
+
+    def __init__(self, runtime: Runtime, spending: TokenSpending) -> None:
+        """`spending` counts the rows of the runtime's ledger."""
+        config = runtime.config
+        self.runtime = runtime
+        self.spending = spending
+        self.plans = Plans(config.state / PLANS_FILE, runtime.wall)
+        self.plans.changed = self._plan_changed
+        self.templates = Templates(config.state / TEMPLATES_FILE)
+        self.money = Money(runtime, spending, self._tell_budget, self.plans.all)
+        self.budgets = self.money.budgets
+        self.state_of: Callable[[str], State | None] = lambda name: None
+        """State of a standby; None: not known. Set by the manager."""
+        self.approved: Callable[[], None] = lambda: None
+        """Called when something may start. Set by the manager."""
+        self.offers: dict[str, Offer] = {}
+        self.images = Images(())
+        self._approval: Notices | None = None
+        self._budget_notices: Notices | None = None
+        self._moves: deque[Move] = deque(maxlen=10_000)
+        self._turning = asyncio.Lock()
+        self._used_version = 0
+        """Of the templates."""
+        self.acting = False
+        """Whether this process is the one that decides."""
+        self._handed_over = False
+        self._lock = FileLock(config.state / LOCK_FILE)
+        self._asking: set[str] = set()
+        """Standbys of which a plan is being proposed."""
+        self._troubles: list[str] = []
+        self._said: list[str] = []
+        """Those of the turn before."""
+        self.use(config)
+
+    # Its life
+
+    def use(self, config: Config) -> None:
+        """Go by another configuration, or by other standbys of it."""
+        self.config = config
+        try:
+            self.images = load_images(config.scaling.images)
+        except (OSError, ValueError, FileProblems) as error:  # `unworkable` refuses it; a file may go later
+            log.error("images: %s", error)
+        self.offers = offers(config, self.images)
+        self._approval = self._notices(self._approval, config.scaling.approval_webhook)
+        self._budget_notices = self._notices(self._budget_notices, config.scaling.budgets.webhook)
+        self.money.use(self.config, self.templates.all())
+
+    def _notices(self, before: Notices | None, section: NoticeSection | None) -> Notices | None:
+        if before is not None and before.section == section:
+            return before
+        if before is not None:
+            self.runtime.tasks.spawn(before.close(), "notices")
+        try:
+            return None if section is None else Notices(section, self.runtime.tasks.spawn, self.runtime.wall)
+        except BadValueError as error:
+            log.error("notices: %s", error)
+            return None
+
+    @classmethod
+    async def opened(cls, runtime: Runtime, spending: TokenSpending) -> Planning:
+        """One that runs until the tasks of the runtime are cancelled. Raises as `open` does."""
+        planning = cls(runtime, spending)
+        await planning.open()
+        runtime.tasks.spawn(planning.run(), "plans")
+        return planning
+
+    async def open(self) -> None:
+        """Read what is on the disk and in the ledger. Raises OSError and SQLAlchemy's errors."""
+        self.templates.look()
+        self.money.use(self.config, self.templates.all())
+        await self.money.read()
+        await self._act()
+
+    async def _act(self) -> None:
+        """Have plans to ourselves, if no other process does: during an upgrade the one before decides on."""
+        if not self.acting and not self._handed_over and self._lock.taken():
+            await asyncio.to_thread(self.plans.open)
+            self.acting = True
+
+    def hand_over(self) -> None:
+        """Another process decides from now on; what is drained is for each of the two."""
+        self.acting, self._handed_over = False, True
+        self.plans.close()
+        self._lock.release()
+
+    async def run(self) -> None:
+        """Turn, again and again, until it is cancelled; then close."""
+        try:
+            while True:
+                try:
+                    await self._act()
+                    await self.turn()
+                except OSError as error:
+                    self._say(f"plans cannot be written: {error.strerror or error}")
+                except Exception:
+                    log.exception("plans: this turn failed")
+                await asyncio.sleep(TURN_S if self.acting or self._handed_over else LOCK_LOOK_S)
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Let connections and the file go."""
+        for notices in (self._approval, self._budget_notices):
+            if notices is not None:
+                await notices.close()
+        await asyncio.to_thread(self.hand_over)
+
+    async def turn(self) -> None:
+        """What goes on all the time: moves, ends of waits, money, templates."""
+        async with self._turning:
+            self._said, self._troubles = self._troubles, []
+            await self._turn()
+
+    async def _turn(self) -> None:
+        self.templates.look()
+        if self.templates.version != self._used_version:
+            self._used_version = self.templates.version
+            if self.templates.trouble:
+                log.error("templates: the old ones go on:\n%s", self.templates.trouble)
+            self.money.use(self.config, self.templates.all())
+        try:
+            await self.money.look()
+        except SQLAlchemyError as error:
+            self._say(f"budgets: what this month has cost cannot be read: {said(error)}")
+        self.money.drain()
+        if not self.acting:
+            return
+        while self._moves:
+            await self._take(self._moves[0])
+            self._moves.popleft()
+        await self.plans.expire()
+        self.budgets.turn()
+        for plan in self.plans.open_plans():
+            await self._look_again(plan)
+        await self._fire()
+
+    def _say(self, trouble: str) -> None:
+        """Note what is wrong; the log has it once, as long as it stays."""
+        if trouble not in self._said and trouble not in self._troubles:
+            log.error("%s", trouble)
+        self._troubles.append(trouble)
+
+    # What the manager asks
+
+    def allowed(self, name: str) -> bool:
+        """Whether the controller may count on this standby: not where a ceiling is reached, or somebody said no."""
+        offer = self.offers.get(name)
+        if offer is None or self.budgets.reached(offer.site) is not None:
+            return False
+        refused = self.plans.latest_refusal(name)
+        if refused is None or self.plans.holding(name) is not None:
+            return True
+        age = self.runtime.wall() - refused.decisions[-1].wall
+        return not 0.0 <= age < self.config.scaling.approval
+
+    def may_start(self, name: str, step: Step) -> str | None:
+        """The id of the approved plan that pays for starting a standby; None: not now.
+
+        Where there is none, one is proposed meanwhile, and `approved` called when it may start: at once in mode
+        `auto`, unless a ceiling is in the way. Asking again changes nothing. Not to be asked for a standby that
+        drains: its run is paid for.
+        """
+        plan = self.plans.holding(name)
+        if plan is not None and plan.state is not PlanState.PROPOSED:
+            return plan.id
+        if self.acting and plan is None and name not in self._asking and self.allowed(name):
+            self._asking.add(name)
+            self.runtime.tasks.spawn(self._asked(name, step), f"plan for {name}")
+        return None
+
+    async def _asked(self, name: str, step: Step) -> None:
+        try:
+            await self.want(name, step)
+        finally:
+            self._asking.discard(name)
+
+    async def want(self, name: str, step: Step) -> str | None:
+        """As `may_start`, with what comes of a proposal."""
+        if not self.allowed(name):
+            return None
+        plan = self.plans.holding(name)
+        try:
+            if plan is None:
+                offer = self.offers[name]
+                plan = await self.propose([offer], Trigger.CONTROLLER, step.reason, figures=step.figures)
+            plan = await self._look_again(plan) or plan
+        except OSError as error:
+            self._say(f"plans cannot be written, so nothing is started: {error.strerror or error}")
+            return None
+        return plan.id if plan.state in (PlanState.APPROVED, PlanState.EXECUTING) else None
+
+    def wanted(self) -> list[tuple[str, str, str]]:
+        """Standbys that approved plans are to start and have not yet: name, id of the plan, reason."""
+        unseen = {move.plan for move in self._moves}
+        found = []
+        for plan in self.plans.open_plans() if self.acting else ():
+            if plan.state is not PlanState.PROPOSED and plan.id not in unseen:
+                for name in plan.standbys:
+                    if name not in plan.started and self.state_of(name) in (None, State.STANDBY):
+                        found.append((name, plan.id, plan.reason))
+        return found
+
+    def over(self, name: str) -> str:
+        """Why a standby may not run on: a ceiling that it falls under is reached. Empty: it may."""
+        backend = self.runtime.fleet.backends.get(name)
+        return "its budget is used up" if backend is not None and backend.over_budget else ""
+
+    def moved(self, move: Move) -> None:
+        """A standby has made a move; what it means for its plan is written with the next turn."""
+        if move.plan:
+            self._moves.append(move)
+
+    def template_of(self, plan_id: str) -> str:
+        """Whose account a plan is on; empty: no template's."""
+        return next((plan.template for plan in self.plans.all() if plan.id == plan_id), "")
+
+    # What admins and templates ask
+
+    async def propose(
+        self,
+        chosen: Sequence[Offer],
+        trigger: Trigger,
+        reason: str,
+        *,
+        figures: Mapping[str, float] = MappingProxyType({}),
+        template: str = "",
+        mode: str = "",
+    ) -> Plan:
+        """Write a plan; the open one of one of its standbys is returned in its place. Raises OSError."""
+        left = [nano for one in chosen if (nano := self.budgets.left(one.site, template)) is not None]
+        plan = draft(
+            chosen,
+            id=new_id(),
+            trigger=trigger,
+            reason=reason,
+            mode=mode or self.config.scaling.mode,
+            created=self.runtime.wall(),
+            waits_s=self.config.scaling.approval,
+            budget_left=min(left) / NANO if left else None,
+            figures=dict(figures),
+            template=template,
+        )
+        plan = replace(plan, waits_for=self._waits_for(plan))
+        made = await self.plans.propose(plan)
+        if made.id == plan.id:
+            log.info("plan %s: %s, since %s", plan.id, in_words(plan, self.spending.currency), reason)
+            after = await self._look_again(made)
+            if after is None and self._approval is not None:
+                self._approval.tell("plan.proposed", made.as_dict())
+            made = after or made
+        return made
+
+    async def approve(self, id: str, by: str, reason: str = "") -> Plan:
+        """Raises UnknownPlanError; ConflictError: it is decided, or a ceiling stands against it; OSError."""
+        plan = self.plans.find(id)
+        if plan.state is PlanState.PROPOSED and (against := self._against(plan)) is not None:
+            words = against.in_words(self.spending.currency)
+            raise ConflictError(f"{words}, and a plan needs an hour of it: raise {against.ceiling.key} first")
+        if plan.is_due(self.runtime.wall()):
+            await self.plans.expire()
+        return await self.plans.move(plan.id, PlanEvent.APPROVE, by, reason)
+
+    async def refuse(self, id: str, by: str, reason: str = "") -> Plan:
+        """Raises as `approve` does."""
+        return await self.plans.move(self.plans.find(id).id, PlanEvent.REFUSE, by, reason)
+
+    async def run_template(self, name: str, by: str) -> Plan:
+        """Make a plan of a template. In mode `confirm` it waits as any other.
+
+        Raises KeyError: there is none; BadValueError: it cannot work; ConflictError: what it would start is on.
+        """
+        template = self.templates.find(name)
+        chosen = self._startable(template)
+        if not chosen:
+            raise ConflictError(f"all that template '{name}' would start is on, or is being started")
+        return await self._of_template(name, template.mode, chosen, f"{by} has run it")
+
+    async def by_hand(self, name: str, by: str) -> str:
+        """The id of a plan for a standby that somebody starts by hand, approved by that. Raises OSError;
+        NotPossibleError: a ceiling stands against it."""
+        offer = self.offers.get(name)
+        if offer is None:
+            return ""
+        plan = await self.propose([offer], Trigger.HAND, f"{by} has started it", mode=CONFIRM)
+        if plan.state is PlanState.PROPOSED:
+            try:
+                plan = await self.approve(plan.id, by)
+            except PlansError as error:
+                raise NotPossibleError(str(error)) from None
+        return plan.id
+
+    def shortage(self, model: str) -> Shortage:
+        """How short of capacity the local backends of a model are."""
+        return shortage(self.runtime.fleet, self.runtime.valve, model, self.runtime.now())
+
+    # Plans
+
+    def _plan_changed(self, plan: Plan) -> None:
+        if plan.decisions:
+            last = plan.decisions[-1]
+            why = f": {last.reason}" if last.reason else ""
+            log.info("plan %s is %s, by %s%s", plan.id, plan.state, last.by, why)
+        if plan.state is PlanState.APPROVED:
+            self.approved()
+
+    async def _look_again(self, plan: Plan) -> Plan | None:
+        """Approve a plan in mode `auto` that is within budget, or note what it waits for. None: as it was."""
+        if plan.state is PlanState.EXECUTING:
+            return await self._abandon(plan)
+        if plan.state is not PlanState.PROPOSED:
+            return None
+        waits_for = self._waits_for(plan)
+        if not waits_for:
+            try:
+                return await self.plans.move(plan.id, PlanEvent.APPROVE, AUTO, "within budget")
+            except ConflictError:
+                return self.plans.find(plan.id)  # somebody was faster
+        if waits_for != plan.waits_for:
+            await self.plans.wait_for(plan.id, waits_for)
+        return None
+
+    async def _abandon(self, plan: Plan) -> Plan | None:
+        """End a plan whose standbys all stand by again although nobody said so: a move got lost in a crash."""
+        states = {self.state_of(name) for name in plan.standbys}
+        if states != {State.STANDBY} or set(plan.started) < set(plan.standbys) or self._moves:
+            return None
+        gone = "its standbys stand by"
+        return await self.plans.update(
+            plan.id, lambda one: one.moved(PlanEvent.EXPIRE, "manager", gone, self.runtime.wall())
+        )
+
+    def _waits_for(self, plan: Plan) -> str:
+        """Empty: nothing."""
+        if (against := self._against(plan)) is not None:
+            return against.in_words(self.spending.currency)
+        return "approval" if plan.mode == CONFIRM else ""
+
+    def _against(self, plan: Plan) -> Used | None:
+        """The ceiling without room for an hour of what it starts."""
+        of = [self.offers[name] for name in plan.standbys if name in self.offers]
+        return self.budgets.refuses(
+            ((one.site, nano_of(one.cost_per_hour or 0.0)) for one in of), plan.template
+        )
+
+    async def _take(self, move: Move) -> None:
+        """What a move of a standby means for its plan. Raises OSError."""
+        name, wall, reason = move.name, move.wall, move.reason
+        if move.after is State.PREPARING:
+            await self.plans.update(move.plan, lambda plan: plan.began_with(name, wall, reason))
+        elif move.after is State.READY and move.event is Event.STARTED:
+            await self.plans.update(
+                move.plan, lambda plan: (plan.began_with(name, wall, "") or plan).ready_with(name, wall)
+            )
+        elif move.event is Event.FAIL:
+            words = f"{name}: {reason}"
+            await self.plans.update(
+                move.plan, lambda plan: plan.moved(PlanEvent.FAIL, "manager", words, wall)
+            )
+        elif move.after is State.STANDBY:
+            await self.plans.update(
+                move.plan, lambda plan: plan.stopped_with(name, wall, f"{name}: {reason}")
+            )
+
+    # Templates
+
+    def _startable(self, template: Template) -> list[Offer]:
+        """Of what it comes to, what is off. Raises BadValueError."""
+        chosen = choose(template, self.offers, sites_of(self.config))
+        return [
+            one
+            for one in chosen
+            if self.plans.holding(one.name) is None and self.state_of(one.name) in (None, State.STANDBY)
+        ]
+
+    async def _of_template(self, name: str, mode: str | None, chosen: list[Offer], why: str) -> Plan:
+        reason = f"template {name}: {why}"
+        return await self.propose(chosen, Trigger.TEMPLATE, reason, template=name, mode=mode or "")
+
+    async def _fire(self) -> None:
+        """Run the templates whose time has come."""
+        for name, template in self.templates.all().items():
+            if template.automatic is None:
+                continue
+            why = fires(template.automatic, self.shortage(template.model))
+            if not why:
+                continue
+            try:
+                chosen = [one for one in self._startable(template) if self.allowed(one.name)]
+            except BadValueError as error:
+                self._say(f"template {name} cannot fire: {error.message}")
+                continue
+            if chosen:
+                await self._of_template(name, template.mode, chosen, why)
+
+    def _tell_budget(self, words: str, figures: dict[str, Any]) -> None:
+        if self._budget_notices is not None:
+            self._budget_notices.tell("budget.reached", {"message": words, **figures})
+
+    @property
+    def approval_secrets(self) -> tuple[bytes, ...]:
+        """That sign answers to plans; empty: nobody is asked."""
+        return () if self._approval is None else self._approval.secrets
+
+    def shown(self) -> dict[str, Any]:
+        """For `/state`."""
+        return {
+            "mode": self.config.scaling.mode,
+            "waiting": sum(plan.state is PlanState.PROPOSED for plan in self.plans.open_plans()),
+            "open": [plan.id for plan in self.plans.open_plans()],
+            "budgets": [self.budgets.shown(used) for used in self.budgets.used()],
+            "trouble": "; ".join(filter(None, (*dict.fromkeys(self._troubles), self.templates.trouble))),
+        }

@@ -1,0 +1,451 @@
+"""The admin in control, over a real proxy with its admin port, its ledger and the commands that a user types."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from policies.plans import PlanState
+from policies.scaling import Step
+from policies.standby import Event, Standby
+from policies.state import Backend, Fleet
+from proxy.config import Config
+from proxy.records import to_values
+from proxy.scaling.planning import Planning
+from proxy.scaling.service import Standbys
+from proxy.scaling.signing import signed, verify
+from proxy.scaling.templates import Shortage
+from proxy.serve import Service
+from tests.e2e.proxy_fixtures import command, eventually
+from tests.proxy.rows import a_row
+
+SECRET = "a-secret-of-16-bytes"
+STEP = Step("nj", Event.START, "demand of 900 tokens is above 80% of 1000", {"demand": 900.0})
+
+
+def standby(name: str, site: str, **section: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "url": "http://127.0.0.1:9",
+        "site": site,
+        "models": ["qwen3-32b"],
+        "slots": 8,
+        "standby": {"command": {"command": ["true"]}, "cost_per_hour": 10.0, **section},
+    }
+
+
+class Proxy:
+    """One with two standbys, and what a test asks of it."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.state = str(service.state)
+
+    @property
+    def planning(self) -> Planning:
+        found = self.service.runtime.planning
+        assert found is not None
+        return found
+
+    def pays(self, amount: float, site: str = "nanjing") -> None:
+        """A request at this site has cost so much, and is in the ledger."""
+        row = a_row(
+            site=site, backend="nj", currency="CNY", cost_nano=round(amount * 1e9), arrived=time.time()
+        )
+        self.service.runtime.ledger._put([to_values(row)])
+
+    async def turn(self) -> None:
+        await self.planning.turn()
+
+    async def lives(self, one: Standby, *events: Event, plan: str = "") -> None:
+        """A standby makes these moves."""
+        for event in events:
+            move = one.move(event, f"it is to {event}", time.time(), plan)
+            assert move is not None
+            self.planning.moved(move)
+        await self.turn()
+
+    async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+        fields = {"content-type": "application/json", **headers}
+        url = f"http://{self.service.ports.admin}{path}"
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(method, url, data=data, headers=fields) as response,
+        ):
+            return response.status, await response.json()
+
+    async def says(self, *arguments: str, status: int = 0) -> str:
+        """What `tidegate ...` says to this proxy."""
+        found, out, complaint = await command(*arguments, "--state", self.state)
+        assert found == status, (out, complaint)
+        return out + complaint
+
+
+Start = Callable[..., Awaitable[Proxy]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
+    """Starts a proxy whose standbys nobody looks after: the test says what becomes of them."""
+    monkeypatch.setattr(Standbys, "begin", lambda self: None)
+    async with AsyncExitStack() as stack:
+
+        async def one(**scaling: Any) -> Proxy:
+            config = Config.model_validate(
+                {
+                    "listen": "127.0.0.1:0",
+                    "admin": "127.0.0.1:0",
+                    "state": tmp_path / "state",
+                    "log": "off",
+                    "currency": "CNY",
+                    "sites": {"nanjing": {}, "xian": {}},
+                    "backends": [
+                        standby("nj", "nanjing", card="H20"),
+                        standby("xa", "xian", cost_per_hour=4.0),
+                    ],
+                    "scaling": scaling,
+                }
+            )
+            service = Service(config)
+            await service.start()
+            stack.push_async_callback(service.stop)
+            return Proxy(service)
+
+        yield one
+
+
+# By whose word
+
+
+async def test_in_mode_auto_a_plan_is_executed_at_once(start: Start) -> None:
+    proxy = await start()
+    id = await proxy.planning.want("nj", STEP)
+    assert id is not None
+    assert await proxy.planning.want("nj", STEP) == id, "asking again makes no second one"
+    plan = proxy.planning.plans.find(id)
+    assert (plan.state, plan.approved_by, plan.reason) == (PlanState.APPROVED, "auto", STEP.reason)
+    assert (plan.cost_per_hour, plan.resources.card, plan.forecast.concurrency) == (10.0, "H20", 8)
+    assert plan.resources.image.startswith("vllm/vllm-openai:")
+    assert proxy.planning.wanted() == [("nj", id, STEP.reason)]
+    nj = Standby("nj")
+    await proxy.lives(nj, Event.START, plan=id)
+    assert proxy.planning.plans.find(id).state is PlanState.EXECUTING
+    await proxy.lives(nj, Event.PREPARED, Event.STARTED)
+    assert proxy.planning.plans.find(id).state is PlanState.DONE
+    assert proxy.planning.wanted() == []
+    assert await proxy.planning.want("nj", STEP) != id, "the next run is another plan"
+
+
+async def test_the_manager_asks_and_is_woken_when_it_may(start: Start) -> None:
+    proxy = await start()
+    woken: list[str | None] = []
+    proxy.planning.approved = lambda: woken.append(proxy.planning.may_start("nj", STEP))
+    for _ in range(3):
+        assert proxy.planning.may_start("nj", STEP) is None, "a plan is on its way to the disk"
+    (id,) = await eventually(lambda: woken)
+    assert [plan.id for plan in proxy.planning.plans.all()] == [id]
+
+
+async def test_a_failure_ends_its_plan(start: Start) -> None:
+    proxy = await start()
+    id = await proxy.planning.want("nj", STEP)
+    assert id is not None
+    await proxy.lives(Standby("nj"), Event.START, Event.FAIL, plan=id)
+    plan = proxy.planning.plans.find(id)
+    assert (plan.state, plan.decisions[-1].reason) == (PlanState.FAILED, "nj: it is to fail")
+
+
+async def test_in_mode_confirm_somebody_has_to_approve(start: Start) -> None:
+    proxy = await start(mode="confirm")
+    assert await proxy.planning.want("nj", STEP) is None
+    assert await proxy.planning.want("nj", STEP) is None
+    (plan,) = proxy.planning.plans.all()
+    assert plan.waits_for == "approval"
+    assert proxy.planning.wanted() == []
+    assert plan.id in await proxy.says("plans", "list")
+    shown = await proxy.says("plans", "show", plan.id[:4])
+    assert "costs     10.00 CNY an hour" in shown
+    assert "for       qwen3-32b (generate), on 1 × H20" in shown
+    said = await proxy.says("plans", "approve", plan.id, "--by", "ada", "--reason", "exam week")
+    assert said == f"plan {plan.id} is approved, by ada\n"
+    assert await proxy.planning.want("nj", STEP) == plan.id
+    said = await proxy.says("plans", "approve", plan.id, status=1)
+    assert f"plan {plan.id} is approved already, by ada: exam week" in said
+    said = await proxy.says("plans", "show", "ffffffff", status=1)
+    assert "there is no plan ffffffff: `tidegate plans list`" in said
+    listed = json.loads(await proxy.says("plans", "list", "--all", "--json"))
+    assert [row["id"] for row in listed["plans"]] == [plan.id]
+
+
+async def test_what_was_refused_is_left_alone_for_a_while(start: Start) -> None:
+    proxy = await start(mode="confirm", approval="10m")
+    assert await proxy.planning.want("nj", STEP) is None
+    (plan,) = proxy.planning.plans.all()
+    await proxy.says("plans", "refuse", plan.id, "--reason", "too dear")
+    assert not proxy.planning.allowed("nj")
+    assert proxy.planning.allowed("xa")
+    assert await proxy.planning.want("nj", STEP) is None
+    assert len(proxy.planning.plans) == 1
+    later = time.time() + 601
+    proxy.service.runtime.wall = lambda: later
+    assert proxy.planning.allowed("nj")
+
+
+async def test_what_waits_too_long_expires(start: Start) -> None:
+    proxy = await start(mode="confirm", approval="10m")
+    await proxy.planning.want("nj", STEP)
+    (plan,) = proxy.planning.plans.all()
+    later = time.time() + 601
+    proxy.planning.plans._wall = proxy.service.runtime.wall = lambda: later
+    status, said = await proxy.ask("POST", f"/plans/{plan.id}/approve", {"by": "ada"})
+    assert status == 409
+    assert "is expired already, by manager: it waited too long: approval" in said["error"]["message"]
+
+
+async def test_plans_outlive_the_process(start: Start) -> None:
+    proxy = await start(mode="confirm")
+    await proxy.planning.want("nj", STEP)
+    (plan,) = proxy.planning.plans.all()
+    await proxy.service.stop()
+    again = await start(mode="confirm")
+    assert again.planning.plans.all() == [plan]
+    assert await again.planning.want("nj", STEP) is None
+    assert len(again.planning.plans) == 1
+
+
+# By webhook
+
+
+@pytest.fixture
+async def told() -> AsyncIterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
+    """An endpoint: its URL, and what came."""
+    came: list[tuple[dict[str, str], bytes]] = []
+
+    async def take(request: web.Request) -> web.Response:
+        came.append(({name.lower(): value for name, value in request.headers.items()}, await request.read()))
+        return web.Response(status=204)
+
+    app = web.Application()
+    app.router.add_post("/hook", take)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}/hook", came
+    await runner.cleanup()
+
+
+async def test_a_webhook_is_asked_and_answers(
+    start: Start, told: tuple[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOOK_SECRET", SECRET)
+    url, came = told
+    proxy = await start(mode="confirm", approval_webhook={"url": url, "secret_env": "HOOK_SECRET"})
+    await proxy.planning.want("nj", STEP)
+    headers, body = await eventually(lambda: came[0] if came else None)
+    assert verify([SECRET.encode()], headers, body, time.time())
+    asked = json.loads(body)
+    assert asked["type"] == "plan.proposed"
+    id = asked["data"]["id"]
+    path, now = f"/plans/{id}/answer", int(time.time())
+
+    async def answer(content: Any, secret: str = SECRET, at: int = now) -> tuple[int, Any]:
+        raw = json.dumps(content).encode()
+        return await proxy.ask("POST", path, raw, **signed([secret.encode()], "msg_1", at, raw))
+
+    good = {"plan": id, "decision": "approve", "by": "ops"}
+    assert (await answer(good, "another-secret-of-16"))[0] == 401
+    assert (await answer(good, at=now - 3600))[0] == 401
+    assert (await proxy.ask("POST", path, good))[0] == 401, "not signed at all"
+    assert (await answer(good | {"plan": "another"}))[0] == 422
+    assert (await answer(good | {"decision": "perhaps"}))[0] == 422
+    assert proxy.planning.plans.find(id).state is PlanState.PROPOSED
+    assert (await answer(good))[1]["state"] == "approved"
+    assert (await answer(good))[0] == 200, "its answer may have got lost"
+    assert (await answer(good | {"decision": "refuse"}))[0] == 200, "not begun: it may be taken back"
+    assert proxy.planning.plans.find(id).state is PlanState.REFUSED
+    assert len(came) == 1
+
+
+# Within which money
+
+
+async def test_at_a_ceiling_nothing_new_is_sent_or_started(start: Start) -> None:
+    proxy = await start(budgets={"sites": {"nanjing": 100, "xian": 1000}})
+    proxy.pays(91)
+    await proxy.turn()
+    assert proxy.planning.allowed("nj")
+    assert await proxy.planning.want("nj", STEP) is None, "an hour of it costs 10"
+    (plan,) = proxy.planning.plans.all()
+    assert plan.waits_for == "the budget of site nanjing: 91.0000 of 100.0000 CNY used"
+    assert plan.budget_left == 9.0
+    said = await proxy.says("plans", "approve", plan.id, status=1)
+    assert "raise scaling.budgets.sites.nanjing first" in said
+    proxy.pays(9)
+    await proxy.turn()
+    fleet = proxy.service.runtime.fleet
+    assert (fleet["nj"].over_budget, fleet["xa"].over_budget) == (True, False)
+    assert (proxy.planning.over("nj"), proxy.planning.over("xa")) == ("its budget is used up", "")
+    assert not proxy.planning.allowed("nj")
+    assert await proxy.planning.want("xa", STEP) is not None
+    _, shown = await proxy.ask("GET", "/budgets")
+    assert {row["name"]: row["reached"] for row in shown["budgets"]} == {"nanjing": True, "xian": False}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"http://{proxy.service.ports.admin}/metrics") as response,
+    ):
+        assert 'tidegate_budget_used_ratio{name="nanjing",scope="site"} 1.0' in await response.text()
+    _, state = await proxy.ask("GET", "/state")
+    assert [row["reached"] for row in state["plans"]["budgets"]] == [True, False]
+
+
+async def test_a_ceiling_is_kept_over_a_restart_and_gives_back_when_it_is_raised(start: Start) -> None:
+    proxy = await start(budgets={"sites": {"nanjing": 100}})
+    proxy.pays(100)
+    await proxy.service.stop()
+    again = await start(budgets={"sites": {"nanjing": 100}})
+    await again.turn()
+    nj = again.service.runtime.fleet["nj"]
+    assert nj.over_budget
+    scaling = again.planning.config.scaling.model_copy(
+        update={
+            "budgets": again.planning.config.scaling.budgets.model_copy(update={"sites": {"nanjing": 200}})
+        }
+    )
+    again.planning.use(again.planning.config.model_copy(update={"scaling": scaling}))
+    await again.turn()
+    assert not nj.over_budget
+
+
+async def test_with_money_again_a_plan_in_mode_auto_goes_on(start: Start) -> None:
+    proxy = await start(budgets={"month": 5})
+    assert await proxy.planning.want("nj", STEP) is None
+    scaling = proxy.planning.config.scaling.model_copy(
+        update={"budgets": proxy.planning.config.scaling.budgets.model_copy(update={"month": 50.0})}
+    )
+    proxy.planning.use(proxy.planning.config.model_copy(update={"scaling": scaling}))
+    await proxy.turn()
+    (plan,) = proxy.planning.plans.all()
+    assert plan.state is PlanState.APPROVED
+    assert await proxy.planning.want("nj", STEP) == plan.id
+
+
+# Templates
+
+
+async def test_templates_from_the_terminal(start: Start) -> None:
+    proxy = await start(mode="confirm")
+    save = ("templates", "save", "rush", "--model", "qwen3-32b")
+    said = await proxy.says(
+        *save, "--site", "nanjing", "--budget", "200", "--when-queue", "20", "--ttft", "2s"
+    )
+    assert said == (
+        "template rush is saved: qwen3-32b on 1 of those that fit, at nanjing, at most 200.0 a month, fires by "
+        "itself\n"
+    )
+    said = await proxy.says(*save, "--count", "3", status=1)
+    assert "templates.rush.count: 3 are wanted, and 2 standbys fit: xa and nj" in said
+    said = await proxy.says("templates", "save", "rush", status=2)
+    assert "--model" in said
+    assert "rush: qwen3-32b" in await proxy.says("templates", "list")
+    assert json.loads(await proxy.says("templates", "show", "rush"))["sla"] == {"ttft": 2.0}
+    said = await proxy.says("templates", "run", "rush", "--by", "ada")
+    (plan,) = proxy.planning.plans.all()
+    assert (plan.standbys, plan.template, plan.reason) == (("nj",), "rush", "template rush: ada has run it")
+    assert f"approve it: tidegate plans approve {plan.id}" in said
+    said = await proxy.says("templates", "run", "rush", status=1)
+    assert "all that template 'rush' would start is on, or is being started" in said
+    await proxy.says("templates", "save", "again", "--plan", plan.id)
+    assert proxy.planning.templates.find("again").standbys == ["nj"]
+    await proxy.says("templates", "delete", "rush")
+    said = await proxy.says("templates", "run", "rush", status=1)
+    assert "there is no template 'rush'" in said
+
+
+async def test_an_automatic_template_fires_once_for_a_shortage(start: Start) -> None:
+    proxy = await start()
+    status, said = await proxy.ask(
+        "PUT", "/templates/rush", {"model": "qwen3-32b", "count": 2, "automatic": {"queue": 20}}
+    )
+    assert status == 200, said
+    short = Shortage(queue=19)
+    proxy.planning.shortage = lambda model: short  # type: ignore[method-assign]
+    await proxy.turn()
+    assert len(proxy.planning.plans) == 0
+    short = Shortage(queue=20)
+    for _ in range(3):
+        await proxy.turn()
+    (plan,) = proxy.planning.plans.all()
+    assert (plan.standbys, plan.reason) == (("xa", "nj"), "template rush: 20 requests wait")
+    assert (plan.state, plan.cost_per_hour) == (PlanState.APPROVED, 14.0)
+    assert {name for name, _, _ in proxy.planning.wanted()} == {"nj", "xa"}
+
+
+async def test_a_template_pays_for_what_runs_on_its_account(start: Start) -> None:
+    proxy = await start()
+    template = {"model": "qwen3-32b", "standbys": ["nj"], "budget": 50}
+    assert (await proxy.ask("PUT", "/templates/rush", template))[0] == 200
+    _, shown = await proxy.ask("POST", "/templates/rush/run", {"by": "ada"})
+    assert shown["state"] == "approved"
+    nj = Standby("nj")
+    await proxy.lives(nj, Event.START, Event.PREPARED, Event.STARTED, plan=shown["id"])
+    assert proxy.planning.template_of(shown["id"]) == "rush"
+    proxy.pays(50)
+    await proxy.turn()
+    assert proxy.service.runtime.fleet["nj"].over_budget
+    await proxy.lives(nj, Event.STOP, Event.DRAINED, Event.STOPPED)
+    assert not proxy.service.runtime.fleet["nj"].over_budget, "it runs on nobody's account now"
+    _, found = await proxy.ask("GET", "/budgets")
+    assert found["budgets"][0]["used"] == 50.0
+
+
+# Who may ask
+
+
+async def test_no_web_page_changes_anything(start: Start) -> None:
+    proxy = await start(mode="confirm")
+    await proxy.planning.want("nj", STEP)
+    (plan,) = proxy.planning.plans.all()
+    approve = f"/plans/{plan.id}/approve"
+    assert (await proxy.ask("POST", approve, {"by": "x"}, origin="http://localhost"))[0] == 403
+    assert (await proxy.ask("POST", approve, {"by": "x"}, **{"content-type": "text/plain"}))[0] == 415
+    assert proxy.planning.plans.find(plan.id).state is PlanState.PROPOSED
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"{", 400, "not JSON"),
+        (b"[]", 400, "a JSON object"),
+        (b"{}", 422, "by: who decides"),
+        (b'{"by": "a\\u0007"}', 422, "by: who decides"),
+        (b'{"by": "a", "reason": 1}', 422, "reason: at most"),
+        (b" " * 70_000, 413, "a body may have"),
+    ],
+)
+async def test_a_bad_body_is_named(start: Start, body: bytes, status: int, said: str) -> None:
+    proxy = await start(mode="confirm")
+    await proxy.planning.want("nj", STEP)
+    (plan,) = proxy.planning.plans.all()
+    found, answer = await proxy.ask("POST", f"/plans/{plan.id}/refuse", body)
+    assert (found, said in answer["error"]["message"]) == (status, True)
+
+
+def test_what_is_over_its_budget_gets_nothing_new() -> None:
+    fleet = Fleet([Backend("nj", "nanjing", 8, models=frozenset({"m"}))])
+    fleet.refresh(0.0)
+    assert fleet["nj"].available
+    fleet["nj"].over_budget = True
+    assert fleet.refresh(1.0)
+    assert not fleet["nj"].available
+    fleet["nj"].over_budget = False
+    fleet.refresh(2.0)
+    assert fleet["nj"].available
