@@ -22,10 +22,11 @@ from tests.e2e import backends as b
 from tests.e2e.proxy_fixtures import Proxy, StartBackend, StartProxy, chat, eventually
 from tests.proxy.scaling.endpoint import endpoint
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 SECRET = b"a-secret-of-16-b"
-PATIENCE_S = 40.0
+PATIENCE_S = 120.0
+"""On a busy machine a process takes long to start."""
 
 
 class Platform:
@@ -42,7 +43,7 @@ class Platform:
         self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
 
     def config(self) -> dict[str, Any]:
-        scheduler = {"url": self.url, "secret_env": "HOOK", "networks": ["127.0.0.0/8"]}
+        scheduler = {"url": self.url, "secret_env": "HOOK", "networks": ["127.0.0.0/8"], "timeout": "60s"}
         return {"scaling": {"scheduler": scheduler}, "sites": {"nanjing": {}}}
 
 

@@ -13,7 +13,7 @@ from proxy.scaling.messages import MessageError, Placement, Progress, Resources
 from proxy.scaling.placements import REMEMBER_S, Answered, Placements
 
 IDS = st.sampled_from(["a", "b", "c"])
-TIMES = st.floats(0.1, 50)
+TIMES = st.integers(1, 50)  # whole seconds: the file rounds what floats cannot hold
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), IDS, TIMES),
@@ -21,7 +21,7 @@ STEPS = st.lists(
         st.tuples(st.just("wait"), TIMES),
         st.tuples(st.just("expire")),
         st.tuples(st.just("progress"), IDS),
-        st.tuples(st.just("restart"), st.floats(-1e6, 1e6)),
+        st.tuples(st.just("restart"), st.integers(-1000, 1000)),
     ),
     max_size=30,
 )
