@@ -119,7 +119,7 @@ async def test_given_back_it_goes_at_once(
     await eventually(lambda: names(proxy), PATIENCE_S)
     await proxy.service.platform.release("want-1")
     await eventually(lambda: not names(proxy), PATIENCE_S)
-    assert platform.scheduler.sites["nanjing"].free == 8
+    await eventually(lambda: platform.scheduler.sites["nanjing"].free == 8, PATIENCE_S)
 
 
 async def test_what_no_resources_meet_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ def test_exactly_those_whose_time_is_not_over(steps: list[tuple[Any, ...]]) -> N
             until[id] = now + ttl_s
         elif step == "remove":
             had = store.find(more[0], now) is not None
-            assert had == (until.get(more[0], -1.0) > now)
+            assert had == (until.get(more[0], -inf) > now)
             store.remove(more[0])
             until.pop(more[0], None)
         elif step == "wait":
@@ -66,7 +67,7 @@ def test_exactly_those_whose_time_is_not_over(steps: list[tuple[Any, ...]]) -> N
             for id in expired:
                 del until[id]
         elif step == "progress":
-            alive = until.get(more[0], -1.0) > now
+            alive = until.get(more[0], -inf) > now
             assert store.progressed(Progress(placement=more[0], state="ready"), now) == alive
         else:
             data = store.dump(now, wall)
