@@ -49,7 +49,7 @@ from proxy.open_files import Reserve, most_clients, watch_open_files
 from proxy.pressure import Memory
 from proxy.proxied_server import accepting
 from proxy.readable import in_words
-from proxy.reload import NEXT_START, owed, swap
+from proxy.reload import NEXT_START, keep_connections, owed, swap
 from proxy.requestlog import RequestLog
 from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
@@ -425,6 +425,7 @@ class Service:
     def _use(self, built: Built) -> list[str]:
         """Serve from what was built. What has changed, in words."""
         runtime = self.runtime
+        keep_connections(runtime.built, built, runtime.endpoints)
         changed = changes(runtime.built, built, (*NEXT_START, *runtime.observer.restart_for))
         self.config = built.config
         swap(runtime, built)
