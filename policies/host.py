@@ -22,6 +22,22 @@ HOST_FIGURES: Final[Mapping[str, str]] = {
 """What there is, and its unit; those without one are fractions, 0 to 1."""
 
 
+ALARMS: Final[Mapping[str, float]] = {"gpu_temperature": 90.0}
+"""From which on a machine is about to slow down: NVIDIA's cards throttle some degrees above."""
+
+
+def alarm_of(backend: BackendView, now: float) -> str:
+    """What of its host alarms, in words; empty: nothing, or nobody knows."""
+    if now - backend.host_at > HOST_FIGURES_VALID_S:
+        return ""
+    raised = (
+        f"{name} of {backend.host[name]:.0f}"
+        for name, limit in ALARMS.items()
+        if backend.host.get(name, 0.0) >= limit
+    )
+    return next(raised, "")
+
+
 @dataclass(frozen=True, slots=True)
 class HostBounds:
     """Bounds of figures by name, both inclusive."""

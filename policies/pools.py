@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Protocol
 
+from policies.host import alarm_of
+from policies.lengths import EXPECTED_TOKENS
 from policies.scaling import Pool, Unit
 from policies.standby import Standby, State
 from policies.state import Backend, Fleet
 
 REQUEST_TOKENS = 2000.0
-"""Prompt and answer of a request of a model that none has ended of yet."""
+"""Of a request of a model that nobody has asked for yet."""
 TOKENS_TAU_S = 600.0
 """Time constant of their average."""
 KV_SHARE = 0.8
@@ -47,13 +49,16 @@ class Terms:
 
 
 class MeanTokens:
-    """Tokens of a request, prompt and answer, by model: averages that age with time."""
+    """Tokens that a request is counted with, prompt and expected answer, by model: averages that age with time.
+
+    In the same tokens as demand, so that a backend is full when its slots are.
+    """
 
     def __init__(self) -> None:
         self._means: dict[str, tuple[float, float]] = {}
 
-    def note(self, model: str, requests: int, tokens: int, now: float) -> None:
-        """So many requests of a model have ended since the last note."""
+    def note(self, model: str, requests: int, tokens: float, now: float) -> None:
+        """So many requests of a model are there now, and count so many tokens."""
         if requests <= 0:
             return
         mean = tokens / requests
@@ -86,19 +91,29 @@ def pools(
         backends = [backend for backend in fleet if model in backend.models]
         names = {backend.name for backend in backends}
         count, tokens = waiting.get(model, (0, 0))
+        in_use = float(sum(backend.in_flight_tokens for backend in backends))
+        in_flight = sum(backend.in_flight for backend in backends)
+        means.note(model, in_flight + count, in_use + tokens, now)
         found.append(
             Pool(
                 model,
                 [_unit(backend, standbys, costs, means.of(model), now, wall) for backend in backends],
-                tokens_in_use=float(sum(backend.in_flight_tokens for backend in backends)),
+                tokens_in_use=in_use,
                 tokens_waiting=float(tokens),
                 waiting=count,
                 only=[only for only, _, _ in cold if not only.isdisjoint(names)],
                 ttft_s=max((backend.ttft_s for backend in backends if backend.available), default=0.0),
                 tpot_s=max((backend.tpot_s for backend in backends if backend.available), default=0.0),
+                alarm=_alarm(backends, now),
             )
         )
     return found
+
+
+def _alarm(backends: Sequence[Backend], now: float) -> str:
+    """The first of those that serve."""
+    raised = (f"{alarm} at {one.name}" for one in backends if one.available and (alarm := alarm_of(one, now)))
+    return next(raised, "")
 
 
 def _unit(
@@ -116,6 +131,9 @@ def _unit(
     price = None
     if backend.price_input is not None and backend.price_output is not None:
         price = (backend.price_input + backend.price_output) / 2e6
+    in_use = float(backend.in_flight_tokens)
+    seconds = backend.ttft_s + backend.tpot_s * EXPECTED_TOKENS
+    pace = in_use / seconds if seconds > 0.0 else 0.0  # Little's law
     if standby is None:
         return Unit(
             backend.name,
@@ -123,6 +141,8 @@ def _unit(
             tokens,
             available=backend.available,
             in_flight=backend.in_flight,
+            tokens_in_use=in_use,
+            tokens_per_s=pace,
             price_per_token=price,
         )
     in_state_s = max(wall - standby.since, 0.0) if terms.in_state_s is None else terms.in_state_s
@@ -134,8 +154,10 @@ def _unit(
         in_state_s,
         backend.available and standby.state is State.READY,
         backend.in_flight,
+        in_use,
+        pace,
         terms.cost_per_hour,
-        price,
+        price if terms.cost_per_hour is None else None,
         terms.cold_start_s,
         terms.least_on_s,
         terms.least_off_s,

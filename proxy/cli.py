@@ -31,6 +31,7 @@ from proxy.cli_upgrade import upgrade
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from sqlalchemy import Engine
 
     from proxy.config import Config
 
@@ -221,7 +222,16 @@ def schema(
 
 @app.command()
 def usage(
-    by: Annotated[str, typer.Option(help="tenant, model, backend, key, site, day or code.")] = "tenant",
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="tenant, model, backend, key, site, day or code; with --capacity standby, site, model, plan, "
+            "template, run or day. Default: the first of these."
+        ),
+    ] = None,
+    capacity: Annotated[
+        bool, typer.Option("--capacity", help="Hours that standbys ran, instead of requests.")
+    ] = False,
     since: SinceOption = None,
     until: UntilOption = None,
     config: ConfigOption = None,
@@ -239,9 +249,14 @@ def usage(
         fail("give --json or --csv, not both")
     begin, end = _span(since, until)
     engine, place = open_ledger(config, state)
+    if capacity:
+        if csv_output:
+            fail("--csv is for requests: with --capacity give --json")
+        _capacity(engine, by or "standby", begin, end, json_output=json_output)
+        return
     try:
         with readable_errors():
-            lines = reports.usage(engine, by, begin, end, place.currency)
+            lines = reports.usage(engine, by or "tenant", begin, end, place.currency)
     except ValueError as error:
         fail(f"--by: {error}")
     if json_output:
@@ -253,6 +268,23 @@ def usage(
     else:
         shown = console()
         shown.print(reports.usage_table(lines, shown.width))
+
+
+def _capacity(engine: Engine, by: str, begin: float | None, end: float | None, *, json_output: bool) -> None:
+    from proxy import capacity_report
+    from proxy.reports import span_in_words
+
+    try:
+        with readable_errors():
+            lines = capacity_report.capacity(engine, by, begin, end)
+    except ValueError as error:
+        fail(f"--by: {error}")
+    if json_output:
+        sys.stdout.buffer.write(capacity_report.capacity_json(lines))
+    elif not lines:
+        typer.echo(f"no standby ran {span_in_words(begin, end)}")
+    else:
+        console().print(capacity_report.capacity_table(lines))
 
 
 def _span(since: str | None, until: str | None) -> tuple[float | None, float | None]:

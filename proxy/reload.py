@@ -53,9 +53,8 @@ def keep_connections(before: Built, built: Built, endpoints: Mapping[str, Endpoi
 
 
 def swap(runtime: Runtime, built: Built) -> None:
-    """Serve from what was built, at once; what runs goes on where it is."""
+    """Serve from what was built, at once; what runs goes on where it is. Call `keep_connections` before."""
     old = runtime.endpoints
-    keep_connections(runtime.built, built, old)
     for name, endpoint in old.items():
         if built.endpoints.get(name) is not endpoint:
             endpoint.pool.close()

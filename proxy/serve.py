@@ -50,7 +50,7 @@ from proxy.pressure import Memory
 from proxy.probing import new_prober
 from proxy.proxied_server import accepting
 from proxy.readable import in_words
-from proxy.reload import NEXT_START, owed, swap
+from proxy.reload import NEXT_START, keep_connections, owed, swap
 from proxy.requestlog import RequestLog
 from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
@@ -423,6 +423,7 @@ class Service:
     def _use(self, built: Built, follow: Callable[[], None]) -> list[str]:
         """Serve from what was built, and have standbys follow it. What has changed, in words."""
         runtime = self.runtime
+        keep_connections(runtime.built, built, runtime.endpoints)
         changed = changes(runtime.built, built, (*NEXT_START, *runtime.observer.restart_for))
         self.config = built.config
         swap(runtime, built)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from heapq import heappop, heappush
 from math import ceil, inf
 from random import Random
@@ -38,7 +39,6 @@ SWEEP: Final = SECOND // 4
 """How often the proxy looks at what only time changes."""
 BYTES_PER_TOKEN: Final = 4
 
-
 _ARRIVE: Final = 0
 _REACH: Final = 1
 _ENGINE: Final = 2
@@ -48,8 +48,8 @@ _FAIL: Final = 5
 _LEAVE: Final = 6
 _POLL: Final = 7
 _SWEEP: Final = 8
-_CHECK: Final = 9
-_CHANGE: Final = 10
+CHECK: Final = 9
+CALL: Final = 10
 
 
 class Cluster(Router):
@@ -125,15 +125,14 @@ class Cluster(Router):
         self._model = next((model for backend in self.fleet for model in sorted(backend.models)), "")
         for incident in incidents:
             if incident.backend not in self.nodes:
-                names = ", ".join(self.nodes)
-                raise ValueError(
-                    f"an incident names the backend {incident.backend!r}, the members are {names}"
-                )
-            self._at(incident.at, _CHANGE, incident)
+                wrong, names = incident.backend, ", ".join(self.nodes)
+                raise ValueError(f"an incident names the backend {wrong!r}, the members are {names}")
+            self._at(incident.at, CALL, partial(self._change, incident))
         for node in self.nodes.values():
             if not node.up:
-                self._at(node.member.starts, _CHANGE, Incident(0, node.backend.name, Change.UP))
-            self._at(0, _CHECK, node)
+                begins = Incident(0, node.backend.name, Change.UP)
+                self._at(node.member.starts, CALL, partial(self._change, begins))
+            self._at(0, CHECK, node)
 
     def run(self, workload: Workload, progress: Callable[[int], None] | None = None) -> Result:
         """Play a workload and let everything end. `progress` hears of every thousandth arrival.
@@ -234,7 +233,7 @@ class Cluster(Router):
                 self.poll(self.now / SECOND)
         elif kind == _SWEEP:
             self._sweep()
-        elif kind == _CHECK:
+        elif kind == CHECK:
             self._check(subject)
         elif kind == _ARRIVE:
             index, arrival = subject
@@ -242,7 +241,7 @@ class Cluster(Router):
         elif kind == _LEAVE:
             self._leave(subject)
         else:
-            self._change(subject)
+            subject()
 
     # The life of a request
 
@@ -453,7 +452,7 @@ class Cluster(Router):
         if changed:
             self.poll(now)
         pause = timing.interval_s if node.health.is_up else min(timing.retry_s, timing.interval_s)
-        self._at(self.now + self._pause(pause), _CHECK, node)
+        self._at(self.now + self._pause(pause), CHECK, node)
 
     def _scrape(self, node: Node) -> None:
         """Look at its engine's figures, if it is time: often while it works, rarely while it does not."""

@@ -12,7 +12,7 @@ sites:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -29,6 +29,7 @@ from policies.yamlfile import FileModel, FileProblems, Problem, parse_yaml
 from policies.yamlproblems import closest
 from sim.members import Member
 from sim.profile import load_profile, profile_names, with_max_model_len
+from sim.standby_file import ScalingSection, StandbySection
 
 PricePerMillion = Annotated[float, Field(ge=0, le=1_000_000)]
 
@@ -80,6 +81,8 @@ class BackendSection(FileModel):
     """What its tokens cost. Without it, its cost is unknown."""
     watts: Annotated[float, Field(ge=0)] | None = None
     """What its cards draw under load. Default: as its profile says."""
+    standby: StandbySection | None = None
+    """It runs only when it is started, where a simulation starts any; elsewhere it always runs."""
 
 
 class Sla(FileModel):
@@ -100,6 +103,8 @@ class ClusterSection(FileModel):
     backends: Annotated[list[BackendSection], Field(min_length=1)]
     sites: dict[SiteName, SiteSection] = Field(default_factory=dict)
     """The places backends stand at, as in the configuration."""
+    scaling: ScalingSection = Field(default_factory=ScalingSection)
+    """When those with a `standby` section start and stop."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> ClusterSection:
@@ -177,6 +182,7 @@ class ClusterFile:
     sla: Sla
     backends: tuple[Placed, ...]
     sites: frozenset[str]
+    scaling: ScalingSection = field(default_factory=ScalingSection)
 
     @property
     def currency(self) -> str:
@@ -224,7 +230,9 @@ def read_cluster(path: Path) -> ClusterFile:
         placed += [Placed(name, section, site, profile, slots) for name in _names(section)]
     if problems:
         raise document.failed(problems)
-    return ClusterFile(path.stem, file.model, file.sla, tuple(placed), frozenset({LOCAL, *file.sites}))
+    return ClusterFile(
+        path.stem, file.model, file.sla, tuple(placed), frozenset({LOCAL, *file.sites}), file.scaling
+    )
 
 
 def _url(backends: object) -> tuple[str | int, ...]:

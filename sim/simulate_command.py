@@ -79,12 +79,12 @@ class Column:
 def simulate(
     context: typer.Context,
     policy: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="A policy file, a name of the library, or a policy's own name: it chooses among all backends. "
             "Several: --policy a b c."
         ),
-    ],
+    ] = None,
     policies: Annotated[list[str] | None, typer.Argument(help="Further policies.")] = None,
     from_ledger: Annotated[
         str | None, typer.Option(help="Requests of the ledger since: `7d`, `24h`, `2026-11-01`.")
@@ -109,18 +109,60 @@ def simulate(
         float | None, typer.Option(help="Seconds per further token at most, for goodput.", min=0)
     ] = None,
     by: Annotated[str | None, typer.Option(help="`day`: a table for each, UTC.")] = None,
+    autoscale: Annotated[
+        Path | None,
+        typer.Option(
+            help="A cluster file with standbys: they are started and stopped as it says under `scaling`, and each "
+            "day's hours, costs and answers within its SLA are shown. With --trace.",
+            dir_okay=False,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="With --autoscale: a picture of capacity against demand. Needs matplotlib."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of policies that draw lots.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Play one's own traffic of the past under another policy file, beside what was and the present file.
 
     Example: tidegate simulate --from-ledger 7d --policy new.yaml --ttft 2 --tpot 0.1
+    With standbys: tidegate simulate --trace week.csv --autoscale examples/autoscale.yaml --plot week.png
     """
     from rich.console import Console
     from rich.progress import Progress
 
     from sim.evaluate import PolicyText
 
+    asked_policies = [*(policy or []), *(policies or [])]
+    if autoscale is not None:
+        from sim.autoscale_command import show
+
+        wrong = {
+            "--from-ledger": from_ledger,
+            "--until": until,
+            "--config": config,
+            "--by": by,
+            "--ttft": ttft,
+            "--tpot": tpot,
+        }
+        if trace is None or (given := next((name for name, value in wrong.items() if value is not None), "")):
+            fail(
+                "--autoscale FILE goes with --trace FILE"
+                + (
+                    ""
+                    if trace is None
+                    else f", and without {given}: SLA and backends stand in its cluster file"
+                )
+            )
+        if len(asked_policies) > 1:
+            fail("--autoscale goes with one policy")
+        show(autoscale, trace, (asked_policies or ["local-first"])[0], seed, plot, as_json=as_json)
+        return
+    if plot is not None:
+        fail("--plot goes with --autoscale")
+    if not asked_policies:
+        fail("say which --policy is tried")
     if (from_ledger is None) == (trace is None):
         fail("give --from-ledger 7d or --trace FILE" + ("" if trace is None else ", not both"))
     if trace is not None and until is not None:
@@ -132,7 +174,7 @@ def simulate(
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=not console.is_terminal)
     with readable_errors(), bar:
-        present, new = PolicyText(*home.policy()), policies_of([*policy, *(policies or [])])
+        present, new = PolicyText(*home.policy()), policies_of(asked_policies)
         show_warnings(new, home.known())
         asked = (from_ledger, until)
         past = _from_trace(trace) if trace else _from_ledger(doors, home, present, *asked, bar)

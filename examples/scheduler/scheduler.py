@@ -22,7 +22,7 @@ import random
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -109,8 +109,11 @@ class Scheduler:
         ttl_s: float = 30.0,
         models: dict[str, str] | None = None,
         speed: float = 1.0,
+        profiles: Sequence[Profile] | None = None,
     ) -> None:
-        """`models`: for names of models, what profiles call them or a part of that. `speed`: of the engines."""
+        """`models`: for names of models, what profiles call them or a part of that. `speed`: of the engines.
+        `profiles`: of what may be placed; default: all that Tidegate knows."""
+        self._known = list(map(load_profile, profile_names()) if profiles is None else profiles)
         self.sites = {site.name: site for site in sites}
         self.placed: dict[str, Placed] = {}
         self.requests: dict[str, ScaleRequest] = {}
@@ -122,6 +125,8 @@ class Scheduler:
         self._caller = Caller(secrets)
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = 0
+        self._turn = asyncio.Lock()
+        """One choice at a time: each needs what the others have left."""
 
     # What Tidegate asks
 
@@ -156,15 +161,20 @@ class Scheduler:
         unknown = [site for site in wanted.sites if site not in self.sites]
         if unknown:
             raise MessageError("sites", f"there is no site {unknown[0]}")
-        chosen = await asyncio.to_thread(self._choose, wanted)
-        if chosen is None:
-            return refused(422, "no free cards meet it: see `tidegate plan` for what would")
-        await self._take_back(wanted.id)
-        self.requests[wanted.id] = wanted
-        site, option = chosen
-        copies = option.copies if wanted.count is None else min(option.copies, wanted.count)
-        for _ in range(copies):
-            self._place(wanted, site, option)
+        async with self._turn:
+            before = self.requests.get(wanted.id)
+            if before is not None and before.demand == wanted.demand and before.model == wanted.model:
+                self.requests[wanted.id] = wanted  # sent again, or still wanted
+                return web.json_response({"id": wanted.id}, status=202)
+            chosen = await asyncio.to_thread(self._choose, wanted)
+            if chosen is None:
+                return refused(422, "no free cards meet it: see `tidegate plan` for what would")
+            await self._take_back(wanted.id)
+            self.requests[wanted.id] = wanted
+            site, option = chosen
+            copies = option.copies if wanted.count is None else min(option.copies, wanted.count)
+            for _ in range(copies):
+                self._place(wanted, site, option)
         self._spawn(self.push_all())
         return web.json_response({"id": wanted.id, "placements": copies}, status=202)
 
@@ -194,7 +204,7 @@ class Scheduler:
 
     def _profiles(self, wanted: ScaleRequest) -> list[Profile]:
         cards = {site.card for site in self._allowed(wanted) if not wanted.cards or site.card in wanted.cards}
-        return [profile for profile in map(load_profile, profile_names()) if profile.card in cards]
+        return [profile for profile in self._known if profile.card in cards]
 
     def _place(self, wanted: ScaleRequest, site: Site, option: Option) -> None:
         profile = option.profile

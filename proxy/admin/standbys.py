@@ -55,13 +55,14 @@ def routes(runtime: Runtime) -> list[web.RouteDef]:
         request: web.Request, key: str, act: Callable[[Scaling, str], Awaitable[Any]]
     ) -> web.Response:
         name, scaling = request.match_info["name"], scaling_in(runtime)
-        names = [] if scaling is None else list(scaling.keepers)
+        names = [] if scaling is None else scaling.names
         if scaling is None or name not in names:
             return _error(404, _unknown(name, names))
         try:
             return _json({key: await act(scaling, name)})
         except NotPossibleError as error:
-            return _error(409, str(error), str(scaling.keepers[name].state))
+            keeper = scaling.keepers.get(name)
+            return _error(409, str(error), "" if keeper is None else str(keeper.state))
         except OSError as error:
             return _error(503, f"the move cannot be written: {error.strerror or error}")
 

@@ -81,6 +81,7 @@ class Caller:
         timeout_s: float = 10.0,
         first_pause_s: float = FIRST_PAUSE_S,
         tls: ssl.SSLContext | None = None,
+        clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
         random: Random | None = None,
@@ -91,6 +92,7 @@ class Caller:
         self._timeout_s = timeout_s
         self._first_pause_s = first_pause_s
         self._tls = tls
+        self._clock = clock
         self._wall = wall
         self._sleep = sleep
         self._random = random or Random()  # noqa: S311 (it spreads pauses)
@@ -105,10 +107,10 @@ class Caller:
         Raises RefusedError: it refuses for good; ProviderError: it gave no answer in time.
         """
         body = b"" if content is None else orjson.dumps(content)
-        deadline = time.monotonic() + within_s
+        deadline = self._clock() + within_s
         attempt = 0
         while True:
-            left_s = deadline - time.monotonic()
+            left_s = deadline - self._clock()
             try:
                 async with asyncio.timeout(min(self._timeout_s, max(left_s, 0.0))):
                     status, answer, after_s = await self._attempt(method, url, body, id)
@@ -126,7 +128,7 @@ class Caller:
             attempt += 1
             longest_s = min(self._first_pause_s * 2.0 ** min(attempt - 1, 16), LONGEST_PAUSE_S)
             pause_s = max(longest_s * self._random.uniform(0.5, 1.0), after_s)
-            if time.monotonic() + pause_s >= deadline:
+            if self._clock() + pause_s >= deadline:
                 times = "once" if attempt == 1 else f"{attempt} times"
                 raise ProviderError(f"{_place(url)}, asked {times}: {problem}")
             await self._sleep(pause_s)

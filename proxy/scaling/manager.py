@@ -77,7 +77,6 @@ class Scaling:
         self._sections: dict[str, BackendConfig] = {}
         self._most: Mapping[str, int] = {}
         self._means = MeanTokens()
-        self._ended: dict[str, tuple[int, int]] = {}
         self._wanted = asyncio.Event()
         self._lock = -1
         self._handed_over = False
@@ -85,7 +84,7 @@ class Scaling:
     # Configuration
 
     def make_all(self, sections: Collection[BackendConfig], make: MakeProvider) -> dict[str, Provider]:
-        """Providers of all standbys that are new or changed. Raises BadValueError, and changes nothing."""
+        """Providers of all standbys that are new or changed. Raises what `make` does, and changes nothing."""
         made = {}
         for section in sections:
             before = self._sections.get(section.name)
@@ -100,7 +99,8 @@ class Scaling:
         self._sections = {section.name: section for section in sections if section.standby is not None}
         self._most = most
         if not self.acting:
-            self._made = dict(made)
+            made_so_far = {**self._made, **made}
+            self._made = {name: made_so_far[name] for name in self._sections}
         for name, keeper in list(self.keepers.items()):
             section = self._sections.get(name)
             if section is None:
@@ -295,7 +295,6 @@ class Scaling:
     def turn(self) -> None:
         """Decide once, and have it done."""
         now, wall = self.around.now(), self.around.wall()
-        self._note_ended(now)
         self.hours.advance(wall, now)
         if self.hours.due(now):
             self.spawn(self.hours.write(wall, now), "capacity hours")
@@ -364,12 +363,6 @@ class Scaling:
             for other in self.keepers.values()
         )
         return running < most
-
-    def _note_ended(self, now: float) -> None:
-        for model, (requests, tokens) in self.around.ended().items():
-            before = self._ended.get(model, (0, 0))
-            self._means.note(model, requests - before[0], tokens - before[1], now)
-            self._ended[model] = (requests, tokens)
 
     # By hand
 
@@ -489,6 +482,11 @@ class Scaling:
     def site(self, name: str) -> str:
         keeper = self.keepers.get(name)
         return keeper.config.site if keeper is not None else self._sections[name].site
+
+    @property
+    def names(self) -> list[str]:
+        """Of all, those included that are no longer configured and not gone yet."""
+        return list(dict.fromkeys((*self._sections, *self.keepers)))
 
     def section(self, name: str) -> BackendConfig | None:
         """Its configuration; None: it has none any more."""

@@ -150,7 +150,7 @@ class ProcessProvider:
             until = time.monotonic() + supervisor.LOCK_S
             while (held := supervisor.lock(self._prefix)) is None:
                 record = read_record(self._prefix)
-                if record is not None and record.run == run and record.state == "running":
+                if record is not None and record.run == run and _runs(record):
                     return
                 if time.monotonic() > until:
                     of = f"run {record.run} of it" if record is not None else "another run of it"
@@ -235,9 +235,11 @@ class ProcessProvider:
         if locked:
             if record is None or record.state == "ended":
                 return Status(Presence.UNKNOWN, detail="it begins or ends just now")
-            if supervisor.identity(record.supervisor[0]) != record.supervisor:
+            if not _is_there(record.supervisor):
                 detail = "its supervisor was killed, and what it kept is being ended"
                 return Status(Presence.UNKNOWN, record.run, detail=detail)
+            if not record.command[0]:
+                return Status(Presence.STARTING, record.run)
             stopping = record.state == "stopping"
             return Status(Presence.RUNNING, record.run, detail="it is being stopped" if stopping else "")
         if (record is None or record.state != "ended") and (left := left_of(self._prefix)):
@@ -401,6 +403,15 @@ def _how(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
+def _is_there(process: tuple[int, int]) -> bool:
+    return supervisor.identity(process[0]) == process
+
+
+def _runs(record: Record) -> bool:
+    """Whether it was launched, and nobody ends it."""
+    return record.state == "running" and record.command[0] > 0 and _is_there(record.supervisor)
+
+
 def _signal(process: tuple[int, int]) -> None:
     """SIGTERM, if it is still the process that it was."""
     try:
@@ -408,7 +419,7 @@ def _signal(process: tuple[int, int]) -> None:
     except ProcessLookupError:
         return
     try:
-        if supervisor.identity(process[0]) == process:
+        if _is_there(process):
             signal.pidfd_send_signal(handle, signal.SIGTERM)
     except ProcessLookupError:
         pass

@@ -34,6 +34,7 @@ class SchedulerProvider:
         facts: Facts,
         caller: Caller | None = None,
         *,
+        clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         """`caller`: default: one of its own. Raises BadValueError: the secret is not there."""
@@ -46,7 +47,7 @@ class SchedulerProvider:
         self._url = f"{platform.url}/v1/placements/{self._placement}"
         self._within_s = platform.timeout
         self._caller = caller or caller_of(platform)
-        self._sleep = sleep
+        self._clock, self._sleep = clock, sleep
 
     @staticmethod
     def check(section: StandbySection, facts: Facts) -> Iterator[BadValueError]:
@@ -69,12 +70,12 @@ class SchedulerProvider:
     async def stop(self, run: str) -> None:
         """Raises ProviderError. A placement that the platform does not have any more does not run."""
         within_s = self._section.stop_timeout
-        deadline = time.monotonic() + within_s
+        deadline = self._clock() + within_s
         try:
             await self._order("stop", run, new_id(), within_s)
             await self._until(
                 lambda status: PRESENCE[status.state] is Presence.ABSENT,
-                deadline - time.monotonic(),
+                deadline - self._clock(),
                 "stopped",
             )
         except RefusedError as error:
@@ -110,17 +111,17 @@ class SchedulerProvider:
             raise ProviderError(f"{error.field or 'its answer'}: {error.message}") from None
 
     async def _until(self, done: Callable[[PlacementStatus], bool], within_s: float, what: str) -> None:
-        deadline = time.monotonic() + within_s
+        deadline = self._clock() + within_s
         pause_s = FIRST_LOOK_S
         while True:
-            found = await self._look(max(deadline - time.monotonic(), 0.0))
+            found = await self._look(max(deadline - self._clock(), 0.0))
             if found.state == "failed" and what == "prepared":
                 raise ProviderError(
                     f"the platform says that it failed: {found.detail or 'it does not say why'}"
                 )
             if done(found):
                 return
-            if time.monotonic() + pause_s >= deadline:
+            if self._clock() + pause_s >= deadline:
                 raise ProviderError(f"the platform has not {what} it within {within_s:g} s")
             await self._sleep(pause_s)
             pause_s = min(2.0 * pause_s, LONGEST_LOOK_S)

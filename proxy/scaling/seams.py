@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -20,7 +20,7 @@ from proxy.scaling.sections import PROVIDERS
 log = logging.getLogger("tidegate")
 
 MakeProvider = Callable[[BackendConfig], Provider]
-"""Raises BadValueError: the section cannot work."""
+"""Raises ConfigError: the section cannot work."""
 
 
 class NotPossibleError(Exception):
@@ -49,9 +49,6 @@ class Around(Protocol):
 
     def answers(self, name: str) -> bool:
         """Whether the probes say that a backend answers."""
-
-    def ended(self) -> Mapping[str, tuple[int, int]]:
-        """Requests that have ended, and their tokens, by model, since the start."""
 
 
 class Gate(Protocol):

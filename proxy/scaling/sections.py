@@ -223,7 +223,17 @@ class ScalingConfig(FileModel):
     up: Fraction = Field(0.8, gt=0, description="Of capacity in use; more is started above.")
     down: Fraction = Field(0.4, ge=0, description="Of capacity in use; some is given back below.")
     settle: Duration = Field(300.0, ge=0, description="Nothing is given back for so long after a start.")
-    most_at_once: int = Field(1, ge=1, description="Starts, and stops, of one model at a time.")
+    most_at_once: int = Field(
+        1,
+        ge=1,
+        description="Starts, and stops, of one model at a time. As many as run, or half of them, may always.",
+    )
+    forecast: Fraction = Field(
+        0.95,
+        ge=0,
+        lt=1,
+        description="Of the forecast's own errors that its margin covers. 0: nothing is forecast.",
+    )
     objective: Objective = Field(default_factory=Objective, description="Times to keep.")
     approval: Duration = Field(900.0, gt=0, description="A plan that nobody has approved expires after this.")
     approval_webhook: NoticeSection | None = Field(

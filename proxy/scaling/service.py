@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from math import inf
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
@@ -10,8 +11,9 @@ from sqlalchemy import Engine
 from policies.scaling import ScalingSettings
 from policies.standby import State
 from policies.state import Fleet
+from policies.units import BadValueError
 from policies.valve import Valve
-from proxy.build import Built, tls_context
+from proxy.build import Built, ConfigError, tls_context
 from proxy.config import BackendConfig, Config, backend_key
 from proxy.scaling.hours import Hours
 from proxy.scaling.journal import JOURNAL_FILE
@@ -66,16 +68,13 @@ class Surroundings:
         if changed:
             runtime.poll(now)
 
+    def watch_again(self) -> None:
+        """The probes have new targets, and may have forgotten which of them start."""
+        self._watched.clear()
+
     def answers(self, name: str) -> bool:
         backend = self._runtime.fleet.backends.get(name)
         return backend is not None and backend.probed_up
-
-    def ended(self) -> Mapping[str, tuple[int, int]]:
-        sums: dict[str, tuple[int, int]] = {}
-        for (_, model), series in self._runtime.observer.series.items():
-            requests, tokens = sums.get(model, (0, 0))
-            sums[model] = (requests + series.requests, tokens + series.prompt + series.completion)
-        return sums
 
 
 def standbys_of(config: Config) -> list[BackendConfig]:
@@ -86,20 +85,32 @@ def provider(config: Config) -> Callable[[BackendConfig], Provider]:
     """What makes providers by a configuration."""
 
     def make(section: BackendConfig) -> Provider:
-        return provider_of(
-            section,
-            config.state,
-            key=backend_key(section),
-            tls=tls_context(section),
-            platform=config.scaling.scheduler,
-        )
+        try:
+            return provider_of(
+                section,
+                config.state,
+                key=backend_key(section),
+                tls=tls_context(section),
+                platform=config.scaling.scheduler,
+            )
+        except BadValueError as error:
+            raise ConfigError(f"backend {section.name}: {error.message}") from None
 
     return make
 
 
 def settings_of(config: Config) -> ScalingSettings:
-    scaling = config.scaling
-    return ScalingSettings(scaling.up, scaling.down, scaling.settle, scaling.most_at_once)
+    scaling, objective = config.scaling, config.scaling.objective
+    return ScalingSettings(
+        scaling.up,
+        scaling.down,
+        scaling.settle,
+        scaling.most_at_once,
+        scaling.forecast,
+        dict(scaling.most),
+        objective.ttft or inf,
+        objective.tpot or inf,
+    )
 
 
 def scaling_in(runtime: Runtime) -> Scaling | None:
@@ -121,7 +132,7 @@ class Standbys:
         """Wait for nothing any more."""
 
     def open(self) -> None:
-        """Show the fleet where they are, before probes and traffic come. Raises BadValueError, OSError."""
+        """Show the fleet where they are, before probes and traffic come. Raises ConfigError, OSError."""
         config = self._runtime.config
         if standbys_of(config) or (config.state / JOURNAL_FILE).exists():
             self.prepare(self._runtime.built)()
@@ -138,7 +149,7 @@ class Standbys:
     def prepare(self, built: Built) -> Callable[[], None]:
         """Make what a configuration says of them, and return what has it followed, once all else has been swapped.
 
-        Raises BadValueError, OSError: a section cannot work, and nothing has changed.
+        Raises ConfigError, OSError: a section cannot work, and nothing has changed.
         """
         runtime, config, sections = self._runtime, built.config, standbys_of(built.config)
         scaling = scaling_in(runtime)
@@ -159,6 +170,7 @@ class Standbys:
             scaling.hours.currency = config.ledger_currency
             is_new = scaling_in(runtime) is None
             runtime.scaling = scaling
+            self._around.watch_again()
             scaling.configure(sections, made, config.scaling.most)
             if is_new and self._begun:
                 scaling.begin()

@@ -234,6 +234,9 @@ class Supervisor:
 
     def start(self) -> None:
         """Launch it. Raises OSError or ValueError: it cannot be, and nothing runs."""
+        signal.signal(signal.SIGTERM, self._asked)
+        signal.signal(signal.SIGINT, self._asked)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # wakes `run`
         kill(left_of(self._prefix))
         write_record(self._prefix, self._record)  # before there is anything to know of
         self._log = Log(path_of(self._prefix, "log"))
@@ -264,16 +267,13 @@ class Supervisor:
         finally:
             os.close(inlet)
         self._record.command = identity(self._process.pid)
-        write_record(self._prefix, self._record)
+        self._save()
 
-    def run(self) -> None:
-        """Keep it until nothing of it is left."""
+    def run(self) -> dict[str, Any]:
+        """Keep it until nothing of it is left; what is then to be told."""
         woken, waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._asked)
-        signal.signal(signal.SIGINT, self._asked)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        self._tell({"started": True})
+        tell(self._told, {"started": True})
         poll = select.poll()
         poll.register(woken, select.POLLIN)
         poll.register(self._output, select.POLLIN)
@@ -292,18 +292,18 @@ class Supervisor:
         assert self._process is not None
         self._record.code = self._process.returncode
         self._save()
-        self._tell({"ended": self._record.code})
         self._dismiss_guard()
+        return {"ended": self._record.code}
 
-    def failed(self, reason: str, where: str) -> None:
-        """It could not be launched."""
+    def failed(self, reason: str, where: str) -> dict[str, Any]:
+        """It could not be launched; what is then to be told."""
         self._record.state, self._record.reason = "ended", f"{where} cannot be run: {reason}"
         self._dismiss_guard()
         try:
             write_record(self._prefix, self._record)
         except OSError:  # the reason itself, more often than not
             pass
-        self._tell({"failed": self._record.reason})
+        return {"failed": self._record.reason}
 
     def _dismiss_guard(self) -> None:
         """Nothing is left that it would have to end."""
@@ -393,12 +393,6 @@ class Supervisor:
         except OSError as error:  # the lock says what matters
             self._log.write(f"--- {path_of(self._prefix, 'json')}: {error.strerror}\n".encode())
 
-    def _tell(self, what: dict[str, Any]) -> None:
-        try:
-            os.write(self._told, json.dumps(what).encode() + b"\n")
-        except OSError:  # nobody waits
-            pass
-
     # The guard
 
     def _spawn_guard(self) -> None:
@@ -431,6 +425,14 @@ def _guard(prefix: Path, record: Record, pipe: int, session: int) -> NoReturn:
         os._exit(0)
 
 
+def tell(pipe: int, what: dict[str, Any]) -> None:
+    """A line for whoever waits for the start, if anybody does."""
+    try:
+        os.write(pipe, json.dumps(what).encode() + b"\n")
+    except OSError:
+        pass
+
+
 def _drained(pipe: int) -> None:
     try:
         while os.read(pipe, 4096):
@@ -456,7 +458,7 @@ def main() -> int:
     until = time.monotonic() + LOCK_S
     while (held := lock(prefix)) is None:
         if time.monotonic() > until:
-            os.write(told, json.dumps({"locked": True}).encode() + b"\n")
+            tell(told, {"locked": True})
             return 1
         time.sleep(0.02)
     supervisor = Supervisor(prefix, order, told)
@@ -465,10 +467,11 @@ def main() -> int:
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         where = str(getattr(error, "filename", None) or order.command[0])
-        supervisor.failed(reason, where)
-        return 1
-    supervisor.run()
-    os.close(held)
+        last = supervisor.failed(reason, where)
+    else:
+        last = supervisor.run()
+    os.close(held)  # first: whoever is told may start the next one
+    tell(told, last)
     return 0
 
 

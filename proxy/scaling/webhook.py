@@ -37,6 +37,7 @@ class WebhookProvider:
         facts: Facts,
         caller: Caller | None = None,
         *,
+        clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         """`caller`: default: one of its own. Raises BadValueError: the secret is not there."""
@@ -49,7 +50,7 @@ class WebhookProvider:
             secrets = secrets_of(webhook.secret_env, ("webhook", "secret_env")) if webhook.secret_env else ()
             caller = Caller(secrets, timeout_s=webhook.timeout)
         self._caller = caller
-        self._sleep = sleep
+        self._clock, self._sleep = clock, sleep
 
     @staticmethod
     def check(section: StandbySection, facts: Facts) -> Iterator[BadValueError]:
@@ -84,13 +85,13 @@ class WebhookProvider:
         await self._caller.close()
 
     async def _operation(self, work: Work, run: str, id: str, within_s: float) -> None:
-        deadline = time.monotonic() + within_s
+        deadline = self._clock() + within_s
         answer = await self._post(work.value, run, id, within_s)
         if answer.status != ACCEPTED:
             return
         pause_s = FIRST_LOOK_S
         while True:
-            left_s = deadline - time.monotonic()
+            left_s = deadline - self._clock()
             if pause_s >= left_s:
                 raise ProviderError(f"{work.value} was accepted, and has not ended after {within_s:g} s")
             await self._sleep(pause_s)

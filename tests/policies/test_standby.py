@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.pools import REQUEST_TOKENS, MeanTokens, Terms, pools
+from policies.pools import MeanTokens, Terms, pools
 from policies.standby import LONGEST_PAUSE_S, MOVES, PAID, STEADY_S, WORK, Event, Standby, State, pause_after
 from policies.state import Backend, Fleet
 
@@ -93,8 +93,5 @@ def test_pools_are_of_the_models_of_standbys() -> None:
     (pool,) = pools(fleet, Waits(), {"b": Standby("b")}, costs, 0.0, 0.0, means)
     assert (pool.model, pool.demand, pool.waiting, pool.only) == ("m", 600.0, 2, [frozenset({"b"})])
     a, b = pool.units
-    assert (a.state, a.tokens) == (None, 4 * REQUEST_TOKENS)
+    assert (a.state, a.tokens) == (None, 4 * 200), "of three requests, 200 tokens each on average"
     assert (b.state, b.tokens, b.cost_per_hour, b.in_state_s) == (State.STANDBY, 800.0, 3.0, 7.0)
-    means.note("m", 10, 1000, 0.0)
-    (pool,) = pools(fleet, Waits(), {"b": Standby("b")}, costs, 0.0, 0.0, means)
-    assert pool.units[0].tokens == 400.0

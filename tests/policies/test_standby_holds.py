@@ -168,6 +168,17 @@ def test_a_new_policy_file_keeps_those_who_wait_for_a_standby() -> None:
     assert valve.next_wake() == 90.0
 
 
+def test_a_new_policy_file_keeps_those_who_waited_for_a_standby_that_is_full() -> None:
+    valve, homes = cold()
+    valve.submit(request("x"), 0.0)
+    valve.submit(request("y"), 0.0)
+    homes.put("z", 30.0, asleep=False)
+    assert ids(valve.poll(30.0)) == ["x"]
+    valve.swap(one_tier(wait_s=1.0, cold_start_s=90.0), 31.0)
+    assert valve.poll(31.0) == []
+    assert valve.next_wake() == 90.0
+
+
 def test_a_client_that_leaves_is_forgotten() -> None:
     valve, homes = cold()
     valve.submit(request("x"), 0.0)
@@ -277,6 +288,13 @@ def test_one_that_wakes_starts_clean_and_slowly() -> None:
     for _ in range(z.breaker.threshold):  # what ran on it before says nothing about it now
         z.breaker.record(Outcome.FAILED, lease.started, 51.0)
     assert not z.breaker.is_open
+
+
+def test_one_that_had_no_trouble_starts_slowly_too() -> None:
+    homes = fleet(backend("a"), backend("z", slots=10, asleep=True), health=Health(slow_start_s=30.0))
+    homes.refresh(0.0)
+    homes.put("z", 50.0, asleep=False)
+    assert (homes["z"].available, homes["z"].starting) == (True, True)
 
 
 def test_one_that_is_taken_back_from_draining_is_as_it_was() -> None:

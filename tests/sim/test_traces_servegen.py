@@ -166,6 +166,36 @@ def test_a_window_whose_gaps_are_all_too_small_to_tell(tmp_path: Path) -> None:
     assert len(read_workload(path)) == 3
 
 
+def test_a_share_of_the_requests_is_drawn_of_every_client(tmp_path: Path) -> None:
+    """A client with less than one request in a window is not rounded away, and none has more than its share."""
+    rows = [
+        f"{client},{at},{rate},1,Gamma,1,1"
+        for at in range(0, 60_000, 600)
+        for client, rate in ((0, 2), (1, 0.1))
+    ]
+    path = write(tmp_path, rows, [lengths(0), lengths(1)])
+    workload = read_workload(path, span=Span(duration_s=60_000, share=0.01))
+    counts = Counter(arrival.tenant for arrival in workload)
+    assert counts["client-0"] == 1200, "twelve in each window"
+    assert 45 <= counts["client-1"] <= 75, "0.6 in each"
+    assert len(read_workload(path, span=Span(duration_s=60_000))) == 100 * 1260
+    with pytest.raises(ValueError, match="a share of its requests above 0"):
+        Span(share=0)
+
+
+def test_requests_without_lengths_take_those_of_others_by_their_requests(tmp_path: Path) -> None:
+    rows = ["0,0,3,1,Gamma,1,1", "1,0,1,1,Gamma,1,1", "2,0,2,1,Gamma,1,1"]
+    path = write(tmp_path, rows, [lengths(0, prompt=100, output=1), lengths(1, prompt=10_000, output=500)])
+    workload = read_workload(path, span=Span(duration_s=600, pool_lengths=True))
+    assert workload.missing == 0
+    taken = [arrival for arrival in workload if arrival.tenant == "client-2"]
+    assert len(taken) == 1200
+    of_second = [arrival for arrival in taken if arrival.prompt_tokens >= 10_000]
+    assert len(of_second) / len(taken) == pytest.approx(0.25, abs=0.05)
+    assert min(arrival.output_tokens for arrival in of_second) >= 500, "prompt and answer are of one client"
+    assert {arrival.prompt_tokens < 2000 for arrival in workload if arrival.tenant == "client-0"} == {True}
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize(
     ("name", "span", "left_out"),

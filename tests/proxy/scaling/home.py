@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ENGINE = Path(__file__).with_name("engine.py")
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 
 
 @dataclass

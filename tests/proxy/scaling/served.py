@@ -15,6 +15,7 @@ from aiohttp import web
 from probes.resolver import Resolver
 from proxy.admin.platform import platform_routes
 from proxy.config import Config
+from proxy.scaling.calls import new_id
 from proxy.scaling.platform import Platform
 from proxy.scaling.signing import signed, what_is_signed
 
@@ -81,15 +82,13 @@ class Pusher:
 
     def __init__(self, url: str, session: aiohttp.ClientSession, serving: Serving) -> None:
         self.url, self.session, self.serving = url, session, serving
-        self.sent = 0
 
     async def __call__(
         self, method: str, path: str, body: Any = None, *, id: str = "", secret: bytes = SECRET, **change: str
     ) -> tuple[int, Any]:
         raw = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.sent += 1
         now = int(self.serving.wall + self.serving.clock - 1000.0)
-        headers = signed([secret], id or f"msg_{self.sent}", now, what_is_signed(method, path, raw))
+        headers = signed([secret], id or new_id(), now, what_is_signed(method, path, raw))
         headers |= {name.replace("_", "-"): value for name, value in change.items()}
         async with self.session.request(method, self.url + path, data=raw or None, headers=headers) as answer:
             return answer.status, await answer.json()

@@ -15,7 +15,8 @@ from proxy.scaling.providers import CLASSES
 from proxy.scaling.sections import PROVIDERS
 from tests.proxy.scaling.worlds import WORLDS, World
 
-PATIENCE_S = 30.0
+pytestmark = pytest.mark.timeout(300)
+PATIENCE_S = 120.0
 
 
 @pytest_asyncio.fixture(params=sorted(WORLDS))
@@ -65,19 +66,18 @@ async def test_a_life_with_everything_asked_twice(world: World) -> None:
     assert not world.runs()
 
 
-@pytest.mark.parametrize("turns", [0, 1, 3, 8, 30])
+@pytest.mark.parametrize("turns", [1, 6])
 async def test_what_was_cancelled_is_repeated_and_done_once(world: World, turns: int) -> None:
     provider = world.provider
-    for number in (1, 2):
-        run = f"r{number}"
-        for operation in (provider.prepare, provider.start, provider.stop):
-            await cancelled_after(turns, operation, run)
-            await operation(run)
-            if operation == provider.start:
-                await launched(world, number)
-        assert not world.runs()
-        assert await presence(world) is Presence.ABSENT
-        assert world.launched() <= number * 2  # a kind that tells nobody's run from another may do it again
+    for operation in (provider.prepare, provider.start, provider.stop):
+        await cancelled_after(turns, operation, "r1")
+        await operation("r1")
+        if operation == provider.start:
+            await launched(world, 1)
+            assert world.runs()
+    assert not world.runs()
+    assert await presence(world) is Presence.ABSENT
+    assert world.launched() <= 2  # waking what just woke is no harm
 
 
 async def cancelled_after(

