@@ -285,11 +285,26 @@ def _in_words(file: Path, config: Config, backends: list[Backend]) -> str:
         f"Policy: {policy}.",
         "",
     ]
-    if on := list(_switched_on(config)):
+    if on := [*_switched_on(config), *_scaling(config)]:
         lines += [*on, ""]
     for section, backend in zip(config.backends, backends, strict=True):
         lines += _backend(section, backend, config.ledger_currency)
     return "\n".join(lines)
+
+
+def _scaling(config: Config) -> Iterator[str]:
+    """Who decides over standbys, and with how much money."""
+    scaling, currency = config.scaling, config.ledger_currency
+    if scaling.scheduler is None and all(section.standby is None for section in config.backends):
+        return
+    decides = "at once, within budget" if scaling.mode == "auto" else "when somebody has approved it"
+    yield f"Standbys are started {decides}."
+    budgets = [] if scaling.budgets.month is None else [f"{scaling.budgets.month:g} at all remote sites"]
+    budgets += [f"{money:g} at {site}" for site, money in scaling.budgets.sites.items()]
+    if budgets:
+        yield f"A month costs at most, in {currency}: {', '.join(budgets)}."
+    if scaling.scheduler is not None:
+        yield f"More is asked of the scheduling platform at {scaling.scheduler.url}."
 
 
 def _switched_on(config: Config) -> Iterator[str]:
@@ -349,6 +364,10 @@ def _backend(section: BackendConfig, backend: Backend, currency: str) -> Iterato
     yield f"    {price if section.price is None else _price(section.price, currency)}"
     for model, of_model in section.prices.items():
         yield f"    model {model}: {_price(of_model, currency)}"
+    if (standby := section.standby) is not None:
+        cost = standby.cost_per_hour
+        hour = "an hour costs nobody knows what" if cost is None else f"{cost:g} {currency} an hour"
+        yield f"    standby: runs when it is needed, by `{standby.kind}`; {hour}"
 
 
 def _price(price: Price, currency: str) -> str:

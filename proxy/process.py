@@ -79,7 +79,7 @@ def print_banner(service: Service) -> None:
             backend.name,
             backend.site,
             runtime.endpoints[backend.name].url,
-            "up" if backend.probed_up else "down",
+            "standby" if backend.asleep else "up" if backend.probed_up else "down",
             backend.slots,
             ", ".join(sorted(backend.models)) or "none yet",
         )

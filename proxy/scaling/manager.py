@@ -278,7 +278,7 @@ class Scaling:
         keeper = self.keepers.get(name)
         if keeper is None:
             return f"{self._written(name)}" if name in self._sections else "no standby"
-        words = f"{keeper.state} for {keeper.in_state_s:.0f} s"
+        words = f"{keeper.state} for {keeper.in_state_s:.0f} s" if keeper.standby.run else "never started"
         if keeper.trouble or keeper.state is State.FAILED:
             words += f" ({keeper.trouble or keeper.standby.reason})"
         return words

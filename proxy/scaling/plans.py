@@ -62,7 +62,7 @@ class Plans:
         self._lines = 0
         self._one_at_a_time = asyncio.Lock()
         self.changed: Callable[[Plan], None] = lambda plan: None
-        """Called after each move, and after a plan was proposed."""
+        """Called with a plan that has come into another state, or was proposed."""
 
     def open(self) -> None:
         """Read the file, and write it anew with what is still needed. Blocks. Raises OSError."""
@@ -188,11 +188,12 @@ class Plans:
             raise ConflictError("another process decides over plans now: ask again")
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._executor, self._append, plan)
-        self._plans.pop(plan.id, None)
+        before = self._plans.pop(plan.id, None)
         self._plans[plan.id] = plan
         if len(self._plans) > 2 * KEPT_PLANS:
             self._forget()
-        self.changed(plan)
+        if before is None or before.state is not plan.state:
+            self.changed(plan)
 
     def _forget(self) -> None:
         """Keep the open ones, and the last that have ended."""

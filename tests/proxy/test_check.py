@@ -93,6 +93,32 @@ def test_a_configuration_is_read_back(folder: Path) -> None:
         assert said in text
 
 
+STANDBYS = """\
+backends:
+  - name: a
+    url: http://127.0.0.1:8000
+    models: [m]
+    site: nanjing
+    standby: {sleep: {}, cost_per_hour: 10}
+sites: {nanjing: {}}
+currency: CNY
+scaling:
+  mode: confirm
+  budgets: {month: 2000, sites: {nanjing: 800}}
+"""
+
+
+def test_standbys_are_told_of_with_their_money(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(STANDBYS)
+    text = check().stdout
+    for said in (
+        "\n    standby: runs when it is needed, by `sleep`; 10 CNY an hour\n",
+        "\nStandbys are started when somebody has approved it.\n"
+        "A month costs at most, in CNY: 2000 at all remote sites, 800 at nanjing.\n",
+    ):
+        assert said in text
+
+
 PROFILE = """\
 name: appliance
 card: L40

@@ -48,6 +48,7 @@ def test_from_zero_to_ready_and_back_to_zero(tmp_path: Path) -> None:
     async def case(proxy: Proxy) -> None:
         await asyncio.sleep(5)
         assert proxy.engines["a"].calls == [], "nobody wants it"
+        assert proxy.scaling.condition("a") == "never started"
         proxy.around.held = 3
         proxy.scaling.wanted()
         await proxy.until("a", State.READY, 5.0)
@@ -55,6 +56,7 @@ def test_from_zero_to_ready_and_back_to_zero(tmp_path: Path) -> None:
         proxy.around.held = 0
         await proxy.until("a", State.STANDBY, 4.0)
         assert not proxy.engines["a"].runs
+        assert proxy.scaling.condition("a").startswith("standby for ")
 
     proxy = play(tmp_path, case)
     assert moves(proxy) == ["start", "prepared", "started", "stop", "drained", "stopped"]

@@ -212,3 +212,12 @@ def test_ids_differ_and_can_be_typed() -> None:
     ids = {new_id() for _ in range(1000)}
     assert len(ids) == 1000
     assert all(len(id) == 8 and id.isalnum() for id in ids)
+
+
+async def test_changes_are_told_and_nothing_else(store: Store) -> None:
+    told = []
+    store.plans.changed = lambda plan: told.append(plan.state)
+    plan = await store.plans.propose(a_plan())
+    await store.plans.wait_for(plan.id, "the budget of site nanjing")
+    await store.plans.move(plan.id, PlanEvent.APPROVE, "ada", "")
+    assert told == [PlanState.PROPOSED, PlanState.APPROVED]
