@@ -53,6 +53,8 @@ ROUTES = (
     ("POST", "/v1/placements/{id}/stop"),
 )
 PUSH_WITHIN_S = 10.0
+LEAVE_S = 60.0
+"""For so long Tidegate may let what runs on a placement end that was taken back, and stop it."""
 PORTS = range(30000, 32768)
 """Of engines: those that Tidegate takes from others (`proxy/ssrf.py`)."""
 
@@ -65,6 +67,8 @@ class Site:
     card: str
     total: int
     free: int
+    cost: float | None = None
+    """Of a card and hour; None: as the profile says."""
 
 
 @dataclass
@@ -116,6 +120,8 @@ class Scheduler:
         self._known = list(map(load_profile, profile_names()) if profiles is None else profiles)
         self.sites = {site.name: site for site in sites}
         self.placed: dict[str, Placed] = {}
+        self._leaving: dict[str, Placed] = {}
+        """Taken back, and what runs there may end."""
         self.requests: dict[str, ScaleRequest] = {}
         self.ttl_s = ttl_s
         self._secrets = secrets
@@ -169,7 +175,7 @@ class Scheduler:
             chosen = await asyncio.to_thread(self._choose, wanted)
             if chosen is None:
                 return refused(422, "no free cards meet it: see `tidegate plan` for what would")
-            await self._take_back(wanted.id)
+            self._take_back(wanted.id)
             self.requests[wanted.id] = wanted
             site, option = chosen
             copies = option.copies if wanted.count is None else min(option.copies, wanted.count)
@@ -222,7 +228,9 @@ class Scheduler:
             "count": profile.cards,
             "request": wanted.id,
         }
-        if profile.price is not None:
+        if site.cost is not None:
+            message["cost_per_hour"] = site.cost * profile.cards
+        elif profile.price is not None:
             message["cost_per_hour"] = profile.price.per_hour
         site.free -= profile.cards
         self.placed[id] = Placed(site, profile.cards, profile.name, self._speed, message, port)
@@ -231,17 +239,28 @@ class Scheduler:
         id = request.match_info["id"]
         if self.requests.pop(id, None) is None:
             return refused(404, "there is no such request")
-        self._spawn(self._take_back(id))
+        self._take_back(id)
         return web.json_response({}, status=202)
 
-    async def _take_back(self, request: str) -> None:
+    def _take_back(self, request: str) -> None:
         """Every placement of a scale request."""
         for id, placed in list(self.placed.items()):
             if placed.message["request"] == request:
-                del self.placed[id]
-                await self._push("DELETE", f"/platform/placements/{id}")
+                self._leaving[id] = self.placed.pop(id)
+                self._spawn(self._let_go(id, placed))
+
+    async def _let_go(self, id: str, placed: Placed) -> None:
+        await self._push("DELETE", f"/platform/placements/{id}")
+        async with placed.turn:  # a launch that has begun is over
+            engine = placed.engine
+        if engine is not None:
+            try:
+                async with asyncio.timeout(LEAVE_S):
+                    await engine.wait()
+            except TimeoutError:
                 await self._end(placed)
-                placed.site.free += placed.cards
+        del self._leaving[id]
+        placed.site.free += placed.cards
 
     async def look(self, request: web.Request, _: bytes) -> web.Response:
         placed = self._found(request)
@@ -252,7 +271,11 @@ class Scheduler:
 
     async def start(self, request: web.Request, body: bytes) -> web.Response:
         order, placed = read_message(body, Run), self._found(request)
-        if placed is None or order.placement != request.match_info["id"]:
+        if (
+            placed is None
+            or order.placement not in self.placed
+            or order.placement != request.match_info["id"]
+        ):
             return refused(404, "there is no such placement")
         if placed.state in ("starting", "ready", "stopping"):
             if placed.run == order.run and placed.state != "stopping":
@@ -272,7 +295,8 @@ class Scheduler:
         return web.json_response({}, status=202)
 
     def _found(self, request: web.Request) -> Placed | None:
-        return self.placed.get(request.match_info["id"])
+        id = request.match_info["id"]
+        return self.placed.get(id) or self._leaving.get(id)
 
     # Engines
 
@@ -302,7 +326,7 @@ class Scheduler:
             self._progress(id, placed, None, "")
 
     async def _end(self, placed: Placed) -> None:
-        engine, placed.engine = placed.engine, None
+        engine = placed.engine
         if engine is not None and engine.returncode is None:
             engine.terminate()
             try:
@@ -311,6 +335,7 @@ class Scheduler:
             except TimeoutError:
                 engine.kill()
                 await engine.wait()
+        placed.engine = None
 
     # What Tidegate is told
 
@@ -344,7 +369,7 @@ class Scheduler:
             now = time.time()
             for id in [id for id, wanted in self.requests.items() if wanted.expires <= now]:
                 del self.requests[id]
-                await self._take_back(id)
+                self._take_back(id)
             await self.push_all()
             await asyncio.sleep(self.ttl_s / 3.0)
 
@@ -360,7 +385,7 @@ class Scheduler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for placed in self.placed.values():
+        for placed in (*self.placed.values(), *self._leaving.values()):
             await self._end(placed)
         await self._caller.close()
 
@@ -383,12 +408,19 @@ def free_port() -> int:
 
 
 def site_of(text: str) -> Site:
-    """`nanjing=H20:8`."""
+    """`nanjing=H20:8`, or with what an hour of a card costs `nanjing=H20:8:12.5`."""
     name, _, rest = text.partition("=")
-    card, _, count = rest.partition(":")
-    if not (name and card and count.isdigit() and int(count) > 0):
-        raise argparse.ArgumentTypeError(f"a site is NAME=CARD:COUNT, as nanjing=H20:8, not {text!r}")
-    return Site(name, card, int(count), int(count))
+    card, _, rest = rest.partition(":")
+    count, _, cost = rest.partition(":")
+    try:
+        site = Site(name, card, int(count), int(count), float(cost) if cost else None)
+    except ValueError:
+        site = Site("", "", 0, 0)
+    if not (site.name and site.card and site.total > 0 and 0.0 <= (site.cost or 0.0) < inf):
+        raise argparse.ArgumentTypeError(
+            f"a site is NAME=CARD:COUNT or NAME=CARD:COUNT:COST, as nanjing=H20:8:12.5, not {text!r}"
+        )
+    return site
 
 
 def alias_of(text: str) -> tuple[str, str]:
@@ -403,7 +435,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--listen", default="127.0.0.1:9090", help="where Tidegate asks")
     parser.add_argument("--tidegate", required=True, help="its admin port: http://127.0.0.1:8081")
-    parser.add_argument("--site", action="append", type=site_of, required=True, metavar="NAME=CARD:COUNT")
+    parser.add_argument(
+        "--site", action="append", type=site_of, required=True, metavar="NAME=CARD:COUNT[:COST]"
+    )
     parser.add_argument(
         "--as", dest="models", action="append", type=alias_of, metavar="MODEL=PART", default=[]
     )

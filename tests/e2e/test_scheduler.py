@@ -12,12 +12,15 @@ import pytest
 from aiohttp import web
 
 from examples.scheduler.scheduler import Scheduler, site_of
+from policies.standby import State
 from proxy.scaling.calls import Caller
 from proxy.scaling.facts import Facts
 from proxy.scaling.messages import ScaleRequest
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.scheduler import SchedulerProvider
 from proxy.scaling.sections import SchedulerPlatform, StandbySection
+from proxy.scaling.service import scaling_in
+from proxy.tasks import Tasks
 from tests.e2e import backends as b
 from tests.e2e.proxy_fixtures import Proxy, StartBackend, StartProxy, chat, eventually
 from tests.proxy.scaling.endpoint import endpoint
@@ -56,7 +59,7 @@ async def start_platform(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start
     running = []
 
     async def start(ttl_s: float = 60.0) -> Platform:
-        sites = [site_of("nanjing=H20:8")]
+        sites = [site_of("nanjing=H20:8:10")]
         scheduler = Scheduler(
             (SECRET,), "http://127.0.0.1:1", sites, ttl_s=ttl_s, models={"m": "32b"}, speed=50
         )
@@ -187,3 +190,32 @@ async def test_traffic_wakes_a_placement_from_zero(
     answer = await proxy.ask(chat(model="m"))
     assert answer.status == 200
     assert placed.engine is not None
+    scaling = scaling_in(proxy.runtime)
+    assert scaling is not None
+    keeper = scaling.keepers[names(proxy)[0]]
+    assert keeper.state is State.READY
+    await proxy.service.platform.release("want-1")
+    await eventually(lambda: keeper.name not in scaling.keepers, PATIENCE_S)
+    assert keeper.state is State.STANDBY, "its placement is gone: nothing of it is left"
+
+
+async def test_the_platform_is_asked_when_our_own_capacity_is_short(
+    start_platform: StartPlatform, start_proxy: StartProxy, start_backend: StartBackend
+) -> None:
+    gate = asyncio.Event()
+    platform = await start_platform()
+    own = {"url": (await start_backend(then=b.waits(gate))).url, "models": ["m"], "slots": 1}
+    budget = {"budgets": {"sites": {"nanjing": 100}}}
+    config = platform.config() | {"probing": {}}
+    config["scaling"] |= budget
+    proxy = await start_proxy(own, **config)
+    platform.scheduler.tidegate = proxy.admin
+    tasks = Tasks()
+    answer = tasks.spawn(proxy.ask(chat(model="m")), "a request")
+    await eventually(lambda: names(proxy), PATIENCE_S)
+    (asked,) = platform.scheduler.requests.values()
+    assert asked.model == "m"
+    assert asked.budget is not None
+    assert asked.budget.month_left == 100.0
+    gate.set()
+    assert (await answer).status == 200
