@@ -104,6 +104,8 @@ class Keeper:
         self.done = False
         self._asked: _Asked | None = None
         self._wake = asyncio.Event()
+        self._writing = asyncio.Lock()
+        """From one `kept` to the next: a move and a pin at the same time would each lose the other."""
         self._looked = -inf
         self._silent_since = inf
         self._absent = 0
@@ -182,9 +184,11 @@ class Keeper:
 
     async def pin(self, until: float) -> None:
         """Note that it is to stay until then, Unix time. Raises OSError."""
-        await self.owner.write(replace(self.kept, pin=until), None)
-        self.kept = replace(self.kept, pin=until)
-        self._pinned_until = self._pin_ends()
+        async with self._writing:
+            kept = replace(self.kept, pin=until)
+            await self.owner.write(kept, None)
+            self.kept = kept
+            self._pinned_until = self._pin_ends()
 
     def _pin_ends(self) -> float:
         pin = self.kept.pin
@@ -311,9 +315,10 @@ class Keeper:
             if not await self._stopped():
                 return
             if self.kept.paid_since:
-                kept = replace(self.kept, paid_since=0.0)
-                await self.owner.write(kept, None)
-                self.kept = kept
+                async with self._writing:
+                    kept = replace(self.kept, paid_since=0.0)
+                    await self.owner.write(kept, None)
+                    self.kept = kept
                 self.owner.gone(self)
             self._gone = True
         elif self.wants_out or self.pause_s <= 0.0:
@@ -429,6 +434,10 @@ class Keeper:
 
     async def _move(self, event: Event, reason: str, plan: str = "") -> None:
         """Take the move if there is one. Raises OSError: it could not be written, and is not made."""
+        async with self._writing:
+            await self._move_now(event, reason, plan)
+
+    async def _move_now(self, event: Event, reason: str, plan: str) -> None:
         standby = replace(self.standby)
         wall, now = self.owner.wall(), self.owner.now()
         before = standby.state

@@ -570,6 +570,30 @@ def test_a_start_that_no_plan_pays_for_is_not_made(tmp_path: Path) -> None:
     play(tmp_path, case, gate=gate)
 
 
+def test_one_that_is_started_by_its_plan_while_it_is_pinned_stays_pinned(tmp_path: Path) -> None:
+    class Hasty(NoGate):
+        proxy: Proxy
+
+        async def by_hand(self, name: str, by: str) -> str:
+            self.proxy.scaling.keepers[name].ask(Event.START, "its plan says so", "p1")
+            return "p1"
+
+    gate = Hasty()
+
+    async def case(proxy: Proxy) -> None:
+        gate.proxy = proxy
+        await proxy.scaling.start("a")
+        await proxy.until("a", State.READY)
+        await asyncio.sleep(30)
+        assert proxy.state("a") is State.READY
+        await proxy.crash()
+        proxy.start()
+        await asyncio.sleep(30)
+        assert proxy.state("a") is State.READY, "it is in the journal too"
+
+    play(tmp_path, case, gate=gate)
+
+
 def test_a_pause_is_no_longer_than_the_longest_after_the_clock_was_set_back(tmp_path: Path) -> None:
     async def case(proxy: Proxy) -> None:
         proxy.engines["a"].modes["start"] = "fail"
