@@ -179,6 +179,7 @@ class Service:
             salt=pepper[:16],
             forward_model=self._forward_model,
         )
+        self._standbys = standbys = Standbys(runtime, self._engine, self.platform, alone=not written)
         if self._record is not None:
             cast("RecordedRuntime", runtime).record(self._record, self._seed)
         shared = bool(written)
@@ -190,7 +191,6 @@ class Service:
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
         runtime.pressure.memory = Memory(config.limits.memory)
-        self._standbys = standbys = Standbys(runtime, self._engine, self.platform, alone=not written)
         if config.probing.enabled:
             self._prober = new_prober(runtime, self._resolver)
             standbys.watch(self._prober)

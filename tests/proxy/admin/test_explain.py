@@ -172,7 +172,7 @@ def test_with_nobody_available_each_is_named(pause: bool) -> None:
     else:
         world.backend("a").draining = True
         world.runtime.fleet.refresh(world.loop.now)
-        said = "it is being removed"
+        said = "it takes nothing new, and ends when what runs on it has ended"
     exchange = world.start()
     lines = words(world, exchange)
     assert f"a was no candidate: was not available then (now: {said})" in lines
