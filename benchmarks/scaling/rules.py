@@ -14,8 +14,8 @@ class HorizontalPodAutoscaler:
     """`ceil(n * metric / target)` of the tokens in use and waiting, within a tolerance of 10 %; the highest of the
     last 300 s when it goes down (Kubernetes' defaults). Units that start count as there, as its `n` does.
 
-    The metric is what its units say of themselves. With `by_rate` it is instead what is offered: requests come times
-    the time that they take, which no unit knows, and of which one that is full says nothing.
+    The metric is what its units say of themselves. With `by_rate` it is instead what is offered: the requests that
+    come, times the time that they take. One that is full says nothing of that.
     """
 
     TOLERANCE = 0.1
