@@ -82,11 +82,17 @@ def pools(
     now: float,
     wall: float,
     means: MeanTokens | None = None,
+    *,
+    every_model: bool = False,
 ) -> list[Pool]:
-    """A pool for every model that a standby serves. `now` is monotonic, `wall` Unix time."""
+    """A pool for every model that a standby serves. `now` is monotonic, `wall` Unix time.
+
+    `every_model`: for those that no standby serves as well.
+    """
     means = means or MeanTokens()
     cold, waiting = valve.waiting_for_standbys(), valve.waiting_by_model()
-    models = sorted({model for name in standbys if name in fleet.backends for model in fleet[name].models})
+    serving = fleet if every_model else [fleet[name] for name in standbys if name in fleet.backends]
+    models = sorted({model for backend in serving for model in backend.models})
     found = []
     for gone in fleet.offered.keys() - set(models):
         del fleet.offered[gone]

@@ -251,7 +251,9 @@ class Config(FileModel):
     health: HealthConfig = Field(
         default_factory=HealthConfig, description="Coming back slowly, and how many are out at most."
     )
-    scaling: ScalingConfig = Field(default_factory=ScalingConfig, description="When standbys start and stop.")
+    scaling: ScalingConfig = Field(
+        default_factory=ScalingConfig, description="When standbys start and stop, and within which money."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Config:

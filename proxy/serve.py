@@ -190,7 +190,7 @@ class Service:
         if built.certificates:
             self._certificates = ServerCertificates(built.certificates)
         runtime.pressure.memory = Memory(config.limits.memory)
-        self._standbys = standbys = Standbys(runtime, self._engine, alone=not written)
+        self._standbys = standbys = Standbys(runtime, self._engine, self.platform, alone=not written)
         if config.probing.enabled:
             self._prober = new_prober(runtime, self._resolver)
             standbys.watch(self._prober)

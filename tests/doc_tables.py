@@ -58,6 +58,23 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 """Sections of the configuration file, each with a table of its keys."""
 
+HEADINGS = {
+    "backend": "backends",
+    "site": "sites",
+    "certificate": "certificates",
+    "process": "standby.process",
+    "vllm": "standby.process.vllm",
+    "sleep": "standby.sleep",
+    "command": "standby.command",
+    "webhook": "standby.webhook",
+    "placement": "standby.scheduler",
+    "objective": "scaling.objective",
+    "notice": "scaling.approval_webhook",
+    "budgets": "scaling.budgets",
+    "platform": "scaling.scheduler",
+}
+"""Of the parts of the page that have them, where they are called otherwise."""
+
 _TYPES: tuple[tuple[Any, str], ...] = (
     (Duration, "duration"),
     (Size, "size"),
@@ -145,8 +162,8 @@ def _type(hint: Any) -> str:
         return f"`[{', '.join(_type(one) for one in inner)}]`"
     if isinstance(hint, type) and issubclass(hint, BaseModel):
         section = next(name for name, model in SECTIONS.items() if model is hint)
-        anchor = {"backend": "backends", "site": "sites", "certificate": "certificates"}.get(section, section)
-        return f"[{anchor}](#{anchor})"
+        heading = HEADINGS.get(section, section)
+        return f"[{heading}](#{heading.replace('.', '')})"
     if origin is Union or (origin is not None and origin.__name__ == "UnionType"):
         return " or ".join(_type(one) for one in inner if one is not type(None))
     for hinted in inner[:1]:  # Annotated with a Field

@@ -8,9 +8,7 @@ last requests find a standby that has become ready.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
-import os
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from math import inf
 from pathlib import Path
@@ -19,9 +17,12 @@ from typing import Any, Final
 from policies.pools import MeanTokens, Terms, pools
 from policies.scaling import Controller, Pool, Step
 from policies.standby import PAID, Event, Move, Standby, State
+from policies.state import Backend
 from proxy.appended import AppendedFile
 from proxy.config import BackendConfig
 from proxy.observe import Histogram
+from proxy.scaling.asks import Asks
+from proxy.scaling.filelock import FileLock
 from proxy.scaling.hours import Hours
 from proxy.scaling.journal import JOURNAL_FILE, UNTIL_STOPPED, Kept, StandbyJournal
 from proxy.scaling.keeper import Keeper
@@ -52,11 +53,14 @@ class Scaling:
         gate: Gate | None = None,
         hours: Hours | None = None,
         journal: StandbyJournal | None = None,
+        asks: Asks | None = None,
     ) -> None:
+        """`asks`: of a scheduling platform."""
         self.around = around
         self.controller = controller or Controller()
         self.gate: Gate = gate or NoGate()
         self.hours = hours or Hours(None)
+        self.asks = asks
         self.keepers: dict[str, Keeper] = {}
         """By name; those included that are no longer configured, until nothing of them is left."""
         self.journal = journal or StandbyJournal(directory / JOURNAL_FILE)
@@ -69,16 +73,17 @@ class Scaling:
         self.starts: dict[str, Histogram] = {}
         """Seconds from start to ready, by standby."""
         self.make = make
-        self._directory = directory
         self._tasks = Tasks()
         self._running: dict[str, asyncio.Task[Any]] = {}
         self._made: dict[str, Provider] = {}
         """Of those that there is no keeper of yet."""
         self._sections: dict[str, BackendConfig] = {}
+        self._backends: dict[str, Backend] = {}
+        """As which they run, also when the fleet does not have them any more."""
         self._most: Mapping[str, int] = {}
         self._means = MeanTokens()
         self._wanted = asyncio.Event()
-        self._lock = -1
+        self._lock = FileLock(directory / LOCK_FILE)
         self._handed_over = False
 
     # Configuration
@@ -130,8 +135,7 @@ class Scaling:
         self.spawn(self._act(), "standbys")
 
     async def _act(self) -> None:
-        self._lock = os.open(self._directory / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        while not self._locked():  # noqa: ASYNC110 (of another process)
+        while not self._lock.taken():  # noqa: ASYNC110 (of another process)
             await asyncio.sleep(LOCK_LOOK_S)
         await self._open()
         self._keep_all()
@@ -152,13 +156,6 @@ class Scaling:
             except TimeoutError:
                 pass
             self._wanted.clear()
-
-    def _locked(self) -> bool:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
 
     async def _open(self) -> None:
         """Try until it can be read and written: nothing is started that was not written."""
@@ -222,6 +219,7 @@ class Scaling:
         if keeper.closing:
             return
         del self.keepers[keeper.name]
+        self._backends.pop(keeper.name, None)
         if keeper.successor is not None:  # it was configured again meanwhile
             provider, section = keeper.successor
             self._keep(section, keeper.kept, provider)
@@ -267,9 +265,7 @@ class Scaling:
             await keeper.close()
         await asyncio.to_thread(self.journal.close)
         await self.hours.write(self.around.wall(), self.around.now())
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.release()
 
     # Deciding
 
@@ -298,7 +294,10 @@ class Scaling:
         self.hours.advance(wall, now)
         if self.hours.due(now):
             self.spawn(self.hours.write(wall, now), "capacity hours")
-        for step in self.controller.decide(self.pools(), now, wall):
+        found = self.pools()
+        if self.asks is not None:
+            self.asks.turn(found, self._means, now)
+        for step in self.controller.decide(found, now, wall):
             keeper = self.keepers.get(step.name)
             if keeper is not None and not keeper.is_asked:
                 self._do(keeper, step)
@@ -322,7 +321,9 @@ class Scaling:
         standbys = {name: keeper.standby for name, keeper in self.keepers.items()}
         terms = {name: self._terms(keeper) for name, keeper in self.keepers.items()}
         around = self.around
-        return pools(around.fleet, around.valve, standbys, terms, around.now(), around.wall(), self._means)
+        now, wall = around.now(), around.wall()
+        asked = self.asks is not None and self.asks.on
+        return pools(around.fleet, around.valve, standbys, terms, now, wall, self._means, every_model=asked)
 
     def _do(self, keeper: Keeper, step: Step) -> None:
         if step.event is Event.STOP:
@@ -414,7 +415,7 @@ class Scaling:
         return self.around.answers(name)
 
     def in_flight(self, keeper: Keeper) -> int:
-        backend = self.around.fleet.backends.get(keeper.name)
+        backend = self._backends.get(keeper.name)
         running = backend.in_flight if backend is not None else 0
         return running if self.around.alone else max(running, 1)
 
@@ -459,6 +460,8 @@ class Scaling:
             if name not in self.around.fleet.backends:  # a reload has not come so far
                 continue
             keeper = self.keepers.get(name)
+            if keeper is None or keeper.successor is None:
+                self._backends[name] = self.around.fleet[name]
             if keeper is not None:
                 state = State.STANDBY if keeper.successor is not None else keeper.state
             else:

@@ -60,6 +60,10 @@ class Money:
             self.spending.currency = config.ledger_currency
             self._read_at = 0.0
 
+    def forget(self) -> None:
+        """Somebody's account has changed: read anew with the next look."""
+        self._read_at = 0.0
+
     async def look(self) -> None:
         """Read what this month has cost, if that was long ago. Raises SQLAlchemy's errors."""
         if self._runtime.now() >= self._read_at or self._runtime.wall() >= self.spending.end:

@@ -171,6 +171,9 @@ class Planning:
             if self.templates.trouble:
                 log.error("templates: the old ones go on:\n%s", self.templates.trouble)
             self.money.use(self.config, self.templates.all())
+        while self.acting and self._moves:
+            await self._take(self._moves[0])
+            self._moves.popleft()
         try:
             await self.money.look()
         except SQLAlchemyError as error:
@@ -178,9 +181,6 @@ class Planning:
         self.money.drain()
         if not self.acting:
             return
-        while self._moves:
-            await self._take(self._moves[0])
-            self._moves.popleft()
         await self.plans.expire()
         self.budgets.turn()
         for plan in self.plans.open_plans():
@@ -410,6 +410,7 @@ class Planning:
                 move.plan, lambda plan: plan.moved(PlanEvent.FAIL, "manager", words, wall)
             )
         elif move.after is State.STANDBY:
+            self.money.forget()
             await self.plans.update(
                 move.plan, lambda plan: plan.stopped_with(name, wall, f"{name}: {reason}")
             )

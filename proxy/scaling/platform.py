@@ -325,15 +325,26 @@ class Platform:
         content = wanted.model_dump(mode="json", exclude_none=True)
         await caller.call("POST", f"{url}/v1/scale-requests", content, id=new_id(), within_s=WITHIN_S)
 
+    def placed(self) -> set[str]:
+        """Names of the backends that it has placed."""
+        return {placement.name for placement in self.placements.all(self._now())}
+
     async def ask(
-        self, ask: Ask, tokens_per_request: float = 2000.0, month_left: float | None = None
+        self,
+        ask: Ask,
+        tokens_per_request: float = 2000.0,
+        month_left: float | None = None,
+        sites: Sequence[str] | None = None,
     ) -> bool:
         """Send what `policies.asking` decided; False: it has not arrived, and the log says why.
 
-        `month_left`: of this month's budget; None: as much as the whole of it.
+        `month_left`: of this month's budgets; None: nobody counts it. `sites`: where it may place; None: at all
+        but `local`.
         """
         config = self._served.configured()
-        objective, budgets = config.scaling.objective, config.scaling.budgets
+        objective = config.scaling.objective
+        if sites is None:
+            sites = sorted(site for site in config.sites if site != LOCAL)
         id = request_id(ask.model)
         try:
             if ask.tokens <= 0.0:
@@ -344,11 +355,8 @@ class Platform:
                     model=ask.model,
                     demand=Demand(requests=ask.tokens / max(tokens_per_request, 1.0), tokens=ask.tokens),
                     sla=Sla(ttft_s=objective.ttft, tpot_s=objective.tpot),
-                    budget=Budget(
-                        month_left=budgets.month if month_left is None else month_left,
-                        currency=config.ledger_currency,
-                    ),
-                    sites=sorted(site for site in config.sites if site != LOCAL),
+                    budget=Budget(month_left=month_left, currency=config.ledger_currency),
+                    sites=list(sites),
                     expires=self._wall() + LIFE_S,
                 )
                 await self.request(wanted)

@@ -157,7 +157,7 @@ class ProcessProvider:
                     raise ProviderError(f"{of} is still there: it has to be stopped first")
                 time.sleep(LOOK_S)
             try:
-                _kill_all(self._prefix)
+                _kill_all(self._prefix)  # first: it may have the port
                 host, port = address(self._facts.url)
                 if problem := why_not(host, port):
                     raise ProviderError(problem)

@@ -15,6 +15,8 @@ from policies.units import BadValueError
 from policies.valve import Valve
 from proxy.build import Built, ConfigError, tls_context
 from proxy.config import BackendConfig, Config, backend_key
+from proxy.scaling.asks import Asks, Sender
+from proxy.scaling.budgets import NANO
 from proxy.scaling.hours import Hours
 from proxy.scaling.journal import JOURNAL_FILE
 from proxy.scaling.manager import Scaling
@@ -121,20 +123,28 @@ def scaling_in(runtime: Runtime) -> Scaling | None:
 class Standbys:
     """What the life of the process (`proxy/serve.py`) has to do with them. Without standbys there is none of it."""
 
-    def __init__(self, runtime: Runtime, engine: Engine, *, alone: bool) -> None:
-        """`engine`: of the ledger. `alone`: no process before this one still has requests."""
+    def __init__(self, runtime: Runtime, engine: Engine, platform: Sender, *, alone: bool) -> None:
+        """`engine`: of the ledger. `platform`: who is asked for more, if one is configured. `alone`: no process
+        before this one still has requests."""
         self._runtime = runtime
         self._engine = engine
         self._around = Surroundings(runtime)
         self._around.alone = alone
+        self._asks = Asks(platform, self._left, runtime.tasks.spawn)
         self._begun = False
         self.hurry = False
         """Wait for nothing any more."""
 
+    def _left(self, site: str) -> float | None:
+        planning = self._runtime.planning
+        left = planning.budgets.left(site) if planning is not None else None
+        return None if left is None else left / NANO
+
     def open(self) -> None:
         """Show the fleet where they are, before probes and traffic come. Raises ConfigError, OSError."""
         config = self._runtime.config
-        if standbys_of(config) or (config.state / JOURNAL_FILE).exists():
+        has_some = standbys_of(config) or (config.state / JOURNAL_FILE).exists()
+        if has_some or config.scaling.scheduler is not None:
             self.prepare(self._runtime.built)()
 
     def watch(self, prober: Prober) -> None:
@@ -154,11 +164,13 @@ class Standbys:
         runtime, config, sections = self._runtime, built.config, standbys_of(built.config)
         scaling = scaling_in(runtime)
         if scaling is None:
-            if not sections and self._begun:
+            if not sections and config.scaling.scheduler is None and self._begun:
                 return lambda: None
             hours = Hours(self._engine, config.ledger_currency)
             gate = runtime.planning
-            scaling = Scaling(self._around, provider(config), config.state, hours=hours, gate=gate)
+            scaling = Scaling(
+                self._around, provider(config), config.state, hours=hours, gate=gate, asks=self._asks
+            )
             scaling.journal.read()
             if gate is not None:
                 gate.state_of, gate.approved = scaling.state_of, scaling.wanted
@@ -166,7 +178,8 @@ class Standbys:
 
         def follow() -> None:
             scaling.make = provider(config)
-            scaling.controller.settings = settings_of(config)
+            scaling.controller.settings = settings = settings_of(config)
+            self._asks.use(config, settings)
             scaling.hours.currency = config.ledger_currency
             is_new = scaling_in(runtime) is None
             runtime.scaling = scaling

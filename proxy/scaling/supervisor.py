@@ -237,7 +237,6 @@ class Supervisor:
         signal.signal(signal.SIGTERM, self._asked)
         signal.signal(signal.SIGINT, self._asked)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # wakes `run`
-        kill(left_of(self._prefix))
         write_record(self._prefix, self._record)  # before there is anything to know of
         self._log = Log(path_of(self._prefix, "log"))
         self._log.write(f"--- {time.strftime('%F %T')} {self._order.run}\n".encode())

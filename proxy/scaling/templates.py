@@ -1,4 +1,4 @@
-"""Templates: plans that are kept, in `STATE/templates.yaml`, which people may edit.
+"""Templates: plans that are kept, in a file of the state directory, which people may edit.
 
 A template says what is wanted (model, task, service level, budget, mode) and may say of what (sites, cards, how
 many, or which standbys). Which standbys that comes to is worked out when it is run. One that cannot come to any is

@@ -174,10 +174,11 @@ async def test_traffic_wakes_a_placement_from_zero(
     start_platform: StartPlatform, start_proxy: StartProxy, start_backend: StartBackend
 ) -> None:
     """A request that only the placement may serve is held, the platform deploys it, and it answers."""
-    pytest.importorskip("proxy.scaling.manager")
     platform = await start_platform()
     other = {"url": (await start_backend(then=b.answers(3))).url, "models": ["other"]}
-    proxy = await start_proxy(other, **(platform.config() | {"probing": {"interval": "200ms"}}))
+    proxy = await start_proxy(
+        other, **(platform.config() | {"probing": {"interval": "200ms", "timeout": "100ms"}})
+    )
     platform.scheduler.tidegate = proxy.admin
     await proxy.service.platform.request(wanted())
     await eventually(lambda: names(proxy), PATIENCE_S)

@@ -71,6 +71,7 @@ def test_what_failed_before_the_upgrade_is_counted_from_its_rows(tmp_path: Path,
         before = connection.execute(sums).all()
     with writing(engine) as connection:
         connection.execute(text("ALTER TABLE usage_hourly DROP COLUMN failed"))
+        connection.execute(text("DROP TABLE capacity_hourly"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     engine.dispose()
     with opened(tmp_path).connect() as connection:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -231,9 +230,7 @@ class Proxy:
         self.journal.full = True
         await scaling._tasks.cancel_all()
         self.journal.close()
-        if scaling._lock >= 0:
-            os.close(scaling._lock)
-            scaling._lock = -1
+        scaling._lock.release()
 
     def disk(self, *, full: bool) -> None:
         self.full = self.journal.full = full

@@ -12,6 +12,7 @@ import pytest
 
 from policies.scaling import Step
 from policies.standby import Event, State, pause_after
+from policies.state import Backend
 from proxy.scaling.journal import JOURNAL_FILE, StandbyJournal
 from proxy.scaling.keeper import HUNG_S, LOOK_S, SILENT_S
 from proxy.scaling.seams import NoGate, NotPossibleError
@@ -394,6 +395,30 @@ def test_one_that_is_no_longer_configured_is_stopped_and_forgotten(tmp_path: Pat
         await asyncio.sleep(2)
         assert not proxy.engines["a"].runs, "also when that happened while no proxy ran"
         assert "a" not in proxy.scaling.keepers
+
+    play(tmp_path, case)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_runs_on_one_that_is_taken_out_may_end(tmp_path: Path, anew: bool) -> None:
+    async def case(proxy: Proxy) -> None:
+        await proxy.scaling.start("a")
+        await proxy.until("a", State.READY)
+        backend = proxy.around.fleet["a"]
+        backend.in_flight = 1
+        if anew:
+            proxy.sections["a"] = section("a", command={"command": ["false"]})
+            proxy.around.fleet.replace([Backend("a", models=frozenset({"m"}), slots=4)])
+        else:
+            del proxy.sections["a"]
+            proxy.around.fleet.replace([])
+        proxy.reload()
+        await asyncio.sleep(5)
+        assert proxy.state("a") is State.DRAINING
+        assert proxy.engines["a"].runs
+        backend.in_flight = 0
+        await asyncio.sleep(2)
+        assert [name for name, _ in proxy.engines["a"].calls].count("stop") == 1
 
     play(tmp_path, case)
 

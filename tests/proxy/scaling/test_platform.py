@@ -340,7 +340,7 @@ async def test_what_was_decided_is_sent(tmp_path: Path) -> None:
         }
         serving = Serving({**CONFIG, "scaling": scaling}, tmp_path)
         platform = serving.platform
-        assert await platform.ask(Ask("org/m", 8000.0, "short"), tokens_per_request=2000)
+        assert await platform.ask(Ask("org/m", 8000.0, "short"), 2000.0, month_left=500.0)
         assert await platform.ask(Ask("org/m", 0.0, "enough")), "it has forgotten it already"
         assert not await platform.ask(Ask("org/m", 8000.0, "short"))
         await platform.close()
