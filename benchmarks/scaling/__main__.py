@@ -13,7 +13,7 @@ import typer
 from benchmarks.scaling.bound import lower_bound
 from benchmarks.scaling.coarse import Coarse, Outcome, most_slots
 from benchmarks.scaling.exact import Units, play
-from benchmarks.scaling.load import BIN_S, DAY_S, DAYS, Demand, demand_of, draw, times
+from benchmarks.scaling.load import DAYS, Demand, demand_of_day, draw, joined, times
 from benchmarks.scaling.rules import HorizontalPodAutoscaler, Static
 from benchmarks.summary import print_table, write_result
 from policies.scaling import Controller, ScalingSettings
@@ -160,8 +160,8 @@ def _load(
     prompt = sum(one.prompt_tokens for one in first) / len(first)
     output = sum(one.output_tokens for one in first) / len(first)
     pace = times(load_profile(PROFILE), SLOTS, prompt, output)
-    workloads = (draw(day, share, seed) for day in track(days, description="drawing requests"))
-    return demand_of(workloads, *pace, DAY_S // BIN_S), pace
+    drawn = track(days, description="drawing requests")
+    return joined(demand_of_day(day, share, seed, *pace) for day in drawn), pace
 
 
 def _run(demand: Demand, units: int, scaler: Scaler, ttft_s: float, ready: int | None = None) -> Outcome:
