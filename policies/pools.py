@@ -9,6 +9,7 @@ from typing import Protocol
 
 from policies.host import alarm_of
 from policies.lengths import EXPECTED_TOKENS
+from policies.offered import Offered
 from policies.scaling import Pool, Unit
 from policies.standby import Standby, State
 from policies.state import Backend, Fleet
@@ -93,6 +94,8 @@ def pools(
     serving = fleet if every_model else [fleet[name] for name in standbys if name in fleet.backends]
     models = sorted({model for backend in serving for model in backend.models})
     found = []
+    for gone in fleet.offered.keys() - set(models):
+        del fleet.offered[gone]
     for model in models:
         backends = [backend for backend in fleet if model in backend.models]
         names = {backend.name for backend in backends}
@@ -100,12 +103,14 @@ def pools(
         in_use = float(sum(backend.in_flight_tokens for backend in backends))
         in_flight = sum(backend.in_flight for backend in backends)
         means.note(model, in_flight + count, in_use + tokens, now)
+        offered = fleet.offered.setdefault(model, Offered())
         found.append(
             Pool(
                 model,
                 [_unit(backend, standbys, costs, means.of(model), now, wall) for backend in backends],
                 tokens_in_use=in_use,
                 tokens_waiting=float(tokens),
+                tokens_offered=offered.tokens(now),
                 waiting=count,
                 only=[only for only, _, _ in cold if not only.isdisjoint(names)],
                 ttft_s=max((backend.ttft_s for backend in backends if backend.available), default=0.0),

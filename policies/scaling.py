@@ -1,7 +1,8 @@
 """When standbys start and stop: demand in tokens against capacity in tokens, one pool for each model.
 
-Demand is what requests hold on backends now, plus what those that wait are expected to hold; capacity is what ready
-backends can hold inside their SLA. More is started, the cheapest first,
+Demand is what requests hold on backends now, plus what those that wait are expected to hold, and what they would
+hold if none had to wait or was refused (`offered.py`), whichever is more; capacity is what ready backends can hold
+inside their SLA. More is started, the cheapest first,
 
 * at once for a request that only a standby may serve,
 * above `up` of the capacity that is there or on its way,
@@ -28,6 +29,8 @@ from policies.standby import Event, State
 
 PENDING = frozenset({State.PREPARING, State.STARTING})
 """Capacity that is on its way."""
+SMOOTH_S = 180.0
+"""Over which tokens that are held are averaged, where it is known what is offered."""
 DECIDED_S = 60.0
 """Added to a cold start: demand is known by the minute."""
 BACK = 0.8
@@ -102,6 +105,8 @@ class Pool:
     tokens_in_use: float = 0.0
     tokens_waiting: float = 0.0
     """Of those that are held, their answers as they are expected."""
+    tokens_offered: float = 0.0
+    """That would be in use if nobody had to wait; 0: unknown."""
     waiting: int = 0
     only: Sequence[frozenset[str]] = ()
     """For every group of held requests that nothing but standbys may serve: which."""
@@ -114,9 +119,14 @@ class Pool:
     """What a host probe says that makes its capacity worth less; empty: nothing."""
 
     @property
-    def demand(self) -> float:
-        """Tokens."""
+    def held(self) -> float:
+        """Tokens in use, and those that wait."""
         return self.tokens_in_use + self.tokens_waiting
+
+    @property
+    def demand(self) -> float:
+        """Tokens, as far as one moment tells."""
+        return max(self.held, self.tokens_offered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +199,7 @@ class _Room:
 class _Past:
     """What is remembered of a pool."""
 
-    __slots__ = ("alarmed", "forecast", "peaks", "started_at", "tpot", "ttft")
+    __slots__ = ("alarmed", "demand", "forecast", "held", "held_sum", "peaks", "started_at", "tpot", "ttft")
 
     def __init__(self) -> None:
         self.forecast = Forecast()
@@ -198,11 +208,15 @@ class _Past:
         """When something of it was last started."""
         self.alarmed = False
         """Something was started for the alarm that goes on."""
+        self.demand = 0.0
+        self.held: deque[tuple[float, float]] = deque()
+        """When, and how many tokens were held, of the last `SMOOTH_S`."""
+        self.held_sum = 0.0
         self.peaks: deque[tuple[float, float]] = deque()
         """When demand was noted, and how much; only those that no later one exceeds."""
 
     def note(self, pool: Pool, now: float, wall: float) -> None:
-        demand = pool.demand
+        self.demand = demand = self._demand(pool, now)
         self.forecast.note(demand, wall)
         while self.peaks and self.peaks[-1][1] <= demand:
             self.peaks.pop()
@@ -211,6 +225,16 @@ class _Past:
             if value > 0.0:
                 trend.note(value, now)
         self.alarmed = self.alarmed and bool(pool.alarm)
+
+    def _demand(self, pool: Pool, now: float) -> float:
+        self.held.append((now, pool.held))
+        self.held_sum += pool.held
+        while self.held[0][0] <= now - SMOOTH_S:
+            self.held_sum -= self.held.popleft()[1]
+        if not pool.tokens_offered:
+            return pool.held
+        # What is held at a moment is a matter of chance; what is offered is a mean already.
+        return max(self.held_sum / len(self.held), pool.tokens_offered)
 
     def peak(self, since: float) -> float:
         """The highest demand since a time."""
@@ -224,7 +248,7 @@ class _View:
 
     def __init__(self, pool: Pool, past: _Past, settings: ScalingSettings, now: float) -> None:
         self.pool, self.past, self.settings, self.now = pool, past, settings, now
-        self.demand = pool.demand
+        self.demand = past.demand
         self.coming = sum(unit.tokens for unit in pool.units if unit.state in PENDING)
         self.there = sum(unit.tokens for unit in pool.units if _serves(unit))
         self.on = sum(unit.state in PENDING or _serves(unit) for unit in pool.units)

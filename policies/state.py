@@ -21,6 +21,7 @@ from policies.base import BackendView, Finished, Outcome, Policy, RequestFacts
 from policies.breaker import Breaker
 from policies.health import Health, slots_in_slow_start
 from policies.lengths import Lengths
+from policies.offered import Offered
 from policies.prefixes import ROOM_TOKENS, Prefixes
 from policies.shares import Shares
 from policies.speeds import Speed
@@ -214,6 +215,8 @@ class Fleet:
         """Of its policies; see `see_to`."""
         self.lengths: Lengths | None = None
         """How long answers are, where a policy needs `length`."""
+        self.offered: dict[str, Offered] = {}
+        """The load that is offered, by model; only of those that scaling asks after."""
 
     def __iter__(self) -> Iterator[Backend]:
         return iter(self.backends.values())
@@ -418,6 +421,8 @@ class Fleet:
                     line.note((1.0, 0.5 * (lease.others + backend.in_flight)), seconds)
                     backend.tpot_fit = line.coefficients
         if outcome is Outcome.OK:
+            if self.offered and (offered := self.offered.get(lease.request.model)) is not None:
+                offered.served(lease.tokens, now - lease.started, now)
             if self.lengths is not None and completion:
                 self.lengths.note(lease.request.tenant, lease.request.model, completion)
             backend.ok += 1

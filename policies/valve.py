@@ -116,6 +116,8 @@ class Valve:
         if lengths is not None and request.expected_tokens:
             limit = max(request.max_tokens, request.expected_tokens) if request.max_tokens else 0
             request.expected_tokens = lengths.expected(request.tenant, request.model, limit)
+        if self.fleet.offered and (offered := self.fleet.offered.get(request.model)) is not None:
+            offered.arrived(request.tokens, now)
         if now >= self._back_at or self.fleet.version != self._version:
             self._follow_fleet(now)
         if request.backend and not request.tokens:  # it asks after what is there, and takes nobody's place

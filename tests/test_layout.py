@@ -87,7 +87,6 @@ TESTED_BY = {
     "proxy/cli_standby.py": "tests/e2e/test_standby.py",
     "proxy/scaling/hours.py": "tests/proxy/scaling/test_hours.py",
     "proxy/access/key_watch.py": "tests/e2e/test_keys_and_limits.py",
-    "proxy/admin/http.py": "tests/test_docs.py",
     "proxy/config_sections.py": "tests/proxy/test_config.py",
     "proxy/past.py": "tests/sim/test_simulate.py",
     "proxy/pool.py": "tests/proxy/test_upstream.py",

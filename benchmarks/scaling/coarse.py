@@ -12,6 +12,7 @@ from math import inf
 from typing import TYPE_CHECKING, Final
 
 from benchmarks.scaling.load import BIN_S, DAY_S, Demand
+from policies.offered import Offered
 from policies.scaling import PENDING, Pool, Unit
 from policies.standby import PAID, Event, Standby, State
 from sim.autoscale import Sample, Scaler, StandbyTerms
@@ -19,6 +20,8 @@ from sim.autoscale import Sample, Scaler, StandbyTerms
 if TYPE_CHECKING:
     import numpy as np
 
+PARTS: Final = 3
+"""Of a bin, in which as much comes."""
 EPOCH: Final = 1_764_028_800.0
 """Unix time of the first day's midnight."""
 
@@ -83,6 +86,7 @@ class Coarse:
     def run(self) -> Outcome:
         requests, slot_s = self.demand.requests.tolist(), self.demand.slot_s.tolist()
         mean_s = self.demand.mean_s
+        offered = Offered()
         queue = 0.0
         hours, met = [], []
         samples: list[Sample] = []
@@ -103,20 +107,32 @@ class Coarse:
             met.append(good)
             paid = sum(one.state in PAID for one in self.standbys)
             hours.append(paid * BIN_S / 3600)
-            pool = self._pool(served / BIN_S, queue / mean_s, wall, held=not room and queue > 0.0)
+            for part in range(PARTS):  # how long each of them takes nobody knows before
+                offered.arrived(came / PARTS, now + part * BIN_S / PARTS)
+            if served:
+                offered.served(served / mean_s, mean_s, now)
+            level = offered.tokens(now + BIN_S)
+            held = not room and queue > 0.0
+            pool = self._pool(served / BIN_S, queue / mean_s, level, wall, held=held)
             for step in self.scaler.decide([pool], now, wall):
                 self._move(self._by_name[step.name], step.event, wall)
             coming = self.slots * sum(one.state in PENDING for one in self.standbys)
             samples.append(Sample(now, pool.demand, float(room), float(coming), paid))
         return Outcome(_by_day(hours), _by_day(requests), _by_day(met), samples)
 
-    def _pool(self, in_use: float, waiting: float, wall: float, *, held: bool) -> Pool:
+    def _pool(self, in_use: float, waiting: float, offered: float, wall: float, *, held: bool) -> Pool:
         for at, standby in enumerate(self.standbys):
             if self._units[at].state is not standby.state or self._units[at].in_state_s < inf:
                 self._units[at] = self._unit(standby, wall)
         only = [frozenset(self._by_name)] if held else []
         return Pool(
-            "m", self._units, tokens_in_use=in_use, tokens_waiting=waiting, waiting=round(waiting), only=only
+            "m",
+            self._units,
+            tokens_in_use=in_use,
+            tokens_waiting=waiting,
+            tokens_offered=offered,
+            waiting=round(waiting),
+            only=only,
         )
 
     def _unit(self, standby: Standby, wall: float) -> Unit:

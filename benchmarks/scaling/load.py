@@ -8,13 +8,13 @@ take those of requests of the other clients in the same ten minutes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from policies.profile import Profile
-from sim.traces.servegen import Span, read_servegen
+from sim.traces.servegen import Columns, Span, read_columns, read_servegen
 from sim.workload import Workload
 
 if TYPE_CHECKING:
@@ -59,8 +59,11 @@ class Demand:
 
 def draw(day: int, share: float, seed: int = 0, seconds: float = DAY_S) -> Workload:
     """The requests of a day, counted from 0."""
-    span = Span(day * DAY_S, seconds, seed, pool_lengths=True, share=share)
-    return read_servegen(TRACE, span)
+    return read_servegen(TRACE, _span(day, share, seed, seconds))
+
+
+def _span(day: int, share: float, seed: int, seconds: float) -> Span:
+    return Span(day * DAY_S, seconds, seed, pool_lengths=True, share=share)
 
 
 def times(profile: Profile, slots: int, prompt: float, output: float) -> tuple[float, float]:
@@ -76,14 +79,28 @@ def times(profile: Profile, slots: int, prompt: float, output: float) -> tuple[f
     return (alone + prompt * step.delta_us) / 1e6, tpot / 1e6
 
 
-def demand_of(days: Iterator[Workload], ttft_s: float, tpot_s: float, bins: int) -> Demand:
-    """Add up days, one after the other, so that no two are in memory."""
+def demand_of(columns: Iterable[Columns], ttft_s: float, tpot_s: float, bins: int) -> Demand:
+    """What requests ask for, in so many bins."""
     import numpy as np
 
-    requests, slot_s = [], []
-    for workload in days:
-        at = np.fromiter((one.at for one in workload), dtype=np.int64, count=len(workload)) // (BIN_S * 10**6)
-        held = np.fromiter((one.output_tokens for one in workload), dtype=float, count=len(workload))
-        requests.append(np.bincount(at, minlength=bins).astype(float))
-        slot_s.append(np.bincount(at, weights=ttft_s + (held - 1) * tpot_s, minlength=bins))
-    return Demand(np.concatenate(requests), np.concatenate(slot_s))
+    requests, slot_s = np.zeros(bins), np.zeros(bins)
+    for found in columns:
+        at = found.at // (BIN_S * 10**6)
+        requests += np.bincount(at, minlength=bins)
+        slot_s += np.bincount(at, weights=ttft_s + (found.output - 1) * tpot_s, minlength=bins)
+    return Demand(requests, slot_s)
+
+
+def demand_of_day(day: int, share: float, seed: int, ttft_s: float, tpot_s: float) -> Demand:
+    """Of a day, counted from 0."""
+    return demand_of(read_columns(TRACE, _span(day, share, seed, DAY_S)), ttft_s, tpot_s, DAY_S // BIN_S)
+
+
+def joined(days: Iterable[Demand]) -> Demand:
+    """Days, one after the other."""
+    import numpy as np
+
+    each = list(days)
+    return Demand(
+        np.concatenate([one.requests for one in each]), np.concatenate([one.slot_s for one in each])
+    )

@@ -12,24 +12,30 @@ from policies.standby import Event, State
 
 class HorizontalPodAutoscaler:
     """`ceil(n * metric / target)` of the tokens in use and waiting, within a tolerance of 10 %; the highest of the
-    last 300 s when it goes down (Kubernetes' defaults). Units that start count as there, as its `n` does."""
+    last 300 s when it goes down (Kubernetes' defaults). Units that start count as there, as its `n` does.
+
+    The metric is what its units say of themselves. With `by_rate` it is instead what is offered: the requests that
+    come, times the time that they take. One that is full says nothing of that.
+    """
 
     TOLERANCE = 0.1
     WINDOW_S = 300.0
 
-    def __init__(self, target: float) -> None:
+    def __init__(self, target: float, by_rate: bool = False) -> None:
         """`target`: of capacity in use."""
         self.target = target
+        self.by_rate = by_rate
         self._wanted: deque[tuple[float, int]] = deque()
 
     def decide(self, pools: Sequence[Pool], now: float, wall: float) -> list[Step]:
         (pool,) = pools
         on = [unit for unit in pool.units if unit.state in PENDING or unit.state is State.READY]
         size = max(unit.tokens for unit in pool.units)
+        load = pool.tokens_offered if self.by_rate else pool.held
         if not on:
-            wanted = ceil(pool.demand / size)
+            wanted = ceil(load / size)
         else:
-            ratio = pool.demand / (len(on) * size) / self.target
+            ratio = load / (len(on) * size) / self.target
             wanted = len(on) if abs(ratio - 1.0) <= self.TOLERANCE + 1e-9 else ceil(len(on) * ratio - 1e-9)
         wanted = max(wanted, 1)
         self._wanted.append((now, wanted))

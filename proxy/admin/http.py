@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
@@ -82,7 +83,7 @@ def admin_app(runtime: Runtime, started: float, further: Iterable[web.RouteDef] 
                 body=text, status=status, content_type="application/json", headers={CLIENTS_ERROR: "yes"}
             )
 
-    app = web.Application()
+    app = web.Application(middlewares=[_no_browsers])
     app.add_routes(
         [
             web.get("/healthz", healthz),
@@ -97,6 +98,14 @@ def admin_app(runtime: Runtime, started: float, further: Iterable[web.RouteDef] 
         ]
     )
     return app
+
+
+@web.middleware
+async def _no_browsers(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A page that an admin looks at must not be able to start what costs money: nobody asks it for a key here."""
+    if request.method not in ("GET", "HEAD") and "Origin" in request.headers:
+        return _json({"error": {"message": "web pages may not change anything here"}}, 403)
+    return await handler(request)
 
 
 def unready(runtime: Runtime) -> str:

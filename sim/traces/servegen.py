@@ -11,7 +11,7 @@ the number of requests that its rate says, at times whose gaps are drawn as fitt
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -84,6 +84,16 @@ class _Window(NamedTuple):
         return self.requests * max(0.0, end - max(self.start_s, span.start_s)) / WINDOW_S
 
 
+class Columns(NamedTuple):
+    """Requests of one client, in order of time."""
+
+    at: np.ndarray
+    """Microseconds from the beginning of the span."""
+    prompt: np.ndarray
+    output: np.ndarray
+    """Tokens."""
+
+
 class _Lengths(NamedTuple):
     """Quantiles from one moment on."""
 
@@ -98,8 +108,30 @@ def read_servegen(path: Path, span: Span, *, strict: bool = False) -> Workload:
     Raises OSError, and TraceError for files that cannot be used and for a span that has nothing, or too much.
     """
     left_out = LeftOut(str(path), strict)
+    drawn, missing = _all(path, span, left_out, MOST_REQUESTS)
+    arrivals: list[Arrival] = []
+    for client, columns in drawn:
+        tenant = f"client-{client}"
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        arrivals += [Arrival(time, length, answer, tenant=tenant) for time, length, answer in rows]
+    name = path.name.partition("_rates")[0]
+    return Workload(name, in_order(arrivals), 0, left_out.problems, left_out.count, missing)
+
+
+def read_columns(path: Path, span: Span) -> Iterator[Columns]:
+    """The same requests as numbers, client by client and window by window: some hundred times as fast, and as many
+    as there are. Raises as `read_servegen`."""
+    drawn, _ = _all(path, span, LeftOut(str(path), False), None)
+    for _, columns in drawn:
+        yield columns
+
+
+def _all(
+    path: Path, span: Span, left_out: LeftOut, most: int | None
+) -> tuple[Iterator[tuple[int, Columns]], int]:
+    """Clients with their requests of a window each, drawn one by one; and how many requests are missing."""
     windows, ends_s = _windows(path, span, left_out)
-    levels, lengths = _lengths(lengths_file(path), strict, left_out)
+    levels, lengths = _lengths(lengths_file(path), left_out.strict, left_out)
     if not lengths:
         raise TraceError(f"{lengths_file(path)}: no client has lengths")
     if span.share < 1.0:
@@ -108,18 +140,25 @@ def read_servegen(path: Path, span: Span, *, strict: bool = False) -> Workload:
     count = sum(window.requests for window in kept)
     if not count:
         raise TraceError(f"{path}: no requests in this span; {_why_none(missing, left_out, ends_s)}")
-    if count > MOST_REQUESTS:
-        raise TraceError(f"{path}: {count} requests are in this span, more than {MOST_REQUESTS}: take less")
-    arrivals: list[Arrival] = []
+    if most is not None and count > most:
+        raise TraceError(f"{path}: {count} requests are in this span, more than {most}: take less")
+    return _drawn(windows, kept, levels, lengths, span), missing
+
+
+def _drawn(
+    windows: list[_Window],
+    kept: list[_Window],
+    levels: np.ndarray,
+    lengths: Mapping[int, list[_Lengths]],
+    span: Span,
+) -> Iterator[tuple[int, Columns]]:
     pool = _Pool(windows, lengths) if span.pool_lengths else None
     for window in kept:
         if pool is not None and window.client not in lengths:
-            arrivals += _draw(window, levels, pool.of(window, span), span)
+            sources, which = pool.of(window, span)
         else:
-            found = _at(lengths[_lender(window.client, lengths)], window.start_s)
-            arrivals += _draw(window, levels, found, span)
-    name = path.name.partition("_rates")[0]
-    return Workload(name, in_order(arrivals), 0, left_out.problems, left_out.count, missing)
+            sources, which = [_at(lengths[_lender(window.client, lengths)], window.start_s)], None
+        yield window.client, _draw(window, levels, sources, which, span)
 
 
 def _why_none(missing: int, left_out: LeftOut, ends_s: int) -> str:
@@ -276,22 +315,21 @@ class _Pool:
             if window.client in lengths and window.requests:
                 self._clients.setdefault(window.start_s, []).append((window.client, window.requests))
 
-    def of(self, window: _Window, span: Span) -> list[_Lengths]:
-        """One for each request of a window."""
+    def of(self, window: _Window, span: Span) -> tuple[list[_Lengths], np.ndarray]:
+        """Those that there are, and which of them each request of a window has."""
         random = stream(span.seed, "servegen pool", window.client, window.start_s)
         there = self._clients.get(window.start_s) or [(client, 1) for client in self._lengths]
         sources = [_at(self._lengths[client], window.start_s) for client, _ in there]
         counts = [count for _, count in there]
         shares = [count / sum(counts) for count in counts]
-        drawn = random.choice(len(sources), size=window.requests, p=shares)
-        return [sources[index] for index in drawn.tolist()]
+        return sources, random.choice(len(sources), size=window.requests, p=shares)
 
 
 def _draw(
-    window: _Window, levels: np.ndarray, lengths: _Lengths | list[_Lengths], span: Span
-) -> list[Arrival]:
-    """The requests of a window as far as they are in the span; times count from its start. `lengths`: of all, or
-    of each."""
+    window: _Window, levels: np.ndarray, sources: list[_Lengths], which: np.ndarray | None, span: Span
+) -> Columns:
+    """The requests of a window as far as they are in the span; times count from its start. `which` of the sources
+    each takes its lengths from; None: all from the one there is."""
     import numpy as np
 
     random = stream(span.seed, "servegen", window.client, window.start_s)
@@ -303,25 +341,23 @@ def _draw(
         times = np.arange(1.0, count + 2)
     at = np.minimum(times[:-1] * (WINDOW_S * 1e6 / times[-1]), WINDOW_S * 1e6 - 1).astype(int)
     at += round((window.start_s - span.start_s) * 1e6)
-    prompt = _tokens_of(random.random(count), levels, lengths, "prompt")
-    output = _tokens_of(random.random(count), levels, lengths, "output")
+    prompt = _tokens_of(random.random(count), levels, [one.prompt for one in sources], which)
+    output = _tokens_of(random.random(count), levels, [one.output for one in sources], which)
     inside = (at >= 0) & (at < span.duration_s * 1e6)
-    rows = zip(at[inside].tolist(), prompt[inside].tolist(), output[inside].tolist(), strict=True)
-    tenant = f"client-{window.client}"
-    return [Arrival(time, length, answer, tenant=tenant) for time, length, answer in rows]
+    return Columns(at[inside], prompt[inside], output[inside])
 
 
 def _tokens_of(
-    uniform: np.ndarray, levels: np.ndarray, lengths: _Lengths | list[_Lengths], which: str
+    uniform: np.ndarray, levels: np.ndarray, quantiles: list[np.ndarray], which: np.ndarray | None
 ) -> np.ndarray:
-    if isinstance(lengths, _Lengths):
-        return _tokens(uniform, levels, getattr(lengths, which))
+    if which is None:
+        return _tokens(uniform, levels, quantiles[0])
     import numpy as np
 
-    found = np.ones(len(lengths), dtype=int)
-    for source in {id(one): one for one in lengths}.values():
-        mine = np.array([one is source for one in lengths])
-        found[mine] = _tokens(uniform[mine], levels, getattr(source, which))
+    found = np.ones(len(which), dtype=int)
+    for index in np.unique(which).tolist():
+        mine = which == index
+        found[mine] = _tokens(uniform[mine], levels, quantiles[index])
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil
 from random import Random
 
@@ -16,12 +16,13 @@ from benchmarks.scaling.__main__ import Verdict, hours_at
 from benchmarks.scaling.bound import lower_bound
 from benchmarks.scaling.coarse import Coarse, Outcome, most_slots
 from benchmarks.scaling.exact import Units, play
-from benchmarks.scaling.load import BIN_S, DAY_S, Demand, demand_of, times
+from benchmarks.scaling.load import BIN_S, DAY_S, Demand, demand_of, joined, times
 from benchmarks.scaling.rules import HorizontalPodAutoscaler, Static
 from policies.scaling import Controller, Pool, ScalingSettings, Unit
 from policies.standby import Event, State
 from sim.autoscale import Scaler, StandbyTerms
 from sim.profile import load_profile
+from sim.traces.servegen import Columns
 from sim.workload import Arrival, Workload
 
 TERMS = StandbyTerms(cold_start_s=180.0, stop_s=0.0, min_on_s=0.0, min_off_s=0.0)
@@ -140,12 +141,17 @@ def test_times_on_a_full_unit_leave_room_for_the_prompts_that_come() -> None:
     assert ttft == pytest.approx(alone + 200 * step.delta_us / 1e6)
 
 
+def columns(arrivals: Sequence[Arrival]) -> Columns:
+    rows = [(one.at, one.prompt_tokens, one.output_tokens) for one in arrivals]
+    return Columns(*(np.array(column) for column in zip(*rows, strict=True)))
+
+
 def test_what_comes_is_added_up_by_bins() -> None:
     days = [
-        Workload("one", [Arrival(0, 1, 11), Arrival(14_999_999, 1, 1), Arrival(15_000_000, 1, 21)]),
-        Workload("two", [Arrival(30_000_000, 1, 1)]),
+        [Arrival(0, 1, 11), Arrival(14_999_999, 1, 1), Arrival(15_000_000, 1, 21)],
+        [Arrival(30_000_000, 1, 1)],
     ]
-    found = demand_of(iter(days), 1.0, 0.1, 3)
+    found = joined(demand_of([columns(day)], 1.0, 0.1, 3) for day in days)
     assert found.requests.tolist() == [2, 1, 0, 0, 0, 1]
     assert found.slot_s.tolist() == pytest.approx([3.0, 3.0, 0, 0, 0, 1.0])
     assert found.slots.tolist() == pytest.approx([0.2, 0.2, 0, 0, 0, 1 / 15])
@@ -158,14 +164,14 @@ def test_the_coarse_simulation_agrees_with_the_exact_one() -> None:
     random = Random(1)
     arrivals, at = [], 0.0
     while at < 2400.0:
-        at += random.expovariate(6.0 if 1200 <= at < 1800 else 3.0)
         arrivals.append(Arrival(round(at * 1e6), 200, 120))
+        at += random.expovariate(6.0 if 1200 <= at < 1800 else 3.0)
     workload = Workload("test", arrivals)
     terms = StandbyTerms(cold_start_s=120.0, min_on_s=0.0)
     units = Units(profile, 8, 15, terms, 5.0, 0.1, 10.0)
     hours, attainment, _ = play(workload, units, HorizontalPodAutoscaler(0.7))
     ttft, tpot = times(profile, 15, 200.0, 120.0)
-    of = demand_of(iter([workload]), ttft, tpot, 160)
+    of = demand_of([columns(arrivals)], ttft, tpot, 160)
     coarse = Coarse(
         of, 8, 15, terms, HorizontalPodAutoscaler(0.7), ttft_s=5.0 - ttft, wait_s=10.0, ready=0
     ).run()
@@ -184,9 +190,13 @@ def test_the_command_tunes_tests_and_judges(
         busy = [at for at in range(0, 3600, 2) if at >= 1800 or at % 6 == 0]
         return Workload("made", [Arrival(at * 10**6 + random.randrange(10**6), 200, 120) for at in busy])
 
-    for module in (command, coarse_module, load):
+    def asked(day: int, share: float, seed: int, ttft_s: float, tpot_s: float) -> Demand:
+        return demand_of([columns(list(made(day, share)))], ttft_s, tpot_s, 3600 // BIN_S)
+
+    for module in (coarse_module, load):
         monkeypatch.setattr(module, "DAY_S", 3600)
     monkeypatch.setattr(command, "draw", made)
+    monkeypatch.setattr(command, "demand_of_day", asked)
     command.main(share=0.01, seed=0, exact=True, quick=True, check=False, result=False)
     said = capsys.readouterr().out
     assert "fewer unit-hours than the rule at equal attainment" in said

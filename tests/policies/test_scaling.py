@@ -475,3 +475,33 @@ def test_whatever_demand_does_nothing_is_given_back_within_five_minutes_of_a_sta
                 last_start = now
             else:
                 assert now - last_start >= 300.0
+
+
+# What is offered
+
+
+def test_what_is_offered_counts_though_what_is_held_is_bounded_by_what_there_is() -> None:
+    """A rush of four times the load needs one decision, not one cold start after the other."""
+    full = units(8, ready=2)
+    controller = Controller(ScalingSettings(quantile=0.0, up=1.0))
+    rounds = 0
+    while found := started(pool(full, 2000.0, tokens_offered=8000.0), controller=controller):
+        for name in found:
+            full[int(name[1:])] = replace(full[int(name[1:])], state=State.STARTING)
+        rounds += 1
+    assert sum(one.state is State.STARTING for one in full) == 6
+    assert rounds == 2
+
+
+def test_where_it_is_known_what_is_offered_a_moment_of_chance_starts_nothing() -> None:
+    controller = Controller(REACTIVE)
+    for second in range(100):
+        one = pool(units(2, ready=1), 900.0 if second == 50 else 500.0, tokens_offered=500.0)
+        assert not decide(one, now=float(second), controller=controller)
+
+
+def test_what_is_held_counts_though_nothing_comes_any_more() -> None:
+    controller = Controller(REACTIVE)
+    for second in range(1000):
+        one = pool(units(4, ready=2), 1500.0, tokens_offered=1.0)
+        assert not names(decide(one, now=float(second), controller=controller), Event.STOP)

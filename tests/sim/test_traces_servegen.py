@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sim.traces import Span, TraceError, read_workload
+from sim.traces.servegen import read_columns
 
 COLUMNS = "client,window_start_s,rate_rps,cv,pattern,p1,p2"
 LEVELS = [0, 0.5, 1.0]
@@ -194,6 +195,17 @@ def test_requests_without_lengths_take_those_of_others_by_their_requests(tmp_pat
     assert len(of_second) / len(taken) == pytest.approx(0.25, abs=0.05)
     assert min(arrival.output_tokens for arrival in of_second) >= 500, "prompt and answer are of one client"
     assert {arrival.prompt_tokens < 2000 for arrival in workload if arrival.tenant == "client-0"} == {True}
+
+
+def test_columns_are_the_same_requests(tmp_path: Path) -> None:
+    rows = ["0,0,3,1,Gamma,1,1", "1,600,1,1,Weibull,1,1", "2,0,2,1,Gamma,1,1"]
+    path = write(tmp_path, rows, [lengths(0, prompt=100, output=1), lengths(1, prompt=10_000, output=500)])
+    span = Span(start_s=100, duration_s=900, pool_lengths=True, share=0.5)
+    found = [zip(*(column.tolist() for column in part), strict=True) for part in read_columns(path, span)]
+    workload = read_workload(path, span=span)
+    expected = sorted((one.at, one.prompt_tokens, one.output_tokens) for one in workload)
+    assert sorted(row for part in found for row in part) == expected
+    assert len(expected) > 500
 
 
 @pytest.mark.shared
