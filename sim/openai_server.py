@@ -139,6 +139,7 @@ class Face:
             RealtimeApi(self).add_routes(app)
         else:
             app.router.add_post("/v1/chat/completions", self._chat)
+            app.router.add_post("/v1/chat/completions/render", self._render)
             app.router.add_post("/v1/completions", self._completions)
             ResponsesApi(self).add_routes(app)
             MessagesApi(self).add_routes(app)
@@ -250,6 +251,19 @@ class Face:
                 "token_strs": pieces if body.return_token_strs else None,
             }
         )
+
+    async def _render(self, request: web.Request) -> web.StreamResponse:
+        """The prompt in tokens, as an engine would compute it: some routers ask before they choose."""
+        body = parse(ChatRequest, await request.read())
+        self.check_model(body.model)
+        rendered = {
+            "request_id": uuid4().hex,
+            "token_ids": [tokens.short_id(piece) for piece in body.pieces()],
+            "sampling_params": {"max_tokens": body.limit, "temperature": 1.0},
+            "model": body.model,
+            "stream": body.stream,
+        }
+        return _json(rendered)
 
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
         body = parse(DetokenizeRequest, await request.read())

@@ -238,6 +238,22 @@ async def test_tokenize_and_back() -> None:
     assert neither.status == 400
 
 
+async def test_a_rendered_prompt_is_that_of_the_answer_in_short_ids() -> None:
+    async with client() as http:
+        path = "/v1/chat/completions/render"
+        rendered = await (await http.post(path, HELLO)).json()
+        longer = {**HELLO, "messages": [*HELLO["messages"], {"role": "user", "content": "And more"}]}
+        further = await (await http.post(path, longer)).json()
+        usage = (await http.chat(max_tokens=1))["usage"]
+        stranger = await http.post(path, {**HELLO, "model": "stranger"})
+    ids = rendered["token_ids"]
+    assert len(ids) == usage["prompt_tokens"]
+    assert all(0 <= number < 2**31 for number in ids)
+    shared = next(place for place, pair in enumerate(zip(ids, further["token_ids"])) if pair[0] != pair[1])  # noqa: B905
+    assert shared > len(ids) // 2
+    assert stranger.status == 404
+
+
 async def test_reasoning_models_reason_first() -> None:
     async with client(models=("demo", "demo-reasoning")) as http:
         body = await http.chat(model="demo-reasoning")
