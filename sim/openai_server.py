@@ -252,19 +252,6 @@ class Face:
             }
         )
 
-    async def _render(self, request: web.Request) -> web.StreamResponse:
-        """The prompt in tokens, as an engine would compute it: some routers ask before they choose."""
-        body = parse(ChatRequest, await request.read())
-        self.check_model(body.model)
-        rendered = {
-            "request_id": uuid4().hex,
-            "token_ids": [tokens.short_id(piece) for piece in body.pieces()],
-            "sampling_params": {"max_tokens": body.limit, "temperature": 1.0},
-            "model": body.model,
-            "stream": body.stream,
-        }
-        return _json(rendered)
-
     async def _detokenize(self, request: web.Request) -> web.StreamResponse:
         body = parse(DetokenizeRequest, await request.read())
         self.check_model(body.model)
@@ -296,6 +283,22 @@ class Face:
             forced_any_tool=body.tool_choice == "required",
         )
         return await self.serve(request, self._completion(body, shapes, planned.plans))
+
+    async def _render(self, request: web.Request) -> web.StreamResponse:
+        """The prompt in tokens, refused as it would be for an answer: some routers ask before they choose."""
+        body = parse(ChatRequest, await request.read())
+        self.check_model(body.model)
+        pieces = body.pieces()
+        self._wish(body, len(pieces))
+        rendered = {
+            "request_id": body.request_id or uuid4().hex,
+            "token_ids": [tokens.short_id(piece) for piece in pieces],
+            "sampling_params": {"max_tokens": body.limit, "temperature": body.temperature},
+            "model": body.model,
+            "stream": bool(body.stream),
+            "cache_salt": body.cache_salt,
+        }
+        return _json(rendered)
 
     async def plan_chat(self, body: ChatRequest) -> Planned:
         """What is said to a conversation. Raises RequestError."""
