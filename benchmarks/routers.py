@@ -19,23 +19,22 @@ one without a whole answer misses, and has a first token that never came.
 Tidegate has the policy file `routers_policy.yaml`, and of the backends the slots of `conversations.yaml`; all else
 is as it comes: in plain Python, body parsed, tokens metered, ledger written. `--choose` prints which file that is
 to be: in the simulator, on other arrivals (seeds from 101 on) at 4 and 5 requests a second, the least p95 TTFT of
-those candidates whose share within the SLA is within a hundredth of the best. It has not been run over all of them
-yet; the file's head says what it rests on.
+those of its candidates whose share within the SLA is within a hundredth of the best.
 
 vllm-router has its `cache_aware`, `power_of_two` and `round_robin`, each at its best: no access log, no limit of
-requests, nothing that resets its counts of load while it runs (its health checks come once an hour). It has no way
-to be told what a backend can do. `cache_aware` plays twice: as it comes, where it balances above a difference of
-64 requests, which five backends hardly reach, and with other thresholds of balance. `--sweep` tries eight pairs of
-them for real, on arrivals of seed 101. It has not been run yet: those of `PEERS` are a guess, and until then a win
-over `cache_aware` is one over that guess. Ratios are taken inside each round, and are medians with quartiles over
-rounds.
+requests, nothing that resets its counts of load while it runs (its health checks come once an hour). Its
+`cache_aware` asks a backend for the prompt in tokens (`/v1/chat/completions/render`), which the emulators answer.
+It has no way to be told what a backend can do. `cache_aware` plays twice: as it comes, where it balances above a
+difference of 64 requests, which five backends hardly reach, and with other thresholds of balance. `--sweep` tries
+eight pairs of them for real, on arrivals of seed 101. It has not been run yet: those of `PEERS` are a guess, and
+until then a win over `cache_aware` is one over that guess. Ratios are taken inside each round, and are medians with
+quartiles over rounds.
 
 `--check` fails when Tidegate is not better than each of them in both figures, when a round is spoiled
 (`agreement.py`) after it was repeated, or when client or emulators used more than half of a core: then they were
 measured too.
 
-Takes about half an hour, in real time. `--choose` takes four minutes of CPU, by an estimate, and `--sweep` a
-quarter of an hour.
+Takes about half an hour, in real time. `--choose` takes a minute of CPU, and `--sweep` a quarter of an hour.
 """
 
 from __future__ import annotations

@@ -139,6 +139,7 @@ class Face:
             RealtimeApi(self).add_routes(app)
         else:
             app.router.add_post("/v1/chat/completions", self._chat)
+            app.router.add_post("/v1/chat/completions/render", self._render)
             app.router.add_post("/v1/completions", self._completions)
             ResponsesApi(self).add_routes(app)
             MessagesApi(self).add_routes(app)
@@ -282,6 +283,22 @@ class Face:
             forced_any_tool=body.tool_choice == "required",
         )
         return await self.serve(request, self._completion(body, shapes, planned.plans))
+
+    async def _render(self, request: web.Request) -> web.StreamResponse:
+        """The prompt in tokens, refused as it would be for an answer: some routers ask before they choose."""
+        body = parse(ChatRequest, await request.read())
+        self.check_model(body.model)
+        pieces = body.pieces()
+        self._wish(body, len(pieces))
+        rendered = {
+            "request_id": body.request_id or uuid4().hex,
+            "token_ids": [tokens.short_id(piece) for piece in pieces],
+            "sampling_params": {"max_tokens": body.limit, "temperature": body.temperature},
+            "model": body.model,
+            "stream": bool(body.stream),
+            "cache_salt": body.cache_salt,
+        }
+        return _json(rendered)
 
     async def plan_chat(self, body: ChatRequest) -> Planned:
         """What is said to a conversation. Raises RequestError."""

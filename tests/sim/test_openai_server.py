@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import takewhile
 from typing import Any
 
 import aiohttp
@@ -236,6 +237,25 @@ async def test_tokenize_and_back() -> None:
     assert chat["count"] == usage["prompt_tokens"] == len(chat["token_strs"])
     assert back == {"prompt": "Hello world"}
     assert neither.status == 400
+
+
+async def test_a_rendered_prompt_is_that_of_the_answer_in_short_ids() -> None:
+    path = "/v1/chat/completions/render"
+    longer = {**HELLO, "messages": [*HELLO["messages"], {"role": "user", "content": "And more"}]}
+    async with client(max_model_len=64) as http:
+        rendered = await (await http.post(path, {**HELLO, "cache_salt": "s", "temperature": 0.5})).json()
+        further = await (await http.post(path, longer)).json()
+        usage = (await http.chat(max_tokens=1))["usage"]
+        stranger = await http.post(path, {**HELLO, "model": "stranger"})
+        too_long = await http.post(path, {**HELLO, "messages": [{"role": "user", "content": "a b " * 99}]})
+    ids = rendered["token_ids"]
+    assert len(ids) == usage["prompt_tokens"]
+    assert all(0 <= number < 2**31 for number in ids)
+    pairs = zip(ids, further["token_ids"], strict=False)
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    assert len(ids) // 2 < shared < len(further["token_ids"])
+    assert (rendered["cache_salt"], rendered["sampling_params"]["temperature"]) == ("s", 0.5)
+    assert (stranger.status, too_long.status) == (404, 400)
 
 
 async def test_reasoning_models_reason_first() -> None:
