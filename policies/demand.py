@@ -46,11 +46,18 @@ class Ahead(NamedTuple):
     """The highest minute, if it goes on as it does and as it did."""
     high: float
     """What the highest minute stays below, in the share of cases that was asked for."""
+    level: float = 0.0
+    """What there is now."""
 
     @property
     def margin(self) -> float:
         """Of what is expected: 0.2 is 20 % more."""
         return self.high / self.expected - 1.0 if self.expected > 0.0 else 0.0
+
+    @property
+    def more(self) -> float:
+        """Than there is now."""
+        return self.expected - self.level
 
 
 class Forecast:
@@ -110,7 +117,7 @@ class Forecast:
         if isnan(expected):
             return None
         margin = self._margin(quantile)
-        return None if margin is None else Ahead(expected, expected * margin)
+        return None if margin is None else Ahead(expected, expected * margin, self._level(last))
 
     def _end_minute(self) -> None:
         minute = self._minute
@@ -128,11 +135,7 @@ class Forecast:
 
     def _expected(self, minute: int) -> float:
         """At the end of a minute, for the horizon after it; nan: unknown."""
-        level = nan
-        for length in LEVELS:
-            seen = self._known(minute + 1 - length, minute + 1)
-            if seen and not level >= (mean := sum(seen) / len(seen)):
-                level = mean
+        level = self._level(minute)
         season = self._season(minute)
         if season is None:
             return level
@@ -140,6 +143,11 @@ class Forecast:
         if after > MOST_GROWTH * before:
             return max(level, after)  # out of almost nothing: no ratio to correct it by
         return level * max(after / before, 1.0) if before > 0.0 else level
+
+    def _level(self, minute: int) -> float:
+        """What there is at the end of a minute; nan: unknown."""
+        means = [_mean(seen) for length in LEVELS if (seen := self._known(minute + 1 - length, minute + 1))]
+        return max(means, default=nan)
 
     def _season(self, minute: int) -> tuple[float, float] | None:
         """What there was up to this time, and after the horizon, in the seasons before."""

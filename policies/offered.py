@@ -1,29 +1,29 @@
 """What clients ask for, whether or not it is served: by it capacity is known to be short before it is full.
 
 Tokens in use say little of a rush: backends that are full hold no more, and what is refused leaves no trace. So
-the tokens are counted that requests bring, prompt and expected answer, at the moment when they come. Times the
-seconds for which tokens stay on a backend, they are the tokens that would be in use if nobody had to wait (Little's
-law, Operations Research 9(3), 1961). A rush of twice the load asks for twice the capacity within seconds, in one
-step, where a rule on what is in use climbs by one cold start after the other.
+the tokens are counted that requests bring, prompt and expected answer, at the moment when they come. Their rate
+times the seconds for which tokens stay on a backend are the tokens that would be in use if nobody had to wait
+(Little's law, Operations Research 9(3), 1961). A rush of twice the load asks for twice the capacity within seconds,
+in one step, where a rule on what is in use climbs by one cold start after the other.
 
-The load is the mean of three minutes; that of half a minute where it is above what chance explains.
+The load is told as it was in each quarter of a minute, not as a mean: what bursts need is capacity too.
 
 Pure: times are handed in, monotonic seconds.
 """
 
 from __future__ import annotations
 
-from math import exp, sqrt
+from math import exp
 from typing import Final
 
-BIN_S: Final = 10.0
-LONG: Final = 18
-"""Bins of the mean."""
-SHORT: Final = 3
-"""Bins in which a rush is seen."""
-KEPT: Final = LONG + 1
-CHANCE: Final = 3.0
-"""Standard errors of the short mean that chance explains."""
+BIN_S: Final = 15.0
+SAMPLES: Final = 20
+"""The last five minutes."""
+LEAST: Final = 4
+"""Fewer tell nothing."""
+LONGEST: Final = 20
+"""Bins over which a sample is a mean."""
+KEPT: Final = SAMPLES + LONGEST
 STAY_TAU_S: Final = 600.0
 """Time constant of how long tokens stay."""
 
@@ -59,23 +59,23 @@ class Offered:
         """For how long a token stays; 0: nothing has ended yet."""
         return self._stayed / self._weight if self._weight > 0.0 else 0.0
 
-    def tokens(self, now: float) -> float:
-        """That would be in use now if nobody had to wait; 0: nothing is known."""
+    def samples(self, now: float) -> tuple[float, ...]:
+        """Tokens that would have been in use if nobody had to wait, in each quarter of a minute, oldest first, of
+        the last five minutes at most; empty: too little is known.
+        """
         self._go_to(now)
-        last = self._bin - 1
-        count = min(last - self._first + 1, LONG)
-        if count < SHORT:
-            return 0.0
-        bins = [self._sums[number % KEPT] for number in range(last + 1 - count, last + 1)]
-        mean = sum(bins) / count
-        rush = sum(bins[-SHORT:]) / SHORT
-        before = bins[:-SHORT]
-        if len(before) >= 2:
-            level = sum(before) / len(before)
-            spread = sqrt(sum((one - level) ** 2 for one in before) / (len(before) - 1))
-            if rush <= level + CHANCE * spread / sqrt(SHORT):
-                rush = mean
-        return max(mean, rush) / BIN_S * self.stay_s
+        stay_s, end = self.stay_s, self._bin
+        count = min(end - self._first, SAMPLES)
+        if count < LEAST or not stay_s:
+            return ()
+        # What is in use at a moment has come within the stay before it.
+        width = min(max(round(stay_s / BIN_S), 1), LONGEST, end - self._first)
+        first = max(end - count, self._first + width - 1)
+        sums, found = self._sums, []
+        for last in range(first, end):
+            came = sum(sums[number % KEPT] for number in range(last + 1 - width, last + 1))
+            found.append(came / (width * BIN_S) * stay_s)
+        return tuple(found)
 
     def _go_to(self, now: float) -> None:
         number = int(now // BIN_S)

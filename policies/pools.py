@@ -110,7 +110,7 @@ def pools(
                 [_unit(backend, standbys, costs, means.of(model), now, wall) for backend in backends],
                 tokens_in_use=in_use,
                 tokens_waiting=float(tokens),
-                tokens_offered=offered.tokens(now),
+                offered=offered.samples(now),
                 waiting=count,
                 only=[only for only, _, _ in cold if not only.isdisjoint(names)],
                 ttft_s=max((backend.ttft_s for backend in backends if backend.available), default=0.0),

@@ -1,17 +1,22 @@
 """When standbys start and stop: demand in tokens against capacity in tokens, one pool for each model.
 
-Demand is what requests hold on backends now, plus what those that wait are expected to hold, and what they would
-hold if none had to wait or was refused (`offered.py`), whichever is more; capacity is what ready backends can hold
-inside their SLA. More is started, the cheapest first,
+Demand is what requests hold on backends now, plus what those that wait are expected to hold; capacity is what ready
+backends can hold inside their SLA. More is started, the cheapest first,
 
 * at once for a request that only a standby may serve,
-* above `up` of the capacity that is there or on its way,
+* when demand is above `up` of the capacity that is there or on its way,
 * when the forecast (`demand.py`) exceeds it with its margin within the time of a cold start,
 * when TTFT or TPOT are going to miss their objective by then, or a host raises an alarm,
 * when the tokens that it would take over cost more elsewhere than its hours.
 
 The dearest is given back when what is left stays below `up`, and holds what is forecast; without a forecast, below
 `down`. The last one goes when nothing was asked for in `settle_s`. A start holds all that back for `settle_s`.
+
+Once it is known what is offered (`offered.py`: what requests would hold if none had to wait or was refused, quarter
+of a minute by quarter), a standby is judged by what it would do: it runs as long as `least_use` of it would be in
+use above `up` of the capacity without it, in the mean of the last minute or of the last five, with what the
+forecast expects on top. This is the newsvendor's rule (Arrow, Harris and Marschak, Econometrica 19(3), 1951): the
+last unit is worth its hours if it is needed in a large enough share of the time, and bursts count as they come.
 
 Pure: `decide` takes pools as they stand and says what to do. The same object runs in the proxy and in the
 simulator.
@@ -31,6 +36,8 @@ PENDING = frozenset({State.PREPARING, State.STARTING})
 """Capacity that is on its way."""
 SMOOTH_S = 180.0
 """Over which tokens that are held are averaged, where it is known what is offered."""
+SHORT = 4
+"""Samples of what is offered in which a rush is seen: a minute."""
 DECIDED_S = 60.0
 """Added to a cold start: demand is known by the minute."""
 BACK = 0.8
@@ -48,6 +55,8 @@ class ScalingSettings:
     """Of the capacity in use: more is started above."""
     down: float = 0.4
     """Below, some is given back."""
+    least_use: float = 0.02
+    """Of a standby: it runs while so much would be in use, where it is known what is offered."""
     settle_s: float = 300.0
     """Nothing is given back for so long after a start."""
     most_at_once: int = 1
@@ -105,8 +114,9 @@ class Pool:
     tokens_in_use: float = 0.0
     tokens_waiting: float = 0.0
     """Of those that are held, their answers as they are expected."""
-    tokens_offered: float = 0.0
-    """That would be in use if nobody had to wait; 0: unknown."""
+    offered: Sequence[float] = ()
+    """Tokens that would be in use if nobody had to wait, in each quarter of the last minutes, oldest first; empty:
+    unknown."""
     waiting: int = 0
     only: Sequence[frozenset[str]] = ()
     """For every group of held requests that nothing but standbys may serve: which."""
@@ -125,8 +135,9 @@ class Pool:
 
     @property
     def demand(self) -> float:
-        """Tokens, as far as one moment tells."""
-        return max(self.held, self.tokens_offered)
+        """Tokens, as far as the last minute tells."""
+        recent = self.offered[-SHORT:]
+        return max(self.held, sum(recent) / len(recent)) if recent else self.held
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,10 +242,11 @@ class _Past:
         self.held_sum += pool.held
         while self.held[0][0] <= now - SMOOTH_S:
             self.held_sum -= self.held.popleft()[1]
-        if not pool.tokens_offered:
+        recent = pool.offered[-SHORT:]
+        if not recent:
             return pool.held
-        # What is held at a moment is a matter of chance; what is offered is a mean already.
-        return max(self.held_sum / len(self.held), pool.tokens_offered)
+        # What is held at a moment is a matter of chance.
+        return max(self.held_sum / len(self.held), sum(recent) / len(recent))
 
     def peak(self, since: float) -> float:
         """The highest demand since a time."""
@@ -259,8 +271,23 @@ class _View:
             past.forecast.ahead(self.horizon_s + DECIDED_S, settings.quantile) if settings.quantile else None
         )
         self.figures = {"demand": self.demand, "capacity": self.there, "coming": self.coming}
+        self.offered: list[float] = []
+        """Samples over `up`, with what is expected on top."""
         if self.ahead is not None:
             self.figures |= {"expected": self.ahead.expected, "high": self.ahead.high}
+        if pool.offered:
+            more = max(self.ahead.more, 0.0) if self.ahead is not None else 0.0
+            self.offered = [(sample + more) / settings.up for sample in pool.offered]
+            self.figures["offered"] = sum(pool.offered) / len(pool.offered)
+
+    def _use(self, tokens: float, beyond: float) -> float:
+        """The share of a unit that would be in use beyond so many tokens: the higher mean, of the last minute or of
+        all samples."""
+        if tokens <= 0.0:
+            return 0.0
+        use = [min(max(sample - beyond, 0.0), tokens) / tokens for sample in self.offered]
+        recent = use[-SHORT:]
+        return max(sum(recent) / len(recent), sum(use) / len(use))
 
     def starts(self, room: _Room) -> list[Step]:
         found: list[Step] = []
@@ -294,9 +321,14 @@ class _View:
         pool, up, have, demand, ahead = (
             self.pool, self.settings.up, self.there + self.coming, self.demand, self.ahead,
         )  # fmt: skip
-        if demand > up * have:
+        if self.offered and have > 0.0:
+            if (use := self._use(unit.tokens, have)) > self.settings.least_use:
+                return f"{use:.0%} of it would be in use above {up:.0%} of {have:.0f} tokens"
+            if demand > have:
+                return f"demand of {demand:.0f} tokens is above {have:.0f}"
+        elif demand > up * have:
             return f"demand of {demand:.0f} tokens is above {up:.0%} of {have:.0f}"
-        if ahead is not None and ahead.high > (have or self.settings.down * unit.tokens):
+        elif ahead is not None and ahead.high > (have or self.settings.down * unit.tokens):
             return (
                 f"within {self.horizon_s:.0f} s {ahead.expected:.0f} tokens are expected, {ahead.high:.0f} with a "
                 f"margin of {ahead.margin:.0%}, and there is room for {have:.0f}"
@@ -357,6 +389,10 @@ class _View:
             if left <= 0.0:
                 if peak <= 0.0 and (ahead is None or ahead.high <= settings.down * unit.tokens):
                     why = f"nothing was asked for in {settings.settle_s:.0f} s"
+            elif self.offered:
+                use = self._use(unit.tokens, left)
+                if use <= settings.least_use and self.demand <= left:
+                    why = f"{use:.1%} of it would be in use above {settings.up:.0%} of the {left:.0f} tokens left"
             elif ahead is None:
                 if peak < settings.down * there and peak <= settings.up * left:
                     why = f"demand of {peak:.0f} tokens is below {settings.down:.0%} of {there:.0f}"

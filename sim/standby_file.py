@@ -47,6 +47,7 @@ class ScalingSection(FileModel):
 
     up: Annotated[Fraction, Field(gt=0)] = 0.8
     down: Annotated[Fraction, Field(ge=0)] = 0.4
+    least_use: Annotated[Fraction, Field(ge=0, lt=1)] = 0.02
     settle: Annotated[Duration, Field(ge=0)] = 300.0
     most_at_once: Annotated[int, Field(ge=1)] = 1
     forecast: Annotated[Fraction, Field(ge=0, lt=1)] = 0.95
@@ -64,12 +65,13 @@ class ScalingSection(FileModel):
     @property
     def settings(self) -> ScalingSettings:
         return ScalingSettings(
-            self.up,
-            self.down,
-            self.settle,
-            self.most_at_once,
-            self.forecast,
-            dict(self.most),
-            self.objective.ttft or inf,
-            self.objective.tpot or inf,
+            up=self.up,
+            down=self.down,
+            least_use=self.least_use,
+            settle_s=self.settle,
+            most_at_once=self.most_at_once,
+            quantile=self.forecast,
+            most=dict(self.most),
+            ttft_objective_s=self.objective.ttft or inf,
+            tpot_objective_s=self.objective.tpot or inf,
         )

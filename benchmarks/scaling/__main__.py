@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from math import ceil
 from typing import Annotated, Any, Final
@@ -11,47 +12,36 @@ from typing import Annotated, Any, Final
 import typer
 
 from benchmarks.scaling.bound import lower_bound
-from benchmarks.scaling.coarse import Coarse, Outcome, most_slots
+from benchmarks.scaling.candidates import (
+    COST_PER_HOUR,
+    OURS,
+    PROFILE,
+    RATED,
+    RULE,
+    SLOTS,
+    STATIC,
+    TERMS,
+    TPOT_S,
+    TTFT_S,
+    WAIT_S,
+    Candidate,
+    Trial,
+    candidates,
+)
+from benchmarks.scaling.coarse import Outcome, most_slots
 from benchmarks.scaling.exact import Units, play
 from benchmarks.scaling.load import DAYS, Demand, demand_of_day, draw, joined, times
-from benchmarks.scaling.rules import HorizontalPodAutoscaler, Static
+from benchmarks.scaling.rules import Static
 from benchmarks.summary import print_table, write_result
-from policies.scaling import Controller, ScalingSettings
-from sim.autoscale import Scaler, StandbyTerms
 from sim.profile import load_profile
+from sim.workers import Workers, cores
 
-SHARE: Final = 0.01
+SHARE: Final = 0.05
 """Of ServeGen's requests."""
-PROFILE: Final = "l40-4-32b"
-SLOTS: Final = 15
-COST_PER_HOUR: Final = 4 * 0.8
-"""An assumption: four L40 at 0.80 USD an hour. It is in all that is compared."""
-TTFT_S: Final = 5.0
-TPOT_S: Final = 0.1
-WAIT_S: Final = 4.0
-"""That the valve has requests wait: less than their SLA, so that who would be late is refused and makes nobody else
-late. It is so for all that is compared."""
 ATTAINED: Final = 0.99
 """On the days that are tuned on."""
 TUNED, TESTED = (0, 7), (7, 7)
 """First day, and how many."""
-TERMS: Final = StandbyTerms(
-    prepare_s=0.0,
-    cold_start_s=180.0,
-    stop_s=10.0,
-    min_on_s=300.0,
-    min_off_s=60.0,
-    cost_per_hour=COST_PER_HOUR,
-)
-TARGETS: Final = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
-"""Of the rule."""
-BY_RATE: Final = (0.8, 0.85, 0.9, 0.95, 1.0)
-"""Likewise, where it is told what is offered."""
-SETTINGS: Final = tuple(
-    ScalingSettings(up=up, down=0.95 * up, quantile=quantile)
-    for up in (0.8, 0.85, 0.9, 0.95, 1.0)
-    for quantile in (0.0, 0.5, 0.9)
-)
 FEWER_HOURS: Final = 0.25
 OF_WHAT_IS_LEFT: Final = 2 / 3
 LOWER_COST: Final = 0.5
@@ -84,58 +74,43 @@ def main(
     from rich.progress import Progress
 
     tuned_days, tested_days = ((0, 2), (7, 2)) if quick else (TUNED, TESTED)
-    targets, settings = (TARGETS[::5], SETTINGS[1::6]) if quick else (TARGETS, SETTINGS)
-    by_rate = BY_RATE[::4] if quick else BY_RATE
     share = min(share, 0.001) if quick else share
     with Progress(console=Console(stderr=True)) as bar:
         whole, pace = _load(share, seed, tuned_days, tested_days, bar.track)
         tested = whole.part(tuned_days[1], tested_days[1])
-        units = max(ceil(1.5 * most_slots(whole) / SLOTS), 2)
-        task = bar.add_task("simulating", total=len(targets) + len(by_rate) + len(settings) + 1)
-
-        def tried(name: str, make: Callable[[], Scaler]) -> Tried:
-            found = _run(whole, units, make(), pace[0])  # it knows the first days when the others begin
-            bar.advance(task)
-            return Tried(name, found.part(0, tuned_days[1]), found.part(tuned_days[1], tested_days[1]))
-
-        rules = [
-            tried(f"rule, target {target:.0%}", lambda target=target: HorizontalPodAutoscaler(target))  # type: ignore[misc]
-            for target in targets
-        ]
-        rated = [
-            tried(
-                f"rule, told what is offered, {target:.0%}",
-                lambda target=target: HorizontalPodAutoscaler(target, by_rate=True),  # type: ignore[misc]
-            )
-            for target in by_rate
-        ]
-        ours = [
-            tried(f"up {one.up:.0%}, forecast {one.quantile:.1%}", lambda one=one: Controller(one))  # type: ignore[misc]
-            for one in settings
-        ]
+        trial = Trial(whole, max(ceil(1.5 * most_slots(whole) / SLOTS), 2), pace[0])
         peak = ceil(most_slots(tested) / SLOTS)
-        static = tried(f"static, {peak} units", lambda: Static(peak))
+        each = candidates(quick)
+        each.append(Candidate(STATIC, f"static, {peak} units", partial(Static, peak)))
+        task = bar.add_task("simulating", total=len(each))
+        found: list[Tried | None] = [None] * len(each)
+        with Workers(trial.tried, 1 if quick else cores()) as workers:
+            for place, outcome in workers.over(each):
+                parts = outcome.part(0, tuned_days[1]), outcome.part(tuned_days[1], tested_days[1])
+                found[place] = Tried(each[place].name, *parts)
+                bar.advance(task)
+        rules, rated, ours, (static,) = (
+            [one for candidate, one in zip(each, found, strict=True) if one and candidate.kind == kind]
+            for kind in (RULE, RATED, OURS, STATIC)
+        )
         rule, our = best(rules), best(ours)
         bound = lower_bound(tested, SLOTS, TERMS, our.tested.attainment)
-        day = tested.part(0, 1)
+        day = Trial(tested.part(0, 1), trial.units, pace[0])
         exact_found = {}
-        if exact:
-            makers: dict[str, Callable[[], Scaler]] = {
-                rule.name: lambda: HorizontalPodAutoscaler(targets[rules.index(rule)]),
-                our.name: lambda: Controller(settings[ours.index(our)]),
-            }
-            for name, make in makers.items():
-                coarse = _run(day, units, make(), pace[0], ready=0)
-                exact_found[f"{name}, coarse"] = coarse.hours, coarse.attainment
-                workload = draw(tested_days[0], share, seed)
-                task = bar.add_task(f"request by request, {name}", total=len(workload))
-                hours, attainment, _ = play(
-                    workload,
-                    Units(load_profile(PROFILE), units, SLOTS, TERMS, TTFT_S, TPOT_S, WAIT_S),
-                    make(),
-                    lambda done, task=task: bar.update(task, completed=done),  # type: ignore[misc]
-                )
-                exact_found[name] = hours, attainment
+        for candidate in each if exact else ():
+            if candidate.name not in (rule.name, our.name):
+                continue
+            coarse = day.tried(candidate, ready=0)
+            exact_found[f"{candidate.name}, coarse"] = coarse.hours, coarse.attainment
+            workload = draw(tested_days[0], share, seed)
+            task = bar.add_task(f"request by request, {candidate.name}", total=len(workload))
+            hours, attainment, _ = play(
+                workload,
+                Units(load_profile(PROFILE), trial.units, SLOTS, TERMS, TTFT_S, TPOT_S, WAIT_S),
+                candidate.make(),
+                lambda done, task=task: bar.update(task, completed=done),  # type: ignore[misc]
+            )
+            exact_found[candidate.name] = hours, attainment
     verdict = judge(rules, rule, our, static, bound)
     _print([*rules, *rated], ours, rule, our, static, verdict)
     told = judge(rated, best(rated), our, static, bound)
@@ -162,15 +137,6 @@ def _load(
     pace = times(load_profile(PROFILE), SLOTS, prompt, output)
     drawn = track(days, description="drawing requests")
     return joined(demand_of_day(day, share, seed, *pace) for day in drawn), pace
-
-
-def _run(demand: Demand, units: int, scaler: Scaler, ttft_s: float, ready: int | None = None) -> Outcome:
-    """`ready`: units that run at first; None: enough."""
-    if ready is None:
-        ready = min(max(ceil(float(demand.slots[:40].mean()) / SLOTS / 0.6), 1), units)
-    return Coarse(
-        demand, units, SLOTS, TERMS, scaler, ttft_s=TTFT_S - ttft_s, wait_s=WAIT_S, ready=ready
-    ).run()
 
 
 def best(tried: Sequence[Tried]) -> Tried:

@@ -7,6 +7,7 @@ both and shows how far they are apart.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Final
@@ -20,8 +21,6 @@ from sim.autoscale import Sample, Scaler, StandbyTerms
 if TYPE_CHECKING:
     import numpy as np
 
-PARTS: Final = 3
-"""Of a bin, in which as much comes."""
 EPOCH: Final = 1_764_028_800.0
 """Unix time of the first day's midnight."""
 
@@ -107,32 +106,29 @@ class Coarse:
             met.append(good)
             paid = sum(one.state in PAID for one in self.standbys)
             hours.append(paid * BIN_S / 3600)
-            for part in range(PARTS):  # how long each of them takes nobody knows before
-                offered.arrived(came / PARTS, now + part * BIN_S / PARTS)
-            if served:
-                offered.served(served / mean_s, mean_s, now)
-            level = offered.tokens(now + BIN_S)
-            held = not room and queue > 0.0
-            pool = self._pool(served / BIN_S, queue / mean_s, level, wall, held=held)
+            offered.arrived(came, now)  # how long each of them takes nobody knows before
+            pool = self._pool(served / BIN_S, queue / mean_s, offered.samples(now + BIN_S), wall)
+            if came:
+                offered.served(came, work / came, now)
             for step in self.scaler.decide([pool], now, wall):
                 self._move(self._by_name[step.name], step.event, wall)
             coming = self.slots * sum(one.state in PENDING for one in self.standbys)
             samples.append(Sample(now, pool.demand, float(room), float(coming), paid))
         return Outcome(_by_day(hours), _by_day(requests), _by_day(met), samples)
 
-    def _pool(self, in_use: float, waiting: float, offered: float, wall: float, *, held: bool) -> Pool:
+    def _pool(self, in_use: float, waiting: float, offered: Sequence[float], wall: float) -> Pool:
         for at, standby in enumerate(self.standbys):
             if self._units[at].state is not standby.state or self._units[at].in_state_s < inf:
                 self._units[at] = self._unit(standby, wall)
-        only = [frozenset(self._by_name)] if held else []
+        cold = waiting > 0.0 and not any(one.state is State.READY for one in self.standbys)
         return Pool(
             "m",
             self._units,
             tokens_in_use=in_use,
             tokens_waiting=waiting,
-            tokens_offered=offered,
+            offered=offered,
             waiting=round(waiting),
-            only=only,
+            only=[frozenset(self._by_name)] if cold else [],
         )
 
     def _unit(self, standby: Standby, wall: float) -> Unit:

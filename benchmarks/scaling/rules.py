@@ -14,24 +14,26 @@ class HorizontalPodAutoscaler:
     """`ceil(n * metric / target)` of the tokens in use and waiting, within a tolerance of 10 %; the highest of the
     last 300 s when it goes down (Kubernetes' defaults). Units that start count as there, as its `n` does.
 
-    The metric is what its units say of themselves. With `by_rate` it is instead what is offered: the requests that
-    come, times the time that they take. One that is full says nothing of that.
+    The metric is what its units say of themselves, as a mean of some time. With `by_rate` it is instead what is
+    offered: the requests that come, times the time that they take. One that is full says nothing of that.
     """
 
     TOLERANCE = 0.1
     WINDOW_S = 300.0
 
-    def __init__(self, target: float, by_rate: bool = False) -> None:
-        """`target`: of capacity in use."""
+    def __init__(self, target: float, samples: int = 1, by_rate: bool = False) -> None:
+        """`target`: of capacity in use. `samples`: of the metric, whose mean is taken."""
         self.target = target
         self.by_rate = by_rate
+        self._metric: deque[float] = deque(maxlen=samples)
         self._wanted: deque[tuple[float, int]] = deque()
 
     def decide(self, pools: Sequence[Pool], now: float, wall: float) -> list[Step]:
         (pool,) = pools
         on = [unit for unit in pool.units if unit.state in PENDING or unit.state is State.READY]
         size = max(unit.tokens for unit in pool.units)
-        load = pool.tokens_offered if self.by_rate else pool.held
+        self._metric.append(pool.offered[-1] if self.by_rate and pool.offered else pool.held)
+        load = sum(self._metric) / len(self._metric)
         if not on:
             wanted = ceil(load / size)
         else:

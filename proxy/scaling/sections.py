@@ -222,6 +222,12 @@ class ScalingConfig(FileModel):
     )
     up: Fraction = Field(0.8, gt=0, description="Of capacity in use; more is started above.")
     down: Fraction = Field(0.4, ge=0, description="Of capacity in use; some is given back below.")
+    least_use: Fraction = Field(
+        0.02,
+        ge=0,
+        lt=1,
+        description="Of a standby. It runs while so much of it would be in use, once it is known what is offered.",
+    )
     settle: Duration = Field(300.0, ge=0, description="Nothing is given back for so long after a start.")
     most_at_once: int = Field(
         1,

@@ -104,14 +104,15 @@ def provider(config: Config) -> Callable[[BackendConfig], Provider]:
 def settings_of(config: Config) -> ScalingSettings:
     scaling, objective = config.scaling, config.scaling.objective
     return ScalingSettings(
-        scaling.up,
-        scaling.down,
-        scaling.settle,
-        scaling.most_at_once,
-        scaling.forecast,
-        dict(scaling.most),
-        objective.ttft or inf,
-        objective.tpot or inf,
+        up=scaling.up,
+        down=scaling.down,
+        least_use=scaling.least_use,
+        settle_s=scaling.settle,
+        most_at_once=scaling.most_at_once,
+        quantile=scaling.forecast,
+        most=dict(scaling.most),
+        ttft_objective_s=objective.ttft or inf,
+        tpot_objective_s=objective.tpot or inf,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.base import Outcome, RequestFacts
-from policies.offered import BIN_S, LONG, SHORT, Offered
+from policies.offered import BIN_S, KEPT, LEAST, LONGEST, SAMPLES, Offered
 from policies.pools import pools
 from policies.rules import Queue, Rule, RuleSet
 from policies.simple import LeastLoad
@@ -29,46 +30,52 @@ def steadily(offered: Offered, seconds: int, per_second: float, begin: float = 0
 @given(st.floats(1.0, 1e5), st.floats(0.1, 1e3), st.integers(0, 10**6))
 def test_it_is_what_littles_law_says(per_second: float, stay_s: float, begin: int) -> None:
     offered = Offered()
-    now = steadily(offered, 300, per_second, float(begin) * BIN_S)
+    now = steadily(offered, 300, per_second, begin * BIN_S)
     offered.served(per_second, stay_s, now)
-    assert offered.tokens(now) == pytest.approx(per_second * stay_s)
+    found = offered.samples(now)
+    assert found == pytest.approx([per_second * stay_s] * len(found))
+    assert len(found) == SAMPLES + 1 - min(max(round(stay_s / BIN_S), 1), LONGEST)
 
 
-def test_nothing_is_known_before_something_has_ended_and_some_time_has_passed() -> None:
+def test_nothing_is_known_before_something_has_ended_and_a_minute_has_passed() -> None:
     offered = Offered()
-    assert offered.tokens(0.0) == 0.0
-    now = steadily(offered, 60, 10.0)
-    assert offered.tokens(now) == 0.0
+    assert offered.samples(0.0) == ()
+    now = steadily(offered, 90, 10.0)
+    assert offered.samples(now) == ()
     early = Offered()
     early.served(10, 5.0, 0.0)
-    assert early.tokens(steadily(early, int(SHORT * BIN_S) - 1, 10.0)) == 0.0
-    assert early.tokens(steadily(early, 2, 10.0, SHORT * BIN_S - 1)) > 0.0
+    assert early.samples(steadily(early, int(LEAST * BIN_S) - 1, 10.0)) == ()
+    assert early.samples(steadily(early, 2, 10.0, LEAST * BIN_S - 1)) == pytest.approx([50.0] * LEAST)
 
 
-def test_a_rush_is_seen_in_half_a_minute_and_chance_is_none() -> None:
-    random = Random(1)
+def test_a_burst_is_told_as_it_was_when_tokens_stay_for_a_moment() -> None:
     offered = Offered()
-    offered.served(1, 20.0, 0.0)
-    seen = []
-    for second in range(3600):
-        offered.arrived(sum(random.random() < 0.1 for _ in range(100)), float(second))
-        if second % 10 == 9 and second > 200:
-            seen.append(offered.tokens(second + 1.0) / 200.0)
-    assert sum(seen) / len(seen) == pytest.approx(1.0, abs=0.05)
-    assert max(seen) < 1.35
-    now = steadily(offered, 30, 20.0, 3600.0)
-    assert offered.tokens(now) == pytest.approx(400.0, rel=0.1)
+    offered.served(1, 3.0, 0.0)
+    steadily(offered, 60, 10.0)
+    steadily(offered, 15, 100.0, 60.0)
+    now = steadily(offered, 60, 10.0, 75.0)
+    assert offered.samples(now) == pytest.approx([30.0] * 4 + [300.0] + [30.0] * 4)
 
 
-def test_what_came_long_ago_does_not_count() -> None:
+def test_a_burst_is_told_as_it_lasts_when_tokens_stay_for_long() -> None:
+    """A thousand tokens that come at once and stay for a minute are a thousand in use for a minute."""
+    offered = Offered()
+    offered.served(1, 60.0, 0.0)
+    offered.arrived(0.0, 0.0)
+    offered.arrived(1000.0, 61.0)
+    found = offered.samples(181.0)
+    assert found == pytest.approx([0.0] + [1000.0] * 4 + [0.0] * 4)
+
+
+def test_what_is_long_past_is_forgotten() -> None:
     offered = Offered()
     offered.served(1, 20.0, 0.0)
     now = steadily(offered, 300, 10.0)
-    assert offered.tokens(now + LONG * BIN_S + BIN_S) == 0.0
-    assert offered.tokens(now + 1e6) == 0.0
+    for later in (KEPT * BIN_S, 1e6):
+        assert set(offered.samples(now + later)) == {0.0}
 
 
-def test_how_long_tokens_stay_is_weighed_by_tokens_and_by_age() -> None:
+def test_how_long_tokens_stay_is_a_mean_that_ages() -> None:
     offered = Offered()
     offered.served(900, 10.0, 0.0)
     offered.served(100, 20.0, 0.0)
@@ -83,7 +90,7 @@ def test_it_is_never_negative_whatever_comes(events: list[tuple[float, float, fl
     for now, tokens, seconds in events:
         offered.arrived(tokens, now)
         offered.served(tokens, seconds, now)
-        assert offered.tokens(now) >= 0.0
+        assert min(offered.samples(now), default=0.0) >= 0.0
 
 
 def test_requests_that_find_no_room_are_offered_all_the_same_and_those_of_strangers_are_not() -> None:
@@ -99,9 +106,9 @@ def test_requests_that_find_no_room_are_offered_all_the_same_and_those_of_strang
     valve = Valve(RuleSet([rule]), fleet)
     standbys = {"far": Standby("far")}
 
-    def offered(now: float) -> tuple[float, float]:
+    def offered(now: float) -> tuple[Sequence[float], float]:
         (pool,) = pools(fleet, Nobody(), standbys, {}, now, WALL)
-        return pool.tokens_offered, pool.tokens_in_use
+        return pool.offered, pool.tokens_in_use
 
     offered(0.0)
     refused = 0
@@ -117,6 +124,6 @@ def test_requests_that_find_no_room_are_offered_all_the_same_and_those_of_strang
         fleet.release(lease, Outcome.OK, now + 0.9)
     assert refused == 2 * 240
     found, in_use = offered(240.0)
-    assert found == pytest.approx(3 * 100 * 0.9)
+    assert found == pytest.approx([3 * 100 * 0.9] * 16)
     assert in_use == 0.0
     assert set(fleet.offered) == {"m"}

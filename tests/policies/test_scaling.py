@@ -485,7 +485,7 @@ def test_what_is_offered_counts_though_what_is_held_is_bounded_by_what_there_is(
     full = units(8, ready=2)
     controller = Controller(ScalingSettings(quantile=0.0, up=1.0))
     rounds = 0
-    while found := started(pool(full, 2000.0, tokens_offered=8000.0), controller=controller):
+    while found := started(pool(full, 2000.0, offered=[8000.0] * 4), controller=controller):
         for name in found:
             full[int(name[1:])] = replace(full[int(name[1:])], state=State.STARTING)
         rounds += 1
@@ -496,12 +496,51 @@ def test_what_is_offered_counts_though_what_is_held_is_bounded_by_what_there_is(
 def test_where_it_is_known_what_is_offered_a_moment_of_chance_starts_nothing() -> None:
     controller = Controller(REACTIVE)
     for second in range(100):
-        one = pool(units(2, ready=1), 900.0 if second == 50 else 500.0, tokens_offered=500.0)
+        one = pool(units(2, ready=1), 900.0 if second == 50 else 500.0, offered=[500.0] * 20)
         assert not decide(one, now=float(second), controller=controller)
 
 
 def test_what_is_held_counts_though_nothing_comes_any_more() -> None:
     controller = Controller(REACTIVE)
     for second in range(1000):
-        one = pool(units(4, ready=2), 1500.0, tokens_offered=1.0)
+        one = pool(units(4, ready=2), 1500.0, offered=[1.0] * 20)
         assert not names(decide(one, now=float(second), controller=controller), Event.STOP)
+
+
+def test_a_standby_runs_while_enough_of_it_would_be_in_use() -> None:
+    """Bursts that take half of a second unit, in one quarter of a minute of twenty: 2.5 % of it."""
+    calm, bursts = [500.0] * 20, [500.0] * 15 + [1500.0] + [500.0] * 4
+    for offered, least, runs in (
+        (calm, 0.02, False), (bursts, 0.02, True), (bursts, 0.024, True), (bursts, 0.026, False),
+    ):  # fmt: skip
+        settings = ScalingSettings(up=1.0, quantile=0.0, least_use=least)
+        begins = started(pool(units(2, ready=1), 500.0, offered=offered), controller=Controller(settings))
+        assert bool(begins) is runs
+        ends = stopped(pool(units(2, ready=2), 500.0, offered=offered), controller=Controller(settings))
+        assert bool(ends) is not runs
+
+
+def test_a_rush_of_a_minute_is_not_thinned_by_the_calm_before_it() -> None:
+    settings = ScalingSettings(up=1.0, quantile=0.0, least_use=0.5)
+    rush = [500.0] * 16 + [1600.0] * 4
+    assert started(pool(units(2, ready=1), 500.0, offered=rush), controller=Controller(settings))
+    over = [1600.0] * 4 + [500.0] * 16
+    assert not started(pool(units(2, ready=1), 500.0, offered=over), controller=Controller(settings))
+
+
+@given(
+    st.lists(st.floats(0.0, 5000.0), min_size=4, max_size=20),
+    st.integers(1, 5),
+    st.floats(0.0, 0.5),
+    st.floats(0.5, 1.0),
+)
+def test_what_was_started_for_what_is_offered_is_not_given_back_for_the_same(
+    offered: list[float], ready: int, least_use: float, up: float
+) -> None:
+    settings = ScalingSettings(up=up, down=0.4, quantile=0.0, least_use=least_use, most_at_once=9)
+    one = pool(units(6, ready=ready), 0.0, offered=offered)
+    on = ready + len(started(one, controller=Controller(settings)))
+    again = pool(units(6, ready=on), 0.0, offered=offered)
+    assert not started(again, controller=Controller(settings))
+    if on > ready:
+        assert not stopped(again, controller=Controller(settings))
