@@ -14,14 +14,14 @@ from math import inf
 from pathlib import Path
 from typing import Any, Final
 
-from policies.pools import MeanTokens, Terms, pools
-from policies.scaling import Controller, Pool, Step
+from policies.scaling import Controller
 from policies.standby import PAID, Event, Move, Standby, State
 from policies.state import Backend
 from proxy.appended import AppendedFile
 from proxy.config import BackendConfig
 from proxy.observe import Histogram
 from proxy.scaling.asks import Asks
+from proxy.scaling.decisions import Decisions
 from proxy.scaling.filelock import FileLock
 from proxy.scaling.hours import Hours
 from proxy.scaling.journal import JOURNAL_FILE, UNTIL_STOPPED, Kept, StandbyJournal
@@ -60,9 +60,9 @@ class Scaling:
         self.controller = controller or Controller()
         self.gate: Gate = gate or NoGate()
         self.hours = hours or Hours(None)
-        self.asks = asks
         self.keepers: dict[str, Keeper] = {}
         """By name; those included that are no longer configured, until nothing of them is left."""
+        self.decisions = Decisions(around, self.controller, self.gate, asks, self.keepers)
         self.journal = journal or StandbyJournal(directory / JOURNAL_FILE)
         self.acting = False
         """Whether this process is the one that starts and stops."""
@@ -80,8 +80,6 @@ class Scaling:
         self._sections: dict[str, BackendConfig] = {}
         self._backends: dict[str, Backend] = {}
         """As which they run, also when the fleet does not have them any more."""
-        self._most: Mapping[str, int] = {}
-        self._means = MeanTokens()
         self._wanted = asyncio.Event()
         self._lock = FileLock(directory / LOCK_FILE)
         self._handed_over = False
@@ -102,7 +100,7 @@ class Scaling:
     ) -> None:
         """Follow a configuration: `made` of it, and how many standbys of a site may run at once."""
         self._sections = {section.name: section for section in sections if section.standby is not None}
-        self._most = most
+        self.decisions.use(self._sections, most)
         if not self.acting:
             made_so_far = {**self._made, **made}
             self._made = {name: made_so_far[name] for name in self._sections}
@@ -294,76 +292,7 @@ class Scaling:
         self.hours.advance(wall, now)
         if self.hours.due(now):
             self.spawn(self.hours.write(wall, now), "capacity hours")
-        found = self.pools()
-        if self.asks is not None:
-            self.asks.turn(found, self._means, now)
-        for step in self.controller.decide(found, now, wall):
-            keeper = self.keepers.get(step.name)
-            if keeper is not None and not keeper.is_asked:
-                self._do(keeper, step)
-        for name, plan, reason in self.gate.wanted():
-            keeper = self.keepers.get(name)
-            if keeper is not None and self._may_begin(keeper):
-                keeper.ask(Event.START, reason, plan)
-        for name, keeper in self.keepers.items():
-            runs = keeper.state in (State.PREPARING, State.STARTING, State.READY)
-            if runs and (why := self.gate.over(name)):
-                keeper.ask(Event.STOP, why)
-            elif keeper.pinned and self._may_begin(keeper) and self.gate.allowed(name):
-                keeper.ask(Event.START, "started by hand, to stay")
-
-    def _may_begin(self, keeper: Keeper) -> bool:
-        idle = keeper.state is State.STANDBY and keeper.pause_s <= 0.0 and not keeper.is_asked
-        return idle and self._has_room(keeper)
-
-    def pools(self) -> list[Pool]:
-        """As they stand now."""
-        standbys = {name: keeper.standby for name, keeper in self.keepers.items()}
-        terms = {name: self._terms(keeper) for name, keeper in self.keepers.items()}
-        around = self.around
-        now, wall = around.now(), around.wall()
-        asked = self.asks is not None and self.asks.on
-        return pools(around.fleet, around.valve, standbys, terms, now, wall, self._means, every_model=asked)
-
-    def _do(self, keeper: Keeper, step: Step) -> None:
-        if step.event is Event.STOP:
-            if not keeper.pinned:
-                keeper.ask(Event.STOP, step.reason)
-        elif keeper.state is State.DRAINING:
-            keeper.ask(Event.START, step.reason)
-        elif keeper.standby.may(Event.START) and self._has_room(keeper):
-            plan = self.gate.may_start(keeper.name, step)
-            if plan is not None:
-                keeper.ask(Event.START, step.reason, plan)
-
-    def _terms(self, keeper: Keeper) -> Terms:
-        section = self._sections.get(keeper.name)
-        if section is None or section.standby is None:
-            return Terms(allowed=False)
-        standby = section.standby
-        return Terms(
-            standby.cost_per_hour,
-            keeper.kept.cold_start_s or standby.cold_start,
-            standby.min_on,
-            standby.min_off if keeper.standby.runs else 0.0,
-            keeper.in_state_s,
-            keeper.pause_s,
-            not keeper.wants_out
-            and self.gate.allowed(keeper.name)
-            and (keeper.state is not State.STANDBY or self._has_room(keeper)),
-        )
-
-    def _has_room(self, keeper: Keeper) -> bool:
-        """Whether its site may have another one run."""
-        site = keeper.config.site
-        most = self._most.get(site)
-        if most is None:
-            return True
-        running = sum(
-            (other.state is not State.STANDBY or other.is_asked) and other.config.site == site
-            for other in self.keepers.values()
-        )
-        return running < most
+        self.decisions.turn(now, wall)
 
     # By hand
 
@@ -374,10 +303,10 @@ class Scaling:
             raise NotPossibleError(f"{name} is {keeper.state} and is no longer configured as it runs")
         if keeper.state in (State.STOPPING, State.FAILED):
             raise NotPossibleError(f"{name} is {keeper.state}: {keeper.trouble or keeper.standby.reason}")
-        if keeper.state is State.STANDBY and not keeper.is_asked and not self._has_room(keeper):
+        if keeper.state is State.STANDBY and not keeper.is_asked and not self.decisions.has_room(keeper):
             site = keeper.config.site
             raise NotPossibleError(
-                f"site {site} may have {self._most[site]} run, and has: `scaling.most` says so"
+                f"site {site} may have {self.decisions.most[site]} run, and has: `scaling.most` says so"
             )
         until = UNTIL_STOPPED if seconds == inf else self.around.wall() + seconds
         starts = keeper.state is State.STANDBY and not keeper.is_asked
@@ -482,15 +411,8 @@ class Scaling:
         keeper = self.keepers.get(name)
         return keeper.state if keeper is not None and self.acting else None
 
-    def site(self, name: str) -> str:
-        keeper = self.keepers.get(name)
-        return keeper.config.site if keeper is not None else self._sections[name].site
-
     @property
     def names(self) -> list[str]:
         """Of all, those included that are no longer configured and not gone yet."""
         return list(dict.fromkeys((*self._sections, *self.keepers)))
 
-    def section(self, name: str) -> BackendConfig | None:
-        """Its configuration; None: it has none any more."""
-        return self._sections.get(name)
