@@ -105,8 +105,5 @@ class Decisions:
         most = self.most.get(site)
         if most is None:
             return True
-        running = sum(
-            (other.state is not State.STANDBY or other.is_asked) and other.config.site == site
-            for other in self._keepers.values()
-        )
+        running = sum(other.has_place and other.config.site == site for other in self._keepers.values())
         return running < most

@@ -178,6 +178,11 @@ class Keeper:
         """Whether a start or stop is under way to become a move."""
         return self._asked is not None
 
+    @property
+    def has_place(self) -> bool:
+        """Whether something of it may run, or is about to: it counts against the ceiling of its site."""
+        return self.is_asked or not (self.state is State.STANDBY or self._gone)
+
     def wake(self) -> None:
         """Something may have changed: look at once."""
         self._wake.set()

@@ -481,6 +481,22 @@ def test_no_more_run_at_a_site_than_may(tmp_path: Path) -> None:
     play(tmp_path, case, "a", "b")
 
 
+def test_one_that_failed_and_is_gone_leaves_its_place_to_another(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        proxy.most = {"local": 1}
+        proxy.reload()
+        proxy.engines["a"].modes["start"] = "half"
+        proxy.around.held = 1
+        await proxy.until("a", State.FAILED)
+        await proxy.until("b", State.READY, 10.0)
+        await asyncio.sleep(60)
+        assert proxy.state("a") is State.STANDBY
+
+    proxy = play(tmp_path, case, "a", "b")
+    assert [name for name, _ in proxy.engines["a"].calls] == ["prepare", "start", "stop"]
+
+
+
 # By hand
 
 
