@@ -34,6 +34,8 @@ class Decisions:
         self.most: Mapping[str, int] = {}
         """Standbys that may run at once, by site; of a site that is not here, all."""
         self._means = MeanTokens()
+        self._since: float | None = None
+        """When this process began to decide, monotonic."""
 
     def use(self, sections: Mapping[str, BackendConfig], most: Mapping[str, int]) -> None:
         """Follow a configuration: its standbys, and how many of a site may run at once."""
@@ -45,9 +47,13 @@ class Decisions:
         if self._asks is not None:
             self._asks.turn(found, self._means, now)
         gate, keepers = self._gate, self._keepers
+        if self._since is None:
+            self._since = now
+        # What was asked for before is not known: a restart is no reason to stop what was busy a moment ago.
+        may_stop = now - self._since >= self._controller.settings.settle_s
         for step in self._controller.decide(found, now, wall):
             keeper = keepers.get(step.name)
-            if keeper is not None and not keeper.is_asked:
+            if keeper is not None and not keeper.is_asked and (may_stop or step.event is Event.START):
                 self._do(keeper, step)
         for name, plan, reason in gate.wanted():
             keeper = keepers.get(name)

@@ -183,6 +183,17 @@ class Keeper:
         """Whether something of it may run, or is about to: it counts against the ceiling of its site."""
         return self.is_asked or not (self.state is State.STANDBY or self._gone)
 
+    def configure(self, section: BackendConfig | None, provider: Provider | None) -> None:
+        """Follow a configuration. No `section`: it is no longer in there. `provider`: it is another standby now."""
+        self.leaving = section is None
+        if section is not None and provider is not None:
+            self.successor = (provider, section)
+        elif section is not None and self.successor is not None:  # what runs is still the one before
+            self.successor = (self.successor[0], section)
+        elif section is not None:
+            self.config = section
+        self._wake.set()
+
     def wake(self) -> None:
         """Something may have changed: look at once."""
         self._wake.set()

@@ -83,6 +83,8 @@ class Scaling:
         self._wanted = asyncio.Event()
         self._lock = FileLock(directory / LOCK_FILE)
         self._handed_over = False
+        self._ending = asyncio.Lock()
+        self._ended = False
 
     # Configuration
 
@@ -101,20 +103,14 @@ class Scaling:
         """Follow a configuration: `made` of it, and how many standbys of a site may run at once."""
         self._sections = {section.name: section for section in sections if section.standby is not None}
         self.decisions.use(self._sections, most)
+        if self._handed_over:
+            self.show()
+            return
         if not self.acting:
             made_so_far = {**self._made, **made}
             self._made = {name: made_so_far[name] for name in self._sections}
         for name, keeper in list(self.keepers.items()):
-            section = self._sections.get(name)
-            if section is None:
-                keeper.leaving = True
-            elif name in made:
-                keeper.leaving = False
-                keeper.successor = (made[name], section)
-            else:
-                keeper.leaving = False
-                keeper.config = section
-            keeper.wake()
+            keeper.configure(self._sections.get(name), made.get(name))
         if self.acting:
             for name, section in self._sections.items():
                 if name not in self.keepers:
@@ -133,16 +129,19 @@ class Scaling:
         self.spawn(self._act(), "standbys")
 
     async def _act(self) -> None:
-        while not self._lock.taken():  # noqa: ASYNC110 (of another process)
-            await asyncio.sleep(LOCK_LOOK_S)
+        await self._alone()
         await self._open()
         self._keep_all()
-        kept = [(keeper.kept, keeper.config) for keeper in self.keepers.values()]
-        await self.hours.begin(kept, self.around.wall(), self.around.now())
         self.acting = True
         self.show()
+        taken_up = [
+            (keeper.kept, keeper.config, self.gate.template_of(keeper.standby.plan))
+            for keeper in self.keepers.values()
+        ]
+        await self.hours.begin(taken_up, self.around.wall(), self.around.now())
         for name in list(self.keepers):
-            self._run(name)
+            if name not in self._running:  # a reload may have been faster
+                self._run(name)
         while True:
             try:
                 self.turn()
@@ -154,6 +153,18 @@ class Scaling:
             except TimeoutError:
                 pass
             self._wanted.clear()
+
+    async def _alone(self) -> None:
+        """Return as soon as no other process acts."""
+        while True:
+            pause_s = LOCK_LOOK_S
+            try:
+                if self._lock.taken():
+                    return
+            except OSError as error:
+                self._not_written(error)
+                pause_s = TICK_S
+            await asyncio.sleep(pause_s)
 
     async def _open(self) -> None:
         """Try until it can be read and written: nothing is started that was not written."""
@@ -251,19 +262,26 @@ class Scaling:
         follow = AppendedFile(self.journal.path, at_end=True)
         await self._end()
         while True:
-            self.journal.learn(follow.news())
+            try:
+                self.journal.learn(follow.news())
+            except OSError as error:
+                log.warning("%s cannot be read: %s", self.journal.path, error.strerror or error)
             self.keepers.clear()
             self.show()
             await asyncio.sleep(TICK_S)
 
     async def _end(self) -> None:
         self.acting = False
-        await self._tasks.cancel_all()
-        for keeper in self.keepers.values():
-            await keeper.close()
-        await asyncio.to_thread(self.journal.close)
-        await self.hours.write(self.around.wall(), self.around.now())
-        self._lock.release()
+        async with self._ending:
+            if self._ended:
+                return
+            await self._tasks.cancel_all()
+            for keeper in self.keepers.values():
+                await keeper.close()
+            await asyncio.to_thread(self.journal.close)
+            await self.hours.write(self.around.wall(), self.around.now())
+            self._lock.release()
+            self._ended = True
 
     # Deciding
 
@@ -357,7 +375,7 @@ class Scaling:
         self.trouble = ""
 
     def _not_written(self, error: OSError) -> None:
-        said = f"{self.journal.path} cannot be written: {error.strerror or error}"
+        said = f"{error.filename or self.journal.path} cannot be written: {error.strerror or error}"
         if said != self.trouble:
             log.error("no standby is started or stopped: %s", said)
         self.trouble = said

@@ -13,9 +13,11 @@ import pytest
 from policies.scaling import Step
 from policies.standby import Event, State, pause_after
 from policies.state import Backend
+from proxy.scaling.hours import Hours
 from proxy.scaling.journal import JOURNAL_FILE, StandbyJournal
 from proxy.scaling.keeper import HUNG_S, LOOK_S, SILENT_S
 from proxy.scaling.seams import NoGate, NotPossibleError
+from proxy.tasks import Tasks
 from tests.proxy.scaling.engines import Proxy, section
 from tests.proxy.scaling.virtual import run
 
@@ -343,6 +345,109 @@ def test_two_processes_never_act_at_once(tmp_path: Path) -> None:
     assert [name for name, _ in proxy.engines["a"].calls] == ["prepare", "start", "start"]
 
 
+def test_what_was_asked_for_before_a_crash_is_not_taken_for_nothing(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        proxy.around.held = 1
+        await proxy.until("a", State.READY)
+        proxy.around.held = 0
+        await asyncio.sleep(100)
+        await proxy.crash()
+        proxy.start()
+        await asyncio.sleep(290)
+        assert proxy.state("a") is State.READY, "nobody knows yet that nobody asks"
+        await proxy.until("a", State.STANDBY, 30.0)
+
+    play(tmp_path, case, settle_s=300.0)
+
+
+class Counted(Hours):
+    """Hours that count how often they are written."""
+
+    written = 0
+
+    async def write(self, wall: float, now: float) -> None:
+        self.written += 1
+        await super().write(wall, now)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_hours_are_written_by_the_process_that_acts_alone(tmp_path: Path, at_once: bool) -> None:
+    async def case(proxy: Proxy) -> None:
+        first = proxy.scaling
+        first.hours = hours = Counted(None)
+        await first.start("a")
+        await proxy.until("a", State.READY)
+        tasks = Tasks()
+        tasks.spawn(first.hand_over(), "hand over")
+        await asyncio.sleep(0)
+        if not at_once:
+            proxy.start()
+            await asyncio.sleep(3600)
+        await first.stop(keep=False)
+        await tasks.cancel_all()
+        assert hours.written == 1, "what has become of its runs since then it does not know"
+        if at_once:
+            proxy.start()
+        await proxy.until("a", State.READY)
+
+    proxy = play(tmp_path, case)
+    assert [name for name, _ in proxy.engines["a"].calls] == ["prepare", "start"]
+
+
+def test_a_reload_of_a_process_that_has_handed_over_is_of_no_consequence(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        await proxy.scaling.start("a")
+        await proxy.until("a", State.READY)
+        tasks = Tasks()
+        tasks.spawn(proxy.scaling.hand_over(), "hand over")
+        await asyncio.sleep(1)
+        del proxy.sections["b"]
+        for command in ("true", "false"):
+            proxy.sections["a"] = section("a", command={"command": [command]})
+            proxy.reload()
+            await asyncio.sleep(3)
+        await tasks.cancel_all()
+        assert proxy.engines["a"].runs
+
+    play(tmp_path, case, "a", "b")
+
+
+@pytest.mark.parametrize("command", ["true", "false"])
+def test_a_reload_while_hours_are_read_forgets_nobody(tmp_path: Path, command: str) -> None:
+    class Slow(Hours):
+        async def begin(self, *args: Any, **kwargs: Any) -> None:
+            await asyncio.sleep(10)
+
+    async def case(proxy: Proxy) -> None:
+        await proxy.crash()
+        proxy.sections = {"a": section("a")}
+        proxy.start()
+        proxy.scaling.hours = Slow(None)
+        await asyncio.sleep(1)
+        proxy.sections = {"a": section("a", command={"command": [command]}), "b": section("b")}
+        proxy.reload()
+        proxy.around.held = 10_000
+        await proxy.until("a", State.READY)
+        await proxy.until("b", State.READY)
+
+    play(tmp_path, case, "a", "b")
+
+
+def test_who_cannot_look_at_its_lock_says_so_and_tries_again(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        await proxy.crash()
+        scaling = proxy.start()
+        path, scaling._lock._path = scaling._lock._path, tmp_path / "away" / "lock"
+        await asyncio.sleep(5)
+        assert scaling.trouble == f"{tmp_path}/away/lock cannot be written: No such file or directory"
+        scaling._lock._path = path
+        await asyncio.sleep(2)
+        assert scaling.acting
+        assert not scaling.trouble
+
+    play(tmp_path, case)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_stop_of_the_proxy_stops_what_runs_unless_it_is_to_be_kept(tmp_path: Path, keep: bool) -> None:
     async def case(proxy: Proxy) -> None:
@@ -464,6 +569,26 @@ def test_other_figures_change_nothing_that_runs(tmp_path: Path) -> None:
         await asyncio.sleep(5)
         assert proxy.state("a") is State.READY
         assert proxy.scaling.keepers["a"].terms.drain == 1.0
+
+    play(tmp_path, case)
+
+
+def test_figures_of_one_that_waits_for_another_to_end_are_taken_over(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        await proxy.scaling.start("a")
+        await proxy.until("a", State.READY)
+        backend = proxy.around.fleet["a"]
+        backend.in_flight = 1
+        for cost in (1.0, 2.0):
+            proxy.sections["a"] = section("a", cost_per_hour=cost, command={"command": ["false"]})
+            proxy.reload()
+            await asyncio.sleep(1)
+        keeper = proxy.scaling.keepers["a"]
+        assert (keeper.state, keeper.terms.cost_per_hour) == (State.DRAINING, 36.0)
+        backend.in_flight = 0
+        await asyncio.sleep(1)
+        await proxy.until("a", State.READY)
+        assert keeper.terms.cost_per_hour == 2.0
 
     play(tmp_path, case)
 
