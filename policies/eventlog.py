@@ -52,7 +52,7 @@ FACTS: Final = tuple([field for field in fields(RequestFacts) if field.name != "
 CONFIGURED: Final = (
     *("name", "site", "slots", "weight", "models", "models_unknown", "models_awaited", "labels", "operator"),
     *("location", "data_classes", "context_tokens", "bandwidth", "price_input", "price_output"),
-    *("carbon_gco2_kwh", "probed_up", "kv_tokens", "asleep"),
+    *("carbon_gco2_kwh", "probed_up", "kv_tokens", "asleep", "standby"),
 )
 """Of a backend, what the first record holds."""
 

@@ -90,6 +90,7 @@ class BackendForm(Form):
     probed_up: bool = True
     kv_tokens: Count = 0
     asleep: bool = False
+    standby: bool = False
     adaptive: Literal[True] = True
     breaker: BreakerForm
 

@@ -288,8 +288,9 @@ class Keeper:
         first, answers = self._looked == -inf, self.owner.answers(self.name)
         if answers:
             self._silent_since, self._absent = inf, 0
+            self.trouble = ""
         elif self._silent_since == inf:
-            self._silent_since = now
+            self._silent_since, self.trouble = now, "it does not answer"
         if first or (not answers and now - self._looked >= STATUS_S):
             status = await self._status()
             self._looked = self.owner.now()

@@ -169,6 +169,8 @@ def test_one_that_falls_silent_is_given_up_in_its_time(tmp_path: Path, known: bo
         await proxy.until("a", State.READY)
         proxy.engines["a"].frozen, proxy.engines["a"].known = True, known
         since = proxy.around.now()
+        await asyncio.sleep(3)
+        assert proxy.scaling.condition("a").endswith("(it does not answer)")
         await proxy.until("a", State.FAILED, seconds + 20)
         assert proxy.around.now() - since >= seconds
 
