@@ -335,7 +335,8 @@ class Scaling:
     async def stop_one(self, name: str) -> None:
         """Stop it, as soon as what runs on it has ended. Raises NotPossibleError, KeyError, OSError."""
         keeper = self._keeper(name)
-        if keeper.state not in (State.PREPARING, State.STARTING, State.READY) and not keeper.pinned:
+        runs = keeper.state in (State.PREPARING, State.STARTING, State.READY)
+        if not (runs or keeper.pinned or (keeper.state is State.STANDBY and keeper.is_asked)):
             raise NotPossibleError(
                 f"{name} is {keeper.state}: {keeper.standby.reason or 'it was never started'}"
             )

@@ -48,7 +48,7 @@ def _standby(scaling: Scaling, keeper: Keeper) -> dict[str, Any]:
 
 def moves(scaling: Scaling, name: str) -> list[dict[str, Any]]:
     """What has become of one, oldest first."""
-    return [asdict(move) for move in scaling.journal.moves if move.name == name]
+    return [asdict(move) for move in tuple(scaling.journal.moves) if move.name == name]
 
 
 def families(scaling: Scaling | None) -> Iterator[Metric]:

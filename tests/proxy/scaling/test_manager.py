@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from policies.scaling import Step
-from policies.standby import Event, State, pause_after
+from policies.standby import Event, Standby, State, pause_after
 from policies.state import Backend
 from proxy.scaling.hours import Hours
-from proxy.scaling.journal import JOURNAL_FILE, StandbyJournal
+from proxy.scaling.journal import JOURNAL_FILE, Kept, StandbyJournal
 from proxy.scaling.keeper import HUNG_S, LOOK_S, SILENT_S
-from proxy.scaling.seams import NoGate, NotPossibleError
+from proxy.scaling.seams import NoGate, NotPossibleError, section_of
 from proxy.tasks import Tasks
 from tests.proxy.scaling.engines import Proxy, section
 from tests.proxy.scaling.virtual import run
@@ -481,6 +481,29 @@ def test_a_stop_of_the_proxy_waits_for_no_longer_than_a_stop_may_take(tmp_path: 
     assert moves(proxy)[-6:] == ["stop", "drained", "stopped", "start", "prepared", "started"]
 
 
+def test_lines_that_are_none_of_ours_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def case(proxy: Proxy) -> None:
+        await proxy.scaling.start("a")
+        await proxy.until("a", State.READY)
+        await proxy.crash()
+        with (tmp_path / JOURNAL_FILE).open("ab") as file:
+            file.write(b'5\nnull\n[]\n"x"\n\0\0\n{}\n{"standby": 5}\n{"standby": {"name": "a"}}\nhalf a li')
+        proxy.start()
+        await proxy.until("a", State.READY)
+
+    proxy = play(tmp_path, case)
+    assert [name for name, _ in proxy.engines["a"].calls] == ["prepare", "start"]
+    assert caplog.text.count("cannot be read, and is passed over") == 2 * 8, "to show them, and to act"
+
+
+def test_what_a_run_was_started_by_is_not_shown_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    process = {"command": ["x"], "environment": {"TOKEN": "hush-hush"}, "grace": "soon"}
+    backend = {"name": "a", "url": "http://127.0.0.1:1", "models": ["m"], "standby": {"process": process}}
+    assert section_of(Kept(Standby("a"), backend), "a") is None
+    assert "standby.process.grace" in caplog.text
+    assert "hush" not in caplog.text
+
+
 # Configuration
 
 
@@ -639,6 +662,46 @@ def test_one_that_was_started_by_hand_stays_until_it_is_stopped(tmp_path: Path) 
         assert proxy.state("a") is State.STANDBY
 
     play(tmp_path, case)
+
+
+@pytest.mark.parametrize("first", ["start", "stop"])
+def test_a_stop_by_hand_takes_back_a_start_that_is_only_on_its_way(tmp_path: Path, first: str) -> None:
+    async def case(proxy: Proxy) -> None:
+        await asyncio.sleep(1)
+        keeper = proxy.scaling.keepers["a"]
+        assert keeper.ask(Event.START, "somebody wants it")
+        assert keeper.ask(Event.STOP, "somebody else does not")
+        assert not keeper.is_asked
+        if first == "start":
+            keeper.ask(Event.START, "somebody wants it")
+        stopping = proxy.scaling.spawn(proxy.scaling.stop_one("a"), "stop")
+        if first == "stop":
+            keeper.ask(Event.START, "somebody wants it")
+        await stopping
+        await asyncio.sleep(5)
+        assert proxy.state("a") is State.STANDBY
+
+    proxy = play(tmp_path, case)
+    assert "start" not in [name for name, _ in proxy.engines["a"].calls]
+
+
+def test_no_second_one_starts_at_a_full_site_while_a_start_is_being_written(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        proxy.most = {"local": 1}
+        proxy.reload()
+        await asyncio.sleep(1)
+        keeper = proxy.scaling.keepers["a"]
+        await keeper._writing.acquire()
+        keeper.ask(Event.START, "somebody wants it")
+        await asyncio.sleep(0.01)
+        proxy.around.held = 10_000
+        proxy.scaling.turn()
+        keeper._writing.release()
+        await asyncio.sleep(30)
+        assert (proxy.state("a"), proxy.state("b")) == (State.READY, State.STANDBY)
+
+    proxy = play(tmp_path, case, "a", "b")
+    assert proxy.engines["b"].calls == []
 
 
 @pytest.mark.parametrize("jump_s", [0.0, 86_400.0, -86_400.0])
