@@ -293,7 +293,7 @@ class Scaling:
         """How it is, in words that follow its name: `starting for 12 s`."""
         keeper = self.keepers.get(name)
         if keeper is None:
-            return f"{self._written(name)}" if name in self._sections else "no standby"
+            return f"{self._written(name)} ({self.idle})" if name in self._sections else "no standby"
         words = f"{keeper.state} for {keeper.in_state_s:.0f} s" if keeper.standby.run else "never started"
         if keeper.trouble or keeper.state is State.FAILED:
             words += f" ({keeper.trouble or keeper.standby.reason})"
@@ -345,7 +345,7 @@ class Scaling:
 
     def _keeper(self, name: str) -> Keeper:
         if not self.acting:
-            raise NotPossibleError("this process does not start or stop standbys now")
+            raise NotPossibleError(f"nothing can be started or stopped now: {self.idle}")
         return self.keepers[name]
 
     # What keepers ask for
@@ -424,6 +424,19 @@ class Scaling:
         section = section_of(kept, name)  # it may have been configured anew since, and is stopped first
         same = section is not None and provided(section) == provided(self._sections[name])
         return State.READY if same else State.STANDBY
+
+    def known(self, name: str) -> tuple[Kept, BackendConfig]:
+        """What is kept of one of `names`, and the section that it goes by."""
+        keeper = self.keepers.get(name)
+        if keeper is not None:
+            return keeper.kept, keeper.config
+        kept = self.journal.kept.get(name) or Kept(Standby(name, since=self.around.wall()))
+        return kept, self._sections[name]
+
+    @property
+    def idle(self) -> str:
+        """Why this process starts and stops nothing now; empty: it does."""
+        return "" if self.acting else self.trouble or "another process starts and stops it"
 
     def state_of(self, name: str) -> State | None:
         """Where one is; None: there is none, or this process does not act."""

@@ -17,6 +17,7 @@ from proxy.scaling.hours import Hours
 from proxy.scaling.journal import JOURNAL_FILE, Kept, StandbyJournal
 from proxy.scaling.keeper import HUNG_S, LOOK_S, SILENT_S
 from proxy.scaling.seams import NoGate, NotPossibleError, section_of
+from proxy.scaling.shown import families, standbys
 from proxy.tasks import Tasks
 from tests.proxy.scaling.engines import Proxy, section
 from tests.proxy.scaling.virtual import run
@@ -645,6 +646,29 @@ def test_one_that_failed_and_is_gone_leaves_its_place_to_another(tmp_path: Path)
     proxy = play(tmp_path, case, "a", "b")
     assert [name for name, _ in proxy.engines["a"].calls] == ["prepare", "start", "stop"]
 
+
+
+def test_who_does_not_act_shows_what_was_written(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        await proxy.scaling.start("a")
+        await proxy.until("a", State.READY)
+        second = proxy.start()
+        await asyncio.sleep(1)
+        (row,) = standbys(second)
+        assert (row["state"], row["pinned"], row["run"] != "") == ("ready", True, True)
+        assert row["trouble"] == "another process starts and stops it"
+        assert second.condition("a") == "ready (another process starts and stops it)"
+        with pytest.raises(NotPossibleError, match="now: another process starts and stops it"):
+            await second.start("a")
+        states = {
+            sample.labels["state"]: sample.value
+            for metric in families(second)
+            if metric.name == "tidegate_standby_state"
+            for sample in metric.samples
+        }
+        assert [state for state, value in states.items() if value] == ["ready"]
+
+    play(tmp_path, case)
 
 
 # By hand
