@@ -234,6 +234,9 @@ class Scaling:
             self._keep(section, keeper.kept, provider)
         else:
             self.journal.forget(keeper.name)
+            self.moves = {key: count for key, count in self.moves.items() if key[0] != keeper.name}
+            self.starts.pop(keeper.name, None)
+            self.hours.cost.pop(keeper.name, None)
 
     async def stop(self, *, keep: bool, hurry: Callable[[], bool] = lambda: False) -> None:
         """End with the proxy: all are stopped first, unless they are to go on (`keep`). `hurry`: wait no longer."""

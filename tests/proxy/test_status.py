@@ -118,7 +118,7 @@ def test_standbys_are_shown_with_where_they_are_and_why() -> None:
         "standby   d: starting for 5 min, by hand: the disk is full\n",
     ):
         assert said in text
-    assert "key" not in text
+    assert "key: x" not in text
 
 
 def test_a_certificate_that_ends_soon_is_told() -> None:

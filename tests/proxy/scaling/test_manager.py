@@ -518,6 +518,7 @@ def test_one_that_is_no_longer_configured_is_stopped_and_forgotten(tmp_path: Pat
         await asyncio.sleep(2)
         assert not proxy.engines["a"].runs
         assert "a" not in proxy.scaling.keepers
+        assert (proxy.scaling.moves, proxy.scaling.starts) == ({}, {})
         proxy.sections = sections
         proxy.reload()
         await proxy.scaling.start("a")
