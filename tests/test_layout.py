@@ -94,6 +94,7 @@ TESTED_BY = {
     "proxy/pool.py": "tests/proxy/test_upstream.py",
     "proxy/scaling/wake.py": "tests/proxy/test_held_for_standby.py",
     "proxy/proxied_server.py": "tests/e2e/test_client_address.py",
+    "proxy/upkeep.py": "tests/e2e/test_reload_and_stop.py",
     "proxy/waiting.py": "tests/proxy/test_postgres.py",
     "proxy/answers.py": "tests/proxy/test_exchange.py",
     "proxy/build.py": "tests/proxy/test_exchange.py",
