@@ -35,6 +35,8 @@ def routes(runtime: Runtime) -> list[web.RouteDef]:
         text = request.query.get("for")
         try:
             seconds = inf if text is None else typed_duration(text)
+            if seconds <= 0.0:
+                raise BadValueError("nothing is started for no time")
         except BadValueError as error:
             return _error(400, f"for: {error}")
 

@@ -94,6 +94,7 @@ async def test_by_hand_with_words_for_what_is_not_possible(tidegate: StartTidega
     status, _, complaint = await ask(proxy, "start", "b")
     assert (status, complaint) == (1, "tidegate: no standby is called 'b'; there are a\n")
     assert (await ask(proxy, "start", "a", "--for", "soon"))[0] == 1
+    assert (await ask(proxy, "start", "a", "--for", "0s"))[0] == 1
     status, out, _ = await ask(proxy, "start", "a")
     assert (status, out) == (0, "a is told to start: now it is standby\n")
     row = await until(proxy, "ready")
