@@ -59,9 +59,9 @@ CONFIGURED: Final = (
 OBSERVED: Final = (
     *("probed_up", "connects", "full_slots", "models", "models_unknown", "models_awaited", "context_tokens"),
     *("rtt_s", "running", "waiting", "kv_use", "sampled_at", "host", "host_at", "kv_tokens"),
-    *("asleep", "draining"),
+    *("asleep", "draining", "over_budget"),
 )
-"""Of a backend, what probes set, and where its standby is."""
+"""Of a backend, what probes set, where its standby is, and whether it has money left."""
 
 _MODELS_UNKNOWN: Final = OBSERVED.index("models_unknown")
 

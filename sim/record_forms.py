@@ -68,6 +68,7 @@ class FiguresForm(Form):
     kv_tokens: Count = 0
     asleep: bool = False
     draining: bool = False
+    over_budget: bool = False
 
 
 class BackendForm(Form):
