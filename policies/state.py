@@ -95,7 +95,8 @@ class Backend(BackendView):
     @property
     def awaited(self) -> bool:
         """Whether what nobody else may serve is held for it: a standby that may be started for that, or anew."""
-        return (self.asleep or (self.standby and not self.probed_up)) and not self.over_budget
+        is_down = self.standby and not self.probed_up and not self.draining
+        return (self.asleep or is_down) and not self.over_budget
 
     def probed(self, up: bool, now: float) -> None:
         """What the active probes say now; call `Fleet.refresh` afterwards.

@@ -449,10 +449,7 @@ class Service:
 
     def drain(self, name: str) -> None:
         """Send nothing new to a backend."""
-        backend = self.runtime.fleet.backends.get(name)
-        if backend is not None:
-            backend.draining = True
-            self.runtime.poll(self.runtime.now())
+        self._standbys.drain(name)
 
     def _tell_certificates(self, built: Built) -> None:
         """For commands on this machine, which trust just these."""
