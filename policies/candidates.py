@@ -118,7 +118,7 @@ class Candidates:
     moving: tuple[tuple[SpillState, frozenset[str]], ...] = ()
     """Flags of tiers whose backends change with round trips, and who they are."""
     asleep: tuple[str, ...] = ()
-    """Standbys among them that are not ready, in the order of their tiers; empty of what has been tried."""
+    """Standbys among them that are not there, in the order of their tiers; empty of what has been tried."""
 
     def without(self, tried: frozenset[str]) -> Candidates:
         """The same, less the backends in `tried`."""
@@ -334,12 +334,7 @@ class CandidateSets:
             {},
             rule.split.parts[part].name if rule.split is not None and part >= 0 else "",
             tuple(moving),
-            tuple(
-                backend.name
-                for tier in members
-                for backend in tier
-                if backend.asleep and not backend.over_budget
-            ),
+            tuple(backend.name for tier in members for backend in tier if backend.awaited),
         )
 
     def _spill(

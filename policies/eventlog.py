@@ -52,16 +52,16 @@ FACTS: Final = tuple([field for field in fields(RequestFacts) if field.name != "
 CONFIGURED: Final = (
     *("name", "site", "slots", "weight", "models", "models_unknown", "models_awaited", "labels", "operator"),
     *("location", "data_classes", "context_tokens", "bandwidth", "price_input", "price_output"),
-    *("carbon_gco2_kwh", "probed_up", "kv_tokens", "asleep"),
+    *("carbon_gco2_kwh", "probed_up", "kv_tokens", "asleep", "standby"),
 )
 """Of a backend, what the first record holds."""
 
 OBSERVED: Final = (
     *("probed_up", "connects", "full_slots", "models", "models_unknown", "models_awaited", "context_tokens"),
     *("rtt_s", "running", "waiting", "kv_use", "sampled_at", "host", "host_at", "kv_tokens"),
-    *("asleep", "draining"),
+    *("asleep", "draining", "over_budget"),
 )
-"""Of a backend, what probes set, and where its standby is."""
+"""Of a backend, what probes set, where its standby is, and whether it has money left."""
 
 _MODELS_UNKNOWN: Final = OBSERVED.index("models_unknown")
 

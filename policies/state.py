@@ -64,7 +64,9 @@ class Backend(BackendView):
     draining: bool = False
     """Finishes what it has, gets nothing new."""
     asleep: bool = False
-    """A standby that is not ready: gets nothing, and what only it may serve is held for it."""
+    """A standby that is not ready: gets nothing."""
+    standby: bool = False
+    """It need not run: what only it may serve is held while it is down, too."""
     over_budget: bool = False
     """A ceiling that it falls under is reached: finishes what it has, gets nothing new."""
     backoff_until: float = -inf
@@ -89,6 +91,12 @@ class Backend(BackendView):
     def __post_init__(self) -> None:
         if not self.full_slots:
             self.full_slots = self.slots
+
+    @property
+    def awaited(self) -> bool:
+        """Whether what nobody else may serve is held for it: a standby that may be started for that, or anew."""
+        is_down = self.standby and not self.probed_up and not self.draining
+        return (self.asleep or is_down) and not self.over_budget
 
     def probed(self, up: bool, now: float) -> None:
         """What the active probes say now; call `Fleet.refresh` afterwards.

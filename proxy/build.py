@@ -291,6 +291,7 @@ def _backend(section: BackendConfig, site: SiteConfig, slots: int | None) -> Bac
         carbon_gco2_kwh=site.carbon_gco2_kwh,
         adaptive=AdaptiveSlots.of(section.name) if section.adaptive else None,
         asleep=section.standby is not None,
+        standby=section.standby is not None,
     )
 
 
@@ -313,6 +314,7 @@ def _update(
         old.adaptive = fresh.adaptive
     for name in (
         "site",
+        "standby",
         "weight",
         "labels",
         "operator",

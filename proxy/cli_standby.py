@@ -78,7 +78,7 @@ def standby_start(
     """
     query = "" if for_ is None else f"?for={quote(for_)}"
     row = _ask(f"/standbys/{quote(name, safe='')}/start{query}", b"", admin, config, state)["standby"]
-    _tell(row, json_output)
+    _tell(row, "start", json_output)
 
 
 @standby_app.command("stop")
@@ -94,7 +94,7 @@ def standby_stop(
     Example: tidegate standby stop nanjing
     """
     row = _ask(f"/standbys/{quote(name, safe='')}/stop", b"", admin, config, state)["standby"]
-    _tell(row, json_output)
+    _tell(row, "stop", json_output)
 
 
 @standby_app.command("history")
@@ -120,8 +120,9 @@ def standby_history(
         typer.echo(f"{when:%Y-%m-%d %H:%M:%S} UTC  {move['before']} -> {move['after']}: {move['reason']}")
 
 
-def _tell(row: dict[str, Any], json_output: bool) -> None:
-    typer.echo(json.dumps(row, indent=2) if json_output else f"{row['name']} is {row['state']}")
+def _tell(row: dict[str, Any], told: str, json_output: bool) -> None:
+    words = f"{row['name']} is told to {told}: now it is {row['state']}"
+    typer.echo(json.dumps(row, indent=2) if json_output else words)
 
 
 def _ask(

@@ -61,6 +61,7 @@ from proxy.scaling.spending import TokenSpending
 from proxy.state_lock import adopt_when_left, lock_state, open_journal, other_journals
 from proxy.stopping import let_end
 from proxy.upgrade import SOCKET_FILE, Predecessor, UpgradeSocket
+from proxy.upkeep import look_up, sweep
 from proxy.upstream import is_our_shortage
 from proxy.waiting import opened_in_time
 from proxy.watched import WatchedFiles
@@ -70,7 +71,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tidegate")
 
-SWEEP_S = 0.25
 FILES_S = 1.0
 """How often files are looked at."""
 IDLE_GRACE_S = 5.0
@@ -200,8 +200,8 @@ class Service:
         if self._record is not None:  # not before: a start that fails leaves nothing behind
             cast("RecordedRuntime", runtime).write_record()
         runtime.tasks.spawn(self.platform.expire(), "placements")
-        runtime.tasks.spawn(self._sweep(), "sweep")
-        runtime.tasks.spawn(self._resolve(), "resolve")
+        runtime.tasks.spawn(sweep(runtime), "sweep")
+        runtime.tasks.spawn(look_up(runtime, self._resolver), "resolve")
         runtime.tasks.spawn(watch_keys(keys, limits), "watch keys")
         runtime.tasks.spawn(self._watch_files(), "watch files")
         runtime.tasks.spawn(watch_open_files(self._listening, Reserve(), runtime), "watch open files")
@@ -449,10 +449,7 @@ class Service:
 
     def drain(self, name: str) -> None:
         """Send nothing new to a backend."""
-        backend = self.runtime.fleet.backends.get(name)
-        if backend is not None:
-            backend.draining = True
-            self.runtime.poll(self.runtime.now())
+        self._standbys.drain(name)
 
     def _tell_certificates(self, built: Built) -> None:
         """For commands on this machine, which trust just these."""
@@ -465,20 +462,6 @@ class Service:
         return [*([self.path] if self.path is not None else []), *files_of(config)]
 
     # What goes on all the time
-
-    async def _sweep(self) -> None:
-        runtime = self.runtime
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            try:
-                runtime.sweep(runtime.now())
-            except Exception:
-                log.exception("sweep failed")
-
-    async def _resolve(self) -> None:
-        while True:
-            await asyncio.sleep(self.config.resolve)
-            await self._resolver.refresh([endpoint.host for endpoint in self.runtime.endpoints.values()])
 
     def _moved(self, host: str, addresses: frozenset[str]) -> None:
         """A name has other addresses now."""

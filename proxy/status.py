@@ -159,11 +159,25 @@ def _queue(queue: State) -> str:
 
 
 def _standbys(state: State) -> Iterator[str]:
+    rows = state.get("standbys", ())
+    for row in rows:
+        yield f"standby   {row['name']}: {_standby(row)}"
+    known = {row["name"] for row in rows}
     for row in state["backends"]:
-        if row.get("asleep"):
+        if row.get("asleep") and row["name"] not in known:
             yield f"standby   {row['name']}: {row['unavailable'].removeprefix('a standby, ')}"
     for queue in state["queue"].get("for_standbys", ()):
         yield f"          {queue['waiting']} held for {' or '.join(queue['standbys'])}"
+
+
+def _standby(row: State) -> str:
+    words = f"{row['state']} for {duration(row['since_s'])}" if row["run"] else "never started"
+    if row["pinned"]:
+        words += ", by hand"
+    if row["pause_s"] and row["state"] == "failed":
+        words += f", tried again in {duration(row['pause_s'])}"
+    why = (row["trouble"] or row["reason"]).partition("\n")[0]  # the rest is what its engine has said
+    return f"{words}: {why}" if why else words
 
 
 def _spill(entries: Sequence[State]) -> Iterator[str]:

@@ -123,6 +123,7 @@ class Autoscaled(Cluster):
         """A decision is due at once."""
         for name in standbys:
             self.nodes[name].up = False
+            self.nodes[name].backend.standby = True
             self.fleet.put(name, 0.0, asleep=True)
         self._note_moves()
         self._call(0, self._tick)

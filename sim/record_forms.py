@@ -68,6 +68,7 @@ class FiguresForm(Form):
     kv_tokens: Count = 0
     asleep: bool = False
     draining: bool = False
+    over_budget: bool = False
 
 
 class BackendForm(Form):
@@ -90,6 +91,7 @@ class BackendForm(Form):
     probed_up: bool = True
     kv_tokens: Count = 0
     asleep: bool = False
+    standby: bool = False
     adaptive: Literal[True] = True
     breaker: BreakerForm
 

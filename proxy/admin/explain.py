@@ -229,5 +229,5 @@ def standby_words(runtime: Deciding, backend: Backend) -> str:
 
 
 def standbys(runtime: Deciding) -> dict[str, str]:
-    """The standbys that sleep, by name, and how they are."""
-    return {backend.name: standby_words(runtime, backend) for backend in runtime.fleet if backend.asleep}
+    """The standbys that requests are held for, by name, and how they are."""
+    return {backend.name: standby_words(runtime, backend) for backend in runtime.fleet if backend.awaited}

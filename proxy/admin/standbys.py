@@ -15,7 +15,7 @@ from proxy.runtime import Runtime
 from proxy.scaling.manager import Scaling
 from proxy.scaling.seams import NotPossibleError
 from proxy.scaling.service import scaling_in
-from proxy.scaling.shown import moves, standbys
+from proxy.scaling.shown import moves, standby, standbys
 
 
 def routes(runtime: Runtime) -> list[web.RouteDef]:
@@ -35,19 +35,21 @@ def routes(runtime: Runtime) -> list[web.RouteDef]:
         text = request.query.get("for")
         try:
             seconds = inf if text is None else typed_duration(text)
+            if seconds <= 0.0:
+                raise BadValueError("nothing is started for no time")
         except BadValueError as error:
             return _error(400, f"for: {error}")
 
         async def act(scaling: Scaling, name: str) -> dict[str, Any]:
             await scaling.start(name, seconds)
-            return _row(scaling, name)
+            return standby(scaling, name)
 
         return await _of_one(request, "standby", act)
 
     async def stop(request: web.Request) -> web.Response:
         async def act(scaling: Scaling, name: str) -> dict[str, Any]:
             await scaling.stop_one(name)
-            return _row(scaling, name)
+            return standby(scaling, name)
 
         return await _of_one(request, "standby", act)
 
@@ -72,10 +74,6 @@ def routes(runtime: Runtime) -> list[web.RouteDef]:
         web.post("/standbys/{name}/start", start),
         web.post("/standbys/{name}/stop", stop),
     ]
-
-
-def _row(scaling: Scaling, name: str) -> dict[str, Any]:
-    return next(row for row in standbys(scaling) if row["name"] == name)
 
 
 def _unknown(name: str, names: list[str]) -> str:

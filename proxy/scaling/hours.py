@@ -134,19 +134,21 @@ class Hours:
         self._write_at = now + WRITE_S
         return True
 
-    async def begin(self, runs: Iterable[tuple[Kept, BackendConfig]], wall: float, now: float) -> None:
-        """Take up the runs that went on while no proxy ran."""
-        for each, section in runs:
+    async def begin(
+        self, runs: Iterable[tuple[Kept, BackendConfig, str]], wall: float, now: float
+    ) -> None:
+        """Take up the runs that went on while no proxy ran, each with the template that it is on the account of."""
+        for each, section, template in runs:
             standby = each.standby
             if not each.paid_since:
                 continue
-            self.open(each, section, "", wall, now)
+            self.open(each, section, template, wall, now)
             run = self._runs[standby.run]
             rows = await self._in_thread(self._read, standby.run) or []
             until = run.started
             for row in rows:
                 run.hours[row["hour"]] = Booked(row["seconds"], float(row["cost_nano"]))
-                run.template = row["template"]
+                run.template = row["template"] or template
                 until = max(until, row["until"])
             gap_s = max(wall - until, 0.0)
             run.book(wall, gap_s)

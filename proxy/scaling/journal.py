@@ -78,7 +78,7 @@ class StandbyJournal:
         for number, line in enumerate(lines, 1):
             try:
                 kept, move = _read(line)
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 log.error("%s:%d cannot be read, and is passed over: %r", self.path, number, error)
                 continue
             self.kept[kept.standby.name] = kept
@@ -138,7 +138,7 @@ class StandbyJournal:
     def _write_anew(self) -> None:
         """Whole or not at all."""
         latest = {move.name: number for number, move in enumerate(self.moves)}
-        lines = [_line(kept) for name, kept in self.kept.items() if name not in latest]
+        lines = [_line(kept) for name, kept in list(self.kept.items()) if name not in latest]
         for number, move in enumerate(self.moves):
             is_latest = latest[move.name] == number and move.name in self.kept
             lines.append(_line(self.kept[move.name] if is_latest else _as_after(move), move))
@@ -179,7 +179,7 @@ def _line(kept: Kept, move: Move | None = None) -> bytes:
 
 
 def _read(line: bytes) -> tuple[Kept, Move | None]:
-    """Raises ValueError, TypeError, KeyError: it is none of ours."""
+    """Raises ValueError, TypeError, KeyError, AttributeError: it is none of ours."""
     written = orjson.loads(line)
     said, move = written.pop("standby"), written.pop("move", None)
     standby = Standby(**said | {"state": State(said["state"])})

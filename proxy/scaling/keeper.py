@@ -18,8 +18,9 @@ from typing import Any, Final, Protocol
 
 from policies.standby import PAID, Event, Move, Standby, State
 from proxy.config import BackendConfig
+from proxy.scaling.guarded import STATUS_S, attempt, close, status_of
 from proxy.scaling.journal import UNTIL_STOPPED, Kept
-from proxy.scaling.provider import Presence, Provider, ProviderError, Status
+from proxy.scaling.provider import Presence, Provider, Status
 from proxy.scaling.sections import StandbySection
 
 log = logging.getLogger("tidegate")
@@ -28,8 +29,6 @@ RETRY_S: Final = 1.0
 """After a move that could not be written, or a bug."""
 LOOK_S: Final = 20.0
 """How often the provider is asked whether something runs that nobody has started: a start that came late."""
-STATUS_S: Final = 5.0
-"""How often it is asked about one that does not answer; and how long it may take to say."""
 SILENT_S: Final = 30.0
 """A ready one that does not answer for so long, and of which the provider knows nothing, is dead."""
 HUNG_S: Final = 120.0
@@ -103,6 +102,8 @@ class Keeper:
         """The proxy stops: so does this, without draining."""
         self.done = False
         self._asked: _Asked | None = None
+        self._begins = False
+        """Its start is being written."""
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
         """From one `kept` to the next: a move and a pin at the same time would each lose the other."""
@@ -167,6 +168,10 @@ class Keeper:
 
     def ask(self, event: Event, reason: str, plan: str = "") -> bool:
         """Have it started or stopped. False: that is no move of its state, and nothing changes."""
+        if event is Event.STOP and self.state is State.STANDBY and self.is_asked:
+            # A start that has not begun is taken back; one that is being written is followed by the stop.
+            self._asked = _Asked(event, reason) if self._begins else None
+            return True
         if not self.standby.may(event) or (event is Event.START and self.wants_out):
             return False
         self._asked = _Asked(event, reason, plan)
@@ -176,7 +181,23 @@ class Keeper:
     @property
     def is_asked(self) -> bool:
         """Whether a start or stop is under way to become a move."""
-        return self._asked is not None
+        return self._asked is not None or self._begins
+
+    @property
+    def has_place(self) -> bool:
+        """Whether something of it may run, or is about to: it counts against the ceiling of its site."""
+        return self.is_asked or not (self.state is State.STANDBY or self._gone)
+
+    def configure(self, section: BackendConfig | None, provider: Provider | None) -> None:
+        """Follow a configuration. No `section`: it is no longer in there. `provider`: it is another standby now."""
+        self.leaving = section is None
+        if section is not None and provider is not None:
+            self.successor = (provider, section)
+        elif section is not None and self.successor is not None:  # what runs is still the one before
+            self.successor = (self.successor[0], section)
+        elif section is not None:
+            self.config = section
+        self._wake.set()
 
     def wake(self) -> None:
         """Something may have changed: look at once."""
@@ -209,10 +230,7 @@ class Keeper:
 
     async def close(self) -> None:
         """Let go of the provider; what runs goes on."""
-        try:
-            await self.provider.close()
-        except Exception:
-            log.exception("standby %s: its provider could not be closed", self.name)
+        await close(self.provider, self.name)
 
     # The states
 
@@ -234,10 +252,13 @@ class Keeper:
         asked = self._take(Event.START)
         if asked is not None:
             try:
+                self._begins = True
                 await self._move(Event.START, asked.reason, asked.plan)
             except OSError:
                 self._asked = self._asked or asked
                 raise
+            finally:
+                self._begins = False
             return
         await self._wait(left)
 
@@ -272,8 +293,9 @@ class Keeper:
         first, answers = self._looked == -inf, self.owner.answers(self.name)
         if answers:
             self._silent_since, self._absent = inf, 0
+            self.trouble = ""
         elif self._silent_since == inf:
-            self._silent_since = now
+            self._silent_since, self.trouble = now, "it does not answer"
         if first or (not answers and now - self._looked >= STATUS_S):
             status = await self._status()
             self._looked = self.owner.now()
@@ -393,7 +415,7 @@ class Keeper:
     ) -> str | _Asked | None:
         """Do one thing; None: it went well, else why it did not, or the stop that has ended it."""
         failed: list[str] = []
-        task = self.owner.spawn(_attempt(operation, failed, self.name), f"standby {self.name}")
+        task = self.owner.spawn(attempt(operation, failed, self.name), f"standby {self.name}")
         task.add_done_callback(lambda _: self._wake.set())
         deadline = self.owner.now() + timeout_s
         try:
@@ -411,15 +433,7 @@ class Keeper:
         return failed[0] if failed else None
 
     async def _status(self) -> Status:
-        """Bounded, and never raises."""
-        try:
-            async with asyncio.timeout(STATUS_S):
-                status = await self.provider.status()
-        except TimeoutError:
-            return Status(Presence.UNKNOWN, detail="the provider does not answer")
-        except Exception as error:  # it must not, but a plug-in may
-            log.exception("standby %s: status failed", self.name)
-            return Status(Presence.UNKNOWN, detail=repr(error))
+        status = await status_of(self.provider, self.name)
         self.detail, self.progress = status.detail, status.progress
         return status
 
@@ -466,14 +480,3 @@ class Keeper:
         elif standby.state is State.STANDBY:
             self.began = inf
         self.owner.moved(self, move)
-
-
-async def _attempt(operation: Coroutine[Any, Any, None], failed: list[str], name: str) -> None:
-    """Note the failure in words."""
-    try:
-        await operation
-    except ProviderError as error:
-        failed.append(str(error))
-    except Exception as error:
-        log.exception("standby %s: its provider failed in a way that it should not", name)
-        failed.append(repr(error))

@@ -14,14 +14,14 @@ from math import inf
 from pathlib import Path
 from typing import Any, Final
 
-from policies.pools import MeanTokens, Terms, pools
-from policies.scaling import Controller, Pool, Step
+from policies.scaling import Controller
 from policies.standby import PAID, Event, Move, Standby, State
 from policies.state import Backend
 from proxy.appended import AppendedFile
 from proxy.config import BackendConfig
 from proxy.observe import Histogram
 from proxy.scaling.asks import Asks
+from proxy.scaling.decisions import Decisions
 from proxy.scaling.filelock import FileLock
 from proxy.scaling.hours import Hours
 from proxy.scaling.journal import JOURNAL_FILE, UNTIL_STOPPED, Kept, StandbyJournal
@@ -60,9 +60,9 @@ class Scaling:
         self.controller = controller or Controller()
         self.gate: Gate = gate or NoGate()
         self.hours = hours or Hours(None)
-        self.asks = asks
         self.keepers: dict[str, Keeper] = {}
         """By name; those included that are no longer configured, until nothing of them is left."""
+        self.decisions = Decisions(around, self.controller, self.gate, asks, self.keepers)
         self.journal = journal or StandbyJournal(directory / JOURNAL_FILE)
         self.acting = False
         """Whether this process is the one that starts and stops."""
@@ -80,11 +80,11 @@ class Scaling:
         self._sections: dict[str, BackendConfig] = {}
         self._backends: dict[str, Backend] = {}
         """As which they run, also when the fleet does not have them any more."""
-        self._most: Mapping[str, int] = {}
-        self._means = MeanTokens()
         self._wanted = asyncio.Event()
         self._lock = FileLock(directory / LOCK_FILE)
         self._handed_over = False
+        self._ending = asyncio.Lock()
+        self._ended = False
 
     # Configuration
 
@@ -102,21 +102,15 @@ class Scaling:
     ) -> None:
         """Follow a configuration: `made` of it, and how many standbys of a site may run at once."""
         self._sections = {section.name: section for section in sections if section.standby is not None}
-        self._most = most
+        self.decisions.use(self._sections, most)
+        if self._handed_over:
+            self.show()
+            return
         if not self.acting:
             made_so_far = {**self._made, **made}
             self._made = {name: made_so_far[name] for name in self._sections}
         for name, keeper in list(self.keepers.items()):
-            section = self._sections.get(name)
-            if section is None:
-                keeper.leaving = True
-            elif name in made:
-                keeper.leaving = False
-                keeper.successor = (made[name], section)
-            else:
-                keeper.leaving = False
-                keeper.config = section
-            keeper.wake()
+            keeper.configure(self._sections.get(name), made.get(name))
         if self.acting:
             for name, section in self._sections.items():
                 if name not in self.keepers:
@@ -135,16 +129,19 @@ class Scaling:
         self.spawn(self._act(), "standbys")
 
     async def _act(self) -> None:
-        while not self._lock.taken():  # noqa: ASYNC110 (of another process)
-            await asyncio.sleep(LOCK_LOOK_S)
+        await self._alone()
         await self._open()
         self._keep_all()
-        kept = [(keeper.kept, keeper.config) for keeper in self.keepers.values()]
-        await self.hours.begin(kept, self.around.wall(), self.around.now())
         self.acting = True
         self.show()
+        taken_up = [
+            (keeper.kept, keeper.config, self.gate.template_of(keeper.standby.plan))
+            for keeper in self.keepers.values()
+        ]
+        await self.hours.begin(taken_up, self.around.wall(), self.around.now())
         for name in list(self.keepers):
-            self._run(name)
+            if name not in self._running:  # a reload may have been faster
+                self._run(name)
         while True:
             try:
                 self.turn()
@@ -156,6 +153,18 @@ class Scaling:
             except TimeoutError:
                 pass
             self._wanted.clear()
+
+    async def _alone(self) -> None:
+        """Return as soon as no other process acts."""
+        while True:
+            pause_s = LOCK_LOOK_S
+            try:
+                if self._lock.taken():
+                    return
+            except OSError as error:
+                self._not_written(error)
+                pause_s = TICK_S
+            await asyncio.sleep(pause_s)
 
     async def _open(self) -> None:
         """Try until it can be read and written: nothing is started that was not written."""
@@ -225,6 +234,9 @@ class Scaling:
             self._keep(section, keeper.kept, provider)
         else:
             self.journal.forget(keeper.name)
+            self.moves = {key: count for key, count in self.moves.items() if key[0] != keeper.name}
+            self.starts.pop(keeper.name, None)
+            self.hours.cost.pop(keeper.name, None)
 
     async def stop(self, *, keep: bool, hurry: Callable[[], bool] = lambda: False) -> None:
         """End with the proxy: all are stopped first, unless they are to go on (`keep`). `hurry`: wait no longer."""
@@ -253,19 +265,26 @@ class Scaling:
         follow = AppendedFile(self.journal.path, at_end=True)
         await self._end()
         while True:
-            self.journal.learn(follow.news())
+            try:
+                self.journal.learn(follow.news())
+            except OSError as error:
+                log.warning("%s cannot be read: %s", self.journal.path, error.strerror or error)
             self.keepers.clear()
             self.show()
             await asyncio.sleep(TICK_S)
 
     async def _end(self) -> None:
         self.acting = False
-        await self._tasks.cancel_all()
-        for keeper in self.keepers.values():
-            await keeper.close()
-        await asyncio.to_thread(self.journal.close)
-        await self.hours.write(self.around.wall(), self.around.now())
-        self._lock.release()
+        async with self._ending:
+            if self._ended:
+                return
+            await self._tasks.cancel_all()
+            for keeper in self.keepers.values():
+                await keeper.close()
+            await asyncio.to_thread(self.journal.close)
+            await self.hours.write(self.around.wall(), self.around.now())
+            self._lock.release()
+            self._ended = True
 
     # Deciding
 
@@ -277,7 +296,7 @@ class Scaling:
         """How it is, in words that follow its name: `starting for 12 s`."""
         keeper = self.keepers.get(name)
         if keeper is None:
-            return f"{self._written(name)}" if name in self._sections else "no standby"
+            return f"{self._written(name)} ({self.idle})" if name in self._sections else "no standby"
         words = f"{keeper.state} for {keeper.in_state_s:.0f} s" if keeper.standby.run else "never started"
         if keeper.trouble or keeper.state is State.FAILED:
             words += f" ({keeper.trouble or keeper.standby.reason})"
@@ -294,76 +313,7 @@ class Scaling:
         self.hours.advance(wall, now)
         if self.hours.due(now):
             self.spawn(self.hours.write(wall, now), "capacity hours")
-        found = self.pools()
-        if self.asks is not None:
-            self.asks.turn(found, self._means, now)
-        for step in self.controller.decide(found, now, wall):
-            keeper = self.keepers.get(step.name)
-            if keeper is not None and not keeper.is_asked:
-                self._do(keeper, step)
-        for name, plan, reason in self.gate.wanted():
-            keeper = self.keepers.get(name)
-            if keeper is not None and self._may_begin(keeper):
-                keeper.ask(Event.START, reason, plan)
-        for name, keeper in self.keepers.items():
-            runs = keeper.state in (State.PREPARING, State.STARTING, State.READY)
-            if runs and (why := self.gate.over(name)):
-                keeper.ask(Event.STOP, why)
-            elif keeper.pinned and self._may_begin(keeper) and self.gate.allowed(name):
-                keeper.ask(Event.START, "started by hand, to stay")
-
-    def _may_begin(self, keeper: Keeper) -> bool:
-        idle = keeper.state is State.STANDBY and keeper.pause_s <= 0.0 and not keeper.is_asked
-        return idle and self._has_room(keeper)
-
-    def pools(self) -> list[Pool]:
-        """As they stand now."""
-        standbys = {name: keeper.standby for name, keeper in self.keepers.items()}
-        terms = {name: self._terms(keeper) for name, keeper in self.keepers.items()}
-        around = self.around
-        now, wall = around.now(), around.wall()
-        asked = self.asks is not None and self.asks.on
-        return pools(around.fleet, around.valve, standbys, terms, now, wall, self._means, every_model=asked)
-
-    def _do(self, keeper: Keeper, step: Step) -> None:
-        if step.event is Event.STOP:
-            if not keeper.pinned:
-                keeper.ask(Event.STOP, step.reason)
-        elif keeper.state is State.DRAINING:
-            keeper.ask(Event.START, step.reason)
-        elif keeper.standby.may(Event.START) and self._has_room(keeper):
-            plan = self.gate.may_start(keeper.name, step)
-            if plan is not None:
-                keeper.ask(Event.START, step.reason, plan)
-
-    def _terms(self, keeper: Keeper) -> Terms:
-        section = self._sections.get(keeper.name)
-        if section is None or section.standby is None:
-            return Terms(allowed=False)
-        standby = section.standby
-        return Terms(
-            standby.cost_per_hour,
-            keeper.kept.cold_start_s or standby.cold_start,
-            standby.min_on,
-            standby.min_off if keeper.standby.runs else 0.0,
-            keeper.in_state_s,
-            keeper.pause_s,
-            not keeper.wants_out
-            and self.gate.allowed(keeper.name)
-            and (keeper.state is not State.STANDBY or self._has_room(keeper)),
-        )
-
-    def _has_room(self, keeper: Keeper) -> bool:
-        """Whether its site may have another one run."""
-        site = keeper.config.site
-        most = self._most.get(site)
-        if most is None:
-            return True
-        running = sum(
-            (other.state is not State.STANDBY or other.is_asked) and other.config.site == site
-            for other in self.keepers.values()
-        )
-        return running < most
+        self.decisions.turn(now, wall)
 
     # By hand
 
@@ -374,10 +324,10 @@ class Scaling:
             raise NotPossibleError(f"{name} is {keeper.state} and is no longer configured as it runs")
         if keeper.state in (State.STOPPING, State.FAILED):
             raise NotPossibleError(f"{name} is {keeper.state}: {keeper.trouble or keeper.standby.reason}")
-        if keeper.state is State.STANDBY and not keeper.is_asked and not self._has_room(keeper):
+        if keeper.state is State.STANDBY and not keeper.is_asked and not self.decisions.has_room(keeper):
             site = keeper.config.site
             raise NotPossibleError(
-                f"site {site} may have {self._most[site]} run, and has: `scaling.most` says so"
+                f"site {site} may have {self.decisions.most[site]} run, and has: `scaling.most` says so"
             )
         until = UNTIL_STOPPED if seconds == inf else self.around.wall() + seconds
         starts = keeper.state is State.STANDBY and not keeper.is_asked
@@ -388,7 +338,8 @@ class Scaling:
     async def stop_one(self, name: str) -> None:
         """Stop it, as soon as what runs on it has ended. Raises NotPossibleError, KeyError, OSError."""
         keeper = self._keeper(name)
-        if keeper.state not in (State.PREPARING, State.STARTING, State.READY) and not keeper.pinned:
+        runs = keeper.state in (State.PREPARING, State.STARTING, State.READY)
+        if not (runs or keeper.pinned or (keeper.state is State.STANDBY and keeper.is_asked)):
             raise NotPossibleError(
                 f"{name} is {keeper.state}: {keeper.standby.reason or 'it was never started'}"
             )
@@ -397,7 +348,7 @@ class Scaling:
 
     def _keeper(self, name: str) -> Keeper:
         if not self.acting:
-            raise NotPossibleError("this process does not start or stop standbys now")
+            raise NotPossibleError(f"nothing can be started or stopped now: {self.idle}")
         return self.keepers[name]
 
     # What keepers ask for
@@ -428,7 +379,7 @@ class Scaling:
         self.trouble = ""
 
     def _not_written(self, error: OSError) -> None:
-        said = f"{self.journal.path} cannot be written: {error.strerror or error}"
+        said = f"{error.filename or self.journal.path} cannot be written: {error.strerror or error}"
         if said != self.trouble:
             log.error("no standby is started or stopped: %s", said)
         self.trouble = said
@@ -477,20 +428,26 @@ class Scaling:
         same = section is not None and provided(section) == provided(self._sections[name])
         return State.READY if same else State.STANDBY
 
+    def known(self, name: str) -> tuple[Kept, BackendConfig]:
+        """What is kept of one of `names`, and the section that it goes by."""
+        keeper = self.keepers.get(name)
+        if keeper is not None:
+            return keeper.kept, keeper.config
+        kept = self.journal.kept.get(name) or Kept(Standby(name, since=self.around.wall()))
+        return kept, self._sections[name]
+
+    @property
+    def idle(self) -> str:
+        """Why this process starts and stops nothing now; empty: it does."""
+        return "" if self.acting else self.trouble or "another process starts and stops it"
+
     def state_of(self, name: str) -> State | None:
         """Where one is; None: there is none, or this process does not act."""
         keeper = self.keepers.get(name)
         return keeper.state if keeper is not None and self.acting else None
-
-    def site(self, name: str) -> str:
-        keeper = self.keepers.get(name)
-        return keeper.config.site if keeper is not None else self._sections[name].site
 
     @property
     def names(self) -> list[str]:
         """Of all, those included that are no longer configured and not gone yet."""
         return list(dict.fromkeys((*self._sections, *self.keepers)))
 
-    def section(self, name: str) -> BackendConfig | None:
-        """Its configuration; None: it has none any more."""
-        return self._sections.get(name)

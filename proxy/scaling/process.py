@@ -17,11 +17,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from policies.units import BadValueError
@@ -61,6 +62,10 @@ _PLACEHOLDER: Final = re.compile(r"(?<!\$)\{([A-Za-z_]+)\}")
 """`${HOME}` is a shell's."""
 
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+
 class ProcessProvider:
     """Launches one command and ends it."""
 
@@ -72,6 +77,8 @@ class ProcessProvider:
         self._facts = facts
         self._lease_s = lease_s
         self._prefix = facts.directory.absolute() / facts.name
+        self._turn = threading.Lock()
+        """A launch that nobody waits for any more goes on in its thread: what ends it has to come after it."""
         self._tasks = Tasks()
         self._secrets = secret_values({**os.environ, **self._section.environment})
         if facts.key is not None:
@@ -94,13 +101,13 @@ class ProcessProvider:
     async def start(self, run: str) -> None:
         """Launch it, unless this run was. Raises ProviderError."""
         self._renew()
-        await asyncio.to_thread(self._launch, run)
+        await asyncio.to_thread(self._alone, self._launch, run)
 
     async def stop(self, run: str) -> None:
         """SIGTERM, then SIGKILL after its grace; returns when nothing of it is left. Raises ProviderError."""
         told: tuple[int, int] | None = None
         while True:
-            told = await asyncio.to_thread(self._end, told)
+            told = await asyncio.to_thread(self._alone, self._end, told)
             if told is None:
                 return
             await asyncio.sleep(LOOK_S)
@@ -143,6 +150,10 @@ class ProcessProvider:
         lease.touch(mode=0o600)
 
     # What may take a moment: called in threads
+
+    def _alone(self, work: Callable[[T], R], about: T) -> R:
+        with self._turn:
+            return work(about)
 
     def _launch(self, run: str) -> None:
         try:

@@ -116,5 +116,7 @@ def section_of(kept: Kept, name: str) -> BackendConfig | None:
     try:
         return BackendConfig.model_validate(kept.backend)
     except ValidationError as error:
-        log.error("standby %s: what it was started by cannot be read: %s", name, error)
+        found = error.errors(include_url=False, include_input=False)  # what stands there may be secret
+        words = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found)
+        log.error("standby %s: what it was started by cannot be read: %s", name, words)
         return None

@@ -37,6 +37,8 @@ class Surroundings:
         self.prober: Prober | None = None
         self._watched: set[str] = set()
         """Standbys that the probes ask while they start."""
+        self._leaving: set[str] = set()
+        """Standbys that get nothing new, wherever they are."""
 
     @property
     def fleet(self) -> Fleet:
@@ -55,8 +57,12 @@ class Surroundings:
     def put(self, name: str, state: State) -> None:
         runtime = self._runtime
         now = runtime.now()
+        leaves = name in self._leaving
         changed = runtime.fleet.put(
-            name, now, asleep=state is not State.READY, draining=state is State.DRAINING
+            name,
+            now,
+            asleep=state is not State.READY and not leaves,
+            draining=state is State.DRAINING or leaves,
         )
         starts = state is State.STARTING
         if self.prober is not None and starts is not (name in self._watched):
@@ -70,9 +76,17 @@ class Surroundings:
         if changed:
             runtime.poll(now)
 
-    def watch_again(self) -> None:
-        """The probes have new targets, and may have forgotten which of them start."""
+    def drain(self, name: str) -> None:
+        """Send nothing new there and hold nothing for it, until another configuration is followed."""
+        self._leaving.add(name)
+        runtime = self._runtime
+        if name in runtime.fleet.backends and runtime.fleet.put(name, runtime.now(), asleep=False, draining=True):
+            runtime.poll(runtime.now())
+
+    def begin_anew(self) -> None:
+        """Another configuration is followed: the probes may have forgotten which of them start."""
         self._watched.clear()
+        self._leaving.clear()
 
     def answers(self, name: str) -> bool:
         backend = self._runtime.fleet.backends.get(name)
@@ -184,12 +198,16 @@ class Standbys:
             scaling.hours.currency = config.ledger_currency
             is_new = scaling_in(runtime) is None
             runtime.scaling = scaling
-            self._around.watch_again()
+            self._around.begin_anew()
             scaling.configure(sections, made, config.scaling.most)
             if is_new and self._begun:
                 scaling.begin()
 
         return follow
+
+    def drain(self, name: str) -> None:
+        """A placement is gone, and cannot be taken out."""
+        self._around.drain(name)
 
     def left_alone(self) -> None:
         """The process before this one has ended."""

@@ -10,59 +10,60 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from policies.standby import State
 from proxy.scaling.journal import UNTIL_STOPPED
-from proxy.scaling.keeper import Keeper
 from proxy.scaling.manager import Scaling
 
 
 def standbys(scaling: Scaling) -> list[dict[str, Any]]:
     """One object for each, in the order of the configuration; those last that are no longer in it."""
-    return [_standby(scaling, keeper) for keeper in scaling.keepers.values()]
+    return [standby(scaling, name) for name in scaling.names]
 
 
-def _standby(scaling: Scaling, keeper: Keeper) -> dict[str, Any]:
-    standby, pin = keeper.standby, keeper.kept.pin
-    backend = scaling.around.fleet.backends.get(keeper.name)
+def standby(scaling: Scaling, name: str) -> dict[str, Any]:
+    """One of them: as its keeper has it, or as it was written, while this process does not act."""
+    keeper = scaling.keepers.get(name)
+    kept, section = scaling.known(name)
+    one, pin, wall = kept.standby, kept.pin, scaling.around.wall()
+    backend = scaling.around.fleet.backends.get(name)
+    terms = section.standby
+    assert terms is not None
+    pinned = keeper.pinned if keeper is not None else pin == UNTIL_STOPPED or pin > wall
     return {
-        "name": keeper.name,
-        "site": keeper.config.site,
-        "models": list(keeper.config.models),
-        "provider": keeper.terms.kind,
-        "state": str(keeper.state),
-        "since_s": round(keeper.in_state_s, 3),
-        "reason": standby.reason,
-        "trouble": keeper.trouble,
-        "detail": keeper.detail,
-        "progress": keeper.progress,
-        "run": standby.run,
-        "plan": standby.plan,
-        "failures": standby.failures,
-        "pause_s": round(keeper.pause_s, 3),
-        "pinned": keeper.pinned,
-        "pinned_until": pin if keeper.pinned and pin != UNTIL_STOPPED else None,
+        "name": name,
+        "site": section.site,
+        "models": list(section.models),
+        "provider": terms.kind,
+        "state": str(one.state),
+        "since_s": round(keeper.in_state_s if keeper is not None else max(wall - one.since, 0.0), 3),
+        "reason": one.reason,
+        "trouble": keeper.trouble if keeper is not None else scaling.idle,
+        "detail": keeper.detail if keeper is not None else "",
+        "progress": keeper.progress if keeper is not None else None,
+        "run": one.run,
+        "plan": one.plan,
+        "failures": one.failures,
+        "pause_s": round(keeper.pause_s if keeper is not None else one.pause_left(wall), 3),
+        "pinned": pinned,
+        "pinned_until": pin if pinned and pin != UNTIL_STOPPED else None,
         "in_flight": backend.in_flight if backend is not None else 0,
-        "cold_start_s": round(keeper.kept.cold_start_s, 3) or None,
-        "cost_per_hour": keeper.terms.cost_per_hour,
-        "cost": scaling.hours.cost.get(keeper.name, 0.0) / 1e9,
+        "cold_start_s": round(kept.cold_start_s, 3) or None,
+        "cost_per_hour": terms.cost_per_hour,
+        "cost": scaling.hours.cost.get(name, 0.0) / 1e9,
     }
 
 
 def moves(scaling: Scaling, name: str) -> list[dict[str, Any]]:
     """What has become of one, oldest first."""
-    return [asdict(move) for move in scaling.journal.moves if move.name == name]
+    return [asdict(move) for move in tuple(scaling.journal.moves) if move.name == name]
 
 
 def families(scaling: Scaling | None) -> Iterator[Metric]:
     """Its metrics; empty ones without standbys."""
-    keepers = [] if scaling is None else list(scaling.keepers.values())
     states = GaugeMetricFamily(
         "tidegate_standby_state", "1: the standby is in this state.", labels=["standby", "state"]
     )
     cost = CounterMetricFamily(
         "tidegate_capacity_cost", "Cost of hours of capacity, in the ledger's currency.", labels=["standby"]
     )
-    for keeper in keepers:
-        for state in State:
-            states.add_metric([keeper.name, str(state)], float(keeper.state is state))
     counts = CounterMetricFamily(
         "tidegate_standby_moves", "Moves of standbys between states.", labels=["standby", "event"]
     )
@@ -73,6 +74,10 @@ def families(scaling: Scaling | None) -> Iterator[Metric]:
     )
     held = 0
     if scaling is not None:
+        for name in scaling.names:
+            now = scaling.known(name)[0].standby.state
+            for state in State:
+                states.add_metric([name, str(state)], float(now is state))
         for key, count in scaling.moves.items():
             counts.add_metric(list(key), count)
         for name, histogram in scaling.starts.items():

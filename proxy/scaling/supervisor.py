@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -196,9 +197,11 @@ class Log:
         """Append. What a full disk does not take is lost: a command must not hang on its log."""
         try:
             if self._size + len(data) > self._most:
-                os.close(self._file)
-                self._path.replace(path_of(self._path, "1"))
+                with suppress(FileNotFoundError):  # it was renamed, and could not be begun anew
+                    self._path.replace(path_of(self._path, "1"))
+                old = self._file
                 self._open()
+                os.close(old)
             os.write(self._file, data)
             self._size += len(data)
         except OSError:

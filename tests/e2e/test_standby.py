@@ -44,7 +44,7 @@ async def until(proxy: TidegateProcess, state: str) -> dict[str, Any]:
     async with asyncio.timeout(WITHIN_S):
         while True:
             rows = (await asyncio.to_thread(proxy.state))["standbys"]
-            if rows and rows[0]["state"] == state:
+            if rows and rows[0]["state"] == state and not rows[0]["trouble"]:
                 found: dict[str, Any] = rows[0]
                 return found
             await asyncio.sleep(0.02)
@@ -94,8 +94,9 @@ async def test_by_hand_with_words_for_what_is_not_possible(tidegate: StartTidega
     status, _, complaint = await ask(proxy, "start", "b")
     assert (status, complaint) == (1, "tidegate: no standby is called 'b'; there are a\n")
     assert (await ask(proxy, "start", "a", "--for", "soon"))[0] == 1
+    assert (await ask(proxy, "start", "a", "--for", "0s"))[0] == 1
     status, out, _ = await ask(proxy, "start", "a")
-    assert (status, out) == (0, "a is standby\n")
+    assert (status, out) == (0, "a is told to start: now it is standby\n")
     row = await until(proxy, "ready")
     assert row["pinned"]
     assert answers(port)

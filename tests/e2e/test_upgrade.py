@@ -16,12 +16,16 @@ import aiohttp
 import pytest
 
 from benchmarks.processes import free_port
+from proxy.scaling.supervisor import Record, read_record
 from proxy.tasks import Tasks
 from tests.e2e import backends as b
 from tests.e2e.backends import answers, waits
 from tests.e2e.conftest import StartTidegate
 from tests.e2e.faults.figures import Figure
 from tests.e2e.proxy_fixtures import HELLO, Answer, Client, StartBackend, chat, command, eventually
+from tests.e2e.test_standby import answers as listens
+from tests.e2e.test_standby import chat as asks
+from tests.e2e.test_standby import standby, until
 from tests.e2e.tidegate_process import COMMAND, TidegateProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -281,6 +285,47 @@ async def test_a_new_process_that_cannot_start_changes_nothing(
     assert complete(await stream.rest())
     await all_ended(proxy)
     assert [row["outcome"] for row in proxy.export()] == ["ok"] * 4
+
+
+async def test_a_standby_that_starts_goes_on_starting_for_who_waits_in_the_old_process(
+    upgraded: StartTidegate, tmp_path: Path
+) -> None:
+    def launched() -> Record | None:
+        found = read_record(proxy.state_folder / "standbys" / "a")
+        return found if found is not None and found.command[0] else None
+
+    port, gate, tasks = free_port(), tmp_path / "gate", Tasks()
+    script = 'while [ ! -e "$1" ]; do sleep 0.05; done; exec "$2" emulate --host "$3" --port "$4" --model m'
+    command_line = ["sh", "-c", script, "sh", str(gate), str(COMMAND), "{host}", "{port}"]
+    process = {"command": command_line, "grace": "1s"}
+    proxy = await asyncio.to_thread(upgraded, standby(port, process=process), probing={}, currency="CNY")
+    waits_there = tasks.spawn(asks(proxy), "client")
+    row = await until(proxy, "starting")
+    engine = await eventually(launched, PATIENCE_S)
+    old = proxy.serving
+    done = await asyncio.to_thread(proxy.upgrade, "--drain", "20m")
+    assert done.returncode == 0, done.stderr
+    assert (await until(proxy, "starting"))["run"] == row["run"]
+    assert not waits_there.done()
+    gate.touch()
+    assert (await waits_there)["usage"]["completion_tokens"] == 2
+    assert (await until(proxy, "ready"))["run"] == row["run"]
+    assert (await asks(proxy))["usage"]["completion_tokens"] == 2
+    await ended(old)
+    lease = proxy.state_folder / "standbys" / "a.lease"
+    before = lease.stat().st_mtime_ns
+    await eventually(lambda: lease.stat().st_mtime_ns != before, PATIENCE_S)  # by who is left
+    assert launched() == engine, "the same one"
+    assert (await command("standby", "stop", "a", "--state", str(proxy.state_folder)))[0] == 0
+    await until(proxy, "standby")
+    assert not listens(port)
+    status, out, _ = await command("standby", "history", "a", "--json", "--state", str(proxy.state_folder))
+    assert status == 0
+    moves = [move["event"] for move in json.loads(out)]
+    assert moves == ["start", "prepared", "started", "stop", "drained", "stopped"]
+    await all_ended(proxy)
+    (line,) = json.loads(proxy.run("usage", "--capacity", "--json"))
+    assert (line["runs"], line["cost"]) == (1, pytest.approx(line["seconds"], rel=1e-6))
 
 
 @pytest.fixture

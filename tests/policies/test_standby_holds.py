@@ -44,6 +44,38 @@ def test_what_only_a_standby_may_serve_is_held_until_it_is_ready() -> None:
     assert answer.decision.reason.startswith("waited for a standby: ")
 
 
+@pytest.mark.parametrize("standby", [True, False])
+def test_one_that_has_died_is_waited_for_before_anybody_has_put_it_to_sleep(standby: bool) -> None:
+    homes = fleet(backend("z", slots=1, standby=standby))
+    homes.refresh(0.0)
+    valve = Valve(one_tier(wait_s=5.0, cold_start_s=COLD_S), homes)
+    z = homes["z"]
+    z.connects = False
+    z.probed(False, 1.0)
+    homes.refresh(1.0)
+    routing = valve.submit(request("x", arrived=1.0), 1.0)
+    if not standby:
+        assert isinstance(routing.decision, Reject)
+        return
+    assert routing.decided_by == STANDBY
+    assert valve.waiting_for_standbys() == [({"z"}, 1, 0.0)]
+    homes.put("z", 9.0, asleep=True)
+    assert valve.poll(9.0) == []
+    homes.put("z", 40.0, asleep=False)
+    z.probed(True, 40.0)
+    homes.refresh(40.0)
+    (answer,) = valve.poll(40.0)
+    assert decided(answer) == "z"
+
+
+def test_nobody_waits_for_one_that_has_died_and_has_no_money_left() -> None:
+    homes = fleet(backend("z", slots=1, standby=True, over_budget=True))
+    homes["z"].connects = False
+    homes["z"].probed(False, 1.0)
+    homes.refresh(1.0)
+    assert isinstance(Valve(one_tier(), homes).submit(request("x"), 1.0).decision, Reject)
+
+
 def test_it_is_held_no_longer_than_its_rule_allows() -> None:
     valve, _ = cold()
     valve.submit(request("x"), 0.0)

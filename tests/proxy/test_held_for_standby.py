@@ -11,6 +11,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from rich.console import Console
 
 from policies.base import Send
+from policies.standby import State as Where
 from proxy.admin.explain import explanation
 from proxy.admin.http import admin_app, state, unready
 from proxy.admin.whatif import Asked, Running, what_if
@@ -20,6 +21,7 @@ from proxy.explain import render, render_what_if
 from proxy.heartbeat import HEARTBEAT
 from proxy.idle import Imagined
 from proxy.openai import read_body
+from proxy.scaling.service import Surroundings
 from proxy.status import screen
 from tests.proxy.fakes import World, answer_body, client_of, read, whole
 from tests.proxy.test_heartbeat import ANSWER
@@ -152,6 +154,26 @@ def test_state_and_status_tell_of_standbys() -> None:
     assert "! " not in text
     wake(w)
     assert not any(row["asleep"] for row in state(w.runtime, 0.0)["backends"] if row["name"] == "z")
+
+
+def test_one_that_is_gone_and_cannot_be_taken_out_gets_nothing_new_wherever_it_is() -> None:
+    w = World("z", "y")
+    around, fleet = Surroundings(w.runtime), w.runtime.fleet
+    z = fleet["z"]
+    z.standby = True
+    around.put("z", Where.READY)
+    around.drain("z")
+    for state in Where:
+        around.put("z", state)
+        for up in (True, False):
+            z.probed(up, w.loop.now)
+            fleet.refresh(w.loop.now)
+            assert not z.available
+            assert not z.awaited
+    z.probed(True, w.loop.now)
+    around.begin_anew()
+    around.put("z", Where.READY)
+    assert z.available
 
 
 async def test_a_proxy_whose_backends_all_sleep_is_ready_and_says_so() -> None:

@@ -101,6 +101,26 @@ def test_a_reload_that_was_refused_is_told() -> None:
     assert "! the last reload was refused" in shown(state(world.runtime, 0.0))
 
 
+def test_standbys_are_shown_with_where_they_are_and_why() -> None:
+    _, now = busy()
+    ready = {"run": "1", "since_s": 300.0, "pinned": False, "pause_s": 0.0, "trouble": "", "reason": "it answers"}
+    now["standbys"] = [
+        {**ready, "name": "a", "state": "ready"},
+        {**ready, "name": "b", "state": "standby", "run": "", "reason": ""},
+        {**ready, "name": "c", "state": "failed", "pause_s": 40.0, "reason": "it ended with exit code 1:\nkey: x"},
+        {**ready, "name": "d", "state": "starting", "pinned": True, "trouble": "the disk is full"},
+    ]
+    text = shown(now)
+    for said in (
+        "standby   a: ready for 5 min: it answers\n",
+        "standby   b: never started\n",
+        "standby   c: failed for 5 min, tried again in 40 s: it ended with exit code 1:\n",
+        "standby   d: starting for 5 min, by hand: the disk is full\n",
+    ):
+        assert said in text
+    assert "key: x" not in text
+
+
 def test_a_certificate_that_ends_soon_is_told() -> None:
     _, state = busy()
     said = "certificate api.pem expires in 5 days"

@@ -228,6 +228,7 @@ def test_backends_come_back() -> None:
         context_tokens={"m": 4096},
         price_input=0.1,
         asleep=True,
+        standby=True,
         breaker=Breaker(threshold=2, base_s=1.0),
     )
     lines: list[bytes] = []
@@ -271,6 +272,9 @@ def test_what_was_held_for_standbys_is_decided_again() -> None:
     router.fleet.put("z", 18.0, asleep=False)  # without the breaker and the pause that it had
     router.submit(requests[8], 18.0)
     router.submit(requests[9], 18.5)
+    router.fleet["z"].over_budget = True
+    router.fleet.version += 1
+    router.fleet.refresh(18.7)
     router.submit(requests[10], 19.0)
     router.left(requests[10], 19.5)
     router.sweep(400.0)

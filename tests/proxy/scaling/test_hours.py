@@ -57,11 +57,11 @@ def test_a_run_that_goes_on_while_no_proxy_runs_is_counted_once(tmp_path: Path) 
         first.open(kept(wall), section("a"), "t", wall, 0.0)
         await first.write(wall + 600, 600.0)
         second = Hours(engine, "CNY")
-        await second.begin([(kept(wall), section("a"))], wall + 3600, 50.0)
+        await second.begin([(kept(wall), section("a"), "t")], wall + 3600, 50.0)
         await second.write(wall + 7200, 3650.0)
         assert total(second) == pytest.approx(72.0)
         third = Hours(engine, "CNY")
-        await third.begin([(kept(wall), section("a"))], wall - 86_400, 9.0)
+        await third.begin([(kept(wall), section("a"), "t")], wall - 86_400, 9.0)
         await third.write(wall - 86_400 + 60, 69.0)
         assert total(third) == pytest.approx(72.6), "a clock that was set back takes nothing back"
         engine.dispose()
@@ -95,3 +95,15 @@ def test_a_month_is_one_of_the_calendar() -> None:
     begin, end = month_of(datetime(2026, 12, 31, 23, tzinfo=UTC).timestamp())
     assert datetime.fromtimestamp(begin, UTC) == datetime(2026, 12, 1, tzinfo=UTC)
     assert datetime.fromtimestamp(end, UTC) == datetime(2027, 1, 1, tzinfo=UTC)
+
+
+def test_a_run_that_is_taken_up_before_it_was_written_stays_on_its_account(tmp_path: Path) -> None:
+    async def whole() -> None:
+        hours, wall = Hours(open_database(tmp_path), "CNY"), ON_THE_HOUR
+        await hours.begin([(kept(wall), section("a"), "t")], wall + 30, 0.0)
+        await hours.write(wall + 60, 30.0)
+        assert hours.engine is not None
+        assert spent(hours.engine, None, 0.0, 1e12, "t") / NANO == pytest.approx(0.6)
+        hours.engine.dispose()
+
+    asyncio.run(whole())

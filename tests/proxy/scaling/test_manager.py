@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 
 from policies.scaling import Step
-from policies.standby import Event, State, pause_after
+from policies.standby import Event, Standby, State, pause_after
 from policies.state import Backend
-from proxy.scaling.journal import JOURNAL_FILE, StandbyJournal
+from proxy.scaling.hours import Hours
+from proxy.scaling.journal import JOURNAL_FILE, Kept, StandbyJournal
 from proxy.scaling.keeper import HUNG_S, LOOK_S, SILENT_S
-from proxy.scaling.seams import NoGate, NotPossibleError
+from proxy.scaling.seams import NoGate, NotPossibleError, section_of
+from proxy.scaling.shown import families, standbys
+from proxy.tasks import Tasks
 from tests.proxy.scaling.engines import Proxy, section
 from tests.proxy.scaling.virtual import run
 
@@ -167,6 +170,8 @@ def test_one_that_falls_silent_is_given_up_in_its_time(tmp_path: Path, known: bo
         await proxy.until("a", State.READY)
         proxy.engines["a"].frozen, proxy.engines["a"].known = True, known
         since = proxy.around.now()
+        await asyncio.sleep(3)
+        assert proxy.scaling.condition("a").endswith("(it does not answer)")
         await proxy.until("a", State.FAILED, seconds + 20)
         assert proxy.around.now() - since >= seconds
 
@@ -343,6 +348,109 @@ def test_two_processes_never_act_at_once(tmp_path: Path) -> None:
     assert [name for name, _ in proxy.engines["a"].calls] == ["prepare", "start", "start"]
 
 
+def test_what_was_asked_for_before_a_crash_is_not_taken_for_nothing(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        proxy.around.held = 1
+        await proxy.until("a", State.READY)
+        proxy.around.held = 0
+        await asyncio.sleep(100)
+        await proxy.crash()
+        proxy.start()
+        await asyncio.sleep(290)
+        assert proxy.state("a") is State.READY, "nobody knows yet that nobody asks"
+        await proxy.until("a", State.STANDBY, 30.0)
+
+    play(tmp_path, case, settle_s=300.0)
+
+
+class Counted(Hours):
+    """Hours that count how often they are written."""
+
+    written = 0
+
+    async def write(self, wall: float, now: float) -> None:
+        self.written += 1
+        await super().write(wall, now)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_hours_are_written_by_the_process_that_acts_alone(tmp_path: Path, at_once: bool) -> None:
+    async def case(proxy: Proxy) -> None:
+        first = proxy.scaling
+        first.hours = hours = Counted(None)
+        await first.start("a")
+        await proxy.until("a", State.READY)
+        tasks = Tasks()
+        tasks.spawn(first.hand_over(), "hand over")
+        await asyncio.sleep(0)
+        if not at_once:
+            proxy.start()
+            await asyncio.sleep(3600)
+        await first.stop(keep=False)
+        await tasks.cancel_all()
+        assert hours.written == 1, "what has become of its runs since then it does not know"
+        if at_once:
+            proxy.start()
+        await proxy.until("a", State.READY)
+
+    proxy = play(tmp_path, case)
+    assert [name for name, _ in proxy.engines["a"].calls] == ["prepare", "start"]
+
+
+def test_a_reload_of_a_process_that_has_handed_over_is_of_no_consequence(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        await proxy.scaling.start("a")
+        await proxy.until("a", State.READY)
+        tasks = Tasks()
+        tasks.spawn(proxy.scaling.hand_over(), "hand over")
+        await asyncio.sleep(1)
+        del proxy.sections["b"]
+        for command in ("true", "false"):
+            proxy.sections["a"] = section("a", command={"command": [command]})
+            proxy.reload()
+            await asyncio.sleep(3)
+        await tasks.cancel_all()
+        assert proxy.engines["a"].runs
+
+    play(tmp_path, case, "a", "b")
+
+
+@pytest.mark.parametrize("command", ["true", "false"])
+def test_a_reload_while_hours_are_read_forgets_nobody(tmp_path: Path, command: str) -> None:
+    class Slow(Hours):
+        async def begin(self, *args: Any, **kwargs: Any) -> None:
+            await asyncio.sleep(10)
+
+    async def case(proxy: Proxy) -> None:
+        await proxy.crash()
+        proxy.sections = {"a": section("a")}
+        proxy.start()
+        proxy.scaling.hours = Slow(None)
+        await asyncio.sleep(1)
+        proxy.sections = {"a": section("a", command={"command": [command]}), "b": section("b")}
+        proxy.reload()
+        proxy.around.held = 10_000
+        await proxy.until("a", State.READY)
+        await proxy.until("b", State.READY)
+
+    play(tmp_path, case, "a", "b")
+
+
+def test_who_cannot_look_at_its_lock_says_so_and_tries_again(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        await proxy.crash()
+        scaling = proxy.start()
+        path, scaling._lock._path = scaling._lock._path, tmp_path / "away" / "lock"
+        await asyncio.sleep(5)
+        assert scaling.trouble == f"{tmp_path}/away/lock cannot be written: No such file or directory"
+        scaling._lock._path = path
+        await asyncio.sleep(2)
+        assert scaling.acting
+        assert not scaling.trouble
+
+    play(tmp_path, case)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_stop_of_the_proxy_stops_what_runs_unless_it_is_to_be_kept(tmp_path: Path, keep: bool) -> None:
     async def case(proxy: Proxy) -> None:
@@ -374,6 +482,29 @@ def test_a_stop_of_the_proxy_waits_for_no_longer_than_a_stop_may_take(tmp_path: 
     assert moves(proxy)[-6:] == ["stop", "drained", "stopped", "start", "prepared", "started"]
 
 
+def test_lines_that_are_none_of_ours_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def case(proxy: Proxy) -> None:
+        await proxy.scaling.start("a")
+        await proxy.until("a", State.READY)
+        await proxy.crash()
+        with (tmp_path / JOURNAL_FILE).open("ab") as file:
+            file.write(b'5\nnull\n[]\n"x"\n\0\0\n{}\n{"standby": 5}\n{"standby": {"name": "a"}}\nhalf a li')
+        proxy.start()
+        await proxy.until("a", State.READY)
+
+    proxy = play(tmp_path, case)
+    assert [name for name, _ in proxy.engines["a"].calls] == ["prepare", "start"]
+    assert caplog.text.count("cannot be read, and is passed over") == 2 * 8, "to show them, and to act"
+
+
+def test_what_a_run_was_started_by_is_not_shown_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    process = {"command": ["x"], "environment": {"TOKEN": "hush-hush"}, "grace": "soon"}
+    backend = {"name": "a", "url": "http://127.0.0.1:1", "models": ["m"], "standby": {"process": process}}
+    assert section_of(Kept(Standby("a"), backend), "a") is None
+    assert "standby.process.grace" in caplog.text
+    assert "hush" not in caplog.text
+
+
 # Configuration
 
 
@@ -387,6 +518,7 @@ def test_one_that_is_no_longer_configured_is_stopped_and_forgotten(tmp_path: Pat
         await asyncio.sleep(2)
         assert not proxy.engines["a"].runs
         assert "a" not in proxy.scaling.keepers
+        assert (proxy.scaling.moves, proxy.scaling.starts) == ({}, {})
         proxy.sections = sections
         proxy.reload()
         await proxy.scaling.start("a")
@@ -468,6 +600,26 @@ def test_other_figures_change_nothing_that_runs(tmp_path: Path) -> None:
     play(tmp_path, case)
 
 
+def test_figures_of_one_that_waits_for_another_to_end_are_taken_over(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        await proxy.scaling.start("a")
+        await proxy.until("a", State.READY)
+        backend = proxy.around.fleet["a"]
+        backend.in_flight = 1
+        for cost in (1.0, 2.0):
+            proxy.sections["a"] = section("a", cost_per_hour=cost, command={"command": ["false"]})
+            proxy.reload()
+            await asyncio.sleep(1)
+        keeper = proxy.scaling.keepers["a"]
+        assert (keeper.state, keeper.terms.cost_per_hour) == (State.DRAINING, 36.0)
+        backend.in_flight = 0
+        await asyncio.sleep(1)
+        await proxy.until("a", State.READY)
+        assert keeper.terms.cost_per_hour == 2.0
+
+    play(tmp_path, case)
+
+
 def test_no_more_run_at_a_site_than_may(tmp_path: Path) -> None:
     async def case(proxy: Proxy) -> None:
         proxy.most = {"local": 1}
@@ -479,6 +631,45 @@ def test_no_more_run_at_a_site_than_may(tmp_path: Path) -> None:
             await proxy.scaling.start(next(name for name in "ab" if proxy.state(name) is State.STANDBY))
 
     play(tmp_path, case, "a", "b")
+
+
+def test_one_that_failed_and_is_gone_leaves_its_place_to_another(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        proxy.most = {"local": 1}
+        proxy.reload()
+        proxy.engines["a"].modes["start"] = "half"
+        proxy.around.held = 1
+        await proxy.until("a", State.FAILED)
+        await proxy.until("b", State.READY, 10.0)
+        await asyncio.sleep(60)
+        assert proxy.state("a") is State.STANDBY
+
+    proxy = play(tmp_path, case, "a", "b")
+    assert [name for name, _ in proxy.engines["a"].calls] == ["prepare", "start", "stop"]
+
+
+
+def test_who_does_not_act_shows_what_was_written(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        await proxy.scaling.start("a")
+        await proxy.until("a", State.READY)
+        second = proxy.start()
+        await asyncio.sleep(1)
+        (row,) = standbys(second)
+        assert (row["state"], row["pinned"], row["run"] != "") == ("ready", True, True)
+        assert row["trouble"] == "another process starts and stops it"
+        assert second.condition("a") == "ready (another process starts and stops it)"
+        with pytest.raises(NotPossibleError, match="now: another process starts and stops it"):
+            await second.start("a")
+        states = {
+            sample.labels["state"]: sample.value
+            for metric in families(second)
+            if metric.name == "tidegate_standby_state"
+            for sample in metric.samples
+        }
+        assert [state for state, value in states.items() if value] == ["ready"]
+
+    play(tmp_path, case)
 
 
 # By hand
@@ -496,6 +687,46 @@ def test_one_that_was_started_by_hand_stays_until_it_is_stopped(tmp_path: Path) 
         assert proxy.state("a") is State.STANDBY
 
     play(tmp_path, case)
+
+
+@pytest.mark.parametrize("first", ["start", "stop"])
+def test_a_stop_by_hand_takes_back_a_start_that_is_only_on_its_way(tmp_path: Path, first: str) -> None:
+    async def case(proxy: Proxy) -> None:
+        await asyncio.sleep(1)
+        keeper = proxy.scaling.keepers["a"]
+        assert keeper.ask(Event.START, "somebody wants it")
+        assert keeper.ask(Event.STOP, "somebody else does not")
+        assert not keeper.is_asked
+        if first == "start":
+            keeper.ask(Event.START, "somebody wants it")
+        stopping = proxy.scaling.spawn(proxy.scaling.stop_one("a"), "stop")
+        if first == "stop":
+            keeper.ask(Event.START, "somebody wants it")
+        await stopping
+        await asyncio.sleep(5)
+        assert proxy.state("a") is State.STANDBY
+
+    proxy = play(tmp_path, case)
+    assert "start" not in [name for name, _ in proxy.engines["a"].calls]
+
+
+def test_no_second_one_starts_at_a_full_site_while_a_start_is_being_written(tmp_path: Path) -> None:
+    async def case(proxy: Proxy) -> None:
+        proxy.most = {"local": 1}
+        proxy.reload()
+        await asyncio.sleep(1)
+        keeper = proxy.scaling.keepers["a"]
+        await keeper._writing.acquire()
+        keeper.ask(Event.START, "somebody wants it")
+        await asyncio.sleep(0.01)
+        proxy.around.held = 10_000
+        proxy.scaling.turn()
+        keeper._writing.release()
+        await asyncio.sleep(30)
+        assert (proxy.state("a"), proxy.state("b")) == (State.READY, State.STANDBY)
+
+    proxy = play(tmp_path, case, "a", "b")
+    assert proxy.engines["b"].calls == []
 
 
 @pytest.mark.parametrize("jump_s", [0.0, 86_400.0, -86_400.0])

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -22,8 +23,8 @@ from proxy.scaling.facts import Facts
 from proxy.scaling.process import ProcessProvider, command_of
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.sections import ProcessSection, StandbySection
-from proxy.scaling.supervisor import Record, is_locked, left_of, path_of, read_record
-from tests.proxy.scaling.home import Call, Home, at_home, ended
+from proxy.scaling.supervisor import Order, Record, is_locked, left_of, path_of, read_record
+from tests.proxy.scaling.home import PATIENCE_S, Call, Home, at_home, ended
 
 COMM = Path("/proc/self/comm").read_text().strip() if sys.platform == "linux" else ""
 ROOT = Path(__file__).parents[3]
@@ -127,6 +128,31 @@ async def test_a_start_that_was_cancelled_anywhere_can_be_repeated(place: Place)
         await provider.stop("")
         await engine.ended()
     assert place.home.nobody_else()
+
+
+async def test_a_stop_comes_after_a_launch_that_nobody_waits_for_any_more(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = place.provider()
+    spawn, reached, goes_on = provider._spawn, threading.Event(), threading.Event()
+
+    def slow(order: Order) -> bool:
+        reached.set()
+        assert goes_on.wait(PATIENCE_S)
+        return spawn(order)
+
+    monkeypatch.setattr(provider, "_spawn", slow)
+    loop = asyncio.get_running_loop()
+    starting = loop.create_task(provider.start("run-1"))
+    assert await asyncio.to_thread(reached.wait, PATIENCE_S)
+    starting.cancel()
+    stopping = loop.create_task(provider.stop("run-1"))
+    await asyncio.wait({starting, stopping}, timeout=0.1)
+    assert not stopping.done()
+    goes_on.set()
+    await stopping
+    assert (await provider.status()).presence is Presence.ABSENT
+    assert not is_locked(place.prefix)
 
 
 async def test_it_may_end_its_work_after_sigterm(place: Place) -> None:

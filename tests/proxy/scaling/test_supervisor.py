@@ -106,6 +106,22 @@ def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path) -> No
     assert log._size == 0
 
 
+def test_a_log_that_cannot_be_begun_anew_now_is_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "a.log"
+    log = Log(path, most=10)
+    log.write(b"0123456789")
+    with monkeypatch.context() as patched:
+        patched.setattr(module.os, "open", full)
+        log.write(b"lost")
+        log.write(b"lost too")
+    os.fstat(log._file)  # still ours: a handle that was closed would soon be somebody else's
+    log.write(b"kept")
+    assert (path_of(path, "1").read_bytes(), path.read_bytes()) == (b"0123456789", b"kept")
+
+
 def test_a_lock_is_of_one_and_looking_takes_nothing(tmp_path: Path) -> None:
     prefix = tmp_path / "a"
     assert not is_locked(prefix)
