@@ -482,7 +482,9 @@ def test_a_stop_of_the_proxy_waits_for_no_longer_than_a_stop_may_take(tmp_path: 
     assert moves(proxy)[-6:] == ["stop", "drained", "stopped", "start", "prepared", "started"]
 
 
-def test_lines_that_are_none_of_ours_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_that_are_none_of_ours_are_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def case(proxy: Proxy) -> None:
         await proxy.scaling.start("a")
         await proxy.until("a", State.READY)
@@ -646,7 +648,6 @@ def test_one_that_failed_and_is_gone_leaves_its_place_to_another(tmp_path: Path)
 
     proxy = play(tmp_path, case, "a", "b")
     assert [name for name, _ in proxy.engines["a"].calls] == ["prepare", "start", "stop"]
-
 
 
 def test_who_does_not_act_shows_what_was_written(tmp_path: Path) -> None:
