@@ -134,9 +134,7 @@ class Hours:
         self._write_at = now + WRITE_S
         return True
 
-    async def begin(
-        self, runs: Iterable[tuple[Kept, BackendConfig, str]], wall: float, now: float
-    ) -> None:
+    async def begin(self, runs: Iterable[tuple[Kept, BackendConfig, str]], wall: float, now: float) -> None:
         """Take up the runs that went on while no proxy ran, each with the template that it is on the account of."""
         for each, section, template in runs:
             standby = each.standby

@@ -450,4 +450,3 @@ class Scaling:
     def names(self) -> list[str]:
         """Of all, those included that are no longer configured and not gone yet."""
         return list(dict.fromkeys((*self._sections, *self.keepers)))
-

@@ -80,7 +80,9 @@ class Surroundings:
         """Send nothing new there and hold nothing for it, until another configuration is followed."""
         self._leaving.add(name)
         runtime = self._runtime
-        if name in runtime.fleet.backends and runtime.fleet.put(name, runtime.now(), asleep=False, draining=True):
+        if name in runtime.fleet.backends and runtime.fleet.put(
+            name, runtime.now(), asleep=False, draining=True
+        ):
             runtime.poll(runtime.now())
 
     def begin_anew(self) -> None:

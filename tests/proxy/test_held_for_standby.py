@@ -163,8 +163,8 @@ def test_one_that_is_gone_and_cannot_be_taken_out_gets_nothing_new_wherever_it_i
     z.standby = True
     around.put("z", Where.READY)
     around.drain("z")
-    for state in Where:
-        around.put("z", state)
+    for place in Where:
+        around.put("z", place)
         for up in (True, False):
             z.probed(up, w.loop.now)
             fleet.refresh(w.loop.now)

@@ -103,11 +103,24 @@ def test_a_reload_that_was_refused_is_told() -> None:
 
 def test_standbys_are_shown_with_where_they_are_and_why() -> None:
     _, now = busy()
-    ready = {"run": "1", "since_s": 300.0, "pinned": False, "pause_s": 0.0, "trouble": "", "reason": "it answers"}
+    ready = {
+        "run": "1",
+        "since_s": 300.0,
+        "pinned": False,
+        "pause_s": 0.0,
+        "trouble": "",
+        "reason": "it answers",
+    }
     now["standbys"] = [
         {**ready, "name": "a", "state": "ready"},
         {**ready, "name": "b", "state": "standby", "run": "", "reason": ""},
-        {**ready, "name": "c", "state": "failed", "pause_s": 40.0, "reason": "it ended with exit code 1:\nkey: x"},
+        {
+            **ready,
+            "name": "c",
+            "state": "failed",
+            "pause_s": 40.0,
+            "reason": "it ended with exit code 1:\nkey: x",
+        },
         {**ready, "name": "d", "state": "starting", "pinned": True, "trouble": "the disk is full"},
     ]
     text = shown(now)

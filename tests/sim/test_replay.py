@@ -272,9 +272,13 @@ def test_what_was_held_for_standbys_is_decided_again() -> None:
     router.fleet.put("z", 18.0, asleep=False)  # without the breaker and the pause that it had
     router.submit(requests[8], 18.0)
     router.submit(requests[9], 18.5)
-    router.fleet["z"].over_budget = True
-    router.fleet.version += 1
-    router.fleet.refresh(18.7)
+    for at, over_budget in ((18.7, True), (18.9, False)):
+        for home in homes:
+            home.over_budget = over_budget
+        router.fleet.version += 1
+        router.fleet.refresh(at)
+        if over_budget:
+            router.submit(requests[11], 18.8)
     router.submit(requests[10], 19.0)
     router.left(requests[10], 19.5)
     router.sweep(400.0)

@@ -106,7 +106,9 @@ def test_a_log_on_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path) -> No
     assert log._size == 0
 
 
-def test_a_log_that_cannot_be_begun_anew_now_is_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_cannot_be_begun_anew_now_is_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
