@@ -14,12 +14,13 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from math import inf
 from typing import Final
 
 from policies.units import BadValueError
 from proxy.masking import masked_output, secret_values
 from proxy.scaling.facts import Facts
-from proxy.scaling.provider import Presence, ProviderError, Status
+from proxy.scaling.provider import STATUS_WITHIN_S, Presence, ProviderError, Status
 from proxy.scaling.sections import StandbySection
 from proxy.scaling.statusbody import read_status
 
@@ -62,16 +63,17 @@ class CommandProvider:
     async def status(self) -> Status:
         """What the script says. `UNKNOWN`: it could not be asked."""
         try:
-            return read_status(await self._call("status", "")).status()
+            return read_status(await self._call("status", "", STATUS_WITHIN_S)).status()
         except ProviderError as error:
             return Status(Presence.UNKNOWN, detail=str(error))
 
     async def close(self) -> None:
         """There is nothing to close."""
 
-    async def _call(self, operation: str, run: str) -> str:
+    async def _call(self, operation: str, run: str, most_s: float = inf) -> str:
         """What it wrote to standard output."""
         section = self._section
+        within_s = min(section.timeout, most_s)
         environment = {
             **os.environ,
             **section.environment,
@@ -95,7 +97,7 @@ class CommandProvider:
             except (OSError, ValueError) as error:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 raise ProviderError(f"{section.command[0]} cannot be run: {reason.lower()}") from None
-            problem = await self._watched(process, output, errors)
+            problem = await self._watched(process, within_s, output, errors)
         finally:
             output.close()
             errors.close()
@@ -105,15 +107,15 @@ class CommandProvider:
             raise ProviderError(f"{shown} {how}{_last_lines(errors.text(), environment)}")
         return output.text()
 
-    async def _watched(self, process: asyncio.subprocess.Process, *pipes: _Pipe) -> str:
+    async def _watched(self, process: asyncio.subprocess.Process, within_s: float, *pipes: _Pipe) -> str:
         """Wait for its end. Why it was ended; empty: it was not."""
         for pipe in pipes:
             pipe.read(partial(_end, process.pid))
         try:
-            async with asyncio.timeout(self._section.timeout):
+            async with asyncio.timeout(within_s):
                 await process.wait()
         except TimeoutError:
-            return f"took longer than {self._section.timeout:g} s and was ended"
+            return f"took longer than {within_s:g} s and was ended"
         finally:
             if process.returncode is None:
                 _end(process.pid)

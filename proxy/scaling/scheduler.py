@@ -17,7 +17,7 @@ from proxy.scaling.calls import Caller, RefusedError, new_id
 from proxy.scaling.facts import Facts
 from proxy.scaling.messages import PRESENCE, MessageError, PlacementStatus, Run, read_message
 from proxy.scaling.platform import caller_of
-from proxy.scaling.provider import Presence, ProviderError, Status
+from proxy.scaling.provider import STATUS_WITHIN_S, Presence, ProviderError, Status
 from proxy.scaling.sections import StandbySection
 
 FIRST_LOOK_S: Final = 0.5
@@ -45,7 +45,6 @@ class SchedulerProvider:
         self._facts = facts
         self._placement = section.scheduler.placement
         self._url = f"{platform.url}/v1/placements/{self._placement}"
-        self._within_s = platform.timeout
         self._caller = caller or caller_of(platform)
         self._clock, self._sleep = clock, sleep
 
@@ -85,7 +84,7 @@ class SchedulerProvider:
     async def status(self) -> Status:
         """What the platform says. `UNKNOWN`: it could not be asked."""
         try:
-            found = await self._look(self._within_s)
+            found = await self._look(STATUS_WITHIN_S)
         except RefusedError as error:
             presence = Presence.ABSENT if error.status in GONE else Presence.UNKNOWN
             return Status(presence, detail=str(error))

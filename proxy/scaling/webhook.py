@@ -17,7 +17,7 @@ from policies.standby import Work
 from policies.units import BadValueError
 from proxy.scaling.calls import Answer, Caller, new_id
 from proxy.scaling.facts import Facts
-from proxy.scaling.provider import Presence, ProviderError, Status
+from proxy.scaling.provider import STATUS_WITHIN_S, Presence, ProviderError, Status
 from proxy.scaling.sections import StandbySection
 from proxy.scaling.signing import secrets_of
 from proxy.scaling.statusbody import StatusBody, status_of
@@ -76,7 +76,7 @@ class WebhookProvider:
     async def status(self) -> Status:
         """What the endpoint says. `UNKNOWN`: it could not be asked."""
         try:
-            return (await self._status("", self._webhook.timeout)).status()
+            return (await self._status("", STATUS_WITHIN_S)).status()
         except ProviderError as error:
             return Status(Presence.UNKNOWN, detail=str(error))
 

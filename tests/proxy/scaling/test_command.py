@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from proxy.config import load_config
+from proxy.scaling import command
 from proxy.scaling.command import MOST_OUTPUT_BYTES, CommandProvider
 from proxy.scaling.facts import Facts
+from proxy.scaling.keeper import STATUS_S
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.sections import StandbySection
 
@@ -182,3 +184,13 @@ def test_a_path_is_relative_to_the_configuration(tmp_path: Path) -> None:
     file.write_text(json.dumps({"backends": sections}))
     found = [backend.standby.command.command for backend in load_config(file).backends]  # type: ignore[union-attr]
     assert found == [[str(tmp_path / "on.sh"), "x"], ["on.sh", "x"]]
+
+
+async def test_a_status_that_hangs_says_so_before_nobody_waits_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command.STATUS_WITHIN_S < STATUS_S
+    monkeypatch.setattr(command, "STATUS_WITHIN_S", 0.5)
+    found = await provider(tmp_path, "echo asking the cloud >&2; sleep 1000").status()
+    assert found.presence is Presence.UNKNOWN
+    assert found.detail == "`standby.sh status` took longer than 0.5 s and was ended: asking the cloud"

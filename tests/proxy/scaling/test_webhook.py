@@ -9,6 +9,7 @@ import pytest
 from policies.units import BadValueError
 from proxy.scaling.calls import Caller
 from proxy.scaling.facts import Facts
+from proxy.scaling.keeper import STATUS_S
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.sections import StandbySection
 from proxy.scaling.webhook import WebhookProvider
@@ -148,3 +149,14 @@ async def test_a_secret_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch
 def test_a_socket_is_no_webhook() -> None:
     with pytest.raises(ValueError, match="over HTTP"):
         StandbySection.model_validate({"webhook": {"url": "unix:/run/x.sock"}})
+
+
+async def test_what_is_wrong_is_known_before_nobody_waits_any_more() -> None:
+    async with endpoint(otherwise=(503, {"error": "maintenance until 9"})) as server:
+        pauses = Pauses()
+        section = StandbySection.model_validate({"webhook": {"url": server.url, "timeout": "60s"}})
+        one = WebhookProvider(section, FACTS, Caller(clock=pauses.clock, sleep=pauses))
+        found = await one.status()
+        await one.close()
+    assert (found.presence, pauses.clock() < STATUS_S) == (Presence.UNKNOWN, True)
+    assert "maintenance until 9" in found.detail
