@@ -35,7 +35,8 @@ PRESENCE: dict[str, Presence] = {
     "stopping": Presence.RUNNING,
     "failed": Presence.ABSENT,
 }
-"""What of a placement is there, by its state: `failed` means that nothing of it runs any more."""
+"""What of a placement is there, by its state. `failed`: nothing of it runs any more. `preparing`: before its start;
+what is prepared for a run is `STARTING` (`scheduler.py`)."""
 
 
 class MessageError(Exception):

@@ -47,6 +47,8 @@ class SchedulerProvider:
         self._url = f"{platform.url}/v1/placements/{self._placement}"
         self._caller = caller or caller_of(platform)
         self._clock, self._sleep = clock, sleep
+        self._ordered = ""
+        """Our last order."""
 
     @staticmethod
     def check(section: StandbySection, facts: Facts) -> Iterator[BadValueError]:
@@ -73,7 +75,7 @@ class SchedulerProvider:
         try:
             await self._order("stop", run, new_id(), within_s)
             await self._until(
-                lambda status: PRESENCE[status.state] is Presence.ABSENT,
+                lambda found: self._presence(found) is Presence.ABSENT,
                 deadline - self._clock(),
                 "stopped",
             )
@@ -90,13 +92,19 @@ class SchedulerProvider:
             return Status(presence, detail=str(error))
         except ProviderError as error:
             return Status(Presence.UNKNOWN, detail=str(error))
-        return Status(PRESENCE[found.state], found.run, found.progress, found.detail)
+        return Status(self._presence(found), found.run, found.progress, found.detail)
 
     async def close(self) -> None:
         """Let connections go."""
         await self._caller.close()
 
+    def _presence(self, found: PlacementStatus) -> Presence:
+        if found.state == "preparing" and (found.run or self._ordered == "start"):
+            return Presence.STARTING  # what a start needs is brought only now
+        return PRESENCE[found.state]
+
     async def _order(self, operation: str, run: str, id: str, within_s: float) -> None:
+        self._ordered = operation
         message = Run.model_validate({"operation": operation, "placement": self._placement, "run": run})
         await self._caller.call(
             "POST", f"{self._url}/{operation}", message.model_dump(mode="json"), id=id, within_s=within_s

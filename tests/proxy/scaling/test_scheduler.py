@@ -130,3 +130,27 @@ def test_without_a_platform_it_is_refused() -> None:
     backend = {"name": "nj", "url": facts.url, "models": ["m"], "standby": {"scheduler": {"placement": "p1"}}}
     with pytest.raises(ValueError, match="placement of which platform"):
         Config.model_validate({"backends": [backend]})
+
+
+async def test_what_is_prepared_after_its_start_is_on_its_way() -> None:
+    """Whatever the order in which a platform does things, it is not taken for one that has ended."""
+    steps = [
+        state("preparing"),
+        (202, {}),
+        state("preparing"),
+        (202, {}),
+        state("standby"),
+        state("preparing"),
+        state("preparing", run="r1"),
+    ]
+    async with endpoint(*steps) as server:
+        one = provider(server)
+        before = (await one.status()).presence
+        await one.start("r1")
+        started = (await one.status()).presence
+        await one.stop("r1")
+        stopped = (await one.status()).presence
+        after_a_restart = (await one.status()).presence
+        await one.close()
+    assert (before, started) == (Presence.ABSENT, Presence.STARTING)
+    assert (stopped, after_a_restart) == (Presence.ABSENT, Presence.STARTING)
