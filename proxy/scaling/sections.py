@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from policies.siteschema import SiteName
+from policies.siteschema import Name, SiteName
 from policies.units import BadValueError, Duration, Fraction
 from policies.yamlfile import FileModel
 from proxy.config_values import NetworkText, Url, Variable
@@ -110,7 +110,7 @@ class WebhookSection(FileModel):
 class SchedulerSection(FileModel):
     """A placement of the scheduling platform in `scaling.scheduler`."""
 
-    placement: str = Field(description="Its id there.")
+    placement: Name = Field(description="Its id there.")
 
 
 class StandbySection(FileModel):

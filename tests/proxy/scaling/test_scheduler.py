@@ -123,6 +123,12 @@ async def test_a_status_that_says_nothing_is_unknown(answer: Any) -> None:
     assert found.detail
 
 
+@pytest.mark.parametrize("id", ["a/../b", "a b", ""])
+def test_an_id_that_is_none_is_refused_with_the_file(id: str) -> None:
+    with pytest.raises(ValueError, match="a name is made of"):
+        StandbySection.model_validate({"scheduler": {"placement": id}})
+
+
 def test_without_a_platform_it_is_refused() -> None:
     section = StandbySection.model_validate({"scheduler": {"placement": "p1"}})
     facts = Facts("nj", "http://10.0.0.7:8000", ["m"])
