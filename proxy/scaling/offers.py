@@ -183,12 +183,17 @@ def unworkable(config: Config) -> Iterator[BadValueError]:
             yield BadValueError(
                 f"{found.launch}: give `image`, or an own file in `scaling.images`", at=(*at, "card")
             )
-        ceiling = _ceiling_over(config, backend.site)
-        if ceiling and found.cost_per_hour is None and not found.priced:
-            yield BadValueError(
-                f"{ceiling} cannot be kept without it: what does an hour of '{backend.name}' cost? 0, if nothing",
-                at=(*at, "cost_per_hour"),
-            )
+        if why := unpriced(config, backend):
+            yield BadValueError(why, at=(*at, "cost_per_hour"))
+
+
+def unpriced(config: Config, backend: BackendConfig) -> str:
+    """Why a standby has to say what an hour of it costs; empty: it does, or no ceiling is over it."""
+    assert backend.standby is not None
+    ceiling = _ceiling_over(config, backend.site)
+    if not ceiling or backend.standby.cost_per_hour is not None or backend.price or backend.prices:
+        return ""
+    return f"{ceiling} cannot be kept without it: what does an hour of '{backend.name}' cost? 0, if nothing"
 
 
 def _ceiling_over(config: Config, site: str) -> str:

@@ -410,7 +410,7 @@ def caller_of(section: SchedulerPlatform) -> Caller:
 
 def _served_from(placement: Placement) -> dict[str, Any]:
     """What of a placement a backend is made of."""
-    return placement.model_dump(exclude={"state", "progress", "detail", "run", "ttl_s", "request", "count"})
+    return placement.model_dump(exclude={"state", "progress", "detail", "run", "ttl_s", "request"})
 
 
 def _words(problem: MessageError) -> str:

@@ -70,6 +70,7 @@ async def test_what_it_says_becomes_the_section(tmp_path: Path) -> None:
     assert section.price.input == "0.27"
     assert section.standby is not None
     assert (section.standby.cost_per_hour, section.standby.cold_start) == (40.5, 90.0)
+    assert section.standby.cards == 2
     backend = Backend("nj-1", "nanjing", 12)
     serving.platform.seen_from({"nj-1": backend}, 0.0)
     assert backend.rtt_s == pytest.approx(0.012)
@@ -96,6 +97,8 @@ async def test_what_it_says_becomes_the_section(tmp_path: Path) -> None:
         ({"ttl_s": 0}, "ttl_s", "must be more than 0"),
         ({"ttl": 30}, "ttl", "unknown key"),
         ({"slots": "many"}, "slots", "expected a whole number"),
+        ({"id": "p1", "name": "b"}, "id", "it is backend 'pinned' of the configuration"),
+        ({"site": "suzhou"}, "cost_per_hour", "scaling.budgets.sites.suzhou cannot be kept without it"),
         ({"price": {"input": -1, "output": 1}}, "price.input", "at least 0"),
         ({"price": {"input": 1e-17, "output": 1}}, "price.input", "more than 12 decimals"),
         ({"price": {"input": 1, "output": 1, "currency": "EUR"}}, "price.currency", "counts in USD"),
@@ -105,13 +108,17 @@ async def test_what_it_says_becomes_the_section(tmp_path: Path) -> None:
 async def test_what_does_not_fit_names_its_field_and_changes_nothing(
     tmp_path: Path, fields: dict[str, Any], field: str, message: str
 ) -> None:
-    serving = Serving(CONFIG, tmp_path)
+    place = {"name": "pinned", "url": "http://93.184.215.15:8000", "site": "nanjing", "models": ["m"]}
+    pinned = {**place, "standby": {"scheduler": {"placement": "p1"}}}
+    scaling = {**CONFIG["scaling"], "budgets": {"sites": {"suzhou": 10}}}
+    backends = [*CONFIG["backends"], pinned]
+    serving = Serving({**CONFIG, "backends": backends, "scaling": scaling}, tmp_path)
     async with pushing(serving) as push:
         status, said = await push.put(**fields)
     assert status == 422, said
     assert said["error"]["field"] == field
     assert message in said["error"]["message"]
-    assert serving.names == ["appliance"]
+    assert serving.names == ["appliance", "pinned"]
     assert serving.platform.placements.all(serving.clock) == []
 
 
@@ -167,6 +174,10 @@ async def test_it_is_there_after_a_restart_for_the_time_it_has_left(tmp_path: Pa
     other.serve_placements()
     assert other.names == ["appliance"]
     assert "not in the configuration" in other.platform.shown()["placements"][0]["left_out"]
+    scaling = {**CONFIG["scaling"], "budgets": {"sites": {"nanjing": 10}}}
+    limited = Serving({**CONFIG, "scaling": scaling}, tmp_path)  # nobody knows what it costs
+    limited.serve_placements()
+    assert limited.names == ["appliance"]
 
 
 async def test_a_damaged_file_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
