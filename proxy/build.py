@@ -240,7 +240,8 @@ def policy_text(name: str) -> str:
 def known_names(config: Config, backends: list[Backend], keys: KnownKeys | None = None) -> KnownNames:
     """What policy files may name."""
     operators = frozenset(site.operator for site in config.sites.values())
-    return KnownNames(backends, frozenset(config.sites), operators, keys)
+    placements = config.scaling.scheduler is not None
+    return KnownNames(backends, frozenset(config.sites), operators, keys, placements)
 
 
 def timing(config: Config) -> Timing:
