@@ -448,11 +448,8 @@ class Service:
         log.info("placements: %s", "; ".join(changed) or "nothing changed")
 
     def drain(self, name: str) -> None:
-        """Send nothing new to a backend."""
-        backend = self.runtime.fleet.backends.get(name)
-        if backend is not None:
-            backend.draining = True
-            self.runtime.poll(self.runtime.now())
+        """Send nothing new to a placement, and stop it."""
+        self._standbys.withdraw(name)
 
     def _tell_certificates(self, built: Built) -> None:
         """For commands on this machine, which trust just these."""

@@ -69,7 +69,7 @@ class Served(Protocol):
         """Serve from the placements there are now, and from no others. Raises ConfigError: nothing has changed."""
 
     def drain(self, name: str) -> None:
-        """Send nothing new to a backend."""
+        """Send nothing new to a placement, and stop it."""
 
 
 class Reply(NamedTuple):

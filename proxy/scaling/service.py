@@ -190,6 +190,16 @@ class Standbys:
 
         return follow
 
+    def withdraw(self, name: str) -> None:
+        """Have a standby stop for good although what is served from still has it."""
+        runtime, scaling = self._runtime, scaling_in(self._runtime)
+        if name in runtime.fleet.backends:
+            runtime.fleet.put(name, runtime.now(), asleep=False, draining=True)
+        if scaling is not None:
+            left = [one for one in standbys_of(runtime.config) if one.name != name and scaling.section(one.name)]
+            scaling.configure(left, {}, runtime.config.scaling.most)
+        runtime.poll(runtime.now())
+
     def left_alone(self) -> None:
         """The process before this one has ended."""
         self._around.alone = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -13,13 +14,15 @@ from aiohttp import web
 
 from examples.scheduler.scheduler import Scheduler, site_of
 from policies.standby import State
-from proxy.scaling.calls import Caller
+from proxy.build import ConfigError
+from proxy.scaling.calls import Caller, new_id
 from proxy.scaling.facts import Facts
 from proxy.scaling.messages import ScaleRequest
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.scheduler import SchedulerProvider
 from proxy.scaling.sections import SchedulerPlatform, StandbySection
 from proxy.scaling.service import scaling_in
+from proxy.scaling.signing import signed, what_is_signed
 from proxy.tasks import Tasks
 from tests.e2e import backends as b
 from tests.e2e.proxy_fixtures import Proxy, StartBackend, StartProxy, chat, eventually
@@ -46,7 +49,11 @@ class Platform:
         self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
 
     def config(self) -> dict[str, Any]:
-        scheduler = {"url": self.url, "secret_env": "HOOK", "networks": ["127.0.0.0/8"], "timeout": "60s"}
+        return self.config_of(self.url)
+
+    @staticmethod
+    def config_of(url: str) -> dict[str, Any]:
+        scheduler = {"url": url, "secret_env": "HOOK", "networks": ["127.0.0.0/8"], "timeout": "60s"}
         return {"scaling": {"scheduler": scheduler}, "sites": {"nanjing": {}}}
 
 
@@ -123,6 +130,43 @@ async def test_given_back_it_goes_at_once(
     await proxy.service.platform.release("want-1")
     await eventually(lambda: not names(proxy), PATIENCE_S)
     await eventually(lambda: platform.scheduler.sites["nanjing"].free == 8, PATIENCE_S)
+
+
+async def pushed(proxy: Proxy, method: str, placement: str, **fields: Any) -> int:
+    """What a message of a platform is answered with that is not there otherwise."""
+    path, raw = f"/platform/placements/{placement}", json.dumps(fields).encode() if fields else b""
+    headers = signed([SECRET], new_id(), int(time.time()), what_is_signed(method, path, raw))
+    return (await proxy.service.platform.push(method, path, headers, raw)).status
+
+
+async def test_a_placement_that_cannot_be_taken_out_is_waited_for_by_nobody(
+    start_proxy: StartProxy, start_backend: StartBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of the configuration may be broken at that moment."""
+    monkeypatch.setenv("HOOK", SECRET.decode())
+    place = {"url": "http://127.0.0.1:8000", "site": "nanjing", "models": ["far"], "ttl_s": 60}
+    async with endpoint(otherwise=(404, {})) as platform:
+        config = Platform.config_of(platform.url) | {"probing": {}}
+        proxy = await start_proxy(await start_backend(then=b.answers(3)), **config)
+        assert await pushed(proxy, "PUT", "p1", id="p1", name="nanjing-1", **place) == 201
+        assert proxy.backend("nanjing-1").asleep
+
+        def broken(*_: Any) -> None:
+            raise ConfigError("policy.yaml: half of it is written")
+
+        with monkeypatch.context() as amid:
+            amid.setattr("proxy.serve.build", broken)
+            assert await pushed(proxy, "DELETE", "p1") == 200
+        scaling = scaling_in(proxy.runtime)
+        assert scaling is not None
+        await eventually(lambda: "nanjing-1" not in scaling.keepers, PATIENCE_S)
+        scaling.show()  # as with each move of another standby
+        found = proxy.backend("nanjing-1")
+        assert (found.asleep, found.draining, found.available) == (False, True, False)
+        assert (await proxy.ask(chat(model="far"))).code == "no_backend", "it is not held"
+        assert await pushed(proxy, "PUT", "p1", id="p1", name="nanjing-1", **place) == 201
+        assert proxy.backend("nanjing-1").asleep
+        assert "nanjing-1" in scaling.keepers
 
 
 async def test_what_no_resources_meet_is_refused(
