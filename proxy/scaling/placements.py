@@ -17,8 +17,9 @@ from proxy.scaling.signing import TOLERANCE_S
 
 MOST_PLACEMENTS = 256
 MOST_SITES = 256
-MOST_ANSWERED = 10_000
-"""Messages that are remembered, within the time in which their signatures hold."""
+MOST_ANSWERED = 20_000
+"""Messages that are remembered, within the time in which their signatures hold: as many placements as there may be,
+each renewed every ten seconds, fill three quarters of it."""
 REMEMBER_S = 2 * TOLERANCE_S
 """Signed as far in the future as is taken, a message holds for so long."""
 

@@ -17,6 +17,7 @@ from proxy.build import ConfigError, build
 from proxy.config import load_config
 from proxy.scaling.messages import MOST_BODY_BYTES, ScaleRequest
 from proxy.scaling.signing import TOLERANCE_S, verify
+from proxy.tasks import Tasks
 from tests.patience import examples
 from tests.proxy.scaling.endpoint import endpoint
 from tests.proxy.scaling.served import BODY, CONFIG, SECRET, Serving, pushing
@@ -140,23 +141,27 @@ async def test_a_name_that_moves_inside_is_not_followed(tmp_path: Path) -> None:
     assert not judges["engine.example"]("10.0.0.7")
 
 
-async def test_a_placement_that_cannot_be_served_from_is_refused(tmp_path: Path) -> None:
+async def test_what_cannot_be_served_from_now_may_come_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     serving = Serving(CONFIG, tmp_path)
     async with pushing(serving) as push:
         await push.put()
         serving.broken = "no such certificate"
         status, said = await push.put(id="b", name="b")
-        assert (status, said["error"]["message"]) == (422, "it cannot be served from: no such certificate")
+        assert status == 503, "that is not the fault of the message"
+        assert "no such certificate" in caplog.text
+        assert "certificate" not in str(said), "what is wrong with the configuration is the admin's"
         serving.broken = ""
         assert (await push.put(id="c", name="c"))[0] == 201
     assert serving.names == ["appliance", "nj-1", "c"]
 
 
-async def test_what_the_policy_holds_on_to_drains(tmp_path: Path) -> None:
+async def test_what_cannot_be_taken_out_is_stopped(tmp_path: Path) -> None:
     serving = Serving(CONFIG, tmp_path)
     async with pushing(serving) as push:
         await push.put()
-        serving.broken = "the policy names nj-1"
+        serving.broken = "half a policy file"
         serving.clock += 31
         await serving.platform.expired()
     assert serving.drained == ["nj-1"]
@@ -303,9 +308,78 @@ async def test_a_disk_that_is_full_is_not_kept_from_the_platform(
         raise OSError(28, "No space left on device")
 
     serving = Serving(CONFIG, tmp_path)
-    monkeypatch.setattr("proxy.scaling.platform._write", full)
+    with monkeypatch.context() as amid:
+        amid.setattr("proxy.scaling.platform._write", full)
+        async with pushing(serving) as push:
+            assert (await push.put())[0] == 503
+            assert (await push("PUT", "/platform/placements/a", BODY, id="m"))[0] == 503
     async with pushing(serving) as push:
-        assert (await push.put())[0] == 503
+        assert (await push("PUT", "/platform/placements/a", BODY, id="m"))[0] == 200, "as senders do it"
+    again = Serving(CONFIG, tmp_path)
+    assert [one.id for one in again.platform.placements.all(again.clock)] == ["a"]
+
+
+async def test_renewals_are_written_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A platform that renews many placements does not keep the disk busy, nor the loop."""
+    written: list[bytes] = []
+    monkeypatch.setattr("proxy.scaling.platform._write", lambda path, data: written.append(data))
+    serving = Serving(CONFIG, tmp_path)
+    async with pushing(serving) as push:
+        await push.put()
+        for _ in range(3):
+            await push.put(state="ready")
+        assert len(written) == 1
+        await serving.platform.expired()
+        await serving.platform.expired()
+        assert len(written) == 2
+        await push.put(state="starting")
+        await serving.platform.close()
+        assert b"starting" in written[2]
+        await push("DELETE", "/platform/placements/a")
+    assert len(written) == 4
+
+
+async def test_one_that_was_left_out_is_told_so_when_it_is_renewed(tmp_path: Path) -> None:
+    serving = Serving(CONFIG, tmp_path)
+    before = serving.config
+    async with pushing(serving) as push:
+        await push.put()
+        serving.config = before.model_copy(update={"sites": {}})
+        serving.serve_placements()
+        status, said = await push.put()
+        assert (status, said["error"]["field"]) == (422, "site")
+        serving.config = before
+        assert (await push.put())[0] == 200
+        assert serving.names == ["appliance", "nj-1"]
+        swaps = serving.swaps
+        assert (await push.put())[0] == 200
+    assert serving.swaps == swaps
+
+
+async def test_a_lookup_that_hangs_holds_up_no_other_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hangs(host: str) -> list[str]:
+        asked.set()
+        await go_on.wait()
+        return ["93.184.215.14"]
+
+    monkeypatch.setattr("proxy.scaling.platform.LOOK_UP_S", 3600.0)
+    monkeypatch.setattr("tests.proxy.scaling.served.public", hangs)
+    async with pushing(Serving(CONFIG, tmp_path)) as push:
+        tasks = Tasks()
+        first = tasks.spawn(push.put(url="http://engine.example:8000"), "a push")
+        await asked.wait()
+        assert (await push.put(id="b", name="b"))[0] == 201
+        assert not first.done()
+        go_on.set()
+        assert (await first)[0] == 201
+        go_on.clear()
+        monkeypatch.setattr("proxy.scaling.platform.LOOK_UP_S", 0.01)
+        status, said = await push.put(id="c", name="c", url="http://other.example:8000")
+        assert (status, said["error"]["message"]) == (422, "its host cannot be resolved")
 
 
 JSON = st.recursive(
