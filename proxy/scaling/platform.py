@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import orjson
 
 from policies.asking import LIFE_S, Ask
+from policies.lengths import EXPECTED_TOKENS
 from policies.match import LOCAL
 from policies.state import Backend
 from policies.units import BadValueError
@@ -382,17 +383,21 @@ class Platform:
         tokens_per_request: float = 2000.0,
         month_left: float | None = None,
         sites: Sequence[str] | None = None,
+        data_classes: Sequence[str] = (),
     ) -> bool:
         """Send what `policies.asking` decided; False: it has not arrived, and the log says why.
 
         `month_left`: of this month's budgets; None: nobody counts it. `sites`: where it may place; None: at all
-        but `local`.
+        but `local`. `data_classes`: that its requests hold, and that these sites may see.
         """
         config = self._served.configured()
         objective = config.scaling.objective
         if sites is None:
             sites = sorted(site for site in config.sites if site != LOCAL)
         id = request_id(ask.model)
+        # Nobody tells prompts and answers apart: an answer as of whom nothing is known, the rest is prompt.
+        tokens = max(round(tokens_per_request), 2)
+        output = min(EXPECTED_TOKENS, tokens // 2)
         try:
             if ask.tokens <= 0.0:
                 await self.release(id)
@@ -400,9 +405,15 @@ class Platform:
                 wanted = ScaleRequest(
                     id=id,
                     model=ask.model,
-                    demand=Demand(requests=ask.tokens / max(tokens_per_request, 1.0), tokens=ask.tokens),
+                    demand=Demand(
+                        requests=ask.tokens / tokens,
+                        tokens=ask.tokens,
+                        prompt_tokens=tokens - output,
+                        output_tokens=output,
+                    ),
                     sla=Sla(ttft_s=objective.ttft, tpot_s=objective.tpot),
                     budget=Budget(month_left=month_left, currency=config.ledger_currency),
+                    data_classes=list(data_classes),
                     sites=list(sites),
                     expires=self._wall() + LIFE_S,
                 )

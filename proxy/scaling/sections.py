@@ -13,6 +13,8 @@ from policies.yamlfile import FileModel
 from proxy.config_values import NetworkText, Url, Variable
 from proxy.scaling.images import Task
 
+ModelName = Annotated[str, Field(min_length=1, max_length=200)]
+
 Money = Annotated[float, Field(ge=0)]
 """In the ledger's currency."""
 
@@ -184,6 +186,11 @@ class SchedulerPlatform(FileModel):
     )
     api_key_env: Variable | None = Field(
         None, description="Environment variable with the key that engines of its placements want."
+    )
+    models: list[ModelName] = Field(
+        default_factory=list,
+        max_length=100,
+        description="Models that always have a placement, so that the first request finds one to wake.",
     )
     networks: list[NetworkText] = Field(
         default_factory=list,

@@ -130,7 +130,7 @@ class Standbys:
         self._engine = engine
         self._around = Surroundings(runtime)
         self._around.alone = alone
-        self._asks = Asks(platform, self._left, runtime.tasks.spawn)
+        self._asks = Asks(platform, self._left, runtime.tasks.spawn, self._classes)
         self._begun = False
         self.hurry = False
         """Wait for nothing any more."""
@@ -139,6 +139,11 @@ class Standbys:
         planning = self._runtime.planning
         left = planning.budgets.left(site) if planning is not None else None
         return None if left is None else left / NANO
+
+    def _classes(self, model: str) -> set[str]:
+        exchanges = (*self._runtime.exchanges, *self._runtime.held.values())
+        requests = (exchange.routings[-1].request for exchange in exchanges if exchange.routings)
+        return {request.data_class for request in requests if request.model == model}
 
     def open(self) -> None:
         """Show the fleet where they are, before probes and traffic come. Raises ConfigError, OSError."""

@@ -425,14 +425,15 @@ async def test_what_was_decided_is_sent(tmp_path: Path) -> None:
         }
         serving = Serving({**CONFIG, "scaling": scaling}, tmp_path)
         platform = serving.platform
-        assert await platform.ask(Ask("org/m", 8000.0, "short"), 2000.0, month_left=500.0)
+        assert await platform.ask(Ask("org/m", 8000.0, "short"), 1000.0, 500.0, ["suzhou"], ["public"])
         assert await platform.ask(Ask("org/m", 0.0, "enough")), "it has forgotten it already"
         assert not await platform.ask(Ask("org/m", 8000.0, "short"))
         await platform.close()
     wanted = ScaleRequest.model_validate(server.asked[0].body)
-    assert (wanted.demand.requests, wanted.demand.tokens) == (4.0, 8000.0)
+    assert (wanted.demand.requests, wanted.demand.tokens) == (8.0, 8000.0)
+    assert wanted.demand.prompt_tokens + wanted.demand.output_tokens == 1000
     assert (wanted.sla.ttft_s, wanted.budget.month_left) == (2.0, 500.0)
-    assert wanted.sites == ["nanjing", "suzhou"]
+    assert (wanted.sites, wanted.data_classes) == (["suzhou"], ["public"])
     assert server.asked[1].path == f"/v1/scale-requests/{wanted.id}"
     assert server.asked[2].body["id"] == wanted.id
 
