@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from policies.yamlfile import FileProblems
 from policies.yamlproblems import closest
 from proxy.config import BackendConfig, Config
 from proxy.scaling.images import Images, Launch, Missing, Wanted, load_images
+from proxy.scaling.sections import SchedulerPlatform
 from proxy.scaling.signing import secrets_of
 
 BRINGS_OWN: Final = frozenset({"process", "sleep"})
@@ -146,6 +148,8 @@ def _profile(file: Path | None) -> Profile | None:
 def unworkable(config: Config) -> Iterator[BadValueError]:
     """What cannot work of `scaling` and of standbys, with its place in the configuration."""
     scaling = config.scaling
+    if scaling.scheduler is not None:
+        yield from _unworkable_platform(config, scaling.scheduler)
     try:
         images = load_images(scaling.images)
     except FileProblems as error:
@@ -185,6 +189,18 @@ def unworkable(config: Config) -> Iterator[BadValueError]:
             )
         if why := unpriced(config, backend):
             yield BadValueError(why, at=(*at, "cost_per_hour"))
+
+
+def _unworkable_platform(config: Config, platform: SchedulerPlatform) -> Iterator[BadValueError]:
+    at = ("scaling", "scheduler")
+    try:
+        secrets_of(platform.secret_env, (*at, "secret_env"))
+    except BadValueError as error:
+        yield error
+    if platform.api_key_env is not None and not os.environ.get(platform.api_key_env, "").strip():
+        yield BadValueError("this variable is not set in the environment", at=(*at, "api_key_env"))
+    if not config.sites.keys() - {LOCAL}:
+        yield BadValueError("a placement stands at one of `sites`, and there is none but `local`", at=at)
 
 
 def unpriced(config: Config, backend: BackendConfig) -> str:

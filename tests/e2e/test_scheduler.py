@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from benchmarks.processes import free_port
 from examples.scheduler.scheduler import Scheduler, site_of
 from policies.standby import State
 from proxy.build import ConfigError
@@ -263,3 +264,20 @@ async def test_the_platform_is_asked_when_our_own_capacity_is_short(
     assert asked.budget.month_left == 100.0
     gate.set()
     assert (await answer).status == 200
+
+
+async def test_with_nothing_of_ones_own_a_platform_is_enough(
+    start_platform: StartPlatform, start_proxy: StartProxy
+) -> None:
+    """A model that nobody has ever served is reserved with the start, and its first request deploys it."""
+    platform = await start_platform()
+    admin = f"127.0.0.1:{free_port()}"
+    platform.scheduler.tidegate = f"http://{admin}"
+    config = platform.config() | {"admin": admin, "probing": {"interval": "200ms", "timeout": "100ms"}}
+    config["scaling"]["scheduler"]["models"] = ["m"]
+    proxy = await start_proxy(**config)
+    await eventually(lambda: names(proxy), PATIENCE_S)
+    placed = platform.scheduler.placed[names(proxy)[0]]
+    assert placed.engine is None, "a placeholder: nothing runs"
+    assert (await proxy.ask(chat(model="m"))).status == 200
+    assert placed.engine is not None
