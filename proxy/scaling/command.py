@@ -1,15 +1,18 @@
 """The provider `command`: a script that starts and stops a standby.
 
 It is called with one more argument, `prepare`, `start`, `stop` or `status`, and finds in its environment
-`TIDEGATE_STANDBY` (name), `TIDEGATE_RUN` (the same over all calls of one run) and `TIDEGATE_URL` (where the engine
-is to answer). Exit 0 is done; anything else is an error, and the last lines of its standard error say why. What
-it leaves running goes on, but should write to a file of its own: nobody reads what it says after the script's end.
+`TIDEGATE_STANDBY` (name), `TIDEGATE_RUN` (the same over all calls of one run; empty for `status`), `TIDEGATE_URL`
+(where the engine is to answer) and, where it is known, what is to run there (`_told`). Exit 0 is done; anything else
+is an error, and the last lines of its standard error say why. What it leaves running goes on, but should write to a
+file of its own: nobody reads what it says after the script's end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +23,7 @@ from typing import Final
 from policies.units import BadValueError
 from proxy.masking import masked_output, secret_values
 from proxy.scaling.facts import Facts
+from proxy.scaling.images import Launch
 from proxy.scaling.provider import STATUS_WITHIN_S, Presence, ProviderError, Status
 from proxy.scaling.sections import StandbySection
 from proxy.scaling.statusbody import read_status
@@ -80,6 +84,7 @@ class CommandProvider:
             "TIDEGATE_STANDBY": self._facts.name,
             "TIDEGATE_RUN": run,
             "TIDEGATE_URL": self._facts.url,
+            **_told(self._facts.launch()),
         }
         shown = f"`{os.path.basename(section.command[0])} {operation}`"
         output, errors = _Pipe(), _Pipe()
@@ -124,6 +129,17 @@ class CommandProvider:
         for pipe in pipes:
             pipe.drain()
         return "wrote too much and was ended" if any(pipe.full for pipe in pipes) else ""
+
+
+def _told(launch: Launch | None) -> dict[str, str]:
+    """What is to run, as variables."""
+    if launch is None:
+        return dict.fromkeys(("TIDEGATE_IMAGE", "TIDEGATE_ARGUMENTS", "TIDEGATE_LAUNCH"), "")
+    return {
+        "TIDEGATE_IMAGE": launch.image,
+        "TIDEGATE_ARGUMENTS": shlex.join((*launch.command, *launch.arguments)),
+        "TIDEGATE_LAUNCH": json.dumps(launch.as_dict()),
+    }
 
 
 def _end(group: int) -> None:

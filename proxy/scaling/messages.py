@@ -196,6 +196,16 @@ class Resources(FileModel):
     ttl_s: Seconds
 
 
+class Software(FileModel):
+    """An image or a command for a model on a card, everything filled in."""
+
+    image: str = ""
+    command: list[str] = Field(default_factory=list)
+    """Instead of an image."""
+    arguments: list[str] = Field(default_factory=list)
+    environment: dict[str, str] = Field(default_factory=dict)
+
+
 class Run(FileModel):
     """Body of `start` and `stop`, from us to the platform."""
 
@@ -203,6 +213,8 @@ class Run(FileModel):
     placement: Name
     run: str
     """The idempotency key: started twice for one run, it is started once."""
+    launch: Software | None = None
+    """With `start`: what is to run, by the images of Tidegate; null: they do not say, the platform knows."""
 
 
 class PlacementStatus(FileModel):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from policies.match import LOCAL
 from policies.plans import Forecast, Plan, Resources, Trigger, forecast_of
@@ -21,6 +22,8 @@ from proxy.scaling.signing import secrets_of
 
 BRINGS_OWN: Final = frozenset({"process", "sleep"})
 """Providers that run what is there: no image is looked up for them."""
+ENGINE_PORT: Final = 8000
+"""Of an engine behind a URL without a port."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +74,12 @@ def offer(backend: BackendConfig, images: Images) -> Offer:
     models = () if backend.models == "auto" else tuple(backend.models)
     if section.image is not None:
         launch = Launch(section.image, source="the configuration")
-    elif section.card is not None and section.kind not in BRINGS_OWN:
-        found = [images.launch(Wanted(model, card, section.task), section.cards) for model in models]
+    elif card and (section.kind == "scheduler" or (section.card and section.kind not in BRINGS_OWN)):
+        port = urlsplit(backend.url).port or ENGINE_PORT
+        found = [images.launch(Wanted(model, card, section.task), section.cards, port) for model in models]
         launch = next((one for one in found if isinstance(one, Missing)), found[0] if found else None)
+        if isinstance(launch, Missing) and section.card is None:
+            launch = None  # a platform may have an image that we do not know
     return Offer(
         backend.name,
         backend.site,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 from policies.units import BadValueError
 from proxy.scaling.calls import Caller, RefusedError, new_id
@@ -105,10 +105,11 @@ class SchedulerProvider:
 
     async def _order(self, operation: str, run: str, id: str, within_s: float) -> None:
         self._ordered = operation
-        message = Run.model_validate({"operation": operation, "placement": self._placement, "run": run})
-        await self._caller.call(
-            "POST", f"{self._url}/{operation}", message.model_dump(mode="json"), id=id, within_s=within_s
-        )
+        order: dict[str, Any] = {"operation": operation, "placement": self._placement, "run": run}
+        if operation == "start" and (launch := self._facts.launch()) is not None:
+            order["launch"] = launch.as_dict()
+        content = Run.model_validate(order).model_dump(mode="json", exclude_none=True)
+        await self._caller.call("POST", f"{self._url}/{operation}", content, id=id, within_s=within_s)
 
     async def _look(self, within_s: float) -> PlacementStatus:
         answer = await self._caller.call("GET", self._url, id=new_id(), within_s=within_s)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from proxy.config import load_config
 from proxy.scaling import command
 from proxy.scaling.command import MOST_OUTPUT_BYTES, CommandProvider
 from proxy.scaling.facts import Facts
+from proxy.scaling.images import Launch
 from proxy.scaling.keeper import STATUS_S
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.sections import StandbySection
@@ -194,3 +196,21 @@ async def test_a_status_that_hangs_says_so_before_nobody_waits_any_more(
     found = await provider(tmp_path, "echo asking the cloud >&2; sleep 1000").status()
     assert found.presence is Presence.UNKNOWN
     assert found.detail == "`standby.sh status` took longer than 0.5 s and was ended: asking the cloud"
+
+
+LAUNCH = Launch("vllm:v1", (), ("--port", "8000", "--name", "a b"), {"VLLM_USE_V1": "0"})
+
+
+async def test_what_is_to_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEGATE_IMAGE", "of somebody else")
+    text = f"""echo "$TIDEGATE_IMAGE" >> {tmp_path}/told
+eval "printf '%s\\n' $TIDEGATE_ARGUMENTS" >> {tmp_path}/told
+echo "$TIDEGATE_LAUNCH" > {tmp_path}/launch"""
+    section = provider(tmp_path, text)._section
+    standby = StandbySection.model_validate({"command": section})
+    await CommandProvider(standby, replace(FACTS, launch=lambda: LAUNCH)).start("r1")
+    assert (tmp_path / "told").read_text().splitlines() == ["vllm:v1", "--port", "8000", "--name", "a b"]
+    assert json.loads((tmp_path / "launch").read_text()) == LAUNCH.as_dict()
+    (tmp_path / "told").unlink()
+    await CommandProvider(standby, FACTS).start("r1")
+    assert (tmp_path / "told").read_text().split() == []

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from proxy.config import Config
 from proxy.scaling.calls import Caller
-from proxy.scaling.facts import Facts
+from proxy.scaling.facts import Facts, nobody_says
+from proxy.scaling.images import Launch
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.scheduler import SchedulerProvider
 from proxy.scaling.sections import SchedulerPlatform, StandbySection
 from tests.proxy.scaling.endpoint import Endpoint, Pauses, endpoint
 
 
-def provider(server: Endpoint, **times: float) -> SchedulerProvider:
+def provider(
+    server: Endpoint, launch: Callable[[], Launch | None] = nobody_says, **times: float
+) -> SchedulerProvider:
     section = StandbySection.model_validate({"scheduler": {"placement": "p1"}, **times})
     platform = SchedulerPlatform.model_validate({"url": server.url, "secret_env": "HOOK"})
     pauses = Pauses()
     caller = Caller([b"a-secret-of-16-b"], clock=pauses.clock, sleep=pauses)
-    facts = Facts("nj", "http://10.0.0.7:8000", ["m"], "nanjing", platform=platform)
+    facts = Facts("nj", "http://10.0.0.7:8000", ["m"], "nanjing", platform=platform, launch=launch)
     return SchedulerProvider(section, facts, caller, clock=pauses.clock, sleep=pauses)
 
 
@@ -160,3 +164,13 @@ async def test_what_is_prepared_after_its_start_is_on_its_way() -> None:
         await one.close()
     assert (before, started) == (Presence.ABSENT, Presence.STARTING)
     assert (stopped, after_a_restart) == (Presence.ABSENT, Presence.STARTING)
+
+
+async def test_what_is_to_run_is_told_with_the_start() -> None:
+    launch = Launch("vllm:v1", arguments=("--port", "8000"))
+    async with endpoint((202, {}), (202, {}), otherwise=state("standby")) as server:
+        one = provider(server, launch=lambda: launch)
+        await one.start("r1")
+        await one.stop("r1")
+        await one.close()
+    assert [asked.body.get("launch") for asked in server.asked[:2]] == [launch.as_dict(), None]

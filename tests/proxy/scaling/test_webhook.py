@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from policies.units import BadValueError
 from proxy.scaling.calls import Caller
 from proxy.scaling.facts import Facts
+from proxy.scaling.images import Launch
 from proxy.scaling.keeper import STATUS_S
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.sections import StandbySection
@@ -160,3 +162,17 @@ async def test_what_is_wrong_is_known_before_nobody_waits_any_more() -> None:
         await one.close()
     assert (found.presence, pauses.clock() < STATUS_S) == (Presence.UNKNOWN, True)
     assert "maintenance until 9" in found.detail
+
+
+async def test_what_is_to_run_is_told_with_what_starts_it() -> None:
+    launch = Launch("vllm:v1", arguments=("--port", "8000"))
+    async with endpoint(otherwise=(200, {"presence": "absent"})) as server:
+        section = StandbySection.model_validate({"webhook": {"url": server.url}})
+        one = WebhookProvider(section, replace(FACTS, launch=lambda: launch), Caller())
+        await one.prepare("r1")
+        await one.start("r1")
+        await one.stop("r1")
+        await one.status()
+        await one.close()
+    told = [asked.body.get("launch") for asked in server.asked]
+    assert told == [launch.as_dict(), launch.as_dict(), None, None]
