@@ -66,8 +66,8 @@ async def start_platform(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start
     monkeypatch.setenv("HOOK", SECRET.decode())
     running = []
 
-    async def start(ttl_s: float = 60.0) -> Platform:
-        sites = [site_of("nanjing=H20:8:10")]
+    async def start(ttl_s: float = 60.0, site: str = "nanjing=H20:8:10") -> Platform:
+        sites = [site_of(site)]
         scheduler = Scheduler(
             (SECRET,), "http://127.0.0.1:1", sites, ttl_s=ttl_s, models={"m": "32b"}, speed=50
         )
@@ -215,6 +215,74 @@ async def test_an_engine_runs_from_start_to_stop(start_platform: StartPlatform) 
             return [one.body["state"] for one in tidegate.asked if one.path == "/platform/progress"]
 
         await eventually(lambda: told() == ["starting", "ready", "standby"], PATIENCE_S)
+        await provider.close()
+
+
+async def test_a_demand_that_grows_keeps_what_is_placed(start_platform: StartPlatform) -> None:
+    """It may run, and would have to start from cold elsewhere in the middle of a rush."""
+    platform = await start_platform(site="nanjing=H20:64:10")
+    placed, caller = platform.scheduler.placed, Caller([SECRET])
+
+    async def ask(**fields: Any) -> int:
+        content = wanted(**fields).model_dump(mode="json", exclude_none=True)
+        url = f"{platform.url}/v1/scale-requests"
+        answer = await caller.call("POST", url, content, id=new_id(), within_s=PATIENCE_S)
+        added: int = answer.json()["placements"]
+        return added
+
+    async with endpoint() as tidegate:
+        platform.scheduler.tidegate = tidegate.url
+        assert await ask() == 1
+        (first,) = placed
+        twice = 2.0 * placed[first].message["slots"]
+        assert await ask(count=2, demand={"requests": twice, "tokens": 2000 * twice}) == 1
+        assert first in placed
+        later = time.time() + 3600
+        far_more = {"requests": 1e5, "tokens": 1e8}
+        assert await ask(count=None, demand=far_more, expires=later) == 0, "there are no cards for that"
+        assert first in placed
+        assert len(placed) == 2
+        assert platform.scheduler.requests["want-1"].expires == later
+        with pytest.raises(ProviderError, match="there are nanjing"):
+            await ask(id="want-2", sites=["beijing"])
+        assert await ask(id="want-2", sites=["beijing", "nanjing"]) == 1
+        with pytest.raises(ProviderError, match="no free cards meet it"):
+            await ask(id="want-3", budget={"month_left": 5})
+        await caller.close()
+
+
+async def test_a_launch_that_failed_is_tried_again_and_a_late_order_is_not(
+    start_platform: StartPlatform,
+) -> None:
+    platform = await start_platform()
+    config = SchedulerPlatform.model_validate(platform.config()["scaling"]["scheduler"])
+    caller = Caller([SECRET])
+    async with endpoint() as tidegate:
+        platform.scheduler.tidegate = tidegate.url
+        content = wanted().model_dump(mode="json", exclude_none=True)
+        await caller.call("POST", f"{platform.url}/v1/scale-requests", content, id="m1", within_s=PATIENCE_S)
+        id, placed = next(iter(platform.scheduler.placed.items()))
+        section = StandbySection.model_validate({"scheduler": {"placement": id}})
+        provider = SchedulerProvider(section, Facts(id, "http://h", ["m"], platform=config), caller)
+        profile, placed.profile = placed.profile, "no-such-profile"
+        await provider.start("r1")
+        await eventually(lambda: placed.state == "failed", PATIENCE_S)
+        with pytest.raises(ProviderError, match="ended before it listened"):
+            await provider.prepare("r2")
+        await provider.stop("r1")
+        placed.profile = profile
+        await provider.prepare("r2")
+        with pytest.raises(ProviderError, match="this run was stopped"):
+            await provider.start("r1")
+        order = {"operation": "stop", "placement": id, "run": "r2"}
+        with pytest.raises(ProviderError, match="not those of the path"):
+            await caller.call("POST", f"{platform.url}/v1/placements/{id}/start", order, id="m2", within_s=9.0)
+        await provider.start("r2")
+        await eventually(lambda: placed.state == "ready", PATIENCE_S)
+        assert placed.engine is not None
+        placed.engine.kill()
+        await eventually(lambda: placed.state == "failed", PATIENCE_S)
+        assert (await provider.status()).presence is Presence.ABSENT
         await provider.close()
 
 
