@@ -144,7 +144,7 @@ class Placement(FileModel):
     count: int = Field(1, ge=1, le=1024)
     """Cards."""
     cost_per_hour: Amount | None = None
-    """While it runs; null: unknown."""
+    """While it runs; null: unknown. While it is placed it cannot rise, nor can `price`."""
     cold_start_s: Annotated[float, Field(gt=0, le=86400)] | None = None
     """From start to the first answer, as it is expected."""
     price: Price | None = None
