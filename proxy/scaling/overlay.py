@@ -66,10 +66,6 @@ def _fits(
         section = BackendConfig.model_validate(written)
     except ValidationError as error:
         raise problem_of(error, BackendConfig, written) from None
-    if not config.probing.enabled:
-        raise MessageError(
-            "", "without probes nobody would see a placement answer: `probing.enabled` is false"
-        )
     ours = config.ledger_currency
     if placement.price is not None and (placement.price.currency or ours) != ours:
         raise MessageError("price.currency", f"the ledger counts in {ours}")

@@ -276,6 +276,8 @@ def test_a_platform_needs_a_site_and_no_backend_besides(tmp_path: Path) -> None:
     file.write_text(json.dumps(alone))
     report = check_file(file, None)
     assert (report.ok, report.warnings) == (True, [])
+    file.write_text(json.dumps({**alone, "probing": {"enabled": False}}))
+    assert "without probes" in check_file(file, None).text
     file.write_text(json.dumps({**alone, "sites": {"local": {}}}))
     assert [found.path for _, found in check_file(file, None).problems] == ["scaling.scheduler"]
     file.write_text(json.dumps({**alone, "scaling": {}}))
