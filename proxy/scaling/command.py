@@ -41,6 +41,7 @@ class CommandProvider:
     def __init__(self, section: StandbySection, facts: Facts) -> None:
         if section.command is None:
             raise ValueError("not a standby with a command")
+        self._standby = section
         self._section = section.command
         self._facts = facts
 
@@ -54,15 +55,15 @@ class CommandProvider:
 
     async def prepare(self, run: str) -> None:
         """Raises ProviderError."""
-        await self._call("prepare", run)
+        await self._call("prepare", run, self._standby.prepare_timeout)
 
     async def start(self, run: str) -> None:
         """Raises ProviderError."""
-        await self._call("start", run)
+        await self._call("start", run, self._standby.start_timeout)
 
     async def stop(self, run: str) -> None:
         """Raises ProviderError."""
-        await self._call("stop", run)
+        await self._call("stop", run, self._standby.stop_timeout)
 
     async def status(self) -> Status:
         """What the script says. `UNKNOWN`: it could not be asked."""
@@ -74,10 +75,10 @@ class CommandProvider:
     async def close(self) -> None:
         """There is nothing to close."""
 
-    async def _call(self, operation: str, run: str, most_s: float = inf) -> str:
+    async def _call(self, operation: str, run: str, most_s: float) -> str:
         """What it wrote to standard output."""
         section = self._section
-        within_s = min(section.timeout, most_s)
+        within_s = min(section.timeout or inf, most_s)
         environment = {
             **os.environ,
             **section.environment,

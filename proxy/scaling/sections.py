@@ -85,7 +85,11 @@ class CommandSection(FileModel):
 
     command: list[str] = Field(min_length=1, description="The script and its first arguments.")
     environment: dict[str, str] = Field(default_factory=dict, description="Variables besides our own.")
-    timeout: Duration = Field(60.0, gt=0, description="One call that takes longer has failed.")
+    timeout: Duration | None = Field(
+        None,
+        gt=0,
+        description="One call that takes longer has failed. Default: `prepare_timeout`, `start_timeout`, `stop_timeout`.",
+    )
 
     def resolved(self, base: Path) -> CommandSection:
         """With an absolute path; a script without any `/` in it is looked for in PATH."""

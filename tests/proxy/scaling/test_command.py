@@ -214,3 +214,13 @@ echo "$TIDEGATE_LAUNCH" > {tmp_path}/launch"""
     (tmp_path / "told").unlink()
     await CommandProvider(standby, FACTS).start("r1")
     assert (tmp_path / "told").read_text().split() == []
+
+
+@pytest.mark.parametrize("operation", ["prepare", "start", "stop"])
+async def test_each_operation_has_its_own_time(tmp_path: Path, operation: str) -> None:
+    """An image may take half an hour to come, where nothing else does."""
+    section = provider(tmp_path, "sleep 1000")._section
+    limits = {"prepare_timeout": 500, "start_timeout": 500, "stop_timeout": 500, f"{operation}_timeout": 0.25}
+    one = CommandProvider(StandbySection.model_validate({"command": section, **limits}), FACTS)
+    with pytest.raises(ProviderError, match=r"took longer than 0\.25 s"):
+        await getattr(one, operation)("r1")
