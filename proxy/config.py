@@ -215,7 +215,7 @@ class Config(FileModel):
     )
     policy: str = Field("local-first", description="A policy of the library, or a policy file.")
     backends: list[BackendConfig] = Field(
-        description="The endpoints to serve from. May be empty with `scaling.scheduler`."
+        description="The endpoints to serve from: one or more, unless `scaling.scheduler` places them."
     )
     sites: dict[SiteName, SiteConfig] = Field(
         default_factory=dict, description="The places backends stand at."

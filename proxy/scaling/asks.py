@@ -46,8 +46,8 @@ class Asks:
         spawn: Spawn,
         classes: Callable[[str], Collection[str]],
     ) -> None:
-        """`left`: of the budgets that a site falls under, in the ledger's currency; None: it has none. `classes`: data
-        classes of the requests for a model that run or wait now."""
+        """`left`: of the budgets that a site falls under, in the ledger's currency; None: it has none. `classes`:
+        data classes of the requests for a model that run or wait now."""
         self._sender = sender
         self._left = left
         self._spawn = spawn

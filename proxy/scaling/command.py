@@ -2,9 +2,9 @@
 
 It is called with one more argument, `prepare`, `start`, `stop` or `status`, and finds in its environment
 `TIDEGATE_STANDBY` (name), `TIDEGATE_RUN` (the same over all calls of one run; empty for `status`), `TIDEGATE_URL`
-(where the engine is to answer) and, where it is known, what is to run there (`_told`). Exit 0 is done; anything else
-is an error, and the last lines of its standard error say why. What it leaves running goes on, but should write to a
-file of its own: nobody reads what it says after the script's end.
+(where the engine is to answer) and, where it is known, what is to run there (`_told`). Exit 0 is done; anything
+else is an error, and the last lines of its standard error say why. What it leaves running goes on, but should write
+to a file of its own: nobody reads what it says after the script's end.
 """
 
 from __future__ import annotations

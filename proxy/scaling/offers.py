@@ -206,7 +206,9 @@ def _unworkable_platform(config: Config, platform: SchedulerPlatform) -> Iterato
     if platform.api_key_env is not None and not os.environ.get(platform.api_key_env, "").strip():
         yield BadValueError("this variable is not set in the environment", at=(*at, "api_key_env"))
     if not config.probing.enabled:
-        yield BadValueError("without probes nobody sees a placement answer: leave `probing.enabled` out", at=at)
+        yield BadValueError(
+            "without probes nobody sees a placement answer: leave `probing.enabled` out", at=at
+        )
     if not config.sites.keys() - {LOCAL}:
         yield BadValueError("a placement stands at one of `sites`, and there is none but `local`", at=at)
 

@@ -277,7 +277,9 @@ class Platform:
         if before is None or _served_from(before) != _served_from(placement) or placement.id in self._said:
             others = [one for one in store.all(now) if one.id != placement.id]
             if not self._try([*others, placement]):
-                return refusal(503, "it cannot be served from now, the log of the proxy says why: send it again")
+                return refusal(
+                    503, "it cannot be served from now, the log of the proxy says why: send it again"
+                )
             self._said.pop(placement.id, None)
             self._urgent = True
         store.put(placement, now)

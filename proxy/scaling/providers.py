@@ -43,7 +43,8 @@ def provider_of(
     """What starts and stops a backend that has a `standby` section.
 
     `key`: what `backend_key` says. `tls`: how its certificate is checked. `platform`: `scaling.scheduler`.
-    `launch`: what is to run there. Raises BadValueError, placed in the backend's section: there is no such provider.
+    `launch`: what is to run there. Raises BadValueError, placed in the backend's section: there is no such
+    provider.
     """
     assert backend.standby is not None
     facts = facts_of(backend, state, key, tls, platform, launch)

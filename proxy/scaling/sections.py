@@ -88,7 +88,7 @@ class CommandSection(FileModel):
     timeout: Duration | None = Field(
         None,
         gt=0,
-        description="One call that takes longer has failed. Default: `prepare_timeout`, `start_timeout`, `stop_timeout`.",
+        description="One call that takes longer has failed. Default: `prepare_timeout` and so on.",
     )
 
     def resolved(self, base: Path) -> CommandSection:

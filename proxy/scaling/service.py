@@ -85,9 +85,7 @@ def standbys_of(config: Config) -> list[BackendConfig]:
     return [section for section in config.backends if section.standby is not None]
 
 
-def provider(
-    config: Config, launch: Callable[[str], Launch | None]
-) -> Callable[[BackendConfig], Provider]:
+def provider(config: Config, launch: Callable[[str], Launch | None]) -> Callable[[BackendConfig], Provider]:
     """What makes providers by a configuration. `launch`: what is to run on the standby of a name."""
 
     def make(section: BackendConfig) -> Provider:
@@ -184,7 +182,12 @@ class Standbys:
             hours = Hours(self._engine, config.ledger_currency)
             gate = runtime.planning
             scaling = Scaling(
-                self._around, provider(config, self._launch), config.state, hours=hours, gate=gate, asks=self._asks
+                self._around,
+                provider(config, self._launch),
+                config.state,
+                hours=hours,
+                gate=gate,
+                asks=self._asks,
             )
             scaling.journal.read()
             if gate is not None:
@@ -211,7 +214,9 @@ class Standbys:
         if name in runtime.fleet.backends:
             runtime.fleet.put(name, runtime.now(), asleep=False, draining=True)
         if scaling is not None:
-            left = [one for one in standbys_of(runtime.config) if one.name != name and scaling.section(one.name)]
+            left = [
+                one for one in standbys_of(runtime.config) if one.name != name and scaling.section(one.name)
+            ]
             scaling.configure(left, {}, runtime.config.scaling.most)
         runtime.poll(runtime.now())
 

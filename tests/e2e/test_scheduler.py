@@ -276,7 +276,9 @@ async def test_a_launch_that_failed_is_tried_again_and_a_late_order_is_not(
             await provider.start("r1")
         order = {"operation": "stop", "placement": id, "run": "r2"}
         with pytest.raises(ProviderError, match="not those of the path"):
-            await caller.call("POST", f"{platform.url}/v1/placements/{id}/start", order, id="m2", within_s=9.0)
+            await caller.call(
+                "POST", f"{platform.url}/v1/placements/{id}/start", order, id="m2", within_s=9.0
+            )
         await provider.start("r2")
         await eventually(lambda: placed.state == "ready", PATIENCE_S)
         assert placed.engine is not None

@@ -131,7 +131,9 @@ async def test_only_sites_are_asked_for_that_may_see_what_is_asked() -> None:
     assert asked.platform.asked[0][3:] == (["suzhou"], ["internal"])
     asked.classes = {"public"}
     await asked.turn(2000, 1.0 + LIFE_S / 2)
-    assert asked.platform.asked[1][3:] == (["suzhou"], ["internal", "public"]), "what was there may come again"
+    assert asked.platform.asked[1][3:] == (["suzhou"], ["internal", "public"]), (
+        "what was there may come again"
+    )
 
 
 async def test_what_no_site_may_see_is_not_asked_for() -> None:

@@ -223,9 +223,7 @@ def test_the_shipped_file_is_packed() -> None:
         ({"process": {"command": ["serve"]}, "card": "H20"}, None),
     ],
 )
-def test_what_a_standby_is_started_with(
-    section: dict[str, Any], arguments: tuple[str, str] | None
-) -> None:
+def test_what_a_standby_is_started_with(section: dict[str, Any], arguments: tuple[str, str] | None) -> None:
     """At the port of its URL. A platform says the card by a label, and may have images of its own."""
     backend = {"name": "a", "url": "http://10.0.0.7:8001", "models": ["m"], "standby": section}
     labelled = BackendConfig.model_validate({**backend, "labels": {"card": "H20"}})
