@@ -87,6 +87,8 @@ def warnings(file: PolicyFile, known: KnownNames) -> Iterator[Finding]:
         yield from _marks(rule, at, known)
         if known.placements:
             yield from _names_of_backends(rule, at, known)
+        if not known.backends:
+            continue  # all of them are yet to come
         if rule.when is not None:
             yield from _unmet(rule.when, (*at, "when"), known)
         require = required(rule)

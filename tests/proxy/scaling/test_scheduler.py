@@ -102,7 +102,7 @@ async def test_a_stop_that_is_refused_is_no_stop() -> None:
     ("said", "presence"),
     [
         ("standby", Presence.ABSENT),
-        ("preparing", Presence.ABSENT),
+        ("preparing", Presence.STARTING),
         ("starting", Presence.STARTING),
         ("ready", Presence.RUNNING),
         ("stopping", Presence.RUNNING),
