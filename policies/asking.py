@@ -83,6 +83,10 @@ class Asking:
             return Ask(pool.model, wanted, f"demand has grown to {demand:.0f} tokens")
         return None
 
+    def forget(self, model: str) -> None:
+        """Send nothing more for what was asked: it runs out, unless it is asked for anew."""
+        self._open.pop(model, None)
+
     def sent(self, ask: Ask, now: float) -> None:
         """The platform has it."""
         if ask.tokens <= 0.0:

@@ -49,6 +49,9 @@ class KnownNames:
     keys: KnownKeys | None = None
     """None: nothing is known of them, or there are none, so that every client is let in."""
 
+    placements: bool = False
+    """A scheduling platform has backends come and go: a name that nobody has now may be that of one."""
+
     @property
     def all_operators(self) -> frozenset[str]:
         return (self.operators | {backend.operator for backend in self.backends}) - {""}
@@ -73,6 +76,8 @@ def errors(file: PolicyFile, matches: Sequence[Match], known: KnownNames | None)
                 yield Finding((*at, "when", "tenant", place), message)
         if known is not None:
             yield from _names(rule, at, known)
+            if not known.placements:
+                yield from _names_of_backends(rule, at, known)
 
 
 def warnings(file: PolicyFile, known: KnownNames) -> Iterator[Finding]:
@@ -80,6 +85,10 @@ def warnings(file: PolicyFile, known: KnownNames) -> Iterator[Finding]:
     for index, rule in enumerate(file.rules):
         at: Path = ("rules", index)
         yield from _marks(rule, at, known)
+        if known.placements:
+            yield from _names_of_backends(rule, at, known)
+        if not known.backends:
+            continue  # all of them are yet to come
         if rule.when is not None:
             yield from _unmet(rule.when, (*at, "when"), known)
         require = required(rule)
@@ -288,21 +297,28 @@ def _picks(rule: Rule, at: Path) -> Iterator[Finding]:
 
 
 def _names(rule: Rule, at: Path, known: KnownNames) -> Iterator[Finding]:
-    sites, backends = known.all_sites, {backend.name for backend in known.backends}
+    sites = known.all_sites
     several = (ANY_SITE, REMOTE)
     yield from _unknown("site", rule.sites, (*at, "sites"), sites, several)
     for below, section in selections(rule):
         path = (*at, *below)
         yield from _unknown("site", section.site, (*path, "site"), sites, several)
-        yield from _unknown("backend", section.backend, (*path, "backend"), backends)
         yield from _unknown("operator", section.operator, (*path, "operator"), known.all_operators)
+    for path, pick in picks_of(rule):
+        for parameter, value in pick.parameters.items():
+            if (pick.policy, parameter) in LISTS_SITES and isinstance(value, list):
+                yield from _unknown("site", value, (*at, *path, parameter), sites)
+
+
+def _names_of_backends(rule: Rule, at: Path, known: KnownNames) -> Iterator[Finding]:
+    backends = {backend.name for backend in known.backends}
+    for below, section in selections(rule):
+        yield from _unknown("backend", section.backend, (*at, *below, "backend"), backends)
     yield from _unknown_keys(rule.weights or (), (*at, "weights"), backends)
     for path, pick in picks_of(rule):
         for parameter, value in pick.parameters.items():
             if (pick.policy, parameter) in KEYED_BY_BACKEND and isinstance(value, Mapping):
                 yield from _unknown_keys(value, (*at, *path, parameter), backends)
-            elif (pick.policy, parameter) in LISTS_SITES and isinstance(value, list):
-                yield from _unknown("site", value, (*at, *path, parameter), sites)
 
 
 def _unknown_keys(names: Iterable[str], at: Path, backends: Collection[str]) -> Iterator[Finding]:

@@ -250,6 +250,8 @@ def _unused(config: Config, document: Document) -> Iterator[Problem]:
             meant = closest(site, used - config.sites.keys())
             if meant is not None:
                 message += f"; there is one at '{meant}', which is not among the sites"
+            elif config.scaling.scheduler is not None:
+                continue  # placements may
             yield document.problem(("sites", site), message, at_key=True)
 
 
@@ -268,8 +270,8 @@ def _unknown_models(config: Config, document: Document) -> Iterator[Problem]:
                 yield document.problem(
                     ("backends", number, "prices", model), message, suggestion, at_key=True
                 )
-    if any(section.models == "auto" for section in config.backends):
-        return
+    if config.scaling.scheduler is not None or any(section.models == "auto" for section in config.backends):
+        return  # others may be there later
     for alias, model in config.aliases.items():
         if model not in listed:
             message = f"no backend lists model '{model}'"

@@ -214,7 +214,9 @@ class Config(FileModel):
         None, description="URL of the ledger: `postgresql://…`. Default: an SQLite file in `state`."
     )
     policy: str = Field("local-first", description="A policy of the library, or a policy file.")
-    backends: list[BackendConfig] = Field(min_length=1, description="The endpoints to serve from.")
+    backends: list[BackendConfig] = Field(
+        description="The endpoints to serve from: one or more, unless `scaling.scheduler` places them."
+    )
     sites: dict[SiteName, SiteConfig] = Field(
         default_factory=dict, description="The places backends stand at."
     )
@@ -257,6 +259,8 @@ class Config(FileModel):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if not self.backends and self.scaling.scheduler is None:
+            raise BadValueError("needs at least 1 entry", at=("backends",))
         seen: set[str] = set()
         for number, backend in enumerate(self.backends):
             if backend.name in seen:

@@ -448,8 +448,8 @@ class Service:
         log.info("placements: %s", "; ".join(changed) or "nothing changed")
 
     def drain(self, name: str) -> None:
-        """Send nothing new to a backend."""
-        self._standbys.drain(name)
+        """Send nothing new to a placement, and stop it."""
+        self._standbys.withdraw(name)
 
     def _tell_certificates(self, built: Built) -> None:
         """For commands on this machine, which trust just these."""

@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import ceil, inf
 from typing import Any
 
 from aiohttp import web
@@ -86,6 +86,8 @@ class Placed:
     progress: float | None = None
     detail: str = ""
     run: str = ""
+    ended: str = ""
+    """The run that was stopped last: an order for it that comes late starts nothing."""
     engine: asyncio.subprocess.Process | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -164,30 +166,36 @@ class Scheduler:
 
     async def ask(self, request: web.Request, body: bytes) -> web.Response:
         wanted = read_message(body, ScaleRequest)
-        unknown = [site for site in wanted.sites if site not in self.sites]
-        if unknown:
-            raise MessageError("sites", f"there is no site {unknown[0]}")
+        if not self._allowed(wanted):
+            raise MessageError("sites", f"there are {', '.join(self.sites)}")
         async with self._turn:
             before = self.requests.get(wanted.id)
-            if before is not None and before.demand == wanted.demand and before.model == wanted.model:
-                self.requests[wanted.id] = wanted  # sent again, or still wanted
-                return web.json_response({"id": wanted.id}, status=202)
-            chosen = await asyncio.to_thread(self._choose, wanted)
-            if chosen is None:
-                return refused(422, "no free cards meet it: see `tidegate plan` for what would")
-            self._take_back(wanted.id)
+            if before is not None and before.model != wanted.model:
+                self._take_back(wanted.id)
+            # What is placed stays, since it may run: only what is missing is added.
+            placed = [one for one in self.placed.values() if one.message["request"] == wanted.id]
+            more = wanted.demand.requests - sum(one.message["slots"] for one in placed)
+            most = (wanted.count or sys.maxsize) - len(placed)
+            copies = 0
+            if not placed or (more > 0.0 and most > 0):
+                chosen = await asyncio.to_thread(self._choose, wanted, more, most)
+                if chosen is None and not placed:
+                    self.requests.pop(wanted.id, None)
+                    return refused(422, "no free cards meet it: see `tidegate plan` for what would")
+                if chosen is not None:
+                    site, option, copies = chosen
+                    for _ in range(copies):
+                        self._place(wanted, site, option.profile, option.slots)
             self.requests[wanted.id] = wanted
-            site, option = chosen
-            copies = option.copies if wanted.count is None else min(option.copies, wanted.count)
-            for _ in range(copies):
-                self._place(wanted, site, option)
-        self._spawn(self.push_all())
+        if copies:
+            self._spawn(self.push_all())
         return web.json_response({"id": wanted.id, "placements": copies}, status=202)
 
-    def _choose(self, wanted: ScaleRequest) -> tuple[Site, Option] | None:
-        """The cheapest resources that meet it, by what `tidegate plan` says of the cards that are free."""
+    def _choose(self, wanted: ScaleRequest, requests: float, most: int) -> tuple[Site, Option, int] | None:
+        """The cheapest resources for so many requests at once, by what `tidegate plan` says of the cards that are
+        free, and how many placements that makes."""
         demand = Demand(
-            concurrency=max(1, round(wanted.demand.requests)),
+            concurrency=max(1, ceil(requests)),
             prompt_tokens=wanted.demand.prompt_tokens,
             output_tokens=wanted.demand.output_tokens,
             ttft_s=wanted.sla.ttft_s or inf,
@@ -195,14 +203,17 @@ class Scheduler:
             tokens_per_s=wanted.sla.tokens_per_s or 0.0,
             model=self._models.get(wanted.model, wanted.model),
         )
+        money = [left for left in (wanted.budget.per_hour, wanted.budget.month_left) if left is not None]
         for option in plan(demand, self._profiles(wanted)).options:
-            per_hour = wanted.budget.per_hour
-            if per_hour is not None and (option.per_hour is None or option.per_hour > per_hour):
-                continue
-            copies = option.copies if wanted.count is None else min(option.copies, wanted.count)
+            copies = min(option.copies, most)
             for site in self._allowed(wanted):
-                if site.card == option.profile.card and site.free >= option.profile.cards * copies:
-                    return site, option
+                cost = cost_of(site, option.profile)
+                if (
+                    site.card == option.profile.card
+                    and site.free >= option.profile.cards * copies
+                    and (not money or (cost is not None and cost * copies <= min(money)))
+                ):
+                    return site, option, copies
         return None
 
     def _allowed(self, wanted: ScaleRequest) -> list[Site]:
@@ -212,8 +223,7 @@ class Scheduler:
         cards = {site.card for site in self._allowed(wanted) if not wanted.cards or site.card in wanted.cards}
         return [profile for profile in self._known if profile.card in cards]
 
-    def _place(self, wanted: ScaleRequest, site: Site, option: Option) -> None:
-        profile = option.profile
+    def _place(self, wanted: ScaleRequest, site: Site, profile: Profile, slots: int) -> None:
         self._numbers += 1
         id = f"{site.name}-{self._numbers}-{new_id()[-6:]}"
         port = free_port()
@@ -223,15 +233,13 @@ class Scheduler:
             "url": f"http://127.0.0.1:{port}",
             "site": site.name,
             "models": [wanted.model],
-            "slots": max(option.slots, 1),
+            "slots": max(slots, 1),
             "card": profile.card,
             "count": profile.cards,
             "request": wanted.id,
         }
-        if site.cost is not None:
-            message["cost_per_hour"] = site.cost * profile.cards
-        elif profile.price is not None:
-            message["cost_per_hour"] = profile.price.per_hour
+        if (cost := cost_of(site, profile)) is not None:
+            message["cost_per_hour"] = cost
         site.free -= profile.cards
         self.placed[id] = Placed(site, profile.cards, profile.name, self._speed, message, port)
 
@@ -270,13 +278,11 @@ class Scheduler:
         return web.json_response(status.model_dump(mode="json"))
 
     async def start(self, request: web.Request, body: bytes) -> web.Response:
-        order, placed = read_message(body, Run), self._found(request)
-        if (
-            placed is None
-            or order.placement not in self.placed
-            or order.placement != request.match_info["id"]
-        ):
+        order, placed = self._ordered(request, body, "start")
+        if placed is None or order.placement not in self.placed:
             return refused(404, "there is no such placement")
+        if order.run == placed.ended:
+            return refused(422, "this run was stopped: an order that came late", "run")
         if placed.state in ("starting", "ready", "stopping"):
             if placed.run == order.run and placed.state != "stopping":
                 return web.json_response({}, status=202)  # it came before
@@ -286,13 +292,23 @@ class Scheduler:
         return web.json_response({}, status=202)
 
     async def stop(self, request: web.Request, body: bytes) -> web.Response:
-        order, placed = read_message(body, Run), self._found(request)
-        if placed is None or order.placement != request.match_info["id"]:
+        order, placed = self._ordered(request, body, "stop")
+        if placed is None:
             return refused(404, "there is no such placement")
-        if placed.state in ("starting", "ready"):
+        placed.ended = order.run
+        if placed.state in ("starting", "ready", "failed"):
             placed.state = "stopping"
+            if placed.engine is not None and placed.engine.returncode is None:
+                placed.engine.terminate()
             self._spawn(self._stop(order.placement, placed))
         return web.json_response({}, status=202)
+
+    def _ordered(self, request: web.Request, body: bytes, operation: str) -> tuple[Run, Placed | None]:
+        """Raises MessageError: what was signed is not about this path, which is not signed itself."""
+        order = read_message(body, Run)
+        if (order.operation, order.placement) != (operation, request.match_info["id"]):
+            raise MessageError("operation", "operation and placement are not those of the path")
+        return order, self._found(request)
 
     def _found(self, request: web.Request) -> Placed | None:
         id = request.match_info["id"]
@@ -311,13 +327,28 @@ class Scheduler:
                 *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
             )
             assert engine.stdout is not None
-            line = await engine.stdout.readline()
-            if not line.startswith(b"listening"):
-                await self._end(placed)
-                placed.state, placed.detail = "failed", "the engine ended before it listened"
-            elif placed.state == "starting":  # nobody has stopped it meanwhile
+            listens = (await engine.stdout.readline()).startswith(b"listening")
+            if placed.state != "starting":
+                return  # stopped meanwhile
+            if listens:
                 placed.state = "ready"
-            self._progress(id, placed, 1.0, placed.detail)
+                self._progress(id, placed, 1.0, "")
+                self._spawn(self._watch(id, placed, engine, engine.stdout))
+            else:
+                await self._end(placed)
+                placed.state = "failed"
+                self._progress(id, placed, None, "the engine ended before it listened")
+
+    async def _watch(
+        self, id: str, placed: Placed, engine: asyncio.subprocess.Process, said: asyncio.StreamReader
+    ) -> None:
+        """Notice that an engine ends by itself. What it says is not kept."""
+        while await said.read(1 << 16):
+            pass
+        code = await engine.wait()
+        if placed.engine is engine and placed.state == "ready":
+            placed.engine, placed.state = None, "failed"
+            self._progress(id, placed, None, f"the engine ended with exit code {code}")
 
     async def _stop(self, id: str, placed: Placed) -> None:
         async with placed.turn:
@@ -347,6 +378,8 @@ class Scheduler:
             content = {"site": site.name, "cards": cards, "utilisation": use, "ttl_s": self.ttl_s}
             await self._push("PUT", f"/platform/sites/{site.name}/resources", content)
         for id, placed in list(self.placed.items()):
+            if id not in self.placed:
+                continue  # taken back meanwhile
             content = placed.placement(self.ttl_s).model_dump(mode="json", exclude_none=True)
             await self._push("PUT", f"/platform/placements/{id}", content)
 
@@ -388,6 +421,13 @@ class Scheduler:
         for placed in (*self.placed.values(), *self._leaving.values()):
             await self._end(placed)
         await self._caller.close()
+
+
+def cost_of(site: Site, profile: Profile) -> float | None:
+    """Of an engine and hour."""
+    if site.cost is not None:
+        return site.cost * profile.cards
+    return None if profile.price is None else profile.price.per_hour
 
 
 def refused(status: int, message: str, field: str = "") -> web.Response:

@@ -23,7 +23,7 @@ import aiohttp
 import orjson
 
 from probes.active import new_session
-from probes.resolver import Resolver
+from probes.resolver import Resolver, SystemLookup
 from proxy.config_values import is_metadata
 from proxy.scaling.provider import ProviderError
 from proxy.scaling.signing import signed, what_is_signed
@@ -36,6 +36,8 @@ AGAIN: Final = frozenset({408, 409, 425, 429})
 """Besides 5xx: answers that say that it may be otherwise later."""
 MOST_SHOWN: Final = 200
 """Characters of an answer in an error message."""
+_LOOKUP: Final = SystemLookup()
+"""One for all callers: it has threads."""
 
 
 class RefusedError(ProviderError):
@@ -137,11 +139,13 @@ class Caller:
         """Status, body, and how long to wait before the next attempt."""
         if self._session is None:
             # The operator may mean private addresses; a name that leads to a metadata service is never meant.
-            self._resolver = Resolver(allowed=lambda address: not is_metadata(address))
+            self._resolver = Resolver(_LOOKUP, allowed=lambda address: not is_metadata(address))
             self._session = new_session(self._resolver)
+        assert self._resolver is not None
+        parts = urlsplit(url)
+        await self._resolver.refresh([parts.hostname or ""])  # it may have moved
         headers = {"content-type": "application/json"} if body else {}
         if self._secrets:
-            parts = urlsplit(url)
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             headers |= signed(self._secrets, id, int(self._wall()), what_is_signed(method, path, body))
         async with self._session.request(

@@ -1,25 +1,30 @@
 """The provider `command`: a script that starts and stops a standby.
 
 It is called with one more argument, `prepare`, `start`, `stop` or `status`, and finds in its environment
-`TIDEGATE_STANDBY` (name), `TIDEGATE_RUN` (the same over all calls of one run) and `TIDEGATE_URL` (where the engine
-is to answer). Exit 0 is done; anything else is an error, and the last lines of its standard error say why. What
-it leaves running goes on, but should write to a file of its own: nobody reads what it says after the script's end.
+`TIDEGATE_STANDBY` (name), `TIDEGATE_RUN` (the same over all calls of one run; empty for `status`), `TIDEGATE_URL`
+(where the engine is to answer) and, where it is known, what is to run there (`_told`). Exit 0 is done; anything
+else is an error, and the last lines of its standard error say why. What it leaves running goes on, but should write
+to a file of its own: nobody reads what it says after the script's end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from math import inf
 from typing import Final
 
 from policies.units import BadValueError
 from proxy.masking import masked_output, secret_values
 from proxy.scaling.facts import Facts
-from proxy.scaling.provider import Presence, ProviderError, Status
+from proxy.scaling.images import Launch
+from proxy.scaling.provider import STATUS_WITHIN_S, Presence, ProviderError, Status
 from proxy.scaling.sections import StandbySection
 from proxy.scaling.statusbody import read_status
 
@@ -36,6 +41,7 @@ class CommandProvider:
     def __init__(self, section: StandbySection, facts: Facts) -> None:
         if section.command is None:
             raise ValueError("not a standby with a command")
+        self._standby = section
         self._section = section.command
         self._facts = facts
 
@@ -49,35 +55,37 @@ class CommandProvider:
 
     async def prepare(self, run: str) -> None:
         """Raises ProviderError."""
-        await self._call("prepare", run)
+        await self._call("prepare", run, self._standby.prepare_timeout)
 
     async def start(self, run: str) -> None:
         """Raises ProviderError."""
-        await self._call("start", run)
+        await self._call("start", run, self._standby.start_timeout)
 
     async def stop(self, run: str) -> None:
         """Raises ProviderError."""
-        await self._call("stop", run)
+        await self._call("stop", run, self._standby.stop_timeout)
 
     async def status(self) -> Status:
         """What the script says. `UNKNOWN`: it could not be asked."""
         try:
-            return read_status(await self._call("status", "")).status()
+            return read_status(await self._call("status", "", STATUS_WITHIN_S)).status()
         except ProviderError as error:
             return Status(Presence.UNKNOWN, detail=str(error))
 
     async def close(self) -> None:
         """There is nothing to close."""
 
-    async def _call(self, operation: str, run: str) -> str:
+    async def _call(self, operation: str, run: str, most_s: float) -> str:
         """What it wrote to standard output."""
         section = self._section
+        within_s = min(section.timeout or inf, most_s)
         environment = {
             **os.environ,
             **section.environment,
             "TIDEGATE_STANDBY": self._facts.name,
             "TIDEGATE_RUN": run,
             "TIDEGATE_URL": self._facts.url,
+            **_told(self._facts.launch()),
         }
         shown = f"`{os.path.basename(section.command[0])} {operation}`"
         output, errors = _Pipe(), _Pipe()
@@ -95,7 +103,7 @@ class CommandProvider:
             except (OSError, ValueError) as error:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 raise ProviderError(f"{section.command[0]} cannot be run: {reason.lower()}") from None
-            problem = await self._watched(process, output, errors)
+            problem = await self._watched(process, within_s, output, errors)
         finally:
             output.close()
             errors.close()
@@ -105,15 +113,15 @@ class CommandProvider:
             raise ProviderError(f"{shown} {how}{_last_lines(errors.text(), environment)}")
         return output.text()
 
-    async def _watched(self, process: asyncio.subprocess.Process, *pipes: _Pipe) -> str:
+    async def _watched(self, process: asyncio.subprocess.Process, within_s: float, *pipes: _Pipe) -> str:
         """Wait for its end. Why it was ended; empty: it was not."""
         for pipe in pipes:
             pipe.read(partial(_end, process.pid))
         try:
-            async with asyncio.timeout(self._section.timeout):
+            async with asyncio.timeout(within_s):
                 await process.wait()
         except TimeoutError:
-            return f"took longer than {self._section.timeout:g} s and was ended"
+            return f"took longer than {within_s:g} s and was ended"
         finally:
             if process.returncode is None:
                 _end(process.pid)
@@ -122,6 +130,17 @@ class CommandProvider:
         for pipe in pipes:
             pipe.drain()
         return "wrote too much and was ended" if any(pipe.full for pipe in pipes) else ""
+
+
+def _told(launch: Launch | None) -> dict[str, str]:
+    """What is to run, as variables."""
+    if launch is None:
+        return dict.fromkeys(("TIDEGATE_IMAGE", "TIDEGATE_ARGUMENTS", "TIDEGATE_LAUNCH"), "")
+    return {
+        "TIDEGATE_IMAGE": launch.image,
+        "TIDEGATE_ARGUMENTS": shlex.join((*launch.command, *launch.arguments)),
+        "TIDEGATE_LAUNCH": json.dumps(launch.as_dict()),
+    }
 
 
 def _end(group: int) -> None:

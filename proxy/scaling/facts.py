@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from proxy.scaling.images import Launch
 from proxy.scaling.sections import SchedulerPlatform
+
+
+def nobody_says() -> Launch | None:
+    """Where no image is looked up."""
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +35,5 @@ class Facts:
     """Name the certificate must carry; None: the URL's host."""
     platform: SchedulerPlatform | None = None
     """`scaling.scheduler`; None: there is none."""
+    launch: Callable[[], Launch | None] = field(default=nobody_says, repr=False, compare=False)
+    """What is to run there, as the images say at that moment; None: that is for its provider to know."""

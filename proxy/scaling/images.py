@@ -13,7 +13,7 @@ from difflib import SequenceMatcher
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -118,6 +118,15 @@ class Launch:
 
     def __str__(self) -> str:
         return self.image or " ".join(self.command)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As providers are told."""
+        return {
+            "image": self.image,
+            "command": list(self.command),
+            "arguments": list(self.arguments),
+            "environment": dict(self.environment),
+        }
 
 
 @dataclass(frozen=True, slots=True)

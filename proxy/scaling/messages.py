@@ -35,7 +35,8 @@ PRESENCE: dict[str, Presence] = {
     "stopping": Presence.RUNNING,
     "failed": Presence.ABSENT,
 }
-"""What of a placement is there, by its state: `failed` means that nothing of it runs any more."""
+"""What of a placement is there, by its state. `failed`: nothing of it runs any more. `preparing`: before its start;
+what is prepared for a run is `STARTING` (`scheduler.py`)."""
 
 
 class MessageError(Exception):
@@ -143,7 +144,7 @@ class Placement(FileModel):
     count: int = Field(1, ge=1, le=1024)
     """Cards."""
     cost_per_hour: Amount | None = None
-    """While it runs; null: unknown."""
+    """While it runs; null: unknown. While it is placed it cannot rise, nor can `price`."""
     cold_start_s: Annotated[float, Field(gt=0, le=86400)] | None = None
     """From start to the first answer, as it is expected."""
     price: Price | None = None
@@ -195,6 +196,16 @@ class Resources(FileModel):
     ttl_s: Seconds
 
 
+class Software(FileModel):
+    """An image or a command for a model on a card, everything filled in."""
+
+    image: str = ""
+    command: list[str] = Field(default_factory=list)
+    """Instead of an image."""
+    arguments: list[str] = Field(default_factory=list)
+    environment: dict[str, str] = Field(default_factory=dict)
+
+
 class Run(FileModel):
     """Body of `start` and `stop`, from us to the platform."""
 
@@ -202,6 +213,8 @@ class Run(FileModel):
     placement: Name
     run: str
     """The idempotency key: started twice for one run, it is started once."""
+    launch: Software | None = None
+    """With `start`: what is to run, by the images of Tidegate; null: they do not say, the platform knows."""
 
 
 class PlacementStatus(FileModel):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from policies.match import LOCAL
 from policies.plans import Forecast, Plan, Resources, Trigger, forecast_of
@@ -15,10 +17,13 @@ from policies.yamlfile import FileProblems
 from policies.yamlproblems import closest
 from proxy.config import BackendConfig, Config
 from proxy.scaling.images import Images, Launch, Missing, Wanted, load_images
+from proxy.scaling.sections import SchedulerPlatform
 from proxy.scaling.signing import secrets_of
 
 BRINGS_OWN: Final = frozenset({"process", "sleep"})
 """Providers that run what is there: no image is looked up for them."""
+ENGINE_PORT: Final = 8000
+"""Of an engine behind a URL without a port."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +74,12 @@ def offer(backend: BackendConfig, images: Images) -> Offer:
     models = () if backend.models == "auto" else tuple(backend.models)
     if section.image is not None:
         launch = Launch(section.image, source="the configuration")
-    elif section.card is not None and section.kind not in BRINGS_OWN:
-        found = [images.launch(Wanted(model, card, section.task), section.cards) for model in models]
+    elif card and (section.kind == "scheduler" or (section.card and section.kind not in BRINGS_OWN)):
+        port = urlsplit(backend.url).port or ENGINE_PORT
+        found = [images.launch(Wanted(model, card, section.task), section.cards, port) for model in models]
         launch = next((one for one in found if isinstance(one, Missing)), found[0] if found else None)
+        if isinstance(launch, Missing) and section.card is None:
+            launch = None  # a platform may have an image that we do not know
     return Offer(
         backend.name,
         backend.site,
@@ -146,6 +154,8 @@ def _profile(file: Path | None) -> Profile | None:
 def unworkable(config: Config) -> Iterator[BadValueError]:
     """What cannot work of `scaling` and of standbys, with its place in the configuration."""
     scaling = config.scaling
+    if scaling.scheduler is not None:
+        yield from _unworkable_platform(config, scaling.scheduler)
     try:
         images = load_images(scaling.images)
     except FileProblems as error:
@@ -183,12 +193,33 @@ def unworkable(config: Config) -> Iterator[BadValueError]:
             yield BadValueError(
                 f"{found.launch}: give `image`, or an own file in `scaling.images`", at=(*at, "card")
             )
-        ceiling = _ceiling_over(config, backend.site)
-        if ceiling and found.cost_per_hour is None and not found.priced:
-            yield BadValueError(
-                f"{ceiling} cannot be kept without it: what does an hour of '{backend.name}' cost? 0, if nothing",
-                at=(*at, "cost_per_hour"),
-            )
+        if why := unpriced(config, backend):
+            yield BadValueError(why, at=(*at, "cost_per_hour"))
+
+
+def _unworkable_platform(config: Config, platform: SchedulerPlatform) -> Iterator[BadValueError]:
+    at = ("scaling", "scheduler")
+    try:
+        secrets_of(platform.secret_env, (*at, "secret_env"))
+    except BadValueError as error:
+        yield error
+    if platform.api_key_env is not None and not os.environ.get(platform.api_key_env, "").strip():
+        yield BadValueError("this variable is not set in the environment", at=(*at, "api_key_env"))
+    if not config.probing.enabled:
+        yield BadValueError(
+            "without probes nobody sees a placement answer: leave `probing.enabled` out", at=at
+        )
+    if not config.sites.keys() - {LOCAL}:
+        yield BadValueError("a placement stands at one of `sites`, and there is none but `local`", at=at)
+
+
+def unpriced(config: Config, backend: BackendConfig) -> str:
+    """Why a standby has to say what an hour of it costs; empty: it does, or no ceiling is over it."""
+    assert backend.standby is not None
+    ceiling = _ceiling_over(config, backend.site)
+    if not ceiling or backend.standby.cost_per_hour is not None or backend.price or backend.prices:
+        return ""
+    return f"{ceiling} cannot be kept without it: what does an hour of '{backend.name}' cost? 0, if nothing"
 
 
 def _ceiling_over(config: Config, site: str) -> str:

@@ -7,6 +7,7 @@ the file (any more) is left out and told of, while all others serve.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import ceil
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -16,6 +17,7 @@ from policies.units import BadValueError
 from proxy.client_address import Network
 from proxy.config import BackendConfig, Config
 from proxy.scaling.messages import MessageError, Placement, problem_of
+from proxy.scaling.offers import unpriced
 from proxy.scaling.sections import SchedulerPlatform
 from proxy.ssrf import check_url
 
@@ -54,19 +56,21 @@ def _fits(
         raise MessageError("site", f"'{placement.site}' is not in the configuration, where there is {known}")
     if any(backend.name == placement.name for backend in (*config.backends, *others)):
         raise MessageError("name", f"a backend is called '{placement.name}' already")
+    for backend in config.backends:
+        pinned = backend.standby.scheduler if backend.standby is not None else None
+        if pinned is not None and pinned.placement == placement.id:
+            raise MessageError("id", f"it is backend '{backend.name}' of the configuration")
     check_place(placement.url, platform.networks)
     written = section_of(placement, platform)
     try:
         section = BackendConfig.model_validate(written)
     except ValidationError as error:
         raise problem_of(error, BackendConfig, written) from None
-    if not config.probing.enabled:
-        raise MessageError(
-            "", "without probes nobody would see a placement answer: `probing.enabled` is false"
-        )
     ours = config.ledger_currency
     if placement.price is not None and (placement.price.currency or ours) != ours:
         raise MessageError("price.currency", f"the ledger counts in {ours}")
+    if why := unpriced(config, section):
+        raise MessageError("cost_per_hour", why)
     return section
 
 
@@ -80,7 +84,7 @@ def check_place(url: str, networks: Sequence[Network]) -> None:
 
 def section_of(placement: Placement, platform: SchedulerPlatform) -> dict[str, Any]:
     """A placement as a backend's section."""
-    standby: dict[str, Any] = {"scheduler": {"placement": placement.id}}
+    standby: dict[str, Any] = {"scheduler": {"placement": placement.id}, "cards": placement.count}
     if placement.cost_per_hour is not None:
         standby["cost_per_hour"] = placement.cost_per_hour
     if placement.cold_start_s is not None:
@@ -102,7 +106,7 @@ def section_of(placement: Placement, platform: SchedulerPlatform) -> dict[str, A
     if placement.price is not None:
         section["price"] = placement.price.model_dump(exclude_none=True)
     if placement.route.bandwidth is not None:
-        section["bandwidth"] = int(placement.route.bandwidth)
+        section["bandwidth"] = ceil(placement.route.bandwidth)
     if platform.api_key_env is not None:
         section["api_key_env"] = platform.api_key_env
     return section

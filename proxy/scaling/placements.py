@@ -17,8 +17,9 @@ from proxy.scaling.signing import TOLERANCE_S
 
 MOST_PLACEMENTS = 256
 MOST_SITES = 256
-MOST_ANSWERED = 10_000
-"""Messages that are remembered, within the time in which their signatures hold."""
+MOST_ANSWERED = 20_000
+"""Messages that are remembered, within the time in which their signatures hold: as many placements as there may be,
+each renewed every ten seconds, fill three quarters of it."""
 REMEMBER_S = 2 * TOLERANCE_S
 """Signed as far in the future as is taken, a message holds for so long."""
 
@@ -55,12 +56,17 @@ class Placements:
         self._answered: dict[str, Answered] = {}
 
     def check(self, placement: Placement, now: float) -> None:
-        """Raises MessageError: there are too many, or its name is another's or was another."""
+        """Raises MessageError: there are too many, its name is another's or was another, or it costs more than it
+        did: what somebody has approved is what is paid."""
         before = self.find(placement.id, now)
         if before is None and len(self.all(now)) >= MOST_PLACEMENTS:
             raise MessageError("", f"there are {MOST_PLACEMENTS} placements already")
         if before is not None and before.name != placement.name:
             raise MessageError("name", f"this placement is called '{before.name}': its name cannot change")
+        if before is not None and (field := _dearer(before, placement)):
+            raise MessageError(
+                field, "it cannot rise while it is placed: delete the placement, and place another"
+            )
         if any(one.name == placement.name and one.id != placement.id for one in self.all(now)):
             raise MessageError("name", f"another placement is called '{placement.name}'")
 
@@ -171,6 +177,21 @@ class Placements:
             raise ValueError(f"{type(error).__name__}: {error}") from None
         found.expire(now)
         return found
+
+
+def _dearer(before: Placement, now: Placement) -> str:
+    """The field of what costs more, or nobody knows what any more; empty: none."""
+    if before.cost_per_hour is not None and (
+        now.cost_per_hour is None or now.cost_per_hour > before.cost_per_hour
+    ):
+        return "cost_per_hour"
+    if before.price is None or now.price is None:
+        return "" if before.price is None else "price"
+    for name in ("input", "output", "cached_input"):
+        was, is_now = getattr(before.price, name), getattr(now.price, name)
+        if was is not None and is_now is not None and is_now > was:
+            return f"price.{name}"
+    return ""
 
 
 def _left(seconds: float, most: float) -> float:

@@ -2,8 +2,8 @@
 
 We ask the platform for capacity (`request`, `release`) and it answers later, by what it pushes to the admin port:
 placements, resources, progress. A placement becomes a backend that need not run, and the provider `scheduler`
-starts it when traffic needs it. Pushes are taken one at a time, each is on the disk before it is answered, and
-one that cannot be served from changes nothing.
+starts it when traffic needs it. Pushes are taken one at a time. What changes placements is on the disk before it is
+answered, what renews them within a second; one that cannot be served from changes nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import orjson
 
 from policies.asking import LIFE_S, Ask
+from policies.lengths import EXPECTED_TOKENS
 from policies.match import LOCAL
 from policies.state import Backend
 from policies.units import BadValueError
@@ -54,6 +55,8 @@ log = logging.getLogger("tidegate")
 FILE: Final = "placements.json"
 EXPIRE_S: Final = 1.0
 """How often it is looked whose time is over."""
+LOOK_UP_S: Final = 5.0
+"""How long the host of a new placement may take to be resolved."""
 NOT_FOUND: Final = 404
 WITHIN_S: Final = 60.0
 """How long a scale request is tried for."""
@@ -69,7 +72,7 @@ class Served(Protocol):
         """Serve from the placements there are now, and from no others. Raises ConfigError: nothing has changed."""
 
     def drain(self, name: str) -> None:
-        """Send nothing new to a backend."""
+        """Send nothing new to a placement, and stop it."""
 
 
 class Reply(NamedTuple):
@@ -105,7 +108,13 @@ class Platform:
         self._now, self._wall = now, wall
         self._turn = asyncio.Lock()
         self._left = False
+        self._unwritten = self._urgent = False
+        """Whether something is not in the file yet, and may not be answered before it is."""
+        self._trouble = ""
+        """Why the file cannot be written, as the log has it; empty: it can."""
         self._caller: tuple[SchedulerPlatform, Caller] | None = None
+        self._callers: list[Caller] = []
+        """That one, and those of earlier configurations."""
         self._said: dict[str, str] = {}
         """Of placements that do not fit: why, as the log has it."""
         self.placements = Placements()
@@ -182,38 +191,67 @@ class Platform:
         except SignatureError as error:
             return refusal(401, str(error))
         content = hashlib.sha256(f"{method} {path}\n".encode() + body).hexdigest()
+        misplaced = await self._misplaced(method, path, body, section)
         async with self._turn:
+            if self._left:
+                return refusal(503, "another process takes over: send it again")
             now = self._now()
             try:
                 before = self.placements.answered(id, content, now)
             except MessageError as error:
                 return refusal(409, error.message, error.field)
             if before is not None:
-                return Reply(before.status, orjson.loads(before.answer))
-            if not self.placements.has_room:
+                reply = Reply(before.status, orjson.loads(before.answer))
+            elif not self.placements.has_room:
                 return refusal(429, "too many messages within the time that their signatures hold")
-            try:
-                reply = await self._take(method, path, body, section)
-            except MessageError as error:
-                return refusal(422, error.message, error.field)
-            if reply.status < 300:
+            else:
+                try:
+                    reply = self._take(method, path, body, misplaced)
+                except MessageError as error:
+                    return refusal(422, error.message, error.field)
+                if reply.status >= 300:
+                    return reply
                 answer = orjson.dumps(reply.body).decode()
                 self.placements.remember(id, Answered(content, reply.status, answer, now))
-                try:
-                    await self._write()
-                except OSError as error:
-                    log.error("%s cannot be written: %s", self._file, in_words(error))
-                    return refusal(503, "it could not be kept: send it again, with another webhook-id")
+                self._unwritten = True
+            if self._urgent and not await self._written():
+                return refusal(503, "it could not be kept: send it again")
             return reply
 
-    async def _take(self, method: str, path: str, body: bytes, section: SchedulerPlatform) -> Reply:
+    async def _misplaced(
+        self, method: str, path: str, body: bytes, section: SchedulerPlatform
+    ) -> MessageError | None:
+        """Why a placement may not stand where it says. Not in the turn of its message: a lookup may take long, and
+        others have to be renewed meanwhile."""
+        if method != "PUT" or not path.startswith("/platform/placements/"):
+            return None
+        try:
+            placement = read_message(body, Placement)
+        except MessageError:
+            return None  # `_take` says so
+        before = self.placements.find(placement.id, self._now())
+        if before is not None and before.url == placement.url:
+            return None
+        try:
+            url = check_url(placement.url, section.networks)
+            async with asyncio.timeout(LOOK_UP_S):
+                await checked_addresses(url, self._resolver.look_up, section.networks)
+        except BadValueError as error:
+            return MessageError("url", error.message)
+        except (OSError, UnicodeError):
+            return MessageError("url", "its host cannot be resolved")
+        return None
+
+    def _take(self, method: str, path: str, body: bytes, misplaced: MessageError | None) -> Reply:
         """Raises MessageError."""
         match (method, *path.removeprefix("/platform/").split("/")):
             case ("PUT", "placements", id):
                 placement = read_message(body, Placement)
                 if placement.id != id:
                     raise MessageError("id", "not the one of the path")
-                return await self._put(placement, section)
+                if misplaced is not None:
+                    raise misplaced
+                return self._put(placement)
             case ("DELETE", "placements", id):
                 return self._delete(id)
             case ("PUT", "sites", site, "resources"):
@@ -231,47 +269,49 @@ class Platform:
                 return Reply(200, {"placement": progress.placement})
         return refusal(404, "no such message")
 
-    async def _put(self, placement: Placement, section: SchedulerPlatform) -> Reply:
-        try:
-            url = check_url(placement.url, section.networks)
-            await checked_addresses(url, self._resolver.look_up, section.networks)
-        except BadValueError as error:
-            raise MessageError("url", error.message) from None
-        except (OSError, UnicodeError):
-            raise MessageError("url", "its host cannot be resolved") from None
+    def _put(self, placement: Placement) -> Reply:
         now = self._now()
         store = self.placements
         before = store.find(placement.id, now)
         store.check(placement, now)
-        if before is None or _served_from(before) != _served_from(placement):
+        if before is None or _served_from(before) != _served_from(placement) or placement.id in self._said:
             others = [one for one in store.all(now) if one.id != placement.id]
-            self._try([*others, placement])
+            if not self._try([*others, placement]):
+                return refusal(
+                    503, "it cannot be served from now, the log of the proxy says why: send it again"
+                )
+            self._said.pop(placement.id, None)
+            self._urgent = True
         store.put(placement, now)
         return Reply(200 if before is not None else 201, {"id": placement.id, "ttl_s": placement.ttl_s})
 
-    def _try(self, candidates: list[Placement]) -> None:
-        """Serve from these, the last of which is new. Raises MessageError: nothing has changed."""
+    def _try(self, candidates: list[Placement]) -> bool:
+        """Serve from these, the last of which is new. False: the configuration itself cannot be used now. Raises
+        MessageError: the new one does not fit. Either way nothing has changed."""
         self._candidates = candidates
         try:
             self._served.serve_placements()
         except MessageError:
             raise
         except Exception as error:
-            log.info("a placement was refused: %s", in_words(error))
-            raise MessageError("", f"it cannot be served from: {in_words(error)}") from None
+            log.error("placement %s cannot be served from now: %s", candidates[-1].id, in_words(error))
+            return False
         finally:
             self._candidates = None
+        return True
 
     def _delete(self, id: str) -> Reply:
         placement = self.placements.find(id, self._now())
         if placement is None:
             return refusal(404, "there is no such placement")
         self.placements.remove(id)
+        self._urgent = True
         self._without(placement)
         return Reply(200, {"id": id})
 
     def _without(self, *gone: Placement) -> None:
-        """Serve from the others. What cannot be taken out, since the policy names it, gets nothing new."""
+        """Serve from the others. What cannot be taken out, since the configuration cannot be used now, is
+        stopped."""
         try:
             self._served.serve_placements()
         except Exception as error:
@@ -287,7 +327,7 @@ class Platform:
                 await self.expired()
 
     async def expired(self) -> None:
-        """Take out those whose time is over now."""
+        """Take out those whose time is over now, and keep what renewals have said since."""
         if self._left:
             return
         over = self.placements.expire(self._now())
@@ -295,18 +335,27 @@ class Platform:
             log.warning("placement %s was not renewed within %g s: it drains", placement.id, placement.ttl_s)
         if over:
             self._without(*over)
-            try:
-                await self._write()
-            except OSError as error:
-                log.error("%s cannot be written: %s", self._file, in_words(error))
+            self._unwritten = True
+        if self._unwritten:
+            await self._written()
 
     def leave(self) -> None:
         """Another process has taken over, and with it the file."""
         self._left = True
 
-    async def _write(self) -> None:
-        """Raises OSError."""
-        await asyncio.to_thread(_write, self._file, self.placements.dump(self._now(), self._wall()))
+    async def _written(self) -> bool:
+        """Have all of it on the disk. False, and told once: that cannot be."""
+        try:
+            await asyncio.to_thread(_write, self._file, self.placements.dump(self._now(), self._wall()))
+        except OSError as error:
+            trouble = f"{self._file} cannot be written: {in_words(error)}"
+            if trouble != self._trouble:
+                log.error("%s", trouble)
+            self._trouble = trouble
+            return False
+        self._unwritten = self._urgent = False
+        self._trouble = ""
+        return True
 
     # What we ask of the platform
 
@@ -317,6 +366,7 @@ class Platform:
             raise BadValueError("the configuration has no scaling.scheduler", at=("scaling", "scheduler"))
         if self._caller is None or self._caller[0] != section:
             self._caller = section, caller_of(section)
+            self._callers.append(self._caller[1])
         return section.url, self._caller[1]
 
     async def request(self, wanted: ScaleRequest) -> None:
@@ -335,17 +385,21 @@ class Platform:
         tokens_per_request: float = 2000.0,
         month_left: float | None = None,
         sites: Sequence[str] | None = None,
+        data_classes: Sequence[str] = (),
     ) -> bool:
         """Send what `policies.asking` decided; False: it has not arrived, and the log says why.
 
         `month_left`: of this month's budgets; None: nobody counts it. `sites`: where it may place; None: at all
-        but `local`.
+        but `local`. `data_classes`: that its requests hold, and that these sites may see.
         """
         config = self._served.configured()
         objective = config.scaling.objective
         if sites is None:
             sites = sorted(site for site in config.sites if site != LOCAL)
         id = request_id(ask.model)
+        # Nobody tells prompts and answers apart: an answer as of whom nothing is known, the rest is prompt.
+        tokens = max(round(tokens_per_request), 2)
+        output = min(EXPECTED_TOKENS, tokens // 2)
         try:
             if ask.tokens <= 0.0:
                 await self.release(id)
@@ -353,9 +407,15 @@ class Platform:
                 wanted = ScaleRequest(
                     id=id,
                     model=ask.model,
-                    demand=Demand(requests=ask.tokens / max(tokens_per_request, 1.0), tokens=ask.tokens),
+                    demand=Demand(
+                        requests=ask.tokens / tokens,
+                        tokens=ask.tokens,
+                        prompt_tokens=tokens - output,
+                        output_tokens=output,
+                    ),
                     sla=Sla(ttft_s=objective.ttft, tpot_s=objective.tpot),
                     budget=Budget(month_left=month_left, currency=config.ledger_currency),
+                    data_classes=list(data_classes),
                     sites=list(sites),
                     expires=self._wall() + LIFE_S,
                 )
@@ -375,10 +435,13 @@ class Platform:
         await caller.call("DELETE", f"{url}/v1/scale-requests/{id}", id=new_id(), within_s=WITHIN_S)
 
     async def close(self) -> None:
-        """Let connections go."""
-        if self._caller is not None:
-            await self._caller[1].close()
-            self._caller = None
+        """Write what is not written, and let connections go."""
+        async with self._turn:
+            if self._unwritten and not self._left:
+                await self._written()
+        for caller in self._callers:
+            await caller.close()
+        self._callers, self._caller = [], None
 
     def shown(self) -> dict[str, Any]:
         """For `GET /platform`."""
@@ -410,7 +473,7 @@ def caller_of(section: SchedulerPlatform) -> Caller:
 
 def _served_from(placement: Placement) -> dict[str, Any]:
     """What of a placement a backend is made of."""
-    return placement.model_dump(exclude={"state", "progress", "detail", "run", "ttl_s", "request", "count"})
+    return placement.model_dump(exclude={"state", "progress", "detail", "run", "ttl_s", "request"})
 
 
 def _words(problem: MessageError) -> str:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
+
+STATUS_WITHIN_S: Final = 4.0
+"""A status is waited for a little longer than this (`keeper.STATUS_S`): by then it is known what is in its way."""
 
 
 class ProviderError(Exception):

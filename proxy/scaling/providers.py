@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from policies.units import BadValueError
 from proxy.config import BackendConfig
-from proxy.scaling.facts import Facts
+from proxy.scaling.facts import Facts, nobody_says
+from proxy.scaling.images import Launch
 from proxy.scaling.provider import Provider
 from proxy.scaling.sections import SchedulerPlatform
 
@@ -37,14 +38,16 @@ def provider_of(
     key: str | None = None,
     tls: ssl.SSLContext | None = None,
     platform: SchedulerPlatform | None = None,
+    launch: Callable[[], Launch | None] = nobody_says,
 ) -> Provider:
     """What starts and stops a backend that has a `standby` section.
 
-    `key`: what `backend_key` says. `tls`: how its certificate is checked. `platform`: `scaling.scheduler`. Raises
-    BadValueError, placed in the backend's section: there is no such provider.
+    `key`: what `backend_key` says. `tls`: how its certificate is checked. `platform`: `scaling.scheduler`.
+    `launch`: what is to run there. Raises BadValueError, placed in the backend's section: there is no such
+    provider.
     """
     assert backend.standby is not None
-    facts = facts_of(backend, state, key, tls, platform)
+    facts = facts_of(backend, state, key, tls, platform, launch)
     provider: Provider = _class_of(backend.standby.kind)(backend.standby, facts)
     return provider
 
@@ -76,6 +79,7 @@ def facts_of(
     key: str | None = None,
     tls: ssl.SSLContext | None = None,
     platform: SchedulerPlatform | None = None,
+    launch: Callable[[], Launch | None] = nobody_says,
 ) -> Facts:
     """What its provider is told."""
     models = () if backend.models == "auto" else tuple(backend.models)
@@ -89,6 +93,7 @@ def facts_of(
         tls,
         backend.tls.server_name,
         platform,
+        launch,
     )
 
 

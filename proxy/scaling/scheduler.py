@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 from policies.units import BadValueError
 from proxy.scaling.calls import Caller, RefusedError, new_id
 from proxy.scaling.facts import Facts
 from proxy.scaling.messages import PRESENCE, MessageError, PlacementStatus, Run, read_message
 from proxy.scaling.platform import caller_of
-from proxy.scaling.provider import Presence, ProviderError, Status
+from proxy.scaling.provider import STATUS_WITHIN_S, Presence, ProviderError, Status
 from proxy.scaling.sections import StandbySection
 
 FIRST_LOOK_S: Final = 0.5
@@ -45,9 +45,10 @@ class SchedulerProvider:
         self._facts = facts
         self._placement = section.scheduler.placement
         self._url = f"{platform.url}/v1/placements/{self._placement}"
-        self._within_s = platform.timeout
         self._caller = caller or caller_of(platform)
         self._clock, self._sleep = clock, sleep
+        self._ordered = ""
+        """Our last order."""
 
     @staticmethod
     def check(section: StandbySection, facts: Facts) -> Iterator[BadValueError]:
@@ -74,7 +75,7 @@ class SchedulerProvider:
         try:
             await self._order("stop", run, new_id(), within_s)
             await self._until(
-                lambda status: PRESENCE[status.state] is Presence.ABSENT,
+                lambda found: self._presence(found) is Presence.ABSENT,
                 deadline - self._clock(),
                 "stopped",
             )
@@ -85,23 +86,30 @@ class SchedulerProvider:
     async def status(self) -> Status:
         """What the platform says. `UNKNOWN`: it could not be asked."""
         try:
-            found = await self._look(self._within_s)
+            found = await self._look(STATUS_WITHIN_S)
         except RefusedError as error:
             presence = Presence.ABSENT if error.status in GONE else Presence.UNKNOWN
             return Status(presence, detail=str(error))
         except ProviderError as error:
             return Status(Presence.UNKNOWN, detail=str(error))
-        return Status(PRESENCE[found.state], found.run, found.progress, found.detail)
+        return Status(self._presence(found), found.run, found.progress, found.detail)
 
     async def close(self) -> None:
         """Let connections go."""
         await self._caller.close()
 
+    def _presence(self, found: PlacementStatus) -> Presence:
+        if found.state == "preparing" and (found.run or self._ordered == "start"):
+            return Presence.STARTING  # what a start needs is brought only now
+        return PRESENCE[found.state]
+
     async def _order(self, operation: str, run: str, id: str, within_s: float) -> None:
-        message = Run.model_validate({"operation": operation, "placement": self._placement, "run": run})
-        await self._caller.call(
-            "POST", f"{self._url}/{operation}", message.model_dump(mode="json"), id=id, within_s=within_s
-        )
+        self._ordered = operation
+        order: dict[str, Any] = {"operation": operation, "placement": self._placement, "run": run}
+        if operation == "start" and (launch := self._facts.launch()) is not None:
+            order["launch"] = launch.as_dict()
+        content = Run.model_validate(order).model_dump(mode="json", exclude_none=True)
+        await self._caller.call("POST", f"{self._url}/{operation}", content, id=id, within_s=within_s)
 
     async def _look(self, within_s: float) -> PlacementStatus:
         answer = await self._caller.call("GET", self._url, id=new_id(), within_s=within_s)

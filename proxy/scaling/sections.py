@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from policies.siteschema import SiteName
+from policies.siteschema import Name, SiteName
 from policies.units import BadValueError, Duration, Fraction
 from policies.yamlfile import FileModel
 from proxy.config_values import NetworkText, Url, Variable
 from proxy.scaling.images import Task
+
+ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 
 Money = Annotated[float, Field(ge=0)]
 """In the ledger's currency."""
@@ -83,7 +85,11 @@ class CommandSection(FileModel):
 
     command: list[str] = Field(min_length=1, description="The script and its first arguments.")
     environment: dict[str, str] = Field(default_factory=dict, description="Variables besides our own.")
-    timeout: Duration = Field(60.0, gt=0, description="One call that takes longer has failed.")
+    timeout: Duration | None = Field(
+        None,
+        gt=0,
+        description="One call that takes longer has failed. Default: `prepare_timeout` and so on.",
+    )
 
     def resolved(self, base: Path) -> CommandSection:
         """With an absolute path; a script without any `/` in it is looked for in PATH."""
@@ -110,7 +116,7 @@ class WebhookSection(FileModel):
 class SchedulerSection(FileModel):
     """A placement of the scheduling platform in `scaling.scheduler`."""
 
-    placement: str = Field(description="Its id there.")
+    placement: Name = Field(description="Its id there.")
 
 
 class StandbySection(FileModel):
@@ -184,6 +190,11 @@ class SchedulerPlatform(FileModel):
     )
     api_key_env: Variable | None = Field(
         None, description="Environment variable with the key that engines of its placements want."
+    )
+    models: list[ModelName] = Field(
+        default_factory=list,
+        max_length=100,
+        description="Models that always have a placement, so that the first request finds one to wake.",
     )
     networks: list[NetworkText] = Field(
         default_factory=list,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from proxy.config import BackendConfig, Config, backend_key
 from proxy.scaling.asks import Asks, Sender
 from proxy.scaling.budgets import NANO
 from proxy.scaling.hours import Hours
+from proxy.scaling.images import Launch
 from proxy.scaling.journal import JOURNAL_FILE
 from proxy.scaling.manager import Scaling
 from proxy.scaling.provider import Provider
@@ -99,8 +101,8 @@ def standbys_of(config: Config) -> list[BackendConfig]:
     return [section for section in config.backends if section.standby is not None]
 
 
-def provider(config: Config) -> Callable[[BackendConfig], Provider]:
-    """What makes providers by a configuration."""
+def provider(config: Config, launch: Callable[[str], Launch | None]) -> Callable[[BackendConfig], Provider]:
+    """What makes providers by a configuration. `launch`: what is to run on the standby of a name."""
 
     def make(section: BackendConfig) -> Provider:
         try:
@@ -110,6 +112,7 @@ def provider(config: Config) -> Callable[[BackendConfig], Provider]:
                 key=backend_key(section),
                 tls=tls_context(section),
                 platform=config.scaling.scheduler,
+                launch=partial(launch, section.name),
             )
         except BadValueError as error:
             raise ConfigError(f"backend {section.name}: {error.message}") from None
@@ -147,7 +150,7 @@ class Standbys:
         self._engine = engine
         self._around = Surroundings(runtime)
         self._around.alone = alone
-        self._asks = Asks(platform, self._left, runtime.tasks.spawn)
+        self._asks = Asks(platform, self._left, runtime.tasks.spawn, self._classes)
         self._begun = False
         self.hurry = False
         """Wait for nothing any more."""
@@ -156,6 +159,16 @@ class Standbys:
         planning = self._runtime.planning
         left = planning.budgets.left(site) if planning is not None else None
         return None if left is None else left / NANO
+
+    def _classes(self, model: str) -> set[str]:
+        exchanges = (*self._runtime.exchanges, *self._runtime.held.values())
+        requests = (exchange.routings[-1].request for exchange in exchanges if exchange.routings)
+        return {request.data_class for request in requests if request.model == model}
+
+    def _launch(self, name: str) -> Launch | None:
+        planning = self._runtime.planning
+        offer = planning.offers.get(name) if planning is not None else None
+        return offer.launch if offer is not None and isinstance(offer.launch, Launch) else None
 
     def open(self) -> None:
         """Show the fleet where they are, before probes and traffic come. Raises ConfigError, OSError."""
@@ -186,15 +199,20 @@ class Standbys:
             hours = Hours(self._engine, config.ledger_currency)
             gate = runtime.planning
             scaling = Scaling(
-                self._around, provider(config), config.state, hours=hours, gate=gate, asks=self._asks
+                self._around,
+                provider(config, self._launch),
+                config.state,
+                hours=hours,
+                gate=gate,
+                asks=self._asks,
             )
             scaling.journal.read()
             if gate is not None:
                 gate.state_of, gate.approved = scaling.state_of, scaling.wanted
-        made = scaling.make_all(sections, provider(config))
+        made = scaling.make_all(sections, provider(config, self._launch))
 
         def follow() -> None:
-            scaling.make = provider(config)
+            scaling.make = provider(config, self._launch)
             scaling.controller.settings = settings = settings_of(config)
             self._asks.use(config, settings)
             scaling.hours.currency = config.ledger_currency
@@ -207,9 +225,15 @@ class Standbys:
 
         return follow
 
-    def drain(self, name: str) -> None:
-        """A placement is gone, and cannot be taken out."""
+    def withdraw(self, name: str) -> None:
+        """Have a standby stop for good although what is served from still has it."""
         self._around.drain(name)
+        scaling = scaling_in(self._runtime)
+        if scaling is not None:
+            config = self._runtime.config
+            left = [one for one in standbys_of(config) if one.name != name and scaling.section(one.name)]
+            scaling.configure(left, {}, config.scaling.most)
+        self._runtime.poll(self._runtime.now())
 
     def left_alone(self) -> None:
         """The process before this one has ended."""

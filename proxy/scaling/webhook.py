@@ -1,9 +1,10 @@
 """The provider `webhook`: an HTTP endpoint that starts and stops a standby.
 
-Each operation is a signed POST (`signing.py`) of `{operation, standby, run, url, models, site}`. The endpoint
-answers 2xx when it is done, 202 when it has begun (it is asked for `status` until it has ended), 409 while it is
-busy with this standby, another 4xx to refuse for good. `webhook-id` is the idempotency key: the same for each
-`prepare` and `start` of one run, also after a restart; `stop` and `status` are always meant anew.
+Each operation is a signed POST (`signing.py`) of `{operation, standby, run, url, models, site}`, and with
+`prepare` and `start` of `launch`: what is to run, where that is known. The endpoint answers 2xx when it is done,
+202 when it has begun (it is asked for `status` until it has ended), 409 while it is busy with this standby, another
+4xx to refuse for good. `webhook-id` is the idempotency key: the same for each `prepare` and `start` of one run,
+also after a restart; `stop` and `status` are always meant anew.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from policies.standby import Work
 from policies.units import BadValueError
 from proxy.scaling.calls import Answer, Caller, new_id
 from proxy.scaling.facts import Facts
-from proxy.scaling.provider import Presence, ProviderError, Status
+from proxy.scaling.provider import STATUS_WITHIN_S, Presence, ProviderError, Status
 from proxy.scaling.sections import StandbySection
 from proxy.scaling.signing import secrets_of
 from proxy.scaling.statusbody import StatusBody, status_of
@@ -76,7 +77,7 @@ class WebhookProvider:
     async def status(self) -> Status:
         """What the endpoint says. `UNKNOWN`: it could not be asked."""
         try:
-            return (await self._status("", self._webhook.timeout)).status()
+            return (await self._status("", STATUS_WITHIN_S)).status()
         except ProviderError as error:
             return Status(Presence.UNKNOWN, detail=str(error))
 
@@ -115,6 +116,9 @@ class WebhookProvider:
             "models": list(self._facts.models),
             "site": self._facts.site,
         }
+        launch = self._facts.launch()
+        if launch is not None and operation in (Work.PREPARE, Work.START):
+            content["launch"] = launch.as_dict()
         return await self._caller.call("POST", self._webhook.url, content, id=id, within_s=within_s)
 
 

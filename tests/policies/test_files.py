@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -589,6 +590,17 @@ REFUSED = "all that rule 'first' matches is refused with 404"
 def test_what_does_nothing_now_is_a_warning(rule: str, expected: list[str]) -> None:
     last = LAST if "when" in rule else ""
     assert warnings(f"rules:\n  - {{name: first, {rule}}}{last}") == expected
+
+
+def test_a_name_may_be_that_of_a_placement_to_come() -> None:
+    text = "rules:\n  - name: all\n    prefer:\n      - backend: later\n"
+    text += "      - {site: local, pick: {policy: weighted-qps, max_qps: {later: 5}}}\n"
+    assert "unknown backend 'later'" in problems(text)
+    found = read_policy(text, "p.yaml", replace(KNOWN, placements=True)).warnings
+    assert [one.path for one in found if one.message.startswith("unknown backend 'later'")] == [
+        "rules[0].prefer[0].backend",
+        "rules[0].prefer[1].pick.max_qps.later",
+    ]
 
 
 KEYS = KnownKeys(

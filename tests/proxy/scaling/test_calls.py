@@ -149,3 +149,16 @@ async def test_a_request_without_body_signs_its_route() -> None:
         await to.call("DELETE", server.url + "/v1/x", id="msg_1", within_s=5.0)
         await to.close()
     assert verify([SECRET], server.asked[0].headers, b"DELETE /v1/x", WALL) == "msg_1"
+
+
+async def test_a_name_that_has_moved_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = ["127.0.0.2", "127.0.0.1"]  # nobody listens at the first
+
+    def look_up(host: str) -> list[str]:
+        return [addresses.pop(0) if len(addresses) > 1 else addresses[0]]
+
+    monkeypatch.setattr("probes.resolver._look_up", look_up)
+    async with endpoint((200, {"a": 1})) as server:
+        url = server.url.replace("127.0.0.1", "platform.example")
+        answer = await call(caller(Pauses()), url)
+    assert answer.json() == {"a": 1}

@@ -6,14 +6,18 @@ import asyncio
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from proxy.config import load_config
+from proxy.scaling import command
 from proxy.scaling.command import MOST_OUTPUT_BYTES, CommandProvider
 from proxy.scaling.facts import Facts
+from proxy.scaling.images import Launch
+from proxy.scaling.keeper import STATUS_S
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.sections import StandbySection
 
@@ -94,12 +98,8 @@ async def test_errors_show_the_last_lines_without_secrets(
 
 async def test_all_of_what_takes_too_long_is_killed(tmp_path: Path) -> None:
     """The script, and what it waits for: the pipe that both hold ends."""
-    outlet, inlet = os.pipe()
-    os.set_inheritable(inlet, True)
     fifo = tmp_path / "alive"
     os.mkfifo(fifo)
-    os.close(outlet)
-    os.close(inlet)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     one = provider(tmp_path, f"exec 9> {fifo}; echo stuck >&2; sleep 1000 & sleep 1000", timeout=0.5)
     with pytest.raises(ProviderError, match=r"took longer than 0\.5 s and was ended: stuck"):
@@ -182,3 +182,41 @@ def test_a_path_is_relative_to_the_configuration(tmp_path: Path) -> None:
     file.write_text(json.dumps({"backends": sections}))
     found = [backend.standby.command.command for backend in load_config(file).backends]  # type: ignore[union-attr]
     assert found == [[str(tmp_path / "on.sh"), "x"], ["on.sh", "x"]]
+
+
+async def test_a_status_that_hangs_says_so_before_nobody_waits_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command.STATUS_WITHIN_S < STATUS_S
+    monkeypatch.setattr(command, "STATUS_WITHIN_S", 0.5)
+    found = await provider(tmp_path, "echo asking the cloud >&2; sleep 1000").status()
+    assert found.presence is Presence.UNKNOWN
+    assert found.detail == "`standby.sh status` took longer than 0.5 s and was ended: asking the cloud"
+
+
+LAUNCH = Launch("vllm:v1", (), ("--port", "8000", "--name", "a b"), {"VLLM_USE_V1": "0"})
+
+
+async def test_what_is_to_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEGATE_IMAGE", "of somebody else")
+    text = f"""echo "$TIDEGATE_IMAGE" >> {tmp_path}/told
+eval "printf '%s\\n' $TIDEGATE_ARGUMENTS" >> {tmp_path}/told
+echo "$TIDEGATE_LAUNCH" > {tmp_path}/launch"""
+    section = provider(tmp_path, text)._section
+    standby = StandbySection.model_validate({"command": section})
+    await CommandProvider(standby, replace(FACTS, launch=lambda: LAUNCH)).start("r1")
+    assert (tmp_path / "told").read_text().splitlines() == ["vllm:v1", "--port", "8000", "--name", "a b"]
+    assert json.loads((tmp_path / "launch").read_text()) == LAUNCH.as_dict()
+    (tmp_path / "told").unlink()
+    await CommandProvider(standby, FACTS).start("r1")
+    assert (tmp_path / "told").read_text().split() == []
+
+
+@pytest.mark.parametrize("operation", ["prepare", "start", "stop"])
+async def test_each_operation_has_its_own_time(tmp_path: Path, operation: str) -> None:
+    """An image may take half an hour to come, where nothing else does."""
+    section = provider(tmp_path, "sleep 1000")._section
+    limits = {"prepare_timeout": 500, "start_timeout": 500, "stop_timeout": 500, f"{operation}_timeout": 0.25}
+    one = CommandProvider(StandbySection.model_validate({"command": section, **limits}), FACTS)
+    with pytest.raises(ProviderError, match=r"took longer than 0\.25 s"):
+        await getattr(one, operation)("r1")

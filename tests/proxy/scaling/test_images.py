@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from policies.yamlfile import FileProblems
+from proxy.config import BackendConfig
 from proxy.scaling.images import (
     FIELDS,
     PROTOCOLS,
@@ -25,6 +27,7 @@ from proxy.scaling.images import (
     read_images,
     shipped_file,
 )
+from proxy.scaling.offers import offer
 
 MODELS = ["qwen3-32b", "qwen3-8b", "llama-70b"]
 CARDS = ["H20", "V100", "910B"]
@@ -209,3 +212,34 @@ def test_the_shipped_file_is_packed() -> None:
         cwd=shipped_file().parent,
     )
     assert listed.returncode == 1, "it is part of the project"
+
+
+@pytest.mark.parametrize(
+    ("section", "arguments"),
+    [
+        ({"webhook": {"url": "http://h"}, "card": "H20", "cards": 2}, ("8001", "2")),
+        ({"webhook": {"url": "http://h"}}, None),
+        ({"scheduler": {"placement": "p"}, "cards": 4}, ("8001", "4")),
+        ({"process": {"command": ["serve"]}, "card": "H20"}, None),
+    ],
+)
+def test_what_a_standby_is_started_with(section: dict[str, Any], arguments: tuple[str, str] | None) -> None:
+    """At the port of its URL. A platform says the card by a label, and may have images of its own."""
+    backend = {"name": "a", "url": "http://10.0.0.7:8001", "models": ["m"], "standby": section}
+    labelled = BackendConfig.model_validate({**backend, "labels": {"card": "H20"}})
+    launch = offer(labelled, load_images()).launch
+    if arguments is None:
+        assert launch is None
+    else:
+        assert isinstance(launch, Launch)
+        assert launch.arguments == (
+            "--model", "m", "--port", arguments[0], "--tensor-parallel-size", arguments[1],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", [{}, {"card": "P800"}])
+def test_what_a_platform_starts_without_an_image_of_ours_is_its_own(labels: dict[str, str]) -> None:
+    backend = {"name": "a", "url": "http://10.0.0.7:8001", "models": ["m"], "labels": labels}
+    placement = BackendConfig.model_validate({**backend, "standby": {"scheduler": {"placement": "p"}}})
+    generic = Images([entry("for all")]) if not labels else load_images()
+    assert offer(placement, generic).launch is None

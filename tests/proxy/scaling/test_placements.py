@@ -107,6 +107,31 @@ def test_a_name_belongs_to_one_placement_for_good() -> None:
     store.put(placement("b", name="p-a"), 31.0)  # the other's time is over
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "field"),
+    [
+        ({"cost_per_hour": 10}, {"cost_per_hour": 10.5}, "cost_per_hour"),
+        ({"cost_per_hour": 10}, {}, "cost_per_hour"),
+        ({"cost_per_hour": 10}, {"cost_per_hour": 9}, ""),
+        ({}, {"cost_per_hour": 9}, ""),
+        ({"price": {"input": 1, "output": 2}}, {"price": {"input": 1, "output": 3}}, "price.output"),
+        ({"price": {"input": 1, "output": 2}}, {}, "price"),
+        ({"price": {"input": 1, "output": 2}}, {"price": {"input": 0.5, "output": 2}}, ""),
+    ],
+)
+def test_what_was_approved_does_not_become_dearer(was: Any, now: Any, field: str) -> None:
+    store = Placements()
+    store.put(placement(**was), 0.0)
+    if field:
+        with pytest.raises(MessageError, match="cannot rise") as raised:
+            store.put(placement(**now), 1.0)
+        assert raised.value.field == field
+    else:
+        store.put(placement(**now), 1.0)
+    store.remove("a")
+    store.put(placement(**now), 2.0)
+
+
 def test_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_PLACEMENTS", 1)
     store = Placements()

@@ -13,14 +13,14 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from policies.plans import PlanState
+from policies.plans import PlanState, Trigger
 from policies.scaling import Step
 from policies.standby import Event, Standby
 from policies.state import Backend, Fleet
-from proxy.config import Config
+from proxy.config import BackendConfig, Config
 from proxy.records import to_values
 from proxy.scaling.planning import Planning
-from proxy.scaling.service import Standbys
+from proxy.scaling.service import Standbys, scaling_in
 from proxy.scaling.signing import signed, verify
 from proxy.scaling.templates import Shortage
 from proxy.serve import Service
@@ -162,6 +162,18 @@ async def test_a_failure_ends_its_plan(start: Start) -> None:
     await proxy.lives(Standby("nj"), Event.START, Event.FAIL, plan=id)
     plan = proxy.planning.plans.find(id)
     assert (plan.state, plan.decisions[-1].reason) == (PlanState.FAILED, "nj: it is to fail")
+
+
+async def test_the_image_of_a_plan_is_what_is_started(start: Start, tmp_path: Path) -> None:
+    proxy = await start(mode="confirm")
+    plan = await proxy.planning.propose([proxy.planning.offers["nj"]], Trigger.HAND, "by hand")
+    scaling = scaling_in(proxy.service.runtime)
+    assert scaling is not None
+    told = tmp_path / "told"
+    script = {"command": {"command": ["sh", "-c", f'printf %s "$TIDEGATE_IMAGE" > {told}']}}
+    section = BackendConfig.model_validate(standby("nj", "nanjing") | {"standby": script})
+    await scaling.make(section).start("r1")
+    assert told.read_text() == plan.resources.image != ""
 
 
 async def test_in_mode_confirm_somebody_has_to_approve(start: Start) -> None:

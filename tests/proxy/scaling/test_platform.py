@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from policies.asking import Ask
 from policies.state import Backend
 from proxy.build import ConfigError, build
+from proxy.check import check_file
 from proxy.config import load_config
 from proxy.scaling.messages import MOST_BODY_BYTES, ScaleRequest
 from proxy.scaling.signing import TOLERANCE_S, verify
+from proxy.tasks import Tasks
 from tests.patience import examples
 from tests.proxy.scaling.endpoint import endpoint
 from tests.proxy.scaling.served import BODY, CONFIG, SECRET, Serving, pushing
@@ -70,6 +72,7 @@ async def test_what_it_says_becomes_the_section(tmp_path: Path) -> None:
     assert section.price.input == "0.27"
     assert section.standby is not None
     assert (section.standby.cost_per_hour, section.standby.cold_start) == (40.5, 90.0)
+    assert section.standby.cards == 2
     backend = Backend("nj-1", "nanjing", 12)
     serving.platform.seen_from({"nj-1": backend}, 0.0)
     assert backend.rtt_s == pytest.approx(0.012)
@@ -96,6 +99,8 @@ async def test_what_it_says_becomes_the_section(tmp_path: Path) -> None:
         ({"ttl_s": 0}, "ttl_s", "must be more than 0"),
         ({"ttl": 30}, "ttl", "unknown key"),
         ({"slots": "many"}, "slots", "expected a whole number"),
+        ({"id": "p1", "name": "b"}, "id", "it is backend 'pinned' of the configuration"),
+        ({"site": "suzhou"}, "cost_per_hour", "scaling.budgets.sites.suzhou cannot be kept without it"),
         ({"price": {"input": -1, "output": 1}}, "price.input", "at least 0"),
         ({"price": {"input": 1e-17, "output": 1}}, "price.input", "more than 12 decimals"),
         ({"price": {"input": 1, "output": 1, "currency": "EUR"}}, "price.currency", "counts in USD"),
@@ -105,13 +110,17 @@ async def test_what_it_says_becomes_the_section(tmp_path: Path) -> None:
 async def test_what_does_not_fit_names_its_field_and_changes_nothing(
     tmp_path: Path, fields: dict[str, Any], field: str, message: str
 ) -> None:
-    serving = Serving(CONFIG, tmp_path)
+    place = {"name": "pinned", "url": "http://93.184.215.15:8000", "site": "nanjing", "models": ["m"]}
+    pinned = {**place, "standby": {"scheduler": {"placement": "p1"}}}
+    scaling = {**CONFIG["scaling"], "budgets": {"sites": {"suzhou": 10}}}
+    backends = [*CONFIG["backends"], pinned]
+    serving = Serving({**CONFIG, "backends": backends, "scaling": scaling}, tmp_path)
     async with pushing(serving) as push:
         status, said = await push.put(**fields)
     assert status == 422, said
     assert said["error"]["field"] == field
     assert message in said["error"]["message"]
-    assert serving.names == ["appliance"]
+    assert serving.names == ["appliance", "pinned"]
     assert serving.platform.placements.all(serving.clock) == []
 
 
@@ -133,23 +142,27 @@ async def test_a_name_that_moves_inside_is_not_followed(tmp_path: Path) -> None:
     assert not judges["engine.example"]("10.0.0.7")
 
 
-async def test_a_placement_that_cannot_be_served_from_is_refused(tmp_path: Path) -> None:
+async def test_what_cannot_be_served_from_now_may_come_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     serving = Serving(CONFIG, tmp_path)
     async with pushing(serving) as push:
         await push.put()
         serving.broken = "no such certificate"
         status, said = await push.put(id="b", name="b")
-        assert (status, said["error"]["message"]) == (422, "it cannot be served from: no such certificate")
+        assert status == 503, "that is not the fault of the message"
+        assert "no such certificate" in caplog.text
+        assert "certificate" not in str(said), "what is wrong with the configuration is the admin's"
         serving.broken = ""
         assert (await push.put(id="c", name="c"))[0] == 201
     assert serving.names == ["appliance", "nj-1", "c"]
 
 
-async def test_what_the_policy_holds_on_to_drains(tmp_path: Path) -> None:
+async def test_what_cannot_be_taken_out_is_stopped(tmp_path: Path) -> None:
     serving = Serving(CONFIG, tmp_path)
     async with pushing(serving) as push:
         await push.put()
-        serving.broken = "the policy names nj-1"
+        serving.broken = "half a policy file"
         serving.clock += 31
         await serving.platform.expired()
     assert serving.drained == ["nj-1"]
@@ -167,6 +180,10 @@ async def test_it_is_there_after_a_restart_for_the_time_it_has_left(tmp_path: Pa
     other.serve_placements()
     assert other.names == ["appliance"]
     assert "not in the configuration" in other.platform.shown()["placements"][0]["left_out"]
+    scaling = {**CONFIG["scaling"], "budgets": {"sites": {"nanjing": 10}}}
+    limited = Serving({**CONFIG, "scaling": scaling}, tmp_path)  # nobody knows what it costs
+    limited.serve_placements()
+    assert limited.names == ["appliance"]
 
 
 async def test_a_damaged_file_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -250,6 +267,21 @@ async def test_a_configuration_without_its_secrets_is_refused(
     monkeypatch.delenv(variable)
     with pytest.raises(ConfigError, match=rf"tidegate.yaml:1:\d+: scaling.scheduler.{at}: .*not set"):
         build(load_config(file), asyncio.get_running_loop(), 1, path=file)
+    assert [found.path for _, found in check_file(file, None).problems] == [f"scaling.scheduler.{at}"]
+
+
+def test_a_platform_needs_a_site_and_no_backend_besides(tmp_path: Path) -> None:
+    file = tmp_path / "tidegate.yaml"
+    alone = {**CONFIG, "backends": []}
+    file.write_text(json.dumps(alone))
+    report = check_file(file, None)
+    assert (report.ok, report.warnings) == (True, [])
+    file.write_text(json.dumps({**alone, "probing": {"enabled": False}}))
+    assert "without probes" in check_file(file, None).text
+    file.write_text(json.dumps({**alone, "sites": {"local": {}}}))
+    assert [found.path for _, found in check_file(file, None).problems] == ["scaling.scheduler"]
+    file.write_text(json.dumps({**alone, "scaling": {}}))
+    assert "needs at least 1 entry" in check_file(file, None).text
 
 
 async def test_a_process_that_was_replaced_leaves_the_file_alone(tmp_path: Path) -> None:
@@ -292,9 +324,78 @@ async def test_a_disk_that_is_full_is_not_kept_from_the_platform(
         raise OSError(28, "No space left on device")
 
     serving = Serving(CONFIG, tmp_path)
-    monkeypatch.setattr("proxy.scaling.platform._write", full)
+    with monkeypatch.context() as amid:
+        amid.setattr("proxy.scaling.platform._write", full)
+        async with pushing(serving) as push:
+            assert (await push.put())[0] == 503
+            assert (await push("PUT", "/platform/placements/a", BODY, id="m"))[0] == 503
     async with pushing(serving) as push:
-        assert (await push.put())[0] == 503
+        assert (await push("PUT", "/platform/placements/a", BODY, id="m"))[0] == 200, "as senders do it"
+    again = Serving(CONFIG, tmp_path)
+    assert [one.id for one in again.platform.placements.all(again.clock)] == ["a"]
+
+
+async def test_renewals_are_written_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A platform that renews many placements does not keep the disk busy, nor the loop."""
+    written: list[bytes] = []
+    monkeypatch.setattr("proxy.scaling.platform._write", lambda path, data: written.append(data))
+    serving = Serving(CONFIG, tmp_path)
+    async with pushing(serving) as push:
+        await push.put()
+        for _ in range(3):
+            await push.put(state="ready")
+        assert len(written) == 1
+        await serving.platform.expired()
+        await serving.platform.expired()
+        assert len(written) == 2
+        await push.put(state="starting")
+        await serving.platform.close()
+        assert b"starting" in written[2]
+        await push("DELETE", "/platform/placements/a")
+    assert len(written) == 4
+
+
+async def test_one_that_was_left_out_is_told_so_when_it_is_renewed(tmp_path: Path) -> None:
+    serving = Serving(CONFIG, tmp_path)
+    before = serving.config
+    async with pushing(serving) as push:
+        await push.put()
+        serving.config = before.model_copy(update={"sites": {}})
+        serving.serve_placements()
+        status, said = await push.put()
+        assert (status, said["error"]["field"]) == (422, "site")
+        serving.config = before
+        assert (await push.put())[0] == 200
+        assert serving.names == ["appliance", "nj-1"]
+        swaps = serving.swaps
+        assert (await push.put())[0] == 200
+    assert serving.swaps == swaps
+
+
+async def test_a_lookup_that_hangs_holds_up_no_other_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hangs(host: str) -> list[str]:
+        asked.set()
+        await go_on.wait()
+        return ["93.184.215.14"]
+
+    monkeypatch.setattr("proxy.scaling.platform.LOOK_UP_S", 3600.0)
+    monkeypatch.setattr("tests.proxy.scaling.served.public", hangs)
+    async with pushing(Serving(CONFIG, tmp_path)) as push:
+        tasks = Tasks()
+        first = tasks.spawn(push.put(url="http://engine.example:8000"), "a push")
+        await asked.wait()
+        assert (await push.put(id="b", name="b"))[0] == 201
+        assert not first.done()
+        go_on.set()
+        assert (await first)[0] == 201
+        go_on.clear()
+        monkeypatch.setattr("proxy.scaling.platform.LOOK_UP_S", 0.01)
+        status, said = await push.put(id="c", name="c", url="http://other.example:8000")
+        assert (status, said["error"]["message"]) == (422, "its host cannot be resolved")
 
 
 JSON = st.recursive(
@@ -340,14 +441,15 @@ async def test_what_was_decided_is_sent(tmp_path: Path) -> None:
         }
         serving = Serving({**CONFIG, "scaling": scaling}, tmp_path)
         platform = serving.platform
-        assert await platform.ask(Ask("org/m", 8000.0, "short"), 2000.0, month_left=500.0)
+        assert await platform.ask(Ask("org/m", 8000.0, "short"), 1000.0, 500.0, ["suzhou"], ["public"])
         assert await platform.ask(Ask("org/m", 0.0, "enough")), "it has forgotten it already"
         assert not await platform.ask(Ask("org/m", 8000.0, "short"))
         await platform.close()
     wanted = ScaleRequest.model_validate(server.asked[0].body)
-    assert (wanted.demand.requests, wanted.demand.tokens) == (4.0, 8000.0)
+    assert (wanted.demand.requests, wanted.demand.tokens) == (8.0, 8000.0)
+    assert wanted.demand.prompt_tokens + wanted.demand.output_tokens == 1000
     assert (wanted.sla.ttft_s, wanted.budget.month_left) == (2.0, 500.0)
-    assert wanted.sites == ["nanjing", "suzhou"]
+    assert (wanted.sites, wanted.data_classes) == (["suzhou"], ["public"])
     assert server.asked[1].path == f"/v1/scale-requests/{wanted.id}"
     assert server.asked[2].body["id"] == wanted.id
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from proxy.config import Config
 from proxy.scaling.calls import Caller
-from proxy.scaling.facts import Facts
+from proxy.scaling.facts import Facts, nobody_says
+from proxy.scaling.images import Launch
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.scheduler import SchedulerProvider
 from proxy.scaling.sections import SchedulerPlatform, StandbySection
 from tests.proxy.scaling.endpoint import Endpoint, Pauses, endpoint
 
 
-def provider(server: Endpoint, **times: float) -> SchedulerProvider:
+def provider(
+    server: Endpoint, launch: Callable[[], Launch | None] = nobody_says, **times: float
+) -> SchedulerProvider:
     section = StandbySection.model_validate({"scheduler": {"placement": "p1"}, **times})
     platform = SchedulerPlatform.model_validate({"url": server.url, "secret_env": "HOOK"})
     pauses = Pauses()
     caller = Caller([b"a-secret-of-16-b"], clock=pauses.clock, sleep=pauses)
-    facts = Facts("nj", "http://10.0.0.7:8000", ["m"], "nanjing", platform=platform)
+    facts = Facts("nj", "http://10.0.0.7:8000", ["m"], "nanjing", platform=platform, launch=launch)
     return SchedulerProvider(section, facts, caller, clock=pauses.clock, sleep=pauses)
 
 
@@ -98,7 +102,7 @@ async def test_a_stop_that_is_refused_is_no_stop() -> None:
     ("said", "presence"),
     [
         ("standby", Presence.ABSENT),
-        ("preparing", Presence.ABSENT),
+        ("preparing", Presence.STARTING),
         ("starting", Presence.STARTING),
         ("ready", Presence.RUNNING),
         ("stopping", Presence.RUNNING),
@@ -123,6 +127,12 @@ async def test_a_status_that_says_nothing_is_unknown(answer: Any) -> None:
     assert found.detail
 
 
+@pytest.mark.parametrize("id", ["a/../b", "a b", ""])
+def test_an_id_that_is_none_is_refused_with_the_file(id: str) -> None:
+    with pytest.raises(ValueError, match="a name is made of"):
+        StandbySection.model_validate({"scheduler": {"placement": id}})
+
+
 def test_without_a_platform_it_is_refused() -> None:
     section = StandbySection.model_validate({"scheduler": {"placement": "p1"}})
     facts = Facts("nj", "http://10.0.0.7:8000", ["m"])
@@ -130,3 +140,37 @@ def test_without_a_platform_it_is_refused() -> None:
     backend = {"name": "nj", "url": facts.url, "models": ["m"], "standby": {"scheduler": {"placement": "p1"}}}
     with pytest.raises(ValueError, match="placement of which platform"):
         Config.model_validate({"backends": [backend]})
+
+
+async def test_what_is_prepared_after_its_start_is_on_its_way() -> None:
+    """Whatever the order in which a platform does things, it is not taken for one that has ended."""
+    steps = [
+        state("preparing"),
+        (202, {}),
+        state("preparing"),
+        (202, {}),
+        state("standby"),
+        state("preparing"),
+        state("preparing", run="r1"),
+    ]
+    async with endpoint(*steps) as server:
+        one = provider(server)
+        before = (await one.status()).presence
+        await one.start("r1")
+        started = (await one.status()).presence
+        await one.stop("r1")
+        stopped = (await one.status()).presence
+        after_a_restart = (await one.status()).presence
+        await one.close()
+    assert (before, started) == (Presence.ABSENT, Presence.STARTING)
+    assert (stopped, after_a_restart) == (Presence.ABSENT, Presence.STARTING)
+
+
+async def test_what_is_to_run_is_told_with_the_start() -> None:
+    launch = Launch("vllm:v1", arguments=("--port", "8000"))
+    async with endpoint((202, {}), (202, {}), otherwise=state("standby")) as server:
+        one = provider(server, launch=lambda: launch)
+        await one.start("r1")
+        await one.stop("r1")
+        await one.close()
+    assert [asked.body.get("launch") for asked in server.asked[:2]] == [launch.as_dict(), None]

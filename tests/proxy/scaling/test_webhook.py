@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from policies.units import BadValueError
 from proxy.scaling.calls import Caller
 from proxy.scaling.facts import Facts
+from proxy.scaling.images import Launch
+from proxy.scaling.keeper import STATUS_S
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.sections import StandbySection
 from proxy.scaling.webhook import WebhookProvider
@@ -25,13 +28,10 @@ def provider(server: Endpoint, **section: Any) -> WebhookProvider:
     )
 
 
-async def test_what_is_asked_and_with_which_id() -> None:
+async def test_what_is_asked() -> None:
     async with endpoint() as server:
         one = provider(server)
-        for run in ("r1", "r1", "r2"):
-            await one.start(run)
-        await one.stop("r1")
-        await one.stop("r1")
+        await one.start("r1")
         await one.close()
     assert server.asked[0].body == {
         "operation": "start",
@@ -148,3 +148,28 @@ async def test_a_secret_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch
 def test_a_socket_is_no_webhook() -> None:
     with pytest.raises(ValueError, match="over HTTP"):
         StandbySection.model_validate({"webhook": {"url": "unix:/run/x.sock"}})
+
+
+async def test_what_is_wrong_is_known_before_nobody_waits_any_more() -> None:
+    async with endpoint(otherwise=(503, {"error": "maintenance until 9"})) as server:
+        pauses = Pauses()
+        section = StandbySection.model_validate({"webhook": {"url": server.url, "timeout": "60s"}})
+        one = WebhookProvider(section, FACTS, Caller(clock=pauses.clock, sleep=pauses))
+        found = await one.status()
+        await one.close()
+    assert (found.presence, pauses.clock() < STATUS_S) == (Presence.UNKNOWN, True)
+    assert "maintenance until 9" in found.detail
+
+
+async def test_what_is_to_run_is_told_with_what_starts_it() -> None:
+    launch = Launch("vllm:v1", arguments=("--port", "8000"))
+    async with endpoint(otherwise=(200, {"presence": "absent"})) as server:
+        section = StandbySection.model_validate({"webhook": {"url": server.url}})
+        one = WebhookProvider(section, replace(FACTS, launch=lambda: launch), Caller())
+        await one.prepare("r1")
+        await one.start("r1")
+        await one.stop("r1")
+        await one.status()
+        await one.close()
+    told = [asked.body.get("launch") for asked in server.asked]
+    assert told == [launch.as_dict(), launch.as_dict(), None, None]
