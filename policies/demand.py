@@ -46,7 +46,7 @@ class Ahead(NamedTuple):
     """The highest minute, if it goes on as it does and as it did."""
     high: float
     """What the highest minute stays below, in the share of cases that was asked for."""
-    level: float = 0.0
+    level: float
     """What there is now."""
 
     @property

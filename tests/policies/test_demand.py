@@ -39,7 +39,7 @@ def test_nothing_is_forecast_until_its_errors_are_known() -> None:
 
 def test_what_stays_is_expected_to_stay_without_a_margin() -> None:
     found = asked(played(lambda _: 100.0, 200))
-    assert found == (100.0, 100.0)
+    assert found == (100.0, 100.0, 100.0)
     assert found.margin == 0.0
 
 
@@ -61,8 +61,10 @@ def test_the_second_day_knows_the_rush_before_it_comes() -> None:
     before = 477
     first = asked(played(rush, before), 900.0)
     assert first.expected == 100.0
+    assert first.more == 0.0
     second = asked(played(rush, DAY + before), 900.0)
     assert second.expected > 120.0
+    assert second.more == second.expected - 100.0
     assert second.high >= rush(before + 15)
 
 
@@ -142,7 +144,7 @@ def test_a_gap_tells_nothing() -> None:
     forecast.note(100.0, START + 300 * 60)
     for minute in range(301, 400):
         forecast.note(100.0, START + minute * 60)
-    assert asked(forecast) == (100.0, 100.0)
+    assert asked(forecast) == (100.0, 100.0, 100.0)
 
 
 @pytest.mark.parametrize("jump", [-3600.0, -60.0, -2 * 86400.0, 30 * 86400.0])
@@ -151,7 +153,7 @@ def test_a_clock_that_is_set_is_survived(jump: float) -> None:
     for minute in range(200):
         forecast.note(100.0, START + 200 * 60 + jump + minute * 60)
     found = forecast.ahead(300.0, 0.9)
-    assert found is None or found == (100.0, 100.0)
+    assert found is None or found == (100.0, 100.0, 100.0)
 
 
 @given(
