@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,6 +131,22 @@ def test_an_account_pays_what_its_backends_cost_while_they_run_for_it(engine: En
     assert process.spending.account("long", ["nj"]) == 1107
     assert process.spending.account("rush") == 110
     assert process.spending.account("nobody") == 0
+
+
+def test_no_sum_waits_for_the_database(engine: Engine) -> None:
+    process = Process(engine)
+    process.pays(70, backend="nj")
+    found: list[object] = []
+
+    def sums() -> None:
+        spending = process.spending
+        found.extend((spending.site("nanjing"), spending.sites(), spending.account("rush", ["nj"])))
+
+    with process.spending.lock:  # rows are being inserted
+        reader = threading.Thread(target=sums, daemon=True)
+        reader.start()
+        reader.join(5.0)
+        assert found == [70, {"nanjing": 70}, 70]
 
 
 def test_budgets_of_keys_are_counted_along(engine: Engine) -> None:
