@@ -477,10 +477,10 @@ class Scaling:
         same = section is not None and provided(section) == provided(self._sections[name])
         return State.READY if same else State.STANDBY
 
-    def state_of(self, name: str) -> State | None:
-        """Where one is; None: there is none, or this process does not act."""
+    def standby_of(self, name: str) -> Standby | None:
+        """As it stands; None: there is none, or this process does not act."""
         keeper = self.keepers.get(name)
-        return keeper.state if keeper is not None and self.acting else None
+        return keeper.standby if keeper is not None and self.acting else None
 
     def site(self, name: str) -> str:
         keeper = self.keepers.get(name)

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from policies.plans import AUTO, CONFIRM, Plan, PlanEvent, PlanState, Trigger
 from policies.scaling import Step
-from policies.standby import Event, Move, State
+from policies.standby import Move, Standby, State
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
 from proxy.config import Config
@@ -61,8 +61,8 @@ class Planning:
         self.templates = Templates(config.state / TEMPLATES_FILE)
         self.money = Money(runtime, spending, self._tell_budget, self.plans.all)
         self.budgets = self.money.budgets
-        self.state_of: Callable[[str], State | None] = lambda name: None
-        """State of a standby; None: not known. Set by the manager."""
+        self.standby_of: Callable[[str], Standby | None] = lambda name: None
+        """A standby as it stands; None: not known. Set by the manager."""
         self.approved: Callable[[], None] = lambda: None
         """Called when something may start. Set by the manager."""
         self.offers: dict[str, Offer] = {}
@@ -71,6 +71,9 @@ class Planning:
         self._budget_notices: Notices | None = None
         self._moves: deque[Move] = deque(maxlen=10_000)
         self._turning = asyncio.Lock()
+        self._following = asyncio.Lock()
+        self._all_seen = False
+        """Whether plans that have ended know where their standbys are: of what happened before a crash."""
         self._used_version = 0
         """Of the templates."""
         self.acting = False
@@ -171,9 +174,8 @@ class Planning:
             if self.templates.trouble:
                 log.error("templates: the old ones go on:\n%s", self.templates.trouble)
             self.money.use(self.config, self.templates.all())
-        while self.acting and self._moves:
-            await self._take(self._moves[0])
-            self._moves.popleft()
+        if self.acting:
+            await self._follow()
         try:
             await self.money.look()
         except SQLAlchemyError as error:
@@ -181,6 +183,7 @@ class Planning:
         self.money.drain()
         if not self.acting:
             return
+        await self._see()
         await self.plans.expire()
         self.budgets.turn()
         for plan in self.plans.open_plans():
@@ -249,9 +252,13 @@ class Planning:
         for plan in self.plans.open_plans() if self.acting else ():
             if plan.state is not PlanState.PROPOSED and plan.id not in unseen:
                 for name in plan.standbys:
-                    if name not in plan.started and self.state_of(name) in (None, State.STANDBY):
+                    if name not in plan.started and self._stands_by(name):
                         found.append((name, plan.id, plan.reason))
         return found
+
+    def _stands_by(self, name: str) -> bool:
+        standby = self.standby_of(name)
+        return standby is None or standby.state is State.STANDBY
 
     def over(self, name: str) -> str:
         """Why a standby may not run on: a ceiling that it falls under is reached. Empty: it may."""
@@ -358,8 +365,6 @@ class Planning:
 
     async def _look_again(self, plan: Plan) -> Plan | None:
         """Approve a plan in mode `auto` that is within budget, or note what it waits for. None: as it was."""
-        if plan.state is PlanState.EXECUTING:
-            return await self._abandon(plan)
         if plan.state is not PlanState.PROPOSED:
             return None
         waits_for = self._waits_for(plan)
@@ -371,16 +376,6 @@ class Planning:
         if waits_for != plan.waits_for:
             await self.plans.wait_for(plan.id, waits_for)
         return None
-
-    async def _abandon(self, plan: Plan) -> Plan | None:
-        """End a plan whose standbys all stand by again although nobody said so: a move got lost in a crash."""
-        states = {self.state_of(name) for name in plan.standbys}
-        if states != {State.STANDBY} or set(plan.started) < set(plan.standbys) or self._moves:
-            return None
-        gone = "its standbys stand by"
-        return await self.plans.update(
-            plan.id, lambda one: one.moved(PlanEvent.EXPIRE, "manager", gone, self.runtime.wall())
-        )
 
     def _waits_for(self, plan: Plan) -> str:
         """Empty: nothing."""
@@ -395,25 +390,26 @@ class Planning:
             ((one.site, nano_of(one.cost_per_hour or 0.0)) for one in of), plan.template
         )
 
-    async def _take(self, move: Move) -> None:
-        """What a move of a standby means for its plan. Raises OSError."""
-        name, wall, reason = move.name, move.wall, move.reason
-        if move.after is State.PREPARING:
-            await self.plans.update(move.plan, lambda plan: plan.began_with(name, wall, reason))
-        elif move.after is State.READY and move.event is Event.STARTED:
-            await self.plans.update(
-                move.plan, lambda plan: (plan.began_with(name, wall, "") or plan).ready_with(name, wall)
-            )
-        elif move.event is Event.FAIL:
-            words = f"{name}: {reason}"
-            await self.plans.update(
-                move.plan, lambda plan: plan.moved(PlanEvent.FAIL, "manager", words, wall)
-            )
-        elif move.after is State.STANDBY:
-            self.money.forget()
-            await self.plans.update(
-                move.plan, lambda plan: plan.stopped_with(name, wall, f"{name}: {reason}")
-            )
+    async def _follow(self) -> None:
+        """Have plans know what their standbys did. Raises OSError."""
+        async with self._following:
+            while self._moves:
+                move = self._moves[0]
+                if move.after is State.STANDBY:
+                    self.money.forget()
+                await self.plans.update(move.plan, lambda plan, move=move: plan.after(move))
+                self._moves.popleft()
+
+    async def _see(self) -> None:
+        """The same of moves that a crash has swallowed. Raises OSError."""
+        known = {name: one for name in self.offers if (one := self.standby_of(name)) is not None}
+        if not known or self._moves:
+            return
+        wall = self.runtime.wall()
+        for plan in self.plans.open_plans() if self._all_seen else self.plans.all():
+            for one in (known[name] for name in plan.standbys if name in known):
+                await self.plans.update(plan.id, lambda plan, one=one: plan.as_seen(one, wall))
+        self._all_seen = True
 
     # Templates
 
@@ -423,7 +419,7 @@ class Planning:
         return [
             one
             for one in chosen
-            if self.plans.holding(one.name) is None and self.state_of(one.name) in (None, State.STANDBY)
+            if self.plans.holding(one.name) is None and self._stands_by(one.name)
         ]
 
     async def _of_template(self, name: str, mode: str | None, chosen: list[Offer], why: str) -> Plan:

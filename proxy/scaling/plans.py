@@ -178,8 +178,9 @@ class Plans:
     def _expired(self, plan: Plan) -> Plan | None:
         if not plan.is_due(self._wall()):
             return None
-        reason = f"it waited too long: {plan.waits_for or 'nothing came of it'}"
-        return plan.moved(PlanEvent.EXPIRE, "manager", reason, self._wall())
+        return plan.moved(
+            PlanEvent.EXPIRE, "manager", f"it waited too long: {plan.waiting}", self._wall()
+        )
 
     # On the disk
 

@@ -164,6 +164,28 @@ async def test_a_failure_ends_its_plan(start: Start) -> None:
     assert (plan.state, plan.decisions[-1].reason) == (PlanState.FAILED, "nj: it is to fail")
 
 
+async def test_what_a_crash_has_swallowed_is_seen_with_the_next_turn(start: Start) -> None:
+    proxy = await start()
+    id = await proxy.planning.want("nj", STEP)
+    assert id is not None
+    nj = Standby("nj")
+    assert nj.move(Event.START, "", time.time(), id), "and the proxy was killed before its plan heard of it"
+    proxy.planning.standby_of = {"nj": nj}.get
+    await proxy.turn()
+    assert proxy.planning.plans.find(id).state is PlanState.EXECUTING
+    assert nj.move(Event.PREPARED, "", time.time())
+    assert nj.move(Event.STARTED, "", time.time())
+    await proxy.turn()
+    assert proxy.planning.plans.find(id).state is PlanState.DONE
+    assert nj.move(Event.FAIL, "", time.time())
+    assert nj.move(Event.RECOVERED, "", time.time())
+    await proxy.turn()
+    assert proxy.planning.plans.find(id).stopped == (), "it has ended, and is looked at once"
+    proxy.planning._all_seen = False  # the next start
+    await proxy.turn()
+    assert proxy.planning.plans.find(id).stopped == (("nj", nj.since),)
+
+
 async def test_in_mode_confirm_somebody_has_to_approve(start: Start) -> None:
     proxy = await start(mode="confirm")
     assert await proxy.planning.want("nj", STEP) is None
