@@ -100,6 +100,7 @@ class Shortage:
     spilling_s: float = 0.0
     """For so long a tier with backends of its model has been too full; 0: none is."""
     queue: int = 0
+    """Requests of its model that wait."""
     oldest_s: float = 0.0
     saturation: float = 0.0
     """Of local backends of its model, on average."""
