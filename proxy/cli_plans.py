@@ -94,20 +94,22 @@ def plans_list(
         typer.echo("no plans" if everything else "no open plans (--all shows those that have ended)")
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("id", "state", "starts", f"{shown['currency']}/h", "waits for", "since"):
         table.add_column(name, overflow="fold")
     for plan in shown["plans"]:
         cost = plan["cost_per_hour"]
-        table.add_row(
+        cells = [
             plan["id"],
             plan["state"],
             ", ".join(plan["standbys"]),
             "unknown" if cost is None else f"{cost:,.2f}",
             plan["waits_for"],
             plan["reason"],
-        )
+        ]
+        table.add_row(*map(Text, cells))
     console().print(table)
 
 
@@ -150,8 +152,8 @@ def _plan_lines(shown: dict[str, Any]) -> Iterable[str]:
         yield f"budget    {plan.budget_left:,.2f} {shown['currency']} were left"
     yield f"promises  {forecast_in_words(plan.forecast) or 'unknown: no profile says it'}"
     yield f"since     {plan.reason}"
-    if plan.open:
-        yield f"until     {_when(plan.expires)} ({plan.mode})"
+    if plan.waiting:
+        yield f"until     {_when(plan.due)} ({plan.mode})"
     for made in plan.decisions:
         yield f"{_when(made.wall)}  {made.after}, by {made.by}" + (f": {made.reason}" if made.reason else "")
 
@@ -233,6 +235,8 @@ def templates_list(
             f"warning: the file cannot be used as it is, the old templates go on:\n{shown['trouble']}",
             err=True,
         )
+    if shown["unworkable"]:
+        typer.echo(f"warning: some cannot work as things are:\n{shown['unworkable']}", err=True)
     if not shown["templates"]:
         typer.echo(f"no templates in {shown['file']}")
     for name, template in shown["templates"].items():

@@ -144,6 +144,7 @@ async def _templates(request: web.Request, planning: Planning) -> Any:
     return {
         "file": str(planning.templates.path),
         "trouble": planning.templates.trouble,
+        "unworkable": planning.templates.unworkable(planning.offers, sites_of(planning.config)),
         "templates": {name: _shown(template) for name, template in planning.templates.all().items()},
     }
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 from policies.match import LOCAL
@@ -26,6 +27,8 @@ log = logging.getLogger("tidegate")
 
 LOOK_S: Final = 5.0
 """How often costs are read: hours of capacity, and what other proxies have spent."""
+STALE_S: Final = 60.0
+"""What was read so long ago, though it should have been read anew, is not known any more."""
 
 
 class Money:
@@ -49,6 +52,7 @@ class Money:
         self._hours: dict[tuple[str, str], int] = {}
         """What hours of capacity have cost at the last look, nano-units by site and template."""
         self._read_at = 0.0
+        self._known_until = -inf
 
     def use(self, config: Config, templates: Mapping[str, Template]) -> None:
         """Go by these ceilings."""
@@ -58,7 +62,7 @@ class Money:
         self.budgets.ceilings = ceilings(section.month, section.sites, of_templates)
         if config.ledger_currency != self.spending.currency or before != self.budgets.ceilings:
             self.spending.currency = config.ledger_currency
-            self._read_at = 0.0
+            self._read_at, self._known_until = 0.0, -inf
 
     def forget(self) -> None:
         """Somebody's account has changed: read anew with the next look."""
@@ -77,6 +81,22 @@ class Money:
         self._read_at = self._runtime.now() + LOOK_S  # also if it fails
         await asyncio.to_thread(self._read, self._runtime.wall(), accounts(self._plans()))
         self._read_at = self._runtime.now() + max(LOOK_S, SHARE * (time.monotonic() - began))
+        self._known_until = self._read_at + STALE_S
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known what this month has cost, as far as there are ceilings."""
+        return not self.budgets.ceilings or self._runtime.now() < self._known_until
+
+    def against(self, costs: Sequence[tuple[str, int]], template: str = "") -> tuple[str, str]:
+        """What stands against these further costs, nano-units by site, and what to do about it; empty: nothing."""
+        if not self.known and any(self.budgets.under(site, template) for site, _ in costs):
+            return "what this month has cost cannot be read", "it is tried again"
+        used = self.budgets.refuses(costs, template)
+        if used is None:
+            return "", ""
+        words = used.in_words(self.spending.currency)
+        return words, f"a plan needs an hour of it: raise {used.ceiling.key} first"
 
     def _read(self, wall: float, of: dict[str, Sequence[Span]]) -> None:
         """Blocks."""

@@ -25,16 +25,15 @@ from policies.yamlfile import FileProblems
 from proxy.config import Config
 from proxy.database import said
 from proxy.scaling.accounts import shortage
-from proxy.scaling.budgets import NANO, Used, nano_of
+from proxy.scaling.budgets import NANO, nano_of
 from proxy.scaling.filelock import FileLock
 from proxy.scaling.images import Images, load_images
 from proxy.scaling.money import Money
-from proxy.scaling.notices import Notices
+from proxy.scaling.notices import Notices, notices
 from proxy.scaling.offers import Offer, draft, offers
 from proxy.scaling.plans import PLANS_FILE, ConflictError, Plans, PlansError, new_id
 from proxy.scaling.planwords import in_words
 from proxy.scaling.seams import NotPossibleError
-from proxy.scaling.sections import NoticeSection
 from proxy.scaling.spending import TokenSpending
 from proxy.scaling.templates import TEMPLATES_FILE, Shortage, Template, Templates, choose, fires, sites_of
 
@@ -76,6 +75,8 @@ class Planning:
         """Whether plans that have ended know where their standbys are: of what happened before a crash."""
         self._used_version = 0
         """Of the templates."""
+        self._unworkable = ""
+        """What of them cannot work as things are, in words."""
         self.acting = False
         """Whether this process is the one that decides."""
         self._handed_over = False
@@ -85,32 +86,27 @@ class Planning:
         self._troubles: list[str] = []
         self._said: list[str] = []
         """Those of the turn before."""
-        self.use(config)
+        self._use(config)
 
     # Its life
 
     def use(self, config: Config) -> None:
         """Go by another configuration, or by other standbys of it."""
+        self._use(config)
+        self.money.drain()  # backends that are new must not get anything first
+
+    def _use(self, config: Config) -> None:
         self.config = config
         try:
             self.images = load_images(config.scaling.images)
         except (OSError, ValueError, FileProblems) as error:  # `unworkable` refuses it; a file may go later
             log.error("images: %s", error)
         self.offers = offers(config, self.images)
-        self._approval = self._notices(self._approval, config.scaling.approval_webhook)
-        self._budget_notices = self._notices(self._budget_notices, config.scaling.budgets.webhook)
+        spawn, wall = self.runtime.tasks.spawn, self.runtime.wall
+        self._approval = notices(config.scaling.approval_webhook, self._approval, spawn, wall)
+        self._budget_notices = notices(config.scaling.budgets.webhook, self._budget_notices, spawn, wall)
         self.money.use(self.config, self.templates.all())
-
-    def _notices(self, before: Notices | None, section: NoticeSection | None) -> Notices | None:
-        if before is not None and before.section == section:
-            return before
-        if before is not None:
-            self.runtime.tasks.spawn(before.close(), "notices")
-        try:
-            return None if section is None else Notices(section, self.runtime.tasks.spawn, self.runtime.wall)
-        except BadValueError as error:
-            log.error("notices: %s", error)
-            return None
+        self._judge_templates()
 
     @classmethod
     async def opened(cls, runtime: Runtime, spending: TokenSpending) -> Planning:
@@ -122,10 +118,10 @@ class Planning:
 
     async def open(self) -> None:
         """Read what is on the disk and in the ledger. Raises OSError and SQLAlchemy's errors."""
-        self.templates.look()
-        self.money.use(self.config, self.templates.all())
+        self._use_templates()
         await self.money.read()
         await self._act()
+        self.money.drain()
 
     async def _act(self) -> None:
         """Have plans to ourselves, if no other process does: during an upgrade the one before decides on."""
@@ -156,9 +152,9 @@ class Planning:
 
     async def close(self) -> None:
         """Let connections and the file go."""
-        for notices in (self._approval, self._budget_notices):
-            if notices is not None:
-                await notices.close()
+        for one in (self._approval, self._budget_notices):
+            if one is not None:
+                await one.close()
         await asyncio.to_thread(self.hand_over)
 
     async def turn(self) -> None:
@@ -168,18 +164,10 @@ class Planning:
             await self._turn()
 
     async def _turn(self) -> None:
-        self.templates.look()
-        if self.templates.version != self._used_version:
-            self._used_version = self.templates.version
-            if self.templates.trouble:
-                log.error("templates: the old ones go on:\n%s", self.templates.trouble)
-            self.money.use(self.config, self.templates.all())
+        self._use_templates()
         if self.acting:
             await self._follow()
-        try:
-            await self.money.look()
-        except SQLAlchemyError as error:
-            self._say(f"budgets: what this month has cost cannot be read: {said(error)}")
+        await self._look_at_money()
         self.money.drain()
         if not self.acting:
             return
@@ -189,6 +177,28 @@ class Planning:
         for plan in self.plans.open_plans():
             await self._look_again(plan)
         await self._fire()
+
+    def _use_templates(self) -> None:
+        """Go by their file as it is now."""
+        self.templates.look()
+        if self.templates.version != self._used_version:
+            self._used_version = self.templates.version
+            if self.templates.trouble:
+                log.error("templates: the old ones go on:\n%s", self.templates.trouble)
+            self.money.use(self.config, self.templates.all())
+            self._judge_templates()
+
+    def _judge_templates(self) -> None:
+        found = self.templates.unworkable(self.offers, sites_of(self.config))
+        if found and found != self._unworkable:
+            log.warning("templates that cannot work as things are:\n%s", found)
+        self._unworkable = found
+
+    async def _look_at_money(self) -> None:
+        try:
+            await self.money.look()
+        except SQLAlchemyError as error:
+            self._say(f"budgets: what this month has cost cannot be read: {said(error)}")
 
     def _say(self, trouble: str) -> None:
         """Note what is wrong; the log has it once, as long as it stays."""
@@ -201,7 +211,7 @@ class Planning:
     def allowed(self, name: str) -> bool:
         """Whether the controller may count on this standby: not where a ceiling is reached, or somebody said no."""
         offer = self.offers.get(name)
-        if offer is None or self.budgets.reached(offer.site) is not None:
+        if offer is None or self.over(name) or self.budgets.reached(offer.site) is not None:
             return False
         refused = self.plans.latest_refusal(name)
         if refused is None or self.plans.holding(name) is not None:
@@ -218,7 +228,7 @@ class Planning:
         """
         plan = self.plans.holding(name)
         if plan is not None and plan.state is not PlanState.PROPOSED:
-            return plan.id
+            return None if self.over(name) else plan.id
         if self.acting and plan is None and name not in self._asking and self.allowed(name):
             self._asking.add(name)
             self.runtime.tasks.spawn(self._asked(name, step), f"plan for {name}")
@@ -243,6 +253,8 @@ class Planning:
         except OSError as error:
             self._say(f"plans cannot be written, so nothing is started: {error.strerror or error}")
             return None
+        except ConflictError:  # another process decides now
+            return None
         return plan.id if plan.state in (PlanState.APPROVED, PlanState.EXECUTING) else None
 
     def wanted(self) -> list[tuple[str, str, str]]:
@@ -252,7 +264,7 @@ class Planning:
         for plan in self.plans.open_plans() if self.acting else ():
             if plan.state is not PlanState.PROPOSED and plan.id not in unseen:
                 for name in plan.standbys:
-                    if name not in plan.started and self._stands_by(name):
+                    if name not in plan.started and self._stands_by(name) and not self.over(name):
                         found.append((name, plan.id, plan.reason))
         return found
 
@@ -305,7 +317,7 @@ class Planning:
         if made.id == plan.id:
             log.info("plan %s: %s, since %s", plan.id, in_words(plan, self.spending.currency), reason)
             after = await self._look_again(made)
-            if after is None and self._approval is not None:
+            if after is None and self._approval is not None and trigger is not Trigger.HAND:
                 self._approval.tell("plan.proposed", made.as_dict())
             made = after or made
         return made
@@ -313,15 +325,17 @@ class Planning:
     async def approve(self, id: str, by: str, reason: str = "") -> Plan:
         """Raises UnknownPlanError; ConflictError: it is decided, or a ceiling stands against it; OSError."""
         plan = self.plans.find(id)
-        if plan.state is PlanState.PROPOSED and (against := self._against(plan)) is not None:
-            words = against.in_words(self.spending.currency)
-            raise ConflictError(f"{words}, and a plan needs an hour of it: raise {against.ceiling.key} first")
+        if plan.state is PlanState.PROPOSED:
+            words, advice = self._against(plan)
+            if words:
+                raise ConflictError(f"{words}; {advice}")
         if plan.is_due(self.runtime.wall()):
             await self.plans.expire()
         return await self.plans.move(plan.id, PlanEvent.APPROVE, by, reason)
 
     async def refuse(self, id: str, by: str, reason: str = "") -> Plan:
         """Raises as `approve` does."""
+        await self._follow()  # what has begun a moment ago is not refused any more
         return await self.plans.move(self.plans.find(id).id, PlanEvent.REFUSE, by, reason)
 
     async def run_template(self, name: str, by: str) -> Plan:
@@ -329,7 +343,9 @@ class Planning:
 
         Raises KeyError: there is none; BadValueError: it cannot work; ConflictError: what it would start is on.
         """
+        self._use_templates()
         template = self.templates.find(name)
+        await self._look_at_money()  # its budget may be new
         chosen = self._startable(template)
         if not chosen:
             raise ConflictError(f"all that template '{name}' would start is on, or is being started")
@@ -341,13 +357,24 @@ class Planning:
         offer = self.offers.get(name)
         if offer is None:
             return ""
-        plan = await self.propose([offer], Trigger.HAND, f"{by} has started it", mode=CONFIRM)
-        if plan.state is PlanState.PROPOSED:
-            try:
-                plan = await self.approve(plan.id, by)
-            except PlansError as error:
-                raise NotPossibleError(str(error)) from None
+        try:
+            plan = await self.propose([offer], Trigger.HAND, f"{by} has started it", mode=CONFIRM)
+            if plan.state is PlanState.PROPOSED:
+                if len(plan.standbys) > 1:
+                    words = f"plan {plan.id} waits, to start {' and '.join(plan.standbys)}"
+                    raise NotPossibleError(f"{words}: approve or refuse it first")
+                plan = await self._approved_by_hand(plan, by)
+        except PlansError as error:
+            raise NotPossibleError(str(error)) from None
         return plan.id
+
+    async def _approved_by_hand(self, plan: Plan, by: str) -> Plan:
+        try:
+            return await self.approve(plan.id, by)
+        except ConflictError as error:
+            if plan.trigger is Trigger.HAND:  # it would stand in the way of the next one
+                await self.plans.move(plan.id, PlanEvent.EXPIRE, "manager", str(error))
+            raise
 
     def shortage(self, model: str) -> Shortage:
         """How short of capacity the local backends of a model are."""
@@ -373,22 +400,27 @@ class Planning:
                 return await self.plans.move(plan.id, PlanEvent.APPROVE, AUTO, "within budget")
             except ConflictError:
                 return self.plans.find(plan.id)  # somebody was faster
-        if waits_for != plan.waits_for:
+        if waits_for.partition(":")[0] != plan.waits_for.partition(":")[0]:  # its figures change all the time
             await self.plans.wait_for(plan.id, waits_for)
         return None
 
     def _waits_for(self, plan: Plan) -> str:
         """Empty: nothing."""
-        if (against := self._against(plan)) is not None:
-            return against.in_words(self.spending.currency)
-        return "approval" if plan.mode == CONFIRM else ""
+        words, _ = self._against(plan)
+        if words:
+            return words
+        return "approval" if CONFIRM in (plan.mode, self._mode_now(plan)) else ""
 
-    def _against(self, plan: Plan) -> Used | None:
-        """The ceiling without room for an hour of what it starts."""
+    def _mode_now(self, plan: Plan) -> str:
+        """It may have been proposed before somebody wanted to be asked."""
+        template = self.templates.all().get(plan.template)
+        return (template.mode if template is not None else None) or self.config.scaling.mode
+
+    def _against(self, plan: Plan) -> tuple[str, str]:
+        """What of money stands against it, and what to do about that, in words; empty: nothing."""
         of = [self.offers[name] for name in plan.standbys if name in self.offers]
-        return self.budgets.refuses(
-            ((one.site, nano_of(one.cost_per_hour or 0.0)) for one in of), plan.template
-        )
+        costs = [(one.site, nano_of(one.cost_per_hour or 0.0)) for one in of]
+        return self.money.against(costs, plan.template)
 
     async def _follow(self) -> None:
         """Have plans know what their standbys did. Raises OSError."""
@@ -458,5 +490,7 @@ class Planning:
             "waiting": sum(plan.state is PlanState.PROPOSED for plan in self.plans.open_plans()),
             "open": [plan.id for plan in self.plans.open_plans()],
             "budgets": [self.budgets.shown(used) for used in self.budgets.used()],
-            "trouble": "; ".join(filter(None, (*dict.fromkeys(self._troubles), self.templates.trouble))),
+            "trouble": "; ".join(
+                filter(None, (*dict.fromkeys(self._troubles), self.templates.trouble, self._unworkable))
+            ),
         }

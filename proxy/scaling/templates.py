@@ -239,6 +239,12 @@ def sites_of(config: Config) -> frozenset[str]:
     return frozenset({*config.sites, *(backend.site for backend in config.backends)})
 
 
+def _parsed(text: str, path: Path) -> tuple[Document, TemplatesFile]:
+    """Raises FileProblems."""
+    document = parse_yaml(text, str(path))
+    return document, document.validate(TemplatesFile)
+
+
 class Templates:
     """The file, as it is now. A mistake in it keeps what was there before."""
 
@@ -250,6 +256,8 @@ class Templates:
         """Changes with what is known."""
         self._known: dict[str, Template] = {}
         self._seen: tuple[int, int, int] | None = None
+        self._read: tuple[Document, TemplatesFile] | None = None
+        """None: there is no file that can be used."""
 
     def __contains__(self, name: object) -> bool:
         return name in self._known
@@ -275,9 +283,8 @@ class Templates:
         self.version += 1
         try:
             text = self.path.read_text(encoding="utf-8") if stamp is not None else ""
-            self._known = (
-                dict(parse_yaml(text, str(self.path)).validate(TemplatesFile).templates) if text else {}
-            )
+            self._read = _parsed(text, self.path) if text else None
+            self._known = dict(self._read[1].templates) if self._read is not None else {}
             self.trouble = ""
         except FileProblems as error:
             self.trouble = str(error)
@@ -285,6 +292,14 @@ class Templates:
             reason = error.strerror if isinstance(error, OSError) else "the file is not UTF-8 text"
             self.trouble = f"{self.path}: {reason}"
         return True
+
+    def unworkable(self, offered: Mapping[str, Offer], sites: frozenset[str]) -> str:
+        """What of the file cannot work with these standbys, with its lines; empty: nothing."""
+        if self._read is None:
+            return ""
+        document, file = self._read
+        found = problems(document, file, offered, sites)
+        return str(document.failed(found)) if found else ""
 
     def save(
         self, name: str, written: Mapping[str, Any], offered: Mapping[str, Offer], sites: frozenset[str]
@@ -295,8 +310,7 @@ class Templates:
         already; OSError.
         """
         text = self._changed(lambda templates: templates.__setitem__(name, dict(written)))
-        document = parse_yaml(text, str(self.path))
-        file = document.validate(TemplatesFile)
+        document, file = _parsed(text, self.path)
         try:
             choose(file.templates[name], offered, sites)
         except BadValueError as error:
@@ -317,7 +331,7 @@ class Templates:
         yaml.preserve_quotes = True
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         if text.strip():
-            parse_yaml(text, str(self.path)).validate(TemplatesFile)
+            _parsed(text, self.path)
         content = yaml.load(text) if text.strip() else None
         if content is None:
             content = {}

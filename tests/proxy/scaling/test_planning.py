@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -14,113 +12,14 @@ import pytest
 from aiohttp import web
 
 from policies.plans import PlanState
-from policies.scaling import Step
 from policies.standby import Event, Standby
 from policies.state import Backend, Fleet
-from proxy.config import Config
-from proxy.records import to_values
-from proxy.scaling.planning import Planning
-from proxy.scaling.service import Standbys
 from proxy.scaling.signing import signed, verify
 from proxy.scaling.templates import Shortage
-from proxy.serve import Service
-from tests.e2e.proxy_fixtures import command, eventually
-from tests.proxy.rows import a_row
+from tests.e2e.proxy_fixtures import eventually
+from tests.proxy.scaling.planned import STEP, Start
 
 SECRET = "a-secret-of-16-bytes"
-STEP = Step("nj", Event.START, "demand of 900 tokens is above 80% of 1000", {"demand": 900.0})
-
-
-def standby(name: str, site: str, **section: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "url": "http://127.0.0.1:9",
-        "site": site,
-        "models": ["qwen3-32b"],
-        "slots": 8,
-        "standby": {"command": {"command": ["true"]}, "cost_per_hour": 10.0, **section},
-    }
-
-
-class Proxy:
-    """One with two standbys, and what a test asks of it."""
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        self.state = str(service.state)
-
-    @property
-    def planning(self) -> Planning:
-        found = self.service.runtime.planning
-        assert found is not None
-        return found
-
-    def pays(self, amount: float, site: str = "nanjing") -> None:
-        """A request at this site has cost so much, and is in the ledger."""
-        row = a_row(
-            site=site, backend="nj", currency="CNY", cost_nano=round(amount * 1e9), arrived=time.time()
-        )
-        self.service.runtime.ledger._put([to_values(row)])
-
-    async def turn(self) -> None:
-        await self.planning.turn()
-
-    async def lives(self, one: Standby, *events: Event, plan: str = "") -> None:
-        """A standby makes these moves."""
-        for event in events:
-            move = one.move(event, f"it is to {event}", time.time(), plan)
-            assert move is not None
-            self.planning.moved(move)
-        await self.turn()
-
-    async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
-        fields = {"content-type": "application/json", **headers}
-        url = f"http://{self.service.ports.admin}{path}"
-        async with (
-            aiohttp.ClientSession() as session,
-            session.request(method, url, data=data, headers=fields) as response,
-        ):
-            return response.status, await response.json()
-
-    async def says(self, *arguments: str, status: int = 0) -> str:
-        """What `tidegate ...` says to this proxy."""
-        found, out, complaint = await command(*arguments, "--state", self.state)
-        assert found == status, (out, complaint)
-        return out + complaint
-
-
-Start = Callable[..., Awaitable[Proxy]]
-
-
-@pytest.fixture
-async def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
-    """Starts a proxy whose standbys nobody looks after: the test says what becomes of them."""
-    monkeypatch.setattr(Standbys, "begin", lambda self: None)
-    async with AsyncExitStack() as stack:
-
-        async def one(**scaling: Any) -> Proxy:
-            config = Config.model_validate(
-                {
-                    "listen": "127.0.0.1:0",
-                    "admin": "127.0.0.1:0",
-                    "state": tmp_path / "state",
-                    "log": "off",
-                    "currency": "CNY",
-                    "sites": {"nanjing": {}, "xian": {}},
-                    "backends": [
-                        standby("nj", "nanjing", card="H20"),
-                        standby("xa", "xian", cost_per_hour=4.0),
-                    ],
-                    "scaling": scaling,
-                }
-            )
-            service = Service(config)
-            await service.start()
-            stack.push_async_callback(service.stop)
-            return Proxy(service)
-
-        yield one
 
 
 # By whose word
@@ -337,12 +236,7 @@ async def test_a_ceiling_is_kept_over_a_restart_and_gives_back_when_it_is_raised
     await again.turn()
     nj = again.service.runtime.fleet["nj"]
     assert nj.over_budget
-    scaling = again.planning.config.scaling.model_copy(
-        update={
-            "budgets": again.planning.config.scaling.budgets.model_copy(update={"sites": {"nanjing": 200}})
-        }
-    )
-    again.planning.use(again.planning.config.model_copy(update={"scaling": scaling}))
+    again.uses(budgets={"sites": {"nanjing": 200}})
     await again.turn()
     assert not nj.over_budget
 
@@ -350,10 +244,7 @@ async def test_a_ceiling_is_kept_over_a_restart_and_gives_back_when_it_is_raised
 async def test_with_money_again_a_plan_in_mode_auto_goes_on(start: Start) -> None:
     proxy = await start(budgets={"month": 5})
     assert await proxy.planning.want("nj", STEP) is None
-    scaling = proxy.planning.config.scaling.model_copy(
-        update={"budgets": proxy.planning.config.scaling.budgets.model_copy(update={"month": 50.0})}
-    )
-    proxy.planning.use(proxy.planning.config.model_copy(update={"scaling": scaling}))
+    proxy.uses(budgets={"month": 50})
     await proxy.turn()
     (plan,) = proxy.planning.plans.all()
     assert plan.state is PlanState.APPROVED
