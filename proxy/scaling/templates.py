@@ -224,14 +224,17 @@ def problems(
 
 
 def check_templates(
-    text: str, name: str, offered: Mapping[str, Offer], sites: frozenset[str]
-) -> TemplatesFile:
-    """The templates in a text, each of which comes to some standbys. Raises FileProblems."""
-    document = parse_yaml(text, name)
-    file = document.validate(TemplatesFile)
-    if found := problems(document, file, offered, sites):
+    text: str, name: str, offered: Mapping[str, Offer], sites: frozenset[str], *, more: bool = False
+) -> tuple[dict[str, Template], list[Problem]]:
+    """The templates in a text, and what of them cannot work until there are `more` standbys than are offered.
+
+    Raises FileProblems: it is no such text, or there will not be more.
+    """
+    document, file = _parsed(text, name)
+    found = problems(document, file, offered, sites)
+    if found and not more:
         raise document.failed(found)
-    return file
+    return file.templates, found
 
 
 def sites_of(config: Config) -> frozenset[str]:
@@ -239,9 +242,9 @@ def sites_of(config: Config) -> frozenset[str]:
     return frozenset({*config.sites, *(backend.site for backend in config.backends)})
 
 
-def _parsed(text: str, path: Path) -> tuple[Document, TemplatesFile]:
+def _parsed(text: str, name: str) -> tuple[Document, TemplatesFile]:
     """Raises FileProblems."""
-    document = parse_yaml(text, str(path))
+    document = parse_yaml(text, name)
     return document, document.validate(TemplatesFile)
 
 
@@ -283,7 +286,7 @@ class Templates:
         self.version += 1
         try:
             text = self.path.read_text(encoding="utf-8") if stamp is not None else ""
-            self._read = _parsed(text, self.path) if text else None
+            self._read = _parsed(text, str(self.path)) if text else None
             self._known = dict(self._read[1].templates) if self._read is not None else {}
             self.trouble = ""
         except FileProblems as error:
@@ -310,7 +313,7 @@ class Templates:
         already; OSError.
         """
         text = self._changed(lambda templates: templates.__setitem__(name, dict(written)))
-        document, file = _parsed(text, self.path)
+        document, file = _parsed(text, str(self.path))
         try:
             choose(file.templates[name], offered, sites)
         except BadValueError as error:
@@ -331,7 +334,7 @@ class Templates:
         yaml.preserve_quotes = True
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         if text.strip():
-            _parsed(text, self.path)
+            _parsed(text, str(self.path))
         content = yaml.load(text) if text.strip() else None
         if content is None:
             content = {}
