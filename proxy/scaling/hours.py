@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, tzinfo
 from typing import Any, Final
 
 from sqlalchemy import Engine, func, insert, select, update
@@ -134,19 +133,25 @@ class Hours:
         self._write_at = now + WRITE_S
         return True
 
-    async def begin(self, runs: Iterable[tuple[Kept, BackendConfig]], wall: float, now: float) -> None:
-        """Take up the runs that went on while no proxy ran."""
+    async def begin(
+        self,
+        runs: Iterable[tuple[Kept, BackendConfig]],
+        wall: float,
+        now: float,
+        template_of: Callable[[str], str] = lambda plan: "",
+    ) -> None:
+        """Take up the runs that went on while no proxy ran. `template_of`: a plan, by its id."""
         for each, section in runs:
             standby = each.standby
             if not each.paid_since:
                 continue
-            self.open(each, section, "", wall, now)
+            self.open(each, section, template_of(standby.plan), wall, now)
             run = self._runs[standby.run]
             rows = await self._in_thread(self._read, standby.run) or []
             until = run.started
             for row in rows:
                 run.hours[row["hour"]] = Booked(row["seconds"], float(row["cost_nano"]))
-                run.template = row["template"]
+                run.template = row["template"] or run.template
                 until = max(until, row["until"])
             gap_s = max(wall - until, 0.0)
             run.book(wall, gap_s)
@@ -220,10 +225,17 @@ def _rows(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def spent(engine: Engine, site: str | None, since: float, until: float, template: str | None = None) -> int:
+def spent(
+    engine: Engine,
+    site: str | None,
+    since: float,
+    until: float,
+    template: str | None = None,
+    currency: str | None = None,
+) -> int:
     """What runs have cost from `since` until before `until` (Unix times at the start of an hour), nano-units.
 
-    `site` and `template` None: of all. At most a minute old.
+    `site`, `template` and `currency` None: of all. At most a minute old.
     """
     table = capacity_hourly.c
     statement = select(func.sum(table.cost_nano)).where(table.hour >= since, table.hour < until)
@@ -231,13 +243,8 @@ def spent(engine: Engine, site: str | None, since: float, until: float, template
         statement = statement.where(table.site == site)
     if template is not None:
         statement = statement.where(table.template == template)
+    if currency is not None:
+        statement = statement.where(table.currency == currency)
     with engine.connect() as connection:
         return int(connection.execute(statement).scalar() or 0)
 
-
-def month_of(wall: float, zone: tzinfo = UTC) -> tuple[float, float]:
-    """Unix times at which the calendar month of a moment begins and ends."""
-    day = datetime.fromtimestamp(wall, zone)
-    first = day.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    after = first.replace(year=first.year + first.month // 12, month=first.month % 12 + 1)
-    return first.timestamp(), after.timestamp()

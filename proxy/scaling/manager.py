@@ -140,7 +140,7 @@ class Scaling:
         await self._open()
         self._keep_all()
         kept = [(keeper.kept, keeper.config) for keeper in self.keepers.values()]
-        await self.hours.begin(kept, self.around.wall(), self.around.now())
+        await self.hours.begin(kept, self.around.wall(), self.around.now(), self.gate.template_of)
         self.acting = True
         self.show()
         for name in list(self.keepers):
