@@ -118,7 +118,7 @@ def unready(runtime: Runtime) -> str:
         return "memory runs short"
     if not any(backend.models for backend in runtime.fleet):
         return "no backend serves any model"
-    if not _runs(runtime) and not any(backend.asleep for backend in runtime.fleet):
+    if not _runs(runtime) and not standbys(runtime):
         return "no backend is available"
     return ""
 
