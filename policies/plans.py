@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from math import ceil
+from math import ceil, inf
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -287,6 +287,11 @@ class Plan:
         if move.after is State.STANDBY:
             return self.stopped_with(name, wall, f"{name}: {reason}")
         return None
+
+    def is_paid_for(self, since: float) -> bool:
+        """Whether a template has to pay for what one of its standbys did after `since`, Unix time."""
+        ended = dict(self.stopped)
+        return bool(self.template) and any(ended.get(name, inf) > since for name in self.started)
 
     def as_seen(self, standby: Standby, wall: float) -> Plan | None:
         """After the moves of one of its standbys that a crash has swallowed. None: there were none."""

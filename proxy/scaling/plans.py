@@ -30,7 +30,9 @@ PLANS_FILE: Final = "plans.jsonl"
 KEPT_PLANS: Final = 1000
 """Of those that have ended."""
 MOST_LINES: Final = 5 * KEPT_PLANS
-"""The file is written anew when it has more."""
+"""The file is written anew when it has more, and twice as many as there are plans."""
+COUNTED_S: Final = 32 * 86400.0
+"""What a template pays for is counted for so long after its end: a month."""
 LEAST_PREFIX: Final = 4
 """Characters of an id that may stand for the whole."""
 
@@ -197,15 +199,16 @@ class Plans:
             self.changed(plan)
 
     def _forget(self) -> None:
-        """Keep the open ones, and the last that have ended."""
-        ended = [id for id, plan in self._plans.items() if not plan.open]
+        """Keep the open ones, those that their template has to pay for, and the last that have ended."""
+        since = self._wall() - COUNTED_S
+        ended = [id for id, plan in self._plans.items() if not plan.open and not plan.is_paid_for(since)]
         for id in ended[:-KEPT_PLANS]:
             del self._plans[id]
 
     def _append(self, plan: Plan) -> None:
         """In the writing thread."""
         try:
-            if self._handle < 0 or self._lines >= MOST_LINES:
+            if self._handle < 0 or self._lines >= max(MOST_LINES, 2 * len(self._plans)):
                 others = [other for other in self._plans.values() if other.id != plan.id]
                 self._write_anew([*others, plan])
             else:

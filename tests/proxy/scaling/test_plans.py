@@ -208,6 +208,28 @@ async def test_the_file_and_what_is_kept_are_bounded(store: Store, monkeypatch: 
     assert len(store.plans) == 6
 
 
+async def test_what_a_template_pays_for_is_not_forgotten_before_the_month_is_over(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEPT_PLANS", 5)
+    paid = await store.plans.propose(a_plan("paid", id="paid", template="rush", created=0.0))
+    await store.plans.move(paid.id, PlanEvent.APPROVE, "Ada", "")
+    await store.plans.update(paid.id, lambda plan: plan.began_with("paid", 1000.0, ""))
+    await store.plans.update(paid.id, lambda plan: plan.stopped_with("paid", 2000.0, ""))
+
+    async def others(first: int) -> None:
+        for number in range(first, first + 20):
+            plan = await store.plans.propose(a_plan(id=f"plan-{number}"))
+            await store.plans.move(plan.id, PlanEvent.REFUSE, "Ada", "")
+
+    await others(0)
+    assert store.restart().find("paid").stopped == (("paid", 2000.0),)
+    store.wall = 2000.0 + 33 * 86400
+    await others(20)
+    with pytest.raises(UnknownPlanError):
+        store.plans.find("paid")
+
+
 def test_ids_differ_and_can_be_typed() -> None:
     ids = {new_id() for _ in range(1000)}
     assert len(ids) == 1000
