@@ -264,13 +264,13 @@ class Planning:
         for plan in self.plans.open_plans() if self.acting else ():
             if plan.state is not PlanState.PROPOSED and plan.id not in unseen:
                 for name in plan.standbys:
-                    if name not in plan.started and self._stands_by(name) and not self.over(name):
+                    if name not in plan.started and self._state_of(name) is State.STANDBY and not self.over(name):
                         found.append((name, plan.id, plan.reason))
         return found
 
-    def _stands_by(self, name: str) -> bool:
+    def _state_of(self, name: str) -> State:
         standby = self.standby_of(name)
-        return standby is None or standby.state is State.STANDBY
+        return State.STANDBY if standby is None else standby.state
 
     def over(self, name: str) -> str:
         """Why a standby may not run on: a ceiling that it falls under is reached. Empty: it may."""
@@ -348,7 +348,7 @@ class Planning:
         await self._look_at_money()  # its budget may be new
         chosen = self._startable(template)
         if not chosen:
-            raise ConflictError(f"all that template '{name}' would start is on, or is being started")
+            raise ConflictError(f"all that template '{name}' would start is on, is being started, or has failed")
         return await self._of_template(name, template.mode, chosen, f"{by} has run it")
 
     async def by_hand(self, name: str, by: str) -> str:
@@ -447,11 +447,12 @@ class Planning:
 
     def _startable(self, template: Template) -> list[Offer]:
         """Of what it comes to, what is off. Raises BadValueError."""
-        chosen = choose(template, self.offers, sites_of(self.config))
+        out = {name for name in self.offers if self.over(name) or self._state_of(name) is State.FAILED}
+        chosen = choose(template, self.offers, sites_of(self.config), out)
         return [
             one
             for one in chosen
-            if self.plans.holding(one.name) is None and self._stands_by(one.name)
+            if self.plans.holding(one.name) is None and self._state_of(one.name) is State.STANDBY
         ]
 
     async def _of_template(self, name: str, mode: str | None, chosen: list[Offer], why: str) -> Plan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -119,8 +119,10 @@ def fires(automatic: Automatic, now: Shortage) -> str:
     return ""
 
 
-def choose(template: Template, offered: Mapping[str, Offer], sites: frozenset[str]) -> list[Offer]:
-    """The standbys that it comes to, the cheapest first.
+def choose(
+    template: Template, offered: Mapping[str, Offer], sites: frozenset[str], out: Container[str] = ()
+) -> list[Offer]:
+    """The standbys that it comes to, the cheapest first; `out`: cannot start now, so that others take their places.
 
     Raises BadValueError with the field that cannot be satisfied, and what is nearest.
     """
@@ -148,7 +150,7 @@ def choose(template: Template, offered: Mapping[str, Offer], sites: frozenset[st
         names = listed((one.name for one in left), "and")
         fit = "1 standby fits" if len(left) == 1 else f"{len(left)} standbys fit"
         raise BadValueError(f"{count} are wanted, and {fit}: {names}", str(len(left)), at=("count",))
-    return left[:count]
+    return ([one for one in left if one.name not in out] or left)[:count]
 
 
 def _steps(template: Template) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from policies.plans import PlanState
-from policies.standby import Event, Standby
+from policies.standby import Event, Standby, State
 from policies.state import Backend, Fleet
 from proxy.scaling.signing import signed, verify
 from proxy.scaling.templates import Shortage
@@ -270,12 +270,13 @@ async def test_templates_from_the_terminal(start: Start) -> None:
     assert "--model" in said
     assert "rush: qwen3-32b" in await proxy.says("templates", "list")
     assert json.loads(await proxy.says("templates", "show", "rush"))["sla"] == {"ttft": 2.0}
-    said = await proxy.says("templates", "run", "rush", "--by", "ada")
+    said = await proxy.says("templates", "run", "rush", "--by", "[/ada]")
     (plan,) = proxy.planning.plans.all()
-    assert (plan.standbys, plan.template, plan.reason) == (("nj",), "rush", "template rush: ada has run it")
+    assert (plan.standbys, plan.template, plan.reason) == (("nj",), "rush", "template rush: [/ada] has run it")
     assert f"approve it: tidegate plans approve {plan.id}" in said
+    assert plan.reason in await proxy.says("plans", "list"), "it is text, and no markup"
     said = await proxy.says("templates", "run", "rush", status=1)
-    assert "all that template 'rush' would start is on, or is being started" in said
+    assert "all that template 'rush' would start is on, is being started, or has failed" in said
     await proxy.says("templates", "save", "again", "--plan", plan.id)
     assert proxy.planning.templates.find("again").standbys == ["nj"]
     await proxy.says("templates", "delete", "rush")
@@ -300,6 +301,18 @@ async def test_an_automatic_template_fires_once_for_a_shortage(start: Start) -> 
     assert (plan.standbys, plan.reason) == (("xa", "nj"), "template rush: 20 requests wait")
     assert (plan.state, plan.cost_per_hour) == (PlanState.APPROVED, 14.0)
     assert {name for name, _, _ in proxy.planning.wanted()} == {"nj", "xa"}
+
+
+async def test_a_template_passes_over_what_has_failed(start: Start) -> None:
+    proxy = await start()
+    failed = Standby("xa", State.FAILED)
+    proxy.planning.standby_of = {"xa": failed}.get
+    template = {"model": "qwen3-32b", "automatic": {"queue": 1}}
+    assert (await proxy.ask("PUT", "/templates/rush", template))[0] == 200
+    proxy.planning.shortage = lambda model: Shortage(queue=9)  # type: ignore[method-assign]
+    await proxy.turn()
+    (plan,) = proxy.planning.plans.all()
+    assert plan.standbys == ("nj",), "xa is cheaper, and is not there"
 
 
 async def test_a_template_pays_for_what_runs_on_its_account(start: Start) -> None:

@@ -71,6 +71,17 @@ def test_the_cheapest_that_fit() -> None:
     assert names(model="bge-m3", task="embed") == ["xa-2"]
 
 
+def test_others_take_the_place_of_what_cannot_start_now() -> None:
+    def without(*out: str, **fields: Any) -> list[str]:
+        template = Template(**{"model": "qwen3-32b"} | fields)
+        return [one.name for one in choose(template, OFFERS, SITES, out)]
+
+    assert without("xa-1") == ["nj-2"]
+    assert without("xa-1", count=2) == ["nj-2", "nj-1"]
+    assert without("nj-2", count=3) == ["xa-1", "nj-1"], "as many as there are"
+    assert without("xa-1", "nj-1", "nj-2") == ["xa-1"], "if nobody can, its plan says why"
+
+
 @pytest.mark.parametrize(
     ("fields", "at", "said", "meant"),
     [
