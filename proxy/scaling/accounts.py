@@ -33,6 +33,13 @@ def accounts(plans: Iterable[Plan]) -> dict[str, Sequence[Span]]:
     return dict(found)
 
 
+def room(plans: Sequence[Plan], template: str, most: int) -> int:
+    """How many standbys a template may start by itself, so that `most` run: none while a plan of it is open."""
+    if any(plan.open and plan.template == template for plan in plans):
+        return 0
+    return max(most - len(running_for(plans, template)), 0)
+
+
 def shortage(fleet: Fleet, valve: Valve, model: str, now: float) -> Shortage:
     """How short of capacity the local backends of a model are."""
     of = [backend for backend in fleet if model in backend.models]

@@ -24,7 +24,7 @@ from policies.units import BadValueError
 from policies.yamlfile import FileProblems
 from proxy.config import Config
 from proxy.database import said
-from proxy.scaling.accounts import shortage
+from proxy.scaling.accounts import room, shortage
 from proxy.scaling.budgets import NANO, nano_of
 from proxy.scaling.filelock import FileLock
 from proxy.scaling.images import Images, load_images
@@ -469,6 +469,7 @@ class Planning:
                 continue
             try:
                 chosen = [one for one in self._startable(template) if self.allowed(one.name)]
+                chosen = chosen[: room(self.plans.all(), name, template.most)]
             except BadValueError as error:
                 self._say(f"template {name} cannot fire: {error.message}")
                 continue

@@ -73,6 +73,11 @@ class Template(FileModel):
     standbys: list[Name] = Field(default_factory=list, description="Just these. Default: the cheapest.")
     automatic: Automatic | None = Field(None, description="When it fires by itself. Default: when it is run.")
 
+    @property
+    def most(self) -> int:
+        """Standbys that it comes to."""
+        return self.count or len(self.standbys) or 1
+
 
 class TemplatesFile(FileModel):
     """The file."""
@@ -145,7 +150,7 @@ def choose(
             raise BadValueError(f"'{odd.name}' {_why_not(template, key, odd)}", at=("standbys", number))
         left = keeps
     left.sort(key=lambda one: one.rank)
-    count = template.count or len(template.standbys) or 1
+    count = template.most
     if count > len(left):
         names = listed((one.name for one in left), "and")
         fit = "1 standby fits" if len(left) == 1 else f"{len(left)} standbys fit"

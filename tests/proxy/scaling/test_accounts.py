@@ -7,7 +7,7 @@ from policies.files import read_policy
 from policies.plans import Plan, PlanEvent
 from policies.state import Backend, Fleet
 from policies.valve import Valve
-from proxy.scaling.accounts import accounts, running_for, shortage
+from proxy.scaling.accounts import accounts, room, running_for, shortage
 from proxy.scaling.spending import Span
 from proxy.scaling.templates import Shortage
 from tests.policies.test_plans import a_plan
@@ -60,3 +60,16 @@ def test_a_shortage_is_one_of_its_model() -> None:
     assert shortage(fleet, valve, "other", 9.0).oldest_s == 9.0
     asks(9, "m", 10.0)
     assert shortage(fleet, valve, "m", 11.0).saturation == 0.25
+
+
+def test_a_template_starts_no_more_than_it_says_whoever_has_failed_meanwhile() -> None:
+    half = begun("nj")
+    assert room([], "rush", 2) == 2
+    assert room([half], "rush", 2) == 0, "its plan is open"
+    assert room([half], "other", 2) == 2
+    failed = half.moved(PlanEvent.FAIL, "manager", "xa: no cards", 1100.0)
+    assert failed is not None
+    assert (room([failed], "rush", 2), room([failed], "rush", 1)) == (1, 0), "nj runs on its account"
+    gone = failed.stopped_with("nj", 1200.0, "")
+    assert gone is not None
+    assert room([gone], "rush", 2) == 2
