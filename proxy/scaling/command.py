@@ -2,14 +2,16 @@
 
 It is called with one more argument, `prepare`, `start`, `stop` or `status`, and finds in its environment
 `TIDEGATE_STANDBY` (name), `TIDEGATE_RUN` (the same over all calls of one run) and `TIDEGATE_URL` (where the engine
-is to answer). Exit 0 is done; anything else is an error, and the last lines of its standard error say why. What
-it leaves running goes on, but should write to a file of its own: nobody reads what it says after the script's end.
+is to answer); where it is known what is to run, `TIDEGATE_IMAGE`, `TIDEGATE_ARGUMENTS` and `TIDEGATE_ENVIRONMENT`
+too. Exit 0 is done; anything else is an error, and the last lines of its standard error say why. What it leaves
+running goes on, but should write to a file of its own: nobody reads what it says after the script's end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +21,7 @@ from typing import Final
 from policies.units import BadValueError
 from proxy.masking import masked_output, secret_values
 from proxy.scaling.facts import Facts
+from proxy.scaling.images import Launch
 from proxy.scaling.provider import Presence, ProviderError, Status
 from proxy.scaling.sections import StandbySection
 from proxy.scaling.statusbody import read_status
@@ -78,6 +81,7 @@ class CommandProvider:
             "TIDEGATE_STANDBY": self._facts.name,
             "TIDEGATE_RUN": run,
             "TIDEGATE_URL": self._facts.url,
+            **_launched(self._facts.launch),
         }
         shown = f"`{os.path.basename(section.command[0])} {operation}`"
         output, errors = _Pipe(), _Pipe()
@@ -122,6 +126,17 @@ class CommandProvider:
         for pipe in pipes:
             pipe.drain()
         return "wrote too much and was ended" if any(pipe.full for pipe in pipes) else ""
+
+
+def _launched(launch: Launch | None) -> dict[str, str]:
+    """What is to run, for a shell: lists are quoted for `eval`."""
+    if launch is None:
+        return {}
+    return {
+        "TIDEGATE_IMAGE": launch.image,
+        "TIDEGATE_ARGUMENTS": shlex.join((*launch.command, *launch.arguments)),
+        "TIDEGATE_ENVIRONMENT": shlex.join(f"{name}={value}" for name, value in launch.environment.items()),
+    }
 
 
 def _end(group: int) -> None:

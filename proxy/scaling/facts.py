@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from proxy.scaling.images import Launch
 from proxy.scaling.sections import SchedulerPlatform
 
 
@@ -29,3 +30,5 @@ class Facts:
     """Name the certificate must carry; None: the URL's host."""
     platform: SchedulerPlatform | None = None
     """`scaling.scheduler`; None: there is none."""
+    launch: Launch | None = None
+    """What runs its model on its card; None: its provider brings its own, or nobody has said the card."""

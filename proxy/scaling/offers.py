@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from policies.match import LOCAL
 from policies.plans import Forecast, Plan, Resources, Trigger, forecast_of
@@ -19,6 +20,8 @@ from proxy.scaling.signing import secrets_of
 
 BRINGS_OWN: Final = frozenset({"process", "sleep"})
 """Providers that run what is there: no image is looked up for them."""
+ENGINE_PORT: Final = 8000
+"""Of an engine whose URL names none, since something before it is what answers there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,9 @@ def offer(backend: BackendConfig, images: Images) -> Offer:
     if section.image is not None:
         launch = Launch(section.image, source="the configuration")
     elif section.card is not None and section.kind not in BRINGS_OWN:
-        found = [images.launch(Wanted(model, card, section.task), section.cards) for model in models]
+        port = urlsplit(backend.url).port or ENGINE_PORT
+        wanted = [Wanted(model, card, section.task) for model in models]
+        found = [images.launch(one, section.cards, port) for one in wanted]
         launch = next((one for one in found if isinstance(one, Missing)), found[0] if found else None)
     return Offer(
         backend.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +13,7 @@ from typing import Any, Final
 from policies.units import BadValueError
 from proxy.config import BackendConfig
 from proxy.scaling.facts import Facts
+from proxy.scaling.images import Launch
 from proxy.scaling.provider import Provider
 from proxy.scaling.sections import SchedulerPlatform
 
@@ -37,14 +39,15 @@ def provider_of(
     key: str | None = None,
     tls: ssl.SSLContext | None = None,
     platform: SchedulerPlatform | None = None,
+    launch: Launch | None = None,
 ) -> Provider:
     """What starts and stops a backend that has a `standby` section.
 
-    `key`: what `backend_key` says. `tls`: how its certificate is checked. `platform`: `scaling.scheduler`. Raises
-    BadValueError, placed in the backend's section: there is no such provider.
+    `key`: what `backend_key` says. `tls`: how its certificate is checked. `platform`: `scaling.scheduler`. `launch`:
+    what its provider is to run. Raises BadValueError, placed in the backend's section: there is no such provider.
     """
     assert backend.standby is not None
-    facts = facts_of(backend, state, key, tls, platform)
+    facts = replace(facts_of(backend, state, key, tls, platform), launch=launch)
     provider: Provider = _class_of(backend.standby.kind)(backend.standby, facts)
     return provider
 

@@ -18,8 +18,10 @@ from proxy.config import BackendConfig, Config, backend_key
 from proxy.scaling.asks import Asks, Sender
 from proxy.scaling.budgets import NANO
 from proxy.scaling.hours import Hours
+from proxy.scaling.images import Launch, load_images
 from proxy.scaling.journal import JOURNAL_FILE
 from proxy.scaling.manager import Scaling
+from proxy.scaling.offers import offer
 from proxy.scaling.provider import Provider
 from proxy.scaling.providers import provider_of
 
@@ -84,9 +86,11 @@ def standbys_of(config: Config) -> list[BackendConfig]:
 
 
 def provider(config: Config) -> Callable[[BackendConfig], Provider]:
-    """What makes providers by a configuration."""
+    """What makes providers by a configuration. Raises OSError or FileProblems: its images cannot be read."""
+    images = load_images(config.scaling.images)
 
     def make(section: BackendConfig) -> Provider:
+        launch = offer(section, images).launch
         try:
             return provider_of(
                 section,
@@ -94,6 +98,7 @@ def provider(config: Config) -> Callable[[BackendConfig], Provider]:
                 key=backend_key(section),
                 tls=tls_context(section),
                 platform=config.scaling.scheduler,
+                launch=launch if isinstance(launch, Launch) else None,
             )
         except BadValueError as error:
             raise ConfigError(f"backend {section.name}: {error.message}") from None

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,19 @@ import pytest
 from proxy.config import load_config
 from proxy.scaling.command import MOST_OUTPUT_BYTES, CommandProvider
 from proxy.scaling.facts import Facts
+from proxy.scaling.images import Launch
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.sections import StandbySection
 
 FACTS = Facts("nj", "http://127.0.0.1:8000", ["m"])
 
 
-def provider(folder: Path, text: str, **section: Any) -> CommandProvider:
+def provider(folder: Path, text: str, facts: Facts = FACTS, **section: Any) -> CommandProvider:
     script = folder / "standby.sh"
     script.write_text(f"#!/bin/sh\n{text}\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     command = {"command": [str(script), "first"], **section}
-    return CommandProvider(StandbySection.model_validate({"command": command}), FACTS)
+    return CommandProvider(StandbySection.model_validate({"command": command}), facts)
 
 
 async def test_what_the_script_is_told(tmp_path: Path) -> None:
@@ -37,6 +39,14 @@ async def test_what_the_script_is_told(tmp_path: Path) -> None:
     assert (tmp_path / "calls").read_text().splitlines() == [
         f"first {operation} nj r1 http://127.0.0.1:8000 h20" for operation in ("prepare", "start", "stop")
     ]
+
+
+async def test_the_script_is_told_what_to_run(tmp_path: Path) -> None:
+    launch = Launch("vllm:v1", (), ("--model", "my model", "--port", "8000"), {"A": "1", "B": "x y"})
+    script = f'eval "set -- $TIDEGATE_ARGUMENTS"; printf "%s|" "$TIDEGATE_IMAGE" "$@" > {tmp_path}/told'
+    script += f'; eval "set -- $TIDEGATE_ENVIRONMENT"; printf "%s|" "$@" >> {tmp_path}/told'
+    await provider(tmp_path, script, facts=replace(FACTS, launch=launch)).start("r1")
+    assert (tmp_path / "told").read_text() == "vllm:v1|--model|my model|--port|8000|A=1|B=x y|"
 
 
 @pytest.mark.parametrize(

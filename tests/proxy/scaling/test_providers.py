@@ -10,13 +10,15 @@ import pytest
 from policies.units import BadValueError
 from proxy.build import ConfigError, build
 from proxy.check import check_file
-from proxy.config import BackendConfig, load_config
+from proxy.config import BackendConfig, Config, load_config
 from proxy.scaling import providers
 from proxy.scaling.command import CommandProvider
 from proxy.scaling.process import ProcessProvider
 from proxy.scaling.providers import check_standby, facts_of, provider_of
 from proxy.scaling.scheduler import SchedulerProvider
+from proxy.scaling.seams import provided
 from proxy.scaling.sections import SchedulerPlatform
+from proxy.scaling.service import provider
 from proxy.scaling.sleep import SleepProvider
 from proxy.scaling.webhook import WebhookProvider
 
@@ -124,3 +126,21 @@ def test_a_kind_that_is_not_here_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_a_backend_without_standby_is_none(tmp_path: Path) -> None:
     plain = BackendConfig.model_validate({"name": "a", "url": "http://127.0.0.1:1"})
     assert not list(check_standby(plain, tmp_path))
+
+
+def test_a_provider_knows_what_runs_on_its_card(tmp_path: Path) -> None:
+    section = {"command": {"command": ["true"]}, "card": "H20", "cards": 2}
+    backends = [{"name": "a", "url": "http://127.0.0.1:8017", "models": ["m"], "standby": section}]
+    config = Config.model_validate({"state": tmp_path, "backends": backends})
+    made = provider(config)(config.backends[0])
+    assert isinstance(made, CommandProvider)
+    launch = made._facts.launch
+    assert launch is not None
+    assert launch.image.startswith("vllm/vllm-openai:")
+    assert launch.arguments == ("--model", "m", "--port", "8017", "--tensor-parallel-size", "2")
+
+
+def test_one_with_another_image_is_another() -> None:
+    one, other = (backend(command={"command": ["true"]}, image=image) for image in ("a", "b"))
+    assert provided(one) == provided(one.model_copy())
+    assert provided(one) != provided(other)

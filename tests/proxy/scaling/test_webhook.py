@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from policies.units import BadValueError
 from proxy.scaling.calls import Caller
 from proxy.scaling.facts import Facts
+from proxy.scaling.images import Launch
 from proxy.scaling.provider import Presence, ProviderError
 from proxy.scaling.sections import StandbySection
 from proxy.scaling.webhook import WebhookProvider
@@ -17,11 +19,11 @@ from tests.proxy.scaling.endpoint import Endpoint, Pauses, endpoint
 FACTS = Facts("nj", "http://10.0.0.7:8000", ["m"], "nanjing")
 
 
-def provider(server: Endpoint, **section: Any) -> WebhookProvider:
+def provider(server: Endpoint, facts: Facts = FACTS, **section: Any) -> WebhookProvider:
     pauses = Pauses()
     given = StandbySection.model_validate({"webhook": {"url": server.url}, **section})
     return WebhookProvider(
-        given, FACTS, Caller(clock=pauses.clock, sleep=pauses), clock=pauses.clock, sleep=pauses
+        given, facts, Caller(clock=pauses.clock, sleep=pauses), clock=pauses.clock, sleep=pauses
     )
 
 
@@ -40,6 +42,20 @@ async def test_what_is_asked_and_with_which_id() -> None:
         "url": "http://10.0.0.7:8000",
         "models": ["m"],
         "site": "nanjing",
+    }
+
+
+async def test_the_endpoint_is_told_what_to_run() -> None:
+    launch = Launch("vllm:v1", (), ("--port", "8000"), {"A": "1"}, "a source")
+    async with endpoint() as server:
+        one = provider(server, facts=replace(FACTS, launch=launch))
+        await one.start("r1")
+        await one.close()
+    assert server.asked[0].body["launch"] == {
+        "image": "vllm:v1",
+        "command": [],
+        "arguments": ["--port", "8000"],
+        "environment": {"A": "1"},
     }
 
 
