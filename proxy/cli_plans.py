@@ -380,6 +380,7 @@ def images(
     task: Annotated[
         str, typer.Option(help="generate, embed, classify, score or transcribe. Default: whatever.")
     ] = "",
+    protocol: Annotated[str, typer.Option(help="openai or anthropic. Default: whatever.")] = "",
     cards: Annotated[int, typer.Option(help="How many cards.", min=1)] = 1,
     config: ConfigOption = None,
     json_output: JsonOption = False,
@@ -388,13 +389,15 @@ def images(
 
     Example: tidegate images --model Qwen/Qwen3-32B --card H20
     """
-    from proxy.scaling.images import TASKS, Missing, Wanted
+    from proxy.scaling.images import PROTOCOLS, TASKS, Missing, Wanted
 
     if task and task not in TASKS:
         fail(f"--task: {', '.join(TASKS)}; not '{task}'")
+    if protocol and protocol not in PROTOCOLS:
+        fail(f"--protocol: {', '.join(PROTOCOLS)}; not '{protocol}'")
     known = _images(config)
     if model and card:
-        found = known.launch(Wanted(model, card, task or "generate"), cards)
+        found = known.launch(Wanted(model, card, task or "generate", protocol or "openai"), cards)
         if isinstance(found, Missing):
             if json_output:
                 typer.echo(json.dumps({"found": None, "message": str(found)}, indent=2))
@@ -415,7 +418,7 @@ def images(
             typer.echo(f"  environment  {name}={value}")
         typer.echo(f"  source       {found.source}")
         return
-    entries = list(known.matching(model, card, task))
+    entries = list(known.matching(model, card, task, protocol))
     if json_output:
         typer.echo(json.dumps([entry.model_dump(mode="json") for entry in entries], indent=2))
     elif not entries:
