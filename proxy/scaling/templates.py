@@ -15,7 +15,7 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from ruamel.yaml import YAML
 
 from policies.match import LOCAL
@@ -83,6 +83,11 @@ class TemplatesFile(FileModel):
     """The file."""
 
     templates: dict[Name, Template]
+
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        return {} if value is None else value  # as where all of them are commented out
 
     @model_validator(mode="after")
     def _check(self) -> TemplatesFile:
@@ -237,6 +242,8 @@ def check_templates(
 
     Raises FileProblems: it is no such text, or there will not be more.
     """
+    if _is_empty(text):
+        return {}, []
     document, file = _parsed(text, name)
     found = problems(document, file, offered, sites)
     if found and not more:
@@ -247,6 +254,11 @@ def check_templates(
 def sites_of(config: Config) -> frozenset[str]:
     """That templates may name."""
     return frozenset({*config.sites, *(backend.site for backend in config.backends)})
+
+
+def _is_empty(text: str) -> bool:
+    """Whether there are but comments."""
+    return all(not line or line.startswith("#") for line in map(str.strip, text.splitlines()))
 
 
 def _parsed(text: str, name: str) -> tuple[Document, TemplatesFile]:
@@ -293,7 +305,7 @@ class Templates:
         self.version += 1
         try:
             text = self.path.read_text(encoding="utf-8") if stamp is not None else ""
-            self._read = _parsed(text, str(self.path)) if text else None
+            self._read = None if _is_empty(text) else _parsed(text, str(self.path))
             self._known = dict(self._read[1].templates) if self._read is not None else {}
             self.trouble = ""
         except FileProblems as error:
@@ -316,10 +328,13 @@ class Templates:
     ) -> Template:
         """Write one, in place of the one of its name; the rest of the file stays as people wrote it.
 
-        `written`: as it would stand in the file. Raises FileProblems: it cannot work, or the file is broken
-        already; OSError.
+        `written`: as it would stand in the file. Raises FileProblems or BadValueError: it cannot work, or the file is
+        broken already; OSError.
         """
-        text = self._changed(lambda templates: templates.__setitem__(name, dict(written)))
+        try:
+            text = self._changed(lambda templates: templates.__setitem__(name, dict(written)))
+        except RecursionError:
+            raise BadValueError("it is nested too deep", at=("templates", name)) from None
         document, file = _parsed(text, str(self.path))
         try:
             choose(file.templates[name], offered, sites)
@@ -340,18 +355,19 @@ class Templates:
         yaml.width = 4096
         yaml.preserve_quotes = True
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        if text.strip():
+        content = {}
+        if not _is_empty(text):
             _parsed(text, str(self.path))
-        content = yaml.load(text) if text.strip() else None
-        if content is None:
-            content = {}
+            content = yaml.load(text)
         templates = content.get("templates")
         if templates is None:
             templates = content["templates"] = {}
         change(templates)
         output = io.StringIO()
         yaml.dump(content, output)
-        return output.getvalue() if text.strip() else HEAD + output.getvalue()
+        if not _is_empty(text):
+            return output.getvalue()
+        return (text.rstrip("\n") + "\n" if text.strip() else HEAD) + output.getvalue()
 
     def _write(self, text: str) -> None:
         """Whole or not at all."""

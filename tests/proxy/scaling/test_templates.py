@@ -243,7 +243,23 @@ def test_what_cannot_work_is_not_saved(kept: Templates) -> None:
             save(kept, "bad", **fields)
     with pytest.raises(FileProblems):
         save(kept, "no name")
+    deep: Any = []
+    for _ in range(1000):
+        deep = [deep]
+    with pytest.raises(BadValueError, match="nested too deep"):
+        save(kept, "bad", sites=deep)
     assert kept.path.read_text() == before
+
+
+@pytest.mark.parametrize("text", ["# rush: {model: qwen3-32b}\n", "templates:\n  # rush: {model: qwen3-32b}\n"])
+def test_what_is_commented_out_is_gone_and_stays_to_be_read(kept: Templates, text: str) -> None:
+    save(kept, "rush", automatic={"queue": 1})
+    kept.path.write_text(text)
+    assert kept.look()
+    assert (kept.all(), kept.trouble) == ({}, "")
+    save(kept, "night")
+    assert list(kept.all()) == ["night"]
+    assert "# rush: {model: qwen3-32b}" in kept.path.read_text()
 
 
 def test_a_broken_file_keeps_what_was_there_and_is_not_written_over(kept: Templates) -> None:
