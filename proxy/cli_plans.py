@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import time
 from collections.abc import Iterable
@@ -15,12 +14,14 @@ import typer
 from proxy.cli_ask import AdminOption, RunningStateOption, admin_port
 from proxy.cli_common import (
     CONTEXT,
+    ByOption,
     ConfigOption,
     JsonOption,
     config_path,
     console,
     fail,
     load,
+    person,
     readable_errors,
 )
 
@@ -37,9 +38,6 @@ templates_app = typer.Typer(
     no_args_is_help=True,
     context_settings=CONTEXT,
 )
-ByOption = Annotated[
-    str | None, typer.Option("--by", help="Who decides. Default: the user of this terminal.")
-]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the record.")]
 PlanArgument = Annotated[str, typer.Argument(help="Id of the plan, or its first four characters or more.")]
 NameArgument = Annotated[str, typer.Argument(help="Name of the template.")]
@@ -60,15 +58,6 @@ def _ask(
         return ask(admin_port(admin, config, state), path, body, method)
     except AskError as error:
         fail(str(error), 1)
-
-
-def _by(by: str | None) -> str:
-    if by is not None:
-        return by
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # no such user, as in some containers
-        return "admin"
 
 
 # Plans
@@ -176,7 +165,7 @@ def plans_approve(
 
     Example: tidegate plans approve 3f9c21ab --by ada --reason "exam week"
     """
-    _decide(id, "approve", _by(by), reason, (admin, config, state), json_output=json_output)
+    _decide(id, "approve", person(by), reason, (admin, config, state), json_output=json_output)
 
 
 @plans_app.command("refuse")
@@ -193,7 +182,7 @@ def plans_refuse(
 
     Example: tidegate plans refuse 3f9c21ab --reason "too dear"
     """
-    _decide(id, "refuse", _by(by), reason, (admin, config, state), json_output=json_output)
+    _decide(id, "refuse", person(by), reason, (admin, config, state), json_output=json_output)
 
 
 def _decide(
@@ -347,7 +336,7 @@ def templates_run(
 
     Example: tidegate templates run rush-hour
     """
-    shown = _ask(f"/templates/{quote(name, safe='')}/run", {"by": _by(by)}, admin, config, state)
+    shown = _ask(f"/templates/{quote(name, safe='')}/run", {"by": person(by)}, admin, config, state)
     if json_output:
         typer.echo(json.dumps(shown, indent=2))
         return

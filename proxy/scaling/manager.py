@@ -367,8 +367,8 @@ class Scaling:
 
     # By hand
 
-    async def start(self, name: str, seconds: float = inf) -> None:
-        """Start it, and keep it on for so long. Raises NotPossibleError, KeyError, OSError."""
+    async def start(self, name: str, seconds: float = inf, by: str = "somebody") -> None:
+        """Start it, and keep it on for so long; `by`: who wants it. Raises NotPossibleError, KeyError, OSError."""
         keeper = self._keeper(name)
         if keeper.wants_out:
             raise NotPossibleError(f"{name} is {keeper.state} and is no longer configured as it runs")
@@ -381,7 +381,7 @@ class Scaling:
             )
         until = UNTIL_STOPPED if seconds == inf else self.around.wall() + seconds
         starts = keeper.state is State.STANDBY and not keeper.is_asked
-        plan = await self.gate.by_hand(name, "somebody") if starts else ""
+        plan = await self.gate.by_hand(name, by) if starts else ""
         await keeper.pin(until)
         keeper.ask(Event.START, "started by hand", plan)
 
