@@ -84,7 +84,7 @@ class TokenSpending:
         """
         with self.lock:
             begin, end = self.begin, self.end
-            if wall >= end:
+            if not begin <= wall < end:  # also where a clock had been set forward, and was put right
                 begin, end = month_bounds(wall, self._zone)
             sites: dict[str, int] = {}
             for line in usage(self._engine, "site", begin):

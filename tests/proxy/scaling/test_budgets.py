@@ -110,6 +110,17 @@ def test_a_zone_says_when_a_month_begins(engine: Engine) -> None:
     assert there.begin > process.spending.begin
 
 
+def test_a_clock_that_was_in_the_next_month_for_a_while_costs_no_budget(engine: Engine) -> None:
+    process = Process(engine)
+    process.pays(70)
+    process.spending.read(DECEMBER)
+    assert process.spending.site("nanjing") == 0
+    process.spending.read(NOVEMBER)
+    assert process.spending.site("nanjing") == 70
+    process.pays(5)
+    assert process.spending.site("nanjing") == 75
+
+
 def test_another_currency_is_not_money(engine: Engine) -> None:
     process = Process(engine)
     process.pays(70, currency="USD")
