@@ -37,7 +37,6 @@ from proxy.places import unusable_places
 from proxy.prices import Price, Prices
 from proxy.scaling.offers import unworkable
 from proxy.scaling.providers import check_standby
-from proxy.scaling.signing import secrets_of
 from proxy.upstream import Endpoint
 
 log = logging.getLogger("tidegate")
@@ -114,12 +113,6 @@ def build(
             raise problem
         for problem in unworkable(config):
             raise problem
-        if (platform := config.scaling.scheduler) is not None:
-            at = ("scaling", "scheduler")
-            secrets_of(platform.secret_env, ("secret_env",))
-            if platform.api_key_env is not None and not os.environ.get(platform.api_key_env, "").strip():
-                raise BadValueError("this variable is not set in the environment", at=("api_key_env",))
-            at = ()
         certificates = load_certificates(config.tls)
         backends, configured, endpoints, targets, changes = [], [], {}, [], []
         dated: list[BackendCertificate] = []

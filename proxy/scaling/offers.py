@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +170,13 @@ def unworkable(config: Config) -> Iterator[BadValueError]:
         for site in named:
             if site not in places:
                 yield BadValueError(f"there is no site '{site}'", closest(site, places), at=(*path, site))
+    platform = scaling.scheduler
+    if platform is not None and platform.api_key_env and not os.environ.get(platform.api_key_env, "").strip():
+        yield BadValueError(
+            "this variable is not set in the environment", at=("scaling", "scheduler", "api_key_env")
+        )
     for notice, path in (
+        (scaling.scheduler, ("scaling", "scheduler")),
         (scaling.approval_webhook, ("scaling", "approval_webhook")),
         (scaling.budgets.webhook, ("scaling", "budgets", "webhook")),
     ):

@@ -146,7 +146,8 @@ def test_templates_that_cannot_work_are_refused_with_their_field(folder: Path) -
     assert check().stderr.startswith(f"{file}:1:1: the file is not UTF-8 text")
 
 
-def test_templates_may_wait_for_what_a_platform_places(folder: Path) -> None:
+def test_templates_may_wait_for_what_a_platform_places(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLATFORM_SECRET", "a-secret-of-16-bytes")
     platform = "  scheduler: {url: 'http://127.0.0.1:9', secret_env: PLATFORM_SECRET}\n"
     (folder / "tidegate.yaml").write_text(STANDBYS + platform)
     (folder / "tidegate-data").mkdir()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from policies.asking import Ask
 from policies.state import Backend
 from proxy.build import ConfigError, build
+from proxy.check import check_file
 from proxy.config import load_config
 from proxy.scaling.messages import MOST_BODY_BYTES, ScaleRequest
 from proxy.scaling.signing import TOLERANCE_S, verify
@@ -250,6 +251,7 @@ async def test_a_configuration_without_its_secrets_is_refused(
     monkeypatch.delenv(variable)
     with pytest.raises(ConfigError, match=rf"tidegate.yaml:1:\d+: scaling.scheduler.{at}: .*not set"):
         build(load_config(file), asyncio.get_running_loop(), 1, path=file)
+    assert [problem.path for _, problem in check_file(file, None).problems] == [f"scaling.scheduler.{at}"]
 
 
 async def test_a_process_that_was_replaced_leaves_the_file_alone(tmp_path: Path) -> None:
