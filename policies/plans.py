@@ -12,7 +12,7 @@ whoever still wants the capacity proposes it anew, with the figures of that time
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import ceil, inf
@@ -379,8 +379,3 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"a text was expected, not {value!r}")
     return value
-
-
-def open_plan(plans: Sequence[Plan], standby: str) -> Plan | None:
-    """The plan that holds a standby; None: none does."""
-    return next((plan for plan in plans if plan.open and standby in plan.standbys), None)

@@ -66,6 +66,7 @@ def _ask(
 @plans_app.command("list")
 def plans_list(
     everything: Annotated[bool, typer.Option("--all", "-a", help="Those too that have ended.")] = False,
+    last: Annotated[int, typer.Option(help="How many at most, the newest first.", min=1)] = 100,
     admin: AdminOption = None,
     config: ConfigOption = None,
     state: RunningStateOption = None,
@@ -75,7 +76,8 @@ def plans_list(
 
     Example: tidegate plans list --all
     """
-    shown = _ask("/plans" + ("" if everything else "?state=open"), None, admin, config, state)
+    query = f"?limit={last}" + ("" if everything else "&state=open")
+    shown = _ask(f"/plans{query}", None, admin, config, state)
     if json_output:
         typer.echo(json.dumps(shown, indent=2))
         return
@@ -100,6 +102,8 @@ def plans_list(
         ]
         table.add_row(*map(Text, cells))
     console().print(table)
+    if (more := shown["of"] - len(shown["plans"])) > 0:
+        typer.echo(f"and {more} older ones (--last shows more)")
 
 
 @plans_app.command("show")

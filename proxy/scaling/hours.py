@@ -247,4 +247,3 @@ def spent(
         statement = statement.where(table.currency == currency)
     with engine.connect() as connection:
         return int(connection.execute(statement).scalar() or 0)
-

@@ -22,7 +22,7 @@ from typing import Final
 
 import orjson
 
-from policies.plans import Plan, PlanEvent, PlanState, open_plan, plan_from
+from policies.plans import Plan, PlanEvent, PlanState, plan_from
 
 log = logging.getLogger("tidegate")
 
@@ -57,6 +57,8 @@ class Plans:
         self.path = path
         self._wall = wall
         self._plans: dict[str, Plan] = {}
+        self._last: dict[str, str] = {}
+        """Id of the last plan of each standby: the open one, if there is one."""
         self._executor = executor or ThreadPoolExecutor(1, "plans")
         self.closed = True
         """Whether nothing can be written: it is not open yet, or not any more."""
@@ -68,7 +70,7 @@ class Plans:
 
     def open(self) -> None:
         """Read the file, and write it anew with what is still needed. Blocks. Raises OSError."""
-        self._plans = {}
+        self._plans, self._last = {}, {}
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
@@ -84,6 +86,8 @@ class Plans:
                 continue
             self._plans.pop(plan.id, None)  # the latest stands last
             self._plans[plan.id] = plan
+        for plan in sorted(self._plans.values(), key=lambda plan: (plan.open, plan.created)):
+            self._note(plan)
         self._forget()
         self._write_anew(self._plans.values())
         self.closed = False
@@ -111,12 +115,12 @@ class Plans:
 
     def holding(self, standby: str) -> Plan | None:
         """The open plan of a standby."""
-        return open_plan([*self._plans.values()], standby)
+        plan = self._plans.get(self._last.get(standby, ""))
+        return plan if plan is not None and plan.open else None
 
     def latest_refusal(self, standby: str) -> Plan | None:
         """The last plan of a standby, if somebody has refused it."""
-        of = [plan for plan in self._plans.values() if standby in plan.standbys]
-        last = max(of, key=lambda plan: plan.created, default=None)
+        last = self._plans.get(self._last.get(standby, ""))
         return last if last is not None and last.state is PlanState.REFUSED else None
 
     def find(self, id: str) -> Plan:
@@ -193,6 +197,8 @@ class Plans:
         await loop.run_in_executor(self._executor, self._append, plan)
         before = self._plans.pop(plan.id, None)
         self._plans[plan.id] = plan
+        if before is None:
+            self._note(plan)
         if len(self._plans) > 2 * KEPT_PLANS:
             self._forget()
         if before is None or before.state is not plan.state:
@@ -204,6 +210,10 @@ class Plans:
         ended = [id for id, plan in self._plans.items() if not plan.open and not plan.is_paid_for(since)]
         for id in ended[:-KEPT_PLANS]:
             del self._plans[id]
+        self._last = {name: id for name, id in self._last.items() if id in self._plans}
+
+    def _note(self, plan: Plan) -> None:
+        self._last |= dict.fromkeys(plan.standbys, plan.id)
 
     def _append(self, plan: Plan) -> None:
         """In the writing thread."""

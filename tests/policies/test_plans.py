@@ -20,7 +20,6 @@ from policies.plans import (
     Resources,
     Trigger,
     forecast_of,
-    open_plan,
     plan_from,
 )
 from policies.profile import Capacity, Limits, Origin, Profile, Source, Step
@@ -207,14 +206,6 @@ def test_what_a_crash_has_swallowed_is_seen_from_where_the_standbys_are(
     if any(one.runs for one in standbys.values()):
         assert plan.state is not PlanState.APPROVED
     assert all(plan.as_seen(standby, 99.0) is None for standby in standbys.values()), "and stays there"
-
-
-def test_one_open_plan_holds_a_standby() -> None:
-    refused = a_plan().moved(PlanEvent.REFUSE, "Ada", "", 1.0)
-    assert refused is not None
-    held = a_plan("nj", "xa", id="b")
-    assert open_plan([refused, held], "xa") is held
-    assert open_plan([refused], "nj") is None
 
 
 # The forecast

@@ -102,4 +102,3 @@ def test_what_cannot_be_written_is_written_later(tmp_path: Path) -> None:
         engine.dispose()
 
     asyncio.run(whole())
-

@@ -105,6 +105,8 @@ async def test_in_mode_confirm_somebody_has_to_approve(start: Start) -> None:
     assert "there is no plan ffffffff: `tidegate plans list`" in said
     listed = json.loads(await proxy.says("plans", "list", "--all", "--json"))
     assert [row["id"] for row in listed["plans"]] == [plan.id]
+    await proxy.planning.want("xa", STEP)
+    assert "and 1 older ones (--last shows more)" in await proxy.says("plans", "list", "--all", "--last", "1")
 
 
 async def test_what_was_refused_is_left_alone_for_a_while(start: Start) -> None:

@@ -147,8 +147,9 @@ async def test_whatever_happens_the_disk_knows_it_and_no_standby_has_two(
                     await store.plans.move(plan.id, what, "somebody", "")
                 except ConflictError:
                     assert not plan.may(what)
-            held = [name for plan in store.plans.open_plans() for name in plan.standbys]
-            assert len(held) == len(set(held))
+            held = {name: plan for plan in store.plans.open_plans() for name in plan.standbys}
+            assert len(held) == sum(len(plan.standbys) for plan in store.plans.open_plans())
+            assert all(store.plans.holding(name) == held.get(name) for name in ("s0", "s1", "s2"))
     finally:
         store.plans.close()
 
