@@ -41,7 +41,7 @@ class Money:
         tell: Callable[[str, dict[str, Any]], None],
         plans: Callable[[], Sequence[Plan]],
     ) -> None:
-        """`spending` counts the rows of the runtime's ledger. `plans`: all there are, for accounts of templates."""
+        """`spending` counts the rows of the runtime's ledger. `plans`: those that templates pay for."""
         config = runtime.config
         self._runtime = runtime
         self._plans = plans

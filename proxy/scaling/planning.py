@@ -58,7 +58,7 @@ class Planning:
         self.plans = Plans(config.state / PLANS_FILE, runtime.wall)
         self.plans.changed = self._plan_changed
         self.templates = Templates(config.state / TEMPLATES_FILE)
-        self.money = Money(runtime, spending, self._tell_budget, self.plans.all)
+        self.money = Money(runtime, spending, self._tell_budget, self.plans.on_accounts)
         self.budgets = self.money.budgets
         self.standby_of: Callable[[str], Standby | None] = lambda name: None
         """A standby as it stands; None: not known. Set by the manager."""
@@ -284,7 +284,7 @@ class Planning:
 
     def template_of(self, plan_id: str) -> str:
         """Whose account a plan is on; empty: no template's."""
-        return next((plan.template for plan in self.plans.all() if plan.id == plan_id), "")
+        return self.plans.template_of(plan_id)
 
     # What admins and templates ask
 

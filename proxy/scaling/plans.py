@@ -109,6 +109,14 @@ class Plans:
         """The newest first."""
         return sorted(self._plans.values(), key=lambda plan: plan.created, reverse=True)
 
+    def on_accounts(self) -> list[Plan]:
+        """Those that templates pay for, or have paid for."""
+        return [plan for plan in self._plans.values() if plan.template and plan.started]
+
+    def template_of(self, id: str) -> str:
+        """Whose account a plan is on; empty: no template's, or there is no such plan."""
+        return self._plans[id].template if id in self._plans else ""
+
     def open_plans(self) -> list[Plan]:
         """Those that hold standbys, the oldest first."""
         return sorted((plan for plan in self._plans.values() if plan.open), key=lambda plan: plan.created)
