@@ -67,8 +67,8 @@ class Report:
 
 
 def check_file(file: Path, config_path: Path | None) -> Report:
-    """Check a policy file, a configuration or a file of templates, told apart by their keys, or a policy of the library
-    by its name.
+    """Check a policy file, a configuration or a file of templates, told apart by their keys, or a policy of the
+    library by its name.
 
     Names in policies and templates are checked against the configuration at `config_path`, if there is one.
     """

@@ -43,8 +43,8 @@ def provider_of(
 ) -> Provider:
     """What starts and stops a backend that has a `standby` section.
 
-    `key`: what `backend_key` says. `tls`: how its certificate is checked. `platform`: `scaling.scheduler`. `launch`:
-    what its provider is to run. Raises BadValueError, placed in the backend's section: there is no such provider.
+    `key`: what `backend_key` says. `tls`: how its certificate is checked. `platform`: `scaling.scheduler`.
+    `launch`: what is to run. Raises BadValueError, placed in the backend's section: there is no such provider.
     """
     assert backend.standby is not None
     facts = replace(facts_of(backend, state, key, tls, platform), launch=launch)

@@ -328,8 +328,8 @@ class Templates:
     ) -> Template:
         """Write one, in place of the one of its name; the rest of the file stays as people wrote it.
 
-        `written`: as it would stand in the file. Raises FileProblems or BadValueError: it cannot work, or the file is
-        broken already; OSError.
+        `written`: as it would stand in the file. Raises FileProblems or BadValueError: it cannot work, or the
+        file is broken already; OSError.
         """
         try:
             text = self._changed(lambda templates: templates.__setitem__(name, dict(written)))
