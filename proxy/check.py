@@ -153,7 +153,8 @@ def _warning(file: str, problem: Problem) -> str:
 def _check_templates(file: Path, text: str, config_path: Path | None) -> Report:
     if config_path is None:
         templates = read_yaml(text, str(file), TemplatesFile).templates
-        words = f"{file}: {', '.join(templates) or 'no templates'}; without a configuration nobody knows what can work"
+        words = f"{file}: {', '.join(templates) or 'no templates'}"
+        words += "; without a configuration nobody knows what can work"
         return Report(str(file), "templates", True, words)
     words, found = _templates_in(load_config(config_path), file, text)
     warnings = [(str(file), problem) for problem in found]
