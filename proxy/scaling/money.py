@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from policies.match import LOCAL
 from policies.plans import Plan
 from proxy.access.shared import SHARE
 from proxy.config import Config
 from proxy.config_values import time_zone
+from proxy.database import said
 from proxy.scaling.accounts import accounts, running_for
 from proxy.scaling.budgets import SITE, TEMPLATE, TOLD_FILE, Budgets, ceilings
 from proxy.scaling.hours import spent
@@ -53,6 +56,7 @@ class Money:
         """What hours of capacity have cost at the last look, nano-units by site and template."""
         self._read_at = 0.0
         self._known_until = -inf
+        self._trouble = ""
 
     def use(self, config: Config, templates: Mapping[str, Template]) -> None:
         """Go by these ceilings."""
@@ -68,13 +72,18 @@ class Money:
         """Somebody's account has changed: read anew with the next look."""
         self._read_at = 0.0
 
-    async def look(self) -> None:
-        """Read what this month has cost, if that was long ago. Raises SQLAlchemy's errors."""
+    async def look(self) -> str:
+        """Read what this month has cost, if that was long ago. Returns why that cannot be done; empty: it can."""
         if self._runtime.now() >= self._read_at or self._runtime.wall() >= self.spending.end:
-            await self.read()
+            self._trouble = ""
+            try:
+                await self.read()
+            except SQLAlchemyError as error:
+                self._trouble = f"budgets: what this month has cost cannot be read: {said(error)}"
+        return self._trouble
 
     async def read(self) -> None:
-        """The same now. Without ceilings nobody needs it."""
+        """The same now. Without ceilings nobody needs it. Raises SQLAlchemy's errors."""
         if not self.budgets.ceilings:
             return
         began = time.monotonic()

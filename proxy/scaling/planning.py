@@ -15,15 +15,12 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from policies.plans import AUTO, CONFIRM, Plan, PlanEvent, PlanState, Trigger
 from policies.scaling import Step
 from policies.standby import Move, Standby, State
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
 from proxy.config import Config
-from proxy.database import said
 from proxy.scaling.accounts import room, shortage
 from proxy.scaling.budgets import NANO, nano_of
 from proxy.scaling.filelock import FileLock
@@ -167,7 +164,8 @@ class Planning:
         self._use_templates()
         if self.acting:
             await self._follow()
-        await self._look_at_money()
+        if trouble := await self.money.look():
+            self._say(trouble)
         self.money.drain()
         if not self.acting:
             return
@@ -193,12 +191,6 @@ class Planning:
         if found and found != self._unworkable:
             log.warning("templates that cannot work as things are:\n%s", found)
         self._unworkable = found
-
-    async def _look_at_money(self) -> None:
-        try:
-            await self.money.look()
-        except SQLAlchemyError as error:
-            self._say(f"budgets: what this month has cost cannot be read: {said(error)}")
 
     def _say(self, trouble: str) -> None:
         """Note what is wrong; the log has it once, as long as it stays."""
@@ -345,7 +337,7 @@ class Planning:
         """
         self._use_templates()
         template = self.templates.find(name)
-        await self._look_at_money()  # its budget may be new
+        await self.money.look()  # its budget may be new
         chosen = self._startable(template)
         if not chosen:
             raise ConflictError(f"all that template '{name}' would start is on, is being started, or has failed")
