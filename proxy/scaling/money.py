@@ -114,8 +114,15 @@ class Money:
         wanted = {("", ""), (LOCAL, "")}
         for ceiling in self.budgets.ceilings:
             wanted.add((ceiling.name, "") if ceiling.scope == SITE else ("", ceiling.name))
-        engine, begin, end, currency = self._runtime.ledger.engine, spending.begin, spending.end, spending.currency
-        self._hours = {key: spent(engine, key[0] or None, begin, end, key[1] or None, currency) for key in wanted}
+        engine, begin, end, currency = (
+            self._runtime.ledger.engine,
+            spending.begin,
+            spending.end,
+            spending.currency,
+        )
+        self._hours = {
+            key: spent(engine, key[0] or None, begin, end, key[1] or None, currency) for key in wanted
+        }
 
     def _capacity(self, site: str, template: str, month_begin: float) -> int:
         return self._hours.get((site, template), 0)

@@ -256,7 +256,11 @@ class Planning:
         for plan in self.plans.open_plans() if self.acting else ():
             if plan.state is not PlanState.PROPOSED and plan.id not in unseen:
                 for name in plan.standbys:
-                    if name not in plan.started and self._state_of(name) is State.STANDBY and not self.over(name):
+                    if (
+                        name not in plan.started
+                        and self._state_of(name) is State.STANDBY
+                        and not self.over(name)
+                    ):
                         found.append((name, plan.id, plan.reason))
         return found
 
@@ -340,7 +344,9 @@ class Planning:
         await self.money.look()  # its budget may be new
         chosen = self._startable(template)
         if not chosen:
-            raise ConflictError(f"all that template '{name}' would start is on, is being started, or has failed")
+            raise ConflictError(
+                f"all that template '{name}' would start is on, is being started, or has failed"
+            )
         return await self._of_template(name, template.mode, chosen, f"{by} has run it")
 
     async def by_hand(self, name: str, by: str) -> str:
@@ -421,19 +427,24 @@ class Planning:
                 move = self._moves[0]
                 if move.after is State.STANDBY:
                     self.money.forget()
-                await self.plans.update(move.plan, lambda plan, move=move: plan.after(move))
+                await self._take(move)
                 self._moves.popleft()
+
+    async def _take(self, move: Move) -> None:
+        await self.plans.update(move.plan, lambda plan: plan.after(move))
 
     async def _see(self) -> None:
         """The same of moves that a crash has swallowed. Raises OSError."""
         known = {name: one for name in self.offers if (one := self.standby_of(name)) is not None}
         if not known or self._moves:
             return
-        wall = self.runtime.wall()
         for plan in self.plans.open_plans() if self._all_seen else self.plans.all():
             for one in (known[name] for name in plan.standbys if name in known):
-                await self.plans.update(plan.id, lambda plan, one=one: plan.as_seen(one, wall))
+                await self._seen(plan.id, one)
         self._all_seen = True
+
+    async def _seen(self, id: str, standby: Standby) -> None:
+        await self.plans.update(id, lambda plan: plan.as_seen(standby, self.runtime.wall()))
 
     # Templates
 

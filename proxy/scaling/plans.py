@@ -192,9 +192,7 @@ class Plans:
     def _expired(self, plan: Plan) -> Plan | None:
         if not plan.is_due(self._wall()):
             return None
-        return plan.moved(
-            PlanEvent.EXPIRE, "manager", f"it waited too long: {plan.waiting}", self._wall()
-        )
+        return plan.moved(PlanEvent.EXPIRE, "manager", f"it waited too long: {plan.waiting}", self._wall())
 
     # On the disk
 

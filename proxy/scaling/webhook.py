@@ -2,9 +2,9 @@
 
 Each operation is a signed POST (`signing.py`) of `{operation, standby, run, url, models, site}`, and of `launch`
 where it is known what is to run. The endpoint answers 2xx when it is done, 202 when it has begun (it is asked for
-`status` until it has ended), 409 while it is busy with this standby, another 4xx to refuse for good. `webhook-id` is
-the idempotency key: the same for each `prepare` and `start` of one run, also after a restart; `stop` and `status`
-are always meant anew.
+`status` until it has ended), 409 while it is busy with this standby, another 4xx to refuse for good. `webhook-id`
+is the idempotency key: the same for each `prepare` and `start` of one run, also after a restart; `stop` and
+`status` are always meant anew.
 """
 
 from __future__ import annotations

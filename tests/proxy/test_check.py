@@ -131,7 +131,9 @@ def test_templates_that_cannot_work_are_refused_with_their_field(folder: Path) -
     (folder / "tidegate-data").mkdir()
     file = folder / "tidegate-data" / "templates.yaml"
     file.write_text(TEMPLATES)
-    said = "3:28: templates.night.cards: none of them fits; the nearest is 'a', which has no card that is known"
+    said = (
+        "3:28: templates.night.cards: none of them fits; the nearest is 'a', which has no card that is known"
+    )
     found = check()
     assert found.exit_code == 1
     assert found.stderr.startswith(f"{file}:{said}, and not H20")

@@ -22,7 +22,8 @@ from sqlalchemy.exc import OperationalError
 
 import proxy.database
 from benchmarks.postgres import PostgresServer
-from policies.standby import Standby, State as StandbyState
+from policies.standby import Standby
+from policies.standby import State as StandbyState
 from proxy.access.keys import create_key
 from proxy.check import _has_keys
 from proxy.config import Config
@@ -36,8 +37,8 @@ from proxy.scaling.journal import Kept
 from proxy.tables import ledger, metadata, usage_hourly
 from proxy.waiting import opened_in_time
 from tests.databases import running_postgres
-from tests.proxy.scaling.engines import section
 from tests.proxy.rows import PRICES, a_row, eventually
+from tests.proxy.scaling.engines import section
 from tests.proxy.test_ledger import State, added_up, hourly, rows_of, using
 
 Open = Callable[..., Engine]

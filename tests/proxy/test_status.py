@@ -207,7 +207,14 @@ def test_spill_is_told_by_tier() -> None:
 def test_plans_that_wait_and_budgets_are_told() -> None:
     _, now = busy()
     assert "plans" not in shown(now)
-    budget = {"scope": "site", "name": "nanjing", "budget": 100.0, "used": 91.5, "ratio": 0.915, "currency": "CNY"}
+    budget = {
+        "scope": "site",
+        "name": "nanjing",
+        "budget": 100.0,
+        "used": 91.5,
+        "ratio": 0.915,
+        "currency": "CNY",
+    }
     month = budget | {"scope": "month", "name": ""}
     now["plans"] = {"waiting": 2, "budgets": [budget, month], "trouble": "it cannot be written\nfor long"}
     text = shown(now)

@@ -12,11 +12,12 @@ from typing import Any
 
 import aiohttp
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from policies.scaling import Step
 from policies.standby import Event, Standby
-from proxy.cli import app
+from proxy.cli import register
 from proxy.config import Config
 from proxy.records import to_values
 from proxy.scaling.planning import Planning
@@ -24,6 +25,9 @@ from proxy.scaling.service import Standbys
 from proxy.serve import Service
 from tests.proxy.rows import a_row, empty_database
 
+COMMANDS = typer.Typer()
+for group in ("plans", "templates"):
+    register(COMMANDS, group)
 STEP = Step("nj", Event.START, "demand of 900 tokens is above 80% of 1000", {"demand": 900.0})
 
 
@@ -88,7 +92,7 @@ class Proxy:
 
     async def says(self, *arguments: str, status: int = 0) -> str:
         """What `tidegate ...` says to this proxy."""
-        found = await asyncio.to_thread(CliRunner().invoke, app, [*arguments, "--state", self.state])
+        found = await asyncio.to_thread(CliRunner().invoke, COMMANDS, [*arguments, "--state", self.state])
         assert found.exit_code == status, (found.output, found.exception)
         return found.stdout + found.stderr
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from policies.yamlfile import FileProblems
-from proxy.cli import app
+from proxy.cli import register
 from proxy.scaling.images import (
     FIELDS,
     PROTOCOLS,
@@ -216,6 +217,9 @@ def test_the_shipped_file_is_packed() -> None:
 
 # The command
 
+COMMAND = typer.Typer()
+register(COMMAND, "images")
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -224,7 +228,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tidegate(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["images", *arguments])
+    return CliRunner().invoke(COMMAND, arguments)
 
 
 def test_the_command_says_what_is_taken(folder: Path) -> None:

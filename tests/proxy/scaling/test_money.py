@@ -152,7 +152,10 @@ async def test_what_has_begun_cannot_be_refused(start: Start) -> None:
     assert move is not None
     proxy.planning.moved(move)
     status, said = await proxy.ask("POST", f"/plans/{id}/refuse", {"by": "ada"})
-    assert (status, said["error"]["message"]) == (409, f"plan {id} is executing already, by manager: it is wanted")
+    assert (status, said["error"]["message"]) == (
+        409,
+        f"plan {id} is executing already, by manager: it is wanted",
+    )
 
 
 async def test_templates_that_cannot_work_are_told_of(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -163,7 +166,7 @@ async def test_templates_that_cannot_work_are_told_of(start: Start, caplog: pyte
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             await proxy.turn()
-    assert caplog.text.count("templates.yaml:3:37: templates.bad.sites[0]: there is no site 'xi-an'") == 1
+    assert caplog.text.count("templates.yaml:3:35: templates.bad.sites[0]: there is no site 'xi-an'") == 1
     assert "there is no site 'xi-an'" in proxy.planning.shown()["trouble"]
     said = await proxy.says("templates", "list")
     assert "good: qwen3-32b" in said

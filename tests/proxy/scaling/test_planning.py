@@ -274,7 +274,11 @@ async def test_templates_from_the_terminal(start: Start) -> None:
     assert json.loads(await proxy.says("templates", "show", "rush"))["sla"] == {"ttft": 2.0}
     said = await proxy.says("templates", "run", "rush", "--by", "[/ada]")
     (plan,) = proxy.planning.plans.all()
-    assert (plan.standbys, plan.template, plan.reason) == (("nj",), "rush", "template rush: [/ada] has run it")
+    assert (plan.standbys, plan.template, plan.reason) == (
+        ("nj",),
+        "rush",
+        "template rush: [/ada] has run it",
+    )
     assert f"approve it: tidegate plans approve {plan.id}" in said
     assert plan.reason in await proxy.says("plans", "list"), "it is text, and no markup"
     said = await proxy.says("templates", "run", "rush", status=1)

@@ -251,7 +251,9 @@ def test_what_cannot_work_is_not_saved(kept: Templates) -> None:
     assert kept.path.read_text() == before
 
 
-@pytest.mark.parametrize("text", ["# rush: {model: qwen3-32b}\n", "templates:\n  # rush: {model: qwen3-32b}\n"])
+@pytest.mark.parametrize(
+    "text", ["# rush: {model: qwen3-32b}\n", "templates:\n  # rush: {model: qwen3-32b}\n"]
+)
 def test_what_is_commented_out_is_gone_and_stays_to_be_read(kept: Templates, text: str) -> None:
     save(kept, "rush", automatic={"queue": 1})
     kept.path.write_text(text)
