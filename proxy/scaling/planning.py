@@ -292,7 +292,7 @@ class Planning:
         *,
         figures: Mapping[str, float] = MappingProxyType({}),
         template: str = "",
-        mode: str = "",
+        mode: str | None = None,
     ) -> Plan:
         """Write a plan; the open one of one of its standbys is returned in its place. Raises OSError."""
         left = [nano for one in chosen if (nano := self.budgets.left(one.site, template)) is not None]
@@ -347,7 +347,8 @@ class Planning:
             raise ConflictError(
                 f"all that template '{name}' would start is on, is being started, or has failed"
             )
-        return await self._of_template(name, template.mode, chosen, f"{by} has run it")
+        why = f"template {name}: {by} has run it"
+        return await self.propose(chosen, Trigger.TEMPLATE, why, template=name, mode=template.mode)
 
     async def by_hand(self, name: str, by: str) -> str:
         """The id of a plan for a standby that somebody starts by hand, approved by that. Raises OSError;
@@ -452,15 +453,8 @@ class Planning:
         """Of what it comes to, what is off. Raises BadValueError."""
         out = {name for name in self.offers if self.over(name) or self._state_of(name) is State.FAILED}
         chosen = choose(template, self.offers, sites_of(self.config), out)
-        return [
-            one
-            for one in chosen
-            if self.plans.holding(one.name) is None and self._state_of(one.name) is State.STANDBY
-        ]
-
-    async def _of_template(self, name: str, mode: str | None, chosen: list[Offer], why: str) -> Plan:
-        reason = f"template {name}: {why}"
-        return await self.propose(chosen, Trigger.TEMPLATE, reason, template=name, mode=mode or "")
+        off = {one.name for one in chosen if self._state_of(one.name) is State.STANDBY}
+        return [one for one in chosen if one.name in off and self.plans.holding(one.name) is None]
 
     async def _fire(self) -> None:
         """Run the templates whose time has come."""
@@ -477,7 +471,8 @@ class Planning:
                 self._say(f"template {name} cannot fire: {error.message}")
                 continue
             if chosen:
-                await self._of_template(name, template.mode, chosen, why)
+                why = f"template {name}: {why}"
+                await self.propose(chosen, Trigger.TEMPLATE, why, template=name, mode=template.mode)
 
     def _tell_budget(self, words: str, figures: dict[str, Any]) -> None:
         if self._budget_notices is not None:

@@ -287,7 +287,7 @@ def test_a_budget_that_is_used_up_counts_again_in_a_replay() -> None:
     records: Records = []
     source = PolicySource("test", PICK.format("least-load"), 0)
     log = EventLog(lambda one: records.append(orjson.loads(orjson.dumps(one))), source)
-    homes = [Backend(name, slots=4, models=frozenset({"m"})) for name in "yz"]
+    homes = [Backend(name, slots=9, models=frozenset({"m"})) for name in "yz"]
     router = ByHand(homes, read_policy(source.text, source.name).rules, log=log)
     for number in range(9):
         if number in (3, 6):
