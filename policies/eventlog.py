@@ -17,7 +17,7 @@ name, and decisions:
 | `ended` | a request ended in any other way | `request`, `outcome`, `usage` |
 | `freed` | after a request has ended: who waits may be asked | |
 | `poll` | the valve was polled for any other reason | |
-| `figures` | probes have set figures of backends, or a standby went elsewhere | `backends`: by name, what is new |
+| `figures` | what is known of backends has changed (`OBSERVED`) | `backends`: by name, what is new |
 | `refresh` | who is available was looked at, and something was new | `renewed`: models or slots had changed |
 | `end` | nothing more is recorded | `reason` |
 
@@ -61,7 +61,7 @@ OBSERVED: Final = (
     *("rtt_s", "running", "waiting", "kv_use", "sampled_at", "host", "host_at", "kv_tokens"),
     *("asleep", "draining", "over_budget"),
 )
-"""Of a backend, what probes set, where its standby is, and whether it has money left."""
+"""Of a backend, what probes set, where its standby is, and whether its budget is used up."""
 
 _MODELS_UNKNOWN: Final = OBSERVED.index("models_unknown")
 

@@ -24,7 +24,7 @@ def in_spite(feasible: Sequence[Backend], health: Health) -> list[Backend]:
     doubtful = [backend for backend in feasible if backend.doubtful]
     if not doubtful:
         return doubtful
-    count = sum(not backend.draining and not backend.asleep for backend in feasible)
+    count = sum(not (one.draining or one.asleep or one.over_budget) for one in feasible)
     ejected = [backend for backend in doubtful if backend.probed_up]
     ejected.sort(key=lambda backend: backend.breaker.backoff_s)
     most = max(1, int(health.most_ejected * count + 1e-9))

@@ -12,14 +12,15 @@ whoever still wants the capacity proposes it anew, with the figures of that time
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from math import ceil
+from math import ceil, inf
 from types import MappingProxyType
 from typing import Any, Final
 
 from policies.profile import Profile
+from policies.standby import Event, Move, Standby, State
 
 AUTO: Final = "auto"
 CONFIRM: Final = "confirm"
@@ -228,10 +229,26 @@ class Plan:
         made = Decision(event, after, by, reason, wall)
         return replace(self, state=after, waits_for="", decisions=(*self.decisions, made))
 
+    @property
+    def due(self) -> float:
+        """Unix time at which it has waited too long: for approval, and as long again for a standby to begin."""
+        since = self.decisions[-1].wall if self.decisions else self.created
+        return since + self.expires - self.created
+
+    @property
+    def waiting(self) -> str:
+        """What it waits for; empty: for nothing, since all its standbys have begun."""
+        if self.state is PlanState.PROPOSED:
+            return self.waits_for or "approval"
+        behind = [name for name in self.standbys if name not in self.started]
+        return f"{' and '.join(behind)} to begin" if self.open and behind else ""
+
     def is_due(self, wall: float) -> bool:
         """Whether it has waited too long; also where the clock was set back by more than it may wait."""
-        earliest = self.created - (self.expires - self.created)
-        return self.state in (PlanState.PROPOSED, PlanState.APPROVED) and not earliest <= wall < self.expires
+        if not self.waiting:
+            return False
+        earliest = self.due - 2.0 * (self.expires - self.created)
+        return not earliest <= wall < self.due
 
     def began_with(self, standby: str, wall: float, reason: str) -> Plan | None:
         """After one of its standbys was told to start. None: that changes nothing."""
@@ -257,6 +274,38 @@ class Plan:
             return None
         now = replace(self, stopped=(*self.stopped, (standby, wall)))
         return now.moved(PlanEvent.EXPIRE, "manager", reason, wall) or now
+
+    def after(self, move: Move) -> Plan | None:
+        """After a move of one of its standbys. None: that changes nothing."""
+        name, reason, wall = move.name, move.reason, move.wall
+        if move.after is State.PREPARING:
+            return self.began_with(name, wall, reason)
+        if move.event is Event.STARTED:
+            return (self.began_with(name, wall, "") or self).ready_with(name, wall)
+        if move.event is Event.FAIL:
+            return self.moved(PlanEvent.FAIL, "manager", f"{name}: {reason}", wall)
+        if move.after is State.STANDBY:
+            return self.stopped_with(name, wall, f"{name}: {reason}")
+        return None
+
+    def is_paid_for(self, since: float) -> bool:
+        """Whether a template has to pay for what one of its standbys did after `since`, Unix time."""
+        ended = dict(self.stopped)
+        return bool(self.template) and any(ended.get(name, inf) > since for name in self.started)
+
+    def as_seen(self, standby: Standby, wall: float) -> Plan | None:
+        """After the moves of one of its standbys that a crash has swallowed. None: there were none."""
+        name, since = standby.name, standby.since
+        if standby.plan != self.id:
+            return self.stopped_with(name, wall, f"{name} is on again") if name in self.started else None
+        now = self.began_with(name, since, standby.reason) or self
+        if standby.state is State.STANDBY:
+            now = now.stopped_with(name, since, f"{name} stands by") or now
+        elif standby.state is State.FAILED:
+            now = now.moved(PlanEvent.FAIL, "manager", f"{name}: {standby.reason}", since) or now
+        elif standby.state in (State.READY, State.DRAINING):
+            now = now.ready_with(name, since) or now
+        return None if now is self else now
 
     def as_dict(self) -> dict[str, Any]:
         """As the store writes it and the admin port shows it."""
@@ -330,8 +379,3 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"a text was expected, not {value!r}")
     return value
-
-
-def open_plan(plans: Sequence[Plan], standby: str) -> Plan | None:
-    """The plan that holds a standby; None: none does."""
-    return next((plan for plan in plans if plan.open and standby in plan.standbys), None)

@@ -271,6 +271,7 @@ def _unavailable(feasible: list[Backend], now: float) -> Reject:
         and backend.probed_up
         and not backend.draining
         and not backend.asleep
+        and not backend.over_budget
         and backend.breaker.allows(now)
     ]
     if pauses:

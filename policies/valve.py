@@ -95,9 +95,11 @@ class Valve:
     def queued_by_tenant(self) -> dict[str, int]:
         return by_tenant(self._queues.values())
 
-    def oldest_age(self, now: float) -> float:
-        """Seconds for which the longest waiting request has been held; 0: none is."""
-        return max((now - queue.oldest_since() for queue in self._queues.values()), default=0.0)
+    def oldest_age(self, now: float, model: str = "") -> float:
+        """Seconds for which the longest waiting request has been held; 0: none is. `model`: of the queues that
+        requests of this model wait in."""
+        of = (queue for queue in self._queues.values() if not model or model in queue.models)
+        return max((now - queue.oldest_since() for queue in of), default=0.0)
 
     def waiting_by_model(self) -> Waiting:
         """Requests that are held, by model."""

@@ -14,7 +14,7 @@ from policies.filechecks import KnownKeys, KnownNames
 from policies.files import CompiledPolicy, library_policy, read_policy
 from policies.state import Backend
 from policies.units import BadValueError
-from policies.yamlfile import Document, FileProblems, Problem, parse_yaml
+from policies.yamlfile import Document, FileProblems, Problem, parse_yaml, read_yaml
 from policies.yamlproblems import closest
 from proxy.build import (
     DEFAULT_SLOTS,
@@ -33,8 +33,10 @@ from proxy.masking import database_shown, without_secrets
 from proxy.places import unusable_places
 from proxy.prices import amount
 from proxy.readable import in_words
-from proxy.scaling.offers import unworkable
+from proxy.scaling.images import load_images
+from proxy.scaling.offers import offers, unworkable
 from proxy.scaling.providers import check_standby
+from proxy.scaling.templates import TEMPLATES_FILE, TemplatesFile, check_templates, sites_of
 
 PROBE_TOKENS = 10
 """About what a chat template makes of the prompt of `probing.generate`, a full stop."""
@@ -46,7 +48,7 @@ class Report:
 
     file: str
     kind: str
-    """`policy` or `configuration`."""
+    """`policy`, `configuration` or `templates`."""
     ok: bool
     text: str
     """For people: the file in plain words, or what is wrong with it."""
@@ -65,9 +67,10 @@ class Report:
 
 
 def check_file(file: Path, config_path: Path | None) -> Report:
-    """Check a policy file or a configuration, told apart by their keys, or a policy of the library by its name.
+    """Check a policy file, a configuration or a file of templates, told apart by their keys, or a policy of the
+    library by its name.
 
-    Names in a policy file are checked against the configuration at `config_path`, if there is one.
+    Names in policies and templates are checked against the configuration at `config_path`, if there is one.
     """
     kind = "policy"
     try:
@@ -80,6 +83,9 @@ def check_file(file: Path, config_path: Path | None) -> Report:
         if _is_configuration(text, str(file)):
             kind = "configuration"
             return _check_configuration(file, text)
+        if set(parse_yaml(text, str(file)).value) == {"templates"}:
+            kind = "templates"
+            return _check_templates(file, text, config_path)
         if config_path is None or config_path.resolve() == file.resolve():
             return _check_policy(file, text, None, library)
         try:
@@ -141,6 +147,39 @@ def _warning(file: str, problem: Problem) -> str:
     return f"warning: {file}:{problem.line}:{problem.column}: {at}{problem.message}{hint}"
 
 
+# Templates
+
+
+def _check_templates(file: Path, text: str, config_path: Path | None) -> Report:
+    if config_path is None:
+        templates = read_yaml(text, str(file), TemplatesFile).templates
+        words = f"{file}: {', '.join(templates) or 'no templates'}"
+        words += "; without a configuration nobody knows what can work"
+        return Report(str(file), "templates", True, words)
+    words, found = _templates_in(load_config(config_path), file, text)
+    warnings = [(str(file), problem) for problem in found]
+    said = "".join(f"{_warning(*warning)}\n" for warning in warnings)
+    return Report(str(file), "templates", True, said + words, [], warnings)
+
+
+def _templates_in(config: Config, file: Path, text: str) -> tuple[str, list[Problem]]:
+    """What there is, in words, and what cannot work before the scheduling platform has placed more. Raises
+    FileProblems."""
+    offered = offers(config, load_images(config.scaling.images))
+    platform = config.scaling.scheduler is not None
+    templates, found = check_templates(text, str(file), offered, sites_of(config), more=platform)
+    return f"{file}: {', '.join(templates) or 'no templates'}", found
+
+
+def _templates_of(config: Config) -> tuple[Path, str]:
+    """The file of templates in the state directory; empty: there is none. Raises FileProblems or OSError."""
+    file = config.state / TEMPLATES_FILE
+    try:
+        return file, file.read_text(encoding="utf-8") if file.is_file() else ""
+    except UnicodeDecodeError:
+        raise FileProblems(str(file), [Problem(1, 1, "", "the file is not UTF-8 text")]) from None
+
+
 # A configuration
 
 
@@ -163,7 +202,13 @@ def _check_configuration(file: Path, text: str) -> Report:
     if not is_policy_file(config.policy):
         policy = _as_it_should_be(policy)
     warnings = [(str(file), problem) for problem in _unused(config, document)]
-    return _good(str(file), "configuration", f"{_in_words(file, config, backends)}\n\n", warnings, policy)
+    words = _in_words(file, config, backends)
+    templates, written = _templates_of(config)
+    if written:
+        said, found = _templates_in(config, templates, written)
+        words += f"\nTemplates in {said}."
+        warnings += [(str(templates), problem) for problem in found]
+    return _good(str(file), "configuration", f"{words}\n\n", warnings, policy)
 
 
 def _unusable(config: Config, document: Document) -> Iterator[Problem]:

@@ -174,7 +174,8 @@ def check(
     file: Annotated[
         Path | None,
         typer.Argument(
-            help="A policy file, a policy of the library, or a configuration. Default: the configuration.",
+            help="A policy file, a policy of the library, a configuration, or a file of templates. Default: the "
+            "configuration.",
             dir_okay=False,
         ),
     ] = None,
@@ -183,7 +184,7 @@ def check(
 ) -> None:
     """Check a file and say in plain words what it does.
 
-    Names of sites and backends in a policy file are checked against the configuration, if there is one.
+    Names in policies and templates are checked against the configuration, if there is one.
 
     Example: tidegate check night.yaml
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 from collections.abc import Iterator
@@ -30,12 +31,25 @@ StateOption = Annotated[
     Path | None, typer.Option("--state", help="State directory. The configuration file is then not read.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+ByOption = Annotated[
+    str | None, typer.Option("--by", help="Who decides. Default: the user of this terminal.")
+]
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Say what is wrong, and end."""
     typer.echo(f"tidegate: {message}", err=True)
     raise typer.Exit(status)
+
+
+def person(by: str | None) -> str:
+    """Who decides: whoever --by names, else the user of this terminal."""
+    if by is not None:
+        return by
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no such user, as in some containers
+        return "admin"
 
 
 @contextmanager

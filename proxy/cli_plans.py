@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import time
 from collections.abc import Iterable
@@ -15,12 +14,14 @@ import typer
 from proxy.cli_ask import AdminOption, RunningStateOption, admin_port
 from proxy.cli_common import (
     CONTEXT,
+    ByOption,
     ConfigOption,
     JsonOption,
     config_path,
     console,
     fail,
     load,
+    person,
     readable_errors,
 )
 
@@ -37,9 +38,6 @@ templates_app = typer.Typer(
     no_args_is_help=True,
     context_settings=CONTEXT,
 )
-ByOption = Annotated[
-    str | None, typer.Option("--by", help="Who decides. Default: the user of this terminal.")
-]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the record.")]
 PlanArgument = Annotated[str, typer.Argument(help="Id of the plan, or its first four characters or more.")]
 NameArgument = Annotated[str, typer.Argument(help="Name of the template.")]
@@ -62,21 +60,13 @@ def _ask(
         fail(str(error), 1)
 
 
-def _by(by: str | None) -> str:
-    if by is not None:
-        return by
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # no such user, as in some containers
-        return "admin"
-
-
 # Plans
 
 
 @plans_app.command("list")
 def plans_list(
     everything: Annotated[bool, typer.Option("--all", "-a", help="Those too that have ended.")] = False,
+    last: Annotated[int, typer.Option(help="How many at most, the newest first.", min=1)] = 100,
     admin: AdminOption = None,
     config: ConfigOption = None,
     state: RunningStateOption = None,
@@ -86,7 +76,8 @@ def plans_list(
 
     Example: tidegate plans list --all
     """
-    shown = _ask("/plans" + ("" if everything else "?state=open"), None, admin, config, state)
+    query = f"?limit={last}" + ("" if everything else "&state=open")
+    shown = _ask(f"/plans{query}", None, admin, config, state)
     if json_output:
         typer.echo(json.dumps(shown, indent=2))
         return
@@ -94,21 +85,25 @@ def plans_list(
         typer.echo("no plans" if everything else "no open plans (--all shows those that have ended)")
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("id", "state", "starts", f"{shown['currency']}/h", "waits for", "since"):
         table.add_column(name, overflow="fold")
     for plan in shown["plans"]:
         cost = plan["cost_per_hour"]
-        table.add_row(
+        cells = [
             plan["id"],
             plan["state"],
             ", ".join(plan["standbys"]),
             "unknown" if cost is None else f"{cost:,.2f}",
             plan["waits_for"],
             plan["reason"],
-        )
+        ]
+        table.add_row(*map(Text, cells))
     console().print(table)
+    if (more := shown["of"] - len(shown["plans"])) > 0:
+        typer.echo(f"and {more} older ones (--last shows more)")
 
 
 @plans_app.command("show")
@@ -150,8 +145,8 @@ def _plan_lines(shown: dict[str, Any]) -> Iterable[str]:
         yield f"budget    {plan.budget_left:,.2f} {shown['currency']} were left"
     yield f"promises  {forecast_in_words(plan.forecast) or 'unknown: no profile says it'}"
     yield f"since     {plan.reason}"
-    if plan.open:
-        yield f"until     {_when(plan.expires)} ({plan.mode})"
+    if plan.waiting:
+        yield f"until     {_when(plan.due)} ({plan.mode})"
     for made in plan.decisions:
         yield f"{_when(made.wall)}  {made.after}, by {made.by}" + (f": {made.reason}" if made.reason else "")
 
@@ -174,7 +169,7 @@ def plans_approve(
 
     Example: tidegate plans approve 3f9c21ab --by ada --reason "exam week"
     """
-    _decide(id, "approve", _by(by), reason, (admin, config, state), json_output=json_output)
+    _decide(id, "approve", person(by), reason, (admin, config, state), json_output=json_output)
 
 
 @plans_app.command("refuse")
@@ -191,7 +186,7 @@ def plans_refuse(
 
     Example: tidegate plans refuse 3f9c21ab --reason "too dear"
     """
-    _decide(id, "refuse", _by(by), reason, (admin, config, state), json_output=json_output)
+    _decide(id, "refuse", person(by), reason, (admin, config, state), json_output=json_output)
 
 
 def _decide(
@@ -233,6 +228,8 @@ def templates_list(
             f"warning: the file cannot be used as it is, the old templates go on:\n{shown['trouble']}",
             err=True,
         )
+    if shown["unworkable"]:
+        typer.echo(f"warning: some cannot work as things are:\n{shown['unworkable']}", err=True)
     if not shown["templates"]:
         typer.echo(f"no templates in {shown['file']}")
     for name, template in shown["templates"].items():
@@ -343,7 +340,7 @@ def templates_run(
 
     Example: tidegate templates run rush-hour
     """
-    shown = _ask(f"/templates/{quote(name, safe='')}/run", {"by": _by(by)}, admin, config, state)
+    shown = _ask(f"/templates/{quote(name, safe='')}/run", {"by": person(by)}, admin, config, state)
     if json_output:
         typer.echo(json.dumps(shown, indent=2))
         return
@@ -376,6 +373,7 @@ def images(
     task: Annotated[
         str, typer.Option(help="generate, embed, classify, score or transcribe. Default: whatever.")
     ] = "",
+    protocol: Annotated[str, typer.Option(help="openai or anthropic. Default: whatever.")] = "",
     cards: Annotated[int, typer.Option(help="How many cards.", min=1)] = 1,
     config: ConfigOption = None,
     json_output: JsonOption = False,
@@ -384,13 +382,15 @@ def images(
 
     Example: tidegate images --model Qwen/Qwen3-32B --card H20
     """
-    from proxy.scaling.images import TASKS, Missing, Wanted
+    from proxy.scaling.images import PROTOCOLS, TASKS, Missing, Wanted
 
     if task and task not in TASKS:
         fail(f"--task: {', '.join(TASKS)}; not '{task}'")
+    if protocol and protocol not in PROTOCOLS:
+        fail(f"--protocol: {', '.join(PROTOCOLS)}; not '{protocol}'")
     known = _images(config)
     if model and card:
-        found = known.launch(Wanted(model, card, task or "generate"), cards)
+        found = known.launch(Wanted(model, card, task or "generate", protocol or "openai"), cards)
         if isinstance(found, Missing):
             if json_output:
                 typer.echo(json.dumps({"found": None, "message": str(found)}, indent=2))
@@ -411,7 +411,7 @@ def images(
             typer.echo(f"  environment  {name}={value}")
         typer.echo(f"  source       {found.source}")
         return
-    entries = list(known.matching(model, card, task))
+    entries = list(known.matching(model, card, task, protocol))
     if json_output:
         typer.echo(json.dumps([entry.model_dump(mode="json") for entry in entries], indent=2))
     elif not entries:

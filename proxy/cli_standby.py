@@ -6,12 +6,12 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import typer
 
 from proxy.cli_ask import AdminOption, RunningStateOption, admin_port
-from proxy.cli_common import CONTEXT, ConfigOption, JsonOption, console, fail
+from proxy.cli_common import CONTEXT, ByOption, ConfigOption, JsonOption, console, fail, person
 
 standby_app = typer.Typer(
     help="Backends that run only when they are needed: list, start, stop.",
@@ -67,6 +67,7 @@ def standby_start(
     for_: Annotated[
         str | None, typer.Option("--for", help="How long it stays on: `2h`. Default: until it is stopped.")
     ] = None,
+    by: ByOption = None,
     admin: AdminOption = None,
     config: ConfigOption = None,
     state: RunningStateOption = None,
@@ -76,8 +77,8 @@ def standby_start(
 
     Example: tidegate standby start nanjing --for 2h
     """
-    query = "" if for_ is None else f"?for={quote(for_)}"
-    row = _ask(f"/standbys/{quote(name, safe='')}/start{query}", b"", admin, config, state)["standby"]
+    query = urlencode({"by": person(by)} | ({} if for_ is None else {"for": for_}))
+    row = _ask(f"/standbys/{quote(name, safe='')}/start?{query}", b"", admin, config, state)["standby"]
     _tell(row, "start", json_output)
 
 

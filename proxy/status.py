@@ -83,6 +83,8 @@ def _lines(state: State) -> Iterator[str]:
     for certificate in (*state.get("certificates", ()), *state.get("backend_certificates", ())):
         if certificate["warning"]:
             yield f"! {certificate['warning']}"
+    if reason := (state.get("plans") or {}).get("trouble"):
+        yield f"! plans: {reason.splitlines()[0]}"
     memory = state.get("memory")
     if memory and memory["shedding"]:
         yield f"! {STAGES[memory['shedding']]} ({memory['use']:.0%} of its bound)"
@@ -91,6 +93,7 @@ def _lines(state: State) -> Iterator[str]:
     yield ""
     yield f"queue     {_queue(state['queue'])}"
     yield from _standbys(state)
+    yield from _plans(state.get("plans"))
     yield from _spill(state["spill"])
     yield from _hosts(state["hosts"])
     yield from _adaptive(state["backends"])
@@ -178,6 +181,20 @@ def _standby(row: State) -> str:
         words += f", tried again in {duration(row['pause_s'])}"
     why = (row["trouble"] or row["reason"]).partition("\n")[0]  # the rest is what its engine has said
     return f"{words}: {why}" if why else words
+
+
+def _plans(plans: State | None) -> Iterator[str]:
+    if plans is None:
+        return
+    if waiting := plans["waiting"]:
+        are = "1 waits" if waiting == 1 else f"{waiting} wait"
+        yield f"plans     {are}: tidegate plans list"
+    for budget in plans["budgets"]:
+        of = f"{budget['scope']} {budget['name']}".rstrip()
+        yield (
+            f"budget    {of}: {budget['used']:,.2f} of {budget['budget']:,.2f} {budget['currency']} used, "
+            f"{budget['ratio']:.0%}"
+        )
 
 
 def _spill(entries: Sequence[State]) -> Iterator[str]:

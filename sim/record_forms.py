@@ -49,7 +49,7 @@ class RetriesForm(Form):
 
 
 class FiguresForm(Form):
-    """What probes have found of a backend, and where its standby is."""
+    """What probes have found of a backend, where its standby is, and whether its budget is used up."""
 
     probed_up: bool = True
     connects: bool = True

@@ -52,8 +52,6 @@ LONG_FILES = {
 TESTED_BY = {
     "proxy/admin/plans.py": "tests/proxy/scaling/test_planning.py",
     "proxy/cli_plans.py": "tests/proxy/scaling/test_planning.py",
-    "proxy/scaling/accounts.py": "tests/proxy/scaling/test_planning.py",
-    "proxy/scaling/money.py": "tests/proxy/scaling/test_planning.py",
     "proxy/scaling/notices.py": "tests/proxy/scaling/test_planning.py",
     "proxy/scaling/offers.py": "tests/proxy/scaling/test_planning.py",
     "proxy/scaling/planwords.py": "tests/proxy/scaling/test_planning.py",

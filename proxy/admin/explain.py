@@ -195,12 +195,12 @@ def _absence(runtime: Runtime, backend: Backend, routing: Routing, was_down: boo
 def unavailable(runtime: Deciding, backend: Backend) -> tuple[str, float]:
     """Why nothing new is sent to a backend, and since when (monotonic; inf: not known). Empty: it may be."""
     now = runtime.now()
+    if backend.over_budget:
+        return "its budget for this month is used up", inf
     if backend.asleep:
         return f"a standby, {standby_words(runtime, backend)}", inf
     if backend.draining:
         return "it takes nothing new, and ends when what runs on it has ended", inf
-    if backend.over_budget:
-        return "its budget for this month is used up", inf
     if not backend.probed_up:
         probe = runtime.probes().get(backend.name) or {}
         age = probe.get("since_s")
@@ -229,5 +229,5 @@ def standby_words(runtime: Deciding, backend: Backend) -> str:
 
 
 def standbys(runtime: Deciding) -> dict[str, str]:
-    """The standbys that requests are held for, by name, and how they are."""
+    """The standbys that requests may be held for, by name, and how they are."""
     return {backend.name: standby_words(runtime, backend) for backend in runtime.fleet if backend.awaited}

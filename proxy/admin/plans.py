@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MOST_BODY_BYTES: Final = 64 * 1024
 LONGEST_NAME: Final = 64
+SHOWN_PLANS: Final = 100
+"""Unless more are asked for: requests wait meanwhile."""
 LONGEST_REASON: Final = 500
 Handler = Callable[[web.Request, "Planning"], Awaitable[Any]]
 
@@ -94,7 +96,12 @@ async def _plans(request: web.Request, planning: Planning) -> Any:
         plans = [plan for plan in plans if plan.state in OPEN]
     elif wanted:
         plans = [plan for plan in plans if plan.state == wanted]
-    return {"plans": [plan.as_dict() for plan in plans], "currency": planning.spending.currency}
+    try:
+        most = int(request.query.get("limit", SHOWN_PLANS))
+    except ValueError:
+        raise _AnswerError(422, "limit: how many plans at most, a whole number") from None
+    shown = [plan.as_dict() for plan in plans[: max(most, 0)]]
+    return {"plans": shown, "of": len(plans), "currency": planning.spending.currency}
 
 
 async def _plan(request: web.Request, planning: Planning) -> Any:
@@ -144,6 +151,7 @@ async def _templates(request: web.Request, planning: Planning) -> Any:
     return {
         "file": str(planning.templates.path),
         "trouble": planning.templates.trouble,
+        "unworkable": planning.templates.unworkable(planning.offers, sites_of(planning.config)),
         "templates": {name: _shown(template) for name, template in planning.templates.all().items()},
     }
 

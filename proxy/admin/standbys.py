@@ -11,6 +11,7 @@ import orjson
 from aiohttp import web
 
 from policies.units import BadValueError, typed_duration
+from proxy.admin.plans import LONGEST_NAME
 from proxy.runtime import Runtime
 from proxy.scaling.manager import Scaling
 from proxy.scaling.seams import NotPossibleError
@@ -39,9 +40,12 @@ def routes(runtime: Runtime) -> list[web.RouteDef]:
                 raise BadValueError("nothing is started for no time")
         except BadValueError as error:
             return _error(400, f"for: {error}")
+        by = request.query.get("by", "somebody")
+        if not 0 < len(by) <= LONGEST_NAME or not by.isprintable():
+            return _error(400, f"by: who starts it, in at most {LONGEST_NAME} printable characters")
 
         async def act(scaling: Scaling, name: str) -> dict[str, Any]:
-            await scaling.start(name, seconds)
+            await scaling.start(name, seconds, by)
             return standby(scaling, name)
 
         return await _of_one(request, "standby", act)

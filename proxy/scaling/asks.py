@@ -106,13 +106,14 @@ class Asks:
             self._spawn(sent, f"scale request for {model}")
 
     def _with_reserved(self, pools: Sequence[Pool], means: MeanTokens) -> list[Pool]:
-        """Also those models that there always is to be a placement for, as if one request of each were there."""
+        """Also those models that there always is to be a placement for, as if one request of each waited."""
         assert self._config is not None
         assert self._config.scaling.scheduler is not None
         found = {pool.model: pool for pool in pools}
         for model in self._config.scaling.scheduler.models:
             pool = found.get(model) or Pool(model, ())
-            found[model] = replace(pool, tokens_offered=max(pool.tokens_offered, means.of(model)))
+            waiting = max(pool.tokens_waiting, means.of(model) - pool.tokens_in_use)
+            found[model] = replace(pool, tokens_waiting=waiting)
         return list(found.values())
 
     async def _sent(

@@ -2,15 +2,15 @@
 
 It is called with one more argument, `prepare`, `start`, `stop` or `status`, and finds in its environment
 `TIDEGATE_STANDBY` (name), `TIDEGATE_RUN` (the same over all calls of one run; empty for `status`), `TIDEGATE_URL`
-(where the engine is to answer) and, where it is known, what is to run there (`_told`). Exit 0 is done; anything
-else is an error, and the last lines of its standard error say why. What it leaves running goes on, but should write
-to a file of its own: nobody reads what it says after the script's end.
+(where the engine is to answer) and what is to run there: `TIDEGATE_IMAGE`, `TIDEGATE_ARGUMENTS` and
+`TIDEGATE_ENVIRONMENT`, empty where that is not known. Exit 0 is done; anything else is an error, and the last lines
+of its standard error say why. What it leaves running goes on, but should write to a file of its own: nobody reads
+what it says after the script's end.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shlex
 import shutil
@@ -85,7 +85,7 @@ class CommandProvider:
             "TIDEGATE_STANDBY": self._facts.name,
             "TIDEGATE_RUN": run,
             "TIDEGATE_URL": self._facts.url,
-            **_told(self._facts.launch()),
+            **_told(self._facts.launch() or Launch()),
         }
         shown = f"`{os.path.basename(section.command[0])} {operation}`"
         output, errors = _Pipe(), _Pipe()
@@ -132,14 +132,12 @@ class CommandProvider:
         return "wrote too much and was ended" if any(pipe.full for pipe in pipes) else ""
 
 
-def _told(launch: Launch | None) -> dict[str, str]:
-    """What is to run, as variables."""
-    if launch is None:
-        return dict.fromkeys(("TIDEGATE_IMAGE", "TIDEGATE_ARGUMENTS", "TIDEGATE_LAUNCH"), "")
+def _told(launch: Launch) -> dict[str, str]:
+    """What is to run, for a shell: lists are quoted for `eval`."""
     return {
         "TIDEGATE_IMAGE": launch.image,
         "TIDEGATE_ARGUMENTS": shlex.join((*launch.command, *launch.arguments)),
-        "TIDEGATE_LAUNCH": json.dumps(launch.as_dict()),
+        "TIDEGATE_ENVIRONMENT": shlex.join(f"{name}={value}" for name, value in launch.environment.items()),
     }
 
 

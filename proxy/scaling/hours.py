@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, tzinfo
 from typing import Any, Final
 
 from sqlalchemy import Engine, func, insert, select, update
@@ -220,10 +219,17 @@ def _rows(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def spent(engine: Engine, site: str | None, since: float, until: float, template: str | None = None) -> int:
+def spent(
+    engine: Engine,
+    site: str | None,
+    since: float,
+    until: float,
+    template: str | None = None,
+    currency: str | None = None,
+) -> int:
     """What runs have cost from `since` until before `until` (Unix times at the start of an hour), nano-units.
 
-    `site` and `template` None: of all. At most a minute old.
+    `site`, `template` and `currency` None: of all. At most a minute old.
     """
     table = capacity_hourly.c
     statement = select(func.sum(table.cost_nano)).where(table.hour >= since, table.hour < until)
@@ -231,13 +237,7 @@ def spent(engine: Engine, site: str | None, since: float, until: float, template
         statement = statement.where(table.site == site)
     if template is not None:
         statement = statement.where(table.template == template)
+    if currency is not None:
+        statement = statement.where(table.currency == currency)
     with engine.connect() as connection:
         return int(connection.execute(statement).scalar() or 0)
-
-
-def month_of(wall: float, zone: tzinfo = UTC) -> tuple[float, float]:
-    """Unix times at which the calendar month of a moment begins and ends."""
-    day = datetime.fromtimestamp(wall, zone)
-    first = day.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    after = first.replace(year=first.year + first.month // 12, month=first.month % 12 + 1)
-    return first.timestamp(), after.timestamp()

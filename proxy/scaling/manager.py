@@ -317,8 +317,8 @@ class Scaling:
 
     # By hand
 
-    async def start(self, name: str, seconds: float = inf) -> None:
-        """Start it, and keep it on for so long. Raises NotPossibleError, KeyError, OSError."""
+    async def start(self, name: str, seconds: float = inf, by: str = "somebody") -> None:
+        """Start it, and keep it on for so long; `by`: who wants it. Raises NotPossibleError, KeyError, OSError."""
         keeper = self._keeper(name)
         if keeper.wants_out:
             raise NotPossibleError(f"{name} is {keeper.state} and is no longer configured as it runs")
@@ -331,7 +331,7 @@ class Scaling:
             )
         until = UNTIL_STOPPED if seconds == inf else self.around.wall() + seconds
         starts = keeper.state is State.STANDBY and not keeper.is_asked
-        plan = await self.gate.by_hand(name, "somebody") if starts else ""
+        plan = await self.gate.by_hand(name, by) if starts else ""
         await keeper.pin(until)
         keeper.ask(Event.START, "started by hand", plan)
 
@@ -436,15 +436,19 @@ class Scaling:
         kept = self.journal.kept.get(name) or Kept(Standby(name, since=self.around.wall()))
         return kept, self._sections[name]
 
+    def section(self, name: str) -> BackendConfig | None:
+        """Its configuration; None: it has none any more."""
+        return self._sections.get(name)
+
     @property
     def idle(self) -> str:
         """Why this process starts and stops nothing now; empty: it does."""
         return "" if self.acting else self.trouble or "another process starts and stops it"
 
-    def state_of(self, name: str) -> State | None:
-        """Where one is; None: there is none, or this process does not act."""
+    def standby_of(self, name: str) -> Standby | None:
+        """As it stands; None: there is none, or this process does not act."""
         keeper = self.keepers.get(name)
-        return keeper.state if keeper is not None and self.acting else None
+        return keeper.standby if keeper is not None and self.acting else None
 
     @property
     def names(self) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from policies.units import BadValueError
 from proxy.scaling.calls import Caller, new_id
 from proxy.scaling.provider import ProviderError
 from proxy.scaling.sections import NoticeSection
@@ -58,3 +59,21 @@ class Notices:
     async def close(self) -> None:
         """Let connections go."""
         await self._caller.close()
+
+
+def notices(
+    section: NoticeSection | None,
+    before: Notices | None,
+    spawn: Callable[[Coroutine[Any, Any, None], str], object],
+    wall: Callable[[], float],
+) -> Notices | None:
+    """Those that a section asks for: the ones `before`, where it says the same."""
+    if before is not None and before.section == section:
+        return before
+    if before is not None:
+        spawn(before.close(), "notices")
+    try:
+        return None if section is None else Notices(section, spawn, wall)
+    except BadValueError as error:
+        log.error("notices: %s", error)
+        return None

@@ -23,7 +23,7 @@ from proxy.scaling.signing import secrets_of
 BRINGS_OWN: Final = frozenset({"process", "sleep"})
 """Providers that run what is there: no image is looked up for them."""
 ENGINE_PORT: Final = 8000
-"""Of an engine behind a URL without a port."""
+"""Of an engine whose URL names none, since something before it is what answers there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,13 @@ def unworkable(config: Config) -> Iterator[BadValueError]:
         for site in named:
             if site not in places:
                 yield BadValueError(f"there is no site '{site}'", closest(site, places), at=(*path, site))
+    platform = scaling.scheduler
+    if platform is not None and platform.api_key_env and not os.environ.get(platform.api_key_env, "").strip():
+        yield BadValueError(
+            "this variable is not set in the environment", at=("scaling", "scheduler", "api_key_env")
+        )
     for notice, path in (
+        (scaling.scheduler, ("scaling", "scheduler")),
         (scaling.approval_webhook, ("scaling", "approval_webhook")),
         (scaling.budgets.webhook, ("scaling", "budgets", "webhook")),
     ):

@@ -15,26 +15,22 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from policies.plans import AUTO, CONFIRM, Plan, PlanEvent, PlanState, Trigger
 from policies.scaling import Step
-from policies.standby import Event, Move, State
+from policies.standby import Move, Standby, State
 from policies.units import BadValueError
 from policies.yamlfile import FileProblems
 from proxy.config import Config
-from proxy.database import said
-from proxy.scaling.accounts import shortage
-from proxy.scaling.budgets import NANO, Used, nano_of
+from proxy.scaling.accounts import room, shortage
+from proxy.scaling.budgets import NANO, nano_of
 from proxy.scaling.filelock import FileLock
 from proxy.scaling.images import Images, load_images
 from proxy.scaling.money import Money
-from proxy.scaling.notices import Notices
+from proxy.scaling.notices import Notices, notices
 from proxy.scaling.offers import Offer, draft, offers
 from proxy.scaling.plans import PLANS_FILE, ConflictError, Plans, PlansError, new_id
 from proxy.scaling.planwords import in_words
 from proxy.scaling.seams import NotPossibleError
-from proxy.scaling.sections import NoticeSection
 from proxy.scaling.spending import TokenSpending
 from proxy.scaling.templates import TEMPLATES_FILE, Shortage, Template, Templates, choose, fires, sites_of
 
@@ -59,10 +55,10 @@ class Planning:
         self.plans = Plans(config.state / PLANS_FILE, runtime.wall)
         self.plans.changed = self._plan_changed
         self.templates = Templates(config.state / TEMPLATES_FILE)
-        self.money = Money(runtime, spending, self._tell_budget, self.plans.all)
+        self.money = Money(runtime, spending, self._tell_budget, self.plans.on_accounts)
         self.budgets = self.money.budgets
-        self.state_of: Callable[[str], State | None] = lambda name: None
-        """State of a standby; None: not known. Set by the manager."""
+        self.standby_of: Callable[[str], Standby | None] = lambda name: None
+        """A standby as it stands; None: not known. Set by the manager."""
         self.approved: Callable[[], None] = lambda: None
         """Called when something may start. Set by the manager."""
         self.offers: dict[str, Offer] = {}
@@ -71,8 +67,13 @@ class Planning:
         self._budget_notices: Notices | None = None
         self._moves: deque[Move] = deque(maxlen=10_000)
         self._turning = asyncio.Lock()
+        self._following = asyncio.Lock()
+        self._all_seen = False
+        """Whether plans that have ended know where their standbys are: of what happened before a crash."""
         self._used_version = 0
         """Of the templates."""
+        self._unworkable = ""
+        """What of them cannot work as things are, in words."""
         self.acting = False
         """Whether this process is the one that decides."""
         self._handed_over = False
@@ -82,32 +83,27 @@ class Planning:
         self._troubles: list[str] = []
         self._said: list[str] = []
         """Those of the turn before."""
-        self.use(config)
+        self._use(config)
 
     # Its life
 
     def use(self, config: Config) -> None:
         """Go by another configuration, or by other standbys of it."""
+        self._use(config)
+        self.money.drain()  # backends that are new must not get anything first
+
+    def _use(self, config: Config) -> None:
         self.config = config
         try:
             self.images = load_images(config.scaling.images)
         except (OSError, ValueError, FileProblems) as error:  # `unworkable` refuses it; a file may go later
             log.error("images: %s", error)
         self.offers = offers(config, self.images)
-        self._approval = self._notices(self._approval, config.scaling.approval_webhook)
-        self._budget_notices = self._notices(self._budget_notices, config.scaling.budgets.webhook)
+        spawn, wall = self.runtime.tasks.spawn, self.runtime.wall
+        self._approval = notices(config.scaling.approval_webhook, self._approval, spawn, wall)
+        self._budget_notices = notices(config.scaling.budgets.webhook, self._budget_notices, spawn, wall)
         self.money.use(self.config, self.templates.all())
-
-    def _notices(self, before: Notices | None, section: NoticeSection | None) -> Notices | None:
-        if before is not None and before.section == section:
-            return before
-        if before is not None:
-            self.runtime.tasks.spawn(before.close(), "notices")
-        try:
-            return None if section is None else Notices(section, self.runtime.tasks.spawn, self.runtime.wall)
-        except BadValueError as error:
-            log.error("notices: %s", error)
-            return None
+        self._judge_templates()
 
     @classmethod
     async def opened(cls, runtime: Runtime, spending: TokenSpending) -> Planning:
@@ -119,10 +115,10 @@ class Planning:
 
     async def open(self) -> None:
         """Read what is on the disk and in the ledger. Raises OSError and SQLAlchemy's errors."""
-        self.templates.look()
-        self.money.use(self.config, self.templates.all())
+        self._use_templates()
         await self.money.read()
         await self._act()
+        self.money.drain()
 
     async def _act(self) -> None:
         """Have plans to ourselves, if no other process does: during an upgrade the one before decides on."""
@@ -153,9 +149,9 @@ class Planning:
 
     async def close(self) -> None:
         """Let connections and the file go."""
-        for notices in (self._approval, self._budget_notices):
-            if notices is not None:
-                await notices.close()
+        for one in (self._approval, self._budget_notices):
+            if one is not None:
+                await one.close()
         await asyncio.to_thread(self.hand_over)
 
     async def turn(self) -> None:
@@ -165,27 +161,36 @@ class Planning:
             await self._turn()
 
     async def _turn(self) -> None:
+        self._use_templates()
+        if self.acting:
+            await self._follow()
+        if trouble := await self.money.look():
+            self._say(trouble)
+        self.money.drain()
+        if not self.acting:
+            return
+        await self._see()
+        await self.plans.expire()
+        self.budgets.turn()
+        for plan in self.plans.open_plans():
+            await self._look_again(plan)
+        await self._fire()
+
+    def _use_templates(self) -> None:
+        """Go by their file as it is now."""
         self.templates.look()
         if self.templates.version != self._used_version:
             self._used_version = self.templates.version
             if self.templates.trouble:
                 log.error("templates: the old ones go on:\n%s", self.templates.trouble)
             self.money.use(self.config, self.templates.all())
-        while self.acting and self._moves:
-            await self._take(self._moves[0])
-            self._moves.popleft()
-        try:
-            await self.money.look()
-        except SQLAlchemyError as error:
-            self._say(f"budgets: what this month has cost cannot be read: {said(error)}")
-        self.money.drain()
-        if not self.acting:
-            return
-        await self.plans.expire()
-        self.budgets.turn()
-        for plan in self.plans.open_plans():
-            await self._look_again(plan)
-        await self._fire()
+            self._judge_templates()
+
+    def _judge_templates(self) -> None:
+        found = self.templates.unworkable(self.offers, sites_of(self.config))
+        if found and found != self._unworkable:
+            log.warning("templates that cannot work as things are:\n%s", found)
+        self._unworkable = found
 
     def _say(self, trouble: str) -> None:
         """Note what is wrong; the log has it once, as long as it stays."""
@@ -198,7 +203,7 @@ class Planning:
     def allowed(self, name: str) -> bool:
         """Whether the controller may count on this standby: not where a ceiling is reached, or somebody said no."""
         offer = self.offers.get(name)
-        if offer is None or self.budgets.reached(offer.site) is not None:
+        if offer is None or self.over(name) or self.budgets.reached(offer.site) is not None:
             return False
         refused = self.plans.latest_refusal(name)
         if refused is None or self.plans.holding(name) is not None:
@@ -215,7 +220,7 @@ class Planning:
         """
         plan = self.plans.holding(name)
         if plan is not None and plan.state is not PlanState.PROPOSED:
-            return plan.id
+            return None if self.over(name) else plan.id
         if self.acting and plan is None and name not in self._asking and self.allowed(name):
             self._asking.add(name)
             self.runtime.tasks.spawn(self._asked(name, step), f"plan for {name}")
@@ -240,6 +245,8 @@ class Planning:
         except OSError as error:
             self._say(f"plans cannot be written, so nothing is started: {error.strerror or error}")
             return None
+        except ConflictError:  # another process decides now
+            return None
         return plan.id if plan.state in (PlanState.APPROVED, PlanState.EXECUTING) else None
 
     def wanted(self) -> list[tuple[str, str, str]]:
@@ -249,9 +256,17 @@ class Planning:
         for plan in self.plans.open_plans() if self.acting else ():
             if plan.state is not PlanState.PROPOSED and plan.id not in unseen:
                 for name in plan.standbys:
-                    if name not in plan.started and self.state_of(name) in (None, State.STANDBY):
+                    if (
+                        name not in plan.started
+                        and self._state_of(name) is State.STANDBY
+                        and not self.over(name)
+                    ):
                         found.append((name, plan.id, plan.reason))
         return found
+
+    def _state_of(self, name: str) -> State:
+        standby = self.standby_of(name)
+        return State.STANDBY if standby is None else standby.state
 
     def over(self, name: str) -> str:
         """Why a standby may not run on: a ceiling that it falls under is reached. Empty: it may."""
@@ -265,7 +280,7 @@ class Planning:
 
     def template_of(self, plan_id: str) -> str:
         """Whose account a plan is on; empty: no template's."""
-        return next((plan.template for plan in self.plans.all() if plan.id == plan_id), "")
+        return self.plans.template_of(plan_id)
 
     # What admins and templates ask
 
@@ -277,7 +292,7 @@ class Planning:
         *,
         figures: Mapping[str, float] = MappingProxyType({}),
         template: str = "",
-        mode: str = "",
+        mode: str | None = None,
     ) -> Plan:
         """Write a plan; the open one of one of its standbys is returned in its place. Raises OSError."""
         left = [nano for one in chosen if (nano := self.budgets.left(one.site, template)) is not None]
@@ -298,7 +313,7 @@ class Planning:
         if made.id == plan.id:
             log.info("plan %s: %s, since %s", plan.id, in_words(plan, self.spending.currency), reason)
             after = await self._look_again(made)
-            if after is None and self._approval is not None:
+            if after is None and self._approval is not None and trigger is not Trigger.HAND:
                 self._approval.tell("plan.proposed", made.as_dict())
             made = after or made
         return made
@@ -306,15 +321,17 @@ class Planning:
     async def approve(self, id: str, by: str, reason: str = "") -> Plan:
         """Raises UnknownPlanError; ConflictError: it is decided, or a ceiling stands against it; OSError."""
         plan = self.plans.find(id)
-        if plan.state is PlanState.PROPOSED and (against := self._against(plan)) is not None:
-            words = against.in_words(self.spending.currency)
-            raise ConflictError(f"{words}, and a plan needs an hour of it: raise {against.ceiling.key} first")
+        if plan.state is PlanState.PROPOSED:
+            words, advice = self._against(plan)
+            if words:
+                raise ConflictError(f"{words}; {advice}")
         if plan.is_due(self.runtime.wall()):
             await self.plans.expire()
         return await self.plans.move(plan.id, PlanEvent.APPROVE, by, reason)
 
     async def refuse(self, id: str, by: str, reason: str = "") -> Plan:
         """Raises as `approve` does."""
+        await self._follow()  # what has begun a moment ago is not refused any more
         return await self.plans.move(self.plans.find(id).id, PlanEvent.REFUSE, by, reason)
 
     async def run_template(self, name: str, by: str) -> Plan:
@@ -322,11 +339,16 @@ class Planning:
 
         Raises KeyError: there is none; BadValueError: it cannot work; ConflictError: what it would start is on.
         """
+        self._use_templates()
         template = self.templates.find(name)
+        await self.money.look()  # its budget may be new
         chosen = self._startable(template)
         if not chosen:
-            raise ConflictError(f"all that template '{name}' would start is on, or is being started")
-        return await self._of_template(name, template.mode, chosen, f"{by} has run it")
+            raise ConflictError(
+                f"all that template '{name}' would start is on, is being started, or has failed"
+            )
+        why = f"template {name}: {by} has run it"
+        return await self.propose(chosen, Trigger.TEMPLATE, why, template=name, mode=template.mode)
 
     async def by_hand(self, name: str, by: str) -> str:
         """The id of a plan for a standby that somebody starts by hand, approved by that. Raises OSError;
@@ -334,13 +356,24 @@ class Planning:
         offer = self.offers.get(name)
         if offer is None:
             return ""
-        plan = await self.propose([offer], Trigger.HAND, f"{by} has started it", mode=CONFIRM)
-        if plan.state is PlanState.PROPOSED:
-            try:
-                plan = await self.approve(plan.id, by)
-            except PlansError as error:
-                raise NotPossibleError(str(error)) from None
+        try:
+            plan = await self.propose([offer], Trigger.HAND, f"{by} has started it", mode=CONFIRM)
+            if plan.state is PlanState.PROPOSED:
+                if len(plan.standbys) > 1:
+                    words = f"plan {plan.id} waits, to start {' and '.join(plan.standbys)}"
+                    raise NotPossibleError(f"{words}: approve or refuse it first")
+                plan = await self._approved_by_hand(plan, by)
+        except PlansError as error:
+            raise NotPossibleError(str(error)) from None
         return plan.id
+
+    async def _approved_by_hand(self, plan: Plan, by: str) -> Plan:
+        try:
+            return await self.approve(plan.id, by)
+        except ConflictError as error:
+            if plan.trigger is Trigger.HAND:  # it would stand in the way of the next one
+                await self.plans.move(plan.id, PlanEvent.EXPIRE, "manager", str(error))
+            raise
 
     def shortage(self, model: str) -> Shortage:
         """How short of capacity the local backends of a model are."""
@@ -358,8 +391,6 @@ class Planning:
 
     async def _look_again(self, plan: Plan) -> Plan | None:
         """Approve a plan in mode `auto` that is within budget, or note what it waits for. None: as it was."""
-        if plan.state is PlanState.EXECUTING:
-            return await self._abandon(plan)
         if plan.state is not PlanState.PROPOSED:
             return None
         waits_for = self._waits_for(plan)
@@ -368,67 +399,62 @@ class Planning:
                 return await self.plans.move(plan.id, PlanEvent.APPROVE, AUTO, "within budget")
             except ConflictError:
                 return self.plans.find(plan.id)  # somebody was faster
-        if waits_for != plan.waits_for:
+        if waits_for.partition(":")[0] != plan.waits_for.partition(":")[0]:  # its figures change all the time
             await self.plans.wait_for(plan.id, waits_for)
         return None
 
-    async def _abandon(self, plan: Plan) -> Plan | None:
-        """End a plan whose standbys all stand by again although nobody said so: a move got lost in a crash."""
-        states = {self.state_of(name) for name in plan.standbys}
-        if states != {State.STANDBY} or set(plan.started) < set(plan.standbys) or self._moves:
-            return None
-        gone = "its standbys stand by"
-        return await self.plans.update(
-            plan.id, lambda one: one.moved(PlanEvent.EXPIRE, "manager", gone, self.runtime.wall())
-        )
-
     def _waits_for(self, plan: Plan) -> str:
         """Empty: nothing."""
-        if (against := self._against(plan)) is not None:
-            return against.in_words(self.spending.currency)
-        return "approval" if plan.mode == CONFIRM else ""
+        words, _ = self._against(plan)
+        if words:
+            return words
+        return "approval" if CONFIRM in (plan.mode, self._mode_now(plan)) else ""
 
-    def _against(self, plan: Plan) -> Used | None:
-        """The ceiling without room for an hour of what it starts."""
+    def _mode_now(self, plan: Plan) -> str:
+        """It may have been proposed before somebody wanted to be asked."""
+        template = self.templates.all().get(plan.template)
+        return (template.mode if template is not None else None) or self.config.scaling.mode
+
+    def _against(self, plan: Plan) -> tuple[str, str]:
+        """What of money stands against it, and what to do about that, in words; empty: nothing."""
         of = [self.offers[name] for name in plan.standbys if name in self.offers]
-        return self.budgets.refuses(
-            ((one.site, nano_of(one.cost_per_hour or 0.0)) for one in of), plan.template
-        )
+        costs = [(one.site, nano_of(one.cost_per_hour or 0.0)) for one in of]
+        return self.money.against(costs, plan.template)
+
+    async def _follow(self) -> None:
+        """Have plans know what their standbys did. Raises OSError."""
+        async with self._following:
+            while self._moves:
+                move = self._moves[0]
+                if move.after is State.STANDBY:
+                    self.money.forget()
+                await self._take(move)
+                self._moves.popleft()
 
     async def _take(self, move: Move) -> None:
-        """What a move of a standby means for its plan. Raises OSError."""
-        name, wall, reason = move.name, move.wall, move.reason
-        if move.after is State.PREPARING:
-            await self.plans.update(move.plan, lambda plan: plan.began_with(name, wall, reason))
-        elif move.after is State.READY and move.event is Event.STARTED:
-            await self.plans.update(
-                move.plan, lambda plan: (plan.began_with(name, wall, "") or plan).ready_with(name, wall)
-            )
-        elif move.event is Event.FAIL:
-            words = f"{name}: {reason}"
-            await self.plans.update(
-                move.plan, lambda plan: plan.moved(PlanEvent.FAIL, "manager", words, wall)
-            )
-        elif move.after is State.STANDBY:
-            self.money.forget()
-            await self.plans.update(
-                move.plan, lambda plan: plan.stopped_with(name, wall, f"{name}: {reason}")
-            )
+        await self.plans.update(move.plan, lambda plan: plan.after(move))
+
+    async def _see(self) -> None:
+        """The same of moves that a crash has swallowed. Raises OSError."""
+        known = {name: one for name in self.offers if (one := self.standby_of(name)) is not None}
+        if not known or self._moves:
+            return
+        for plan in self.plans.open_plans() if self._all_seen else self.plans.all():
+            for one in (known[name] for name in plan.standbys if name in known):
+                await self._seen(plan.id, one)
+        self._all_seen = True
+
+    async def _seen(self, id: str, standby: Standby) -> None:
+        await self.plans.update(id, lambda plan: plan.as_seen(standby, self.runtime.wall()))
 
     # Templates
 
     def _startable(self, template: Template) -> list[Offer]:
         """Of what it comes to, what is off. Raises BadValueError."""
-        chosen = choose(template, self.offers, sites_of(self.config))
-        return [
-            one
-            for one in chosen
-            if self.plans.holding(one.name) is None and self.state_of(one.name) in (None, State.STANDBY)
-        ]
-
-    async def _of_template(self, name: str, mode: str | None, chosen: list[Offer], why: str) -> Plan:
-        reason = f"template {name}: {why}"
-        return await self.propose(chosen, Trigger.TEMPLATE, reason, template=name, mode=mode or "")
+        out = {name for name in self.offers if self.over(name) or self._state_of(name) is State.FAILED}
+        chosen = choose(template, self.offers, sites_of(self.config), out)
+        off = {one.name for one in chosen if self._state_of(one.name) is State.STANDBY}
+        return [one for one in chosen if one.name in off and self.plans.holding(one.name) is None]
 
     async def _fire(self) -> None:
         """Run the templates whose time has come."""
@@ -440,11 +466,13 @@ class Planning:
                 continue
             try:
                 chosen = [one for one in self._startable(template) if self.allowed(one.name)]
+                chosen = chosen[: room(self.plans.all(), name, template.most)]
             except BadValueError as error:
                 self._say(f"template {name} cannot fire: {error.message}")
                 continue
             if chosen:
-                await self._of_template(name, template.mode, chosen, why)
+                why = f"template {name}: {why}"
+                await self.propose(chosen, Trigger.TEMPLATE, why, template=name, mode=template.mode)
 
     def _tell_budget(self, words: str, figures: dict[str, Any]) -> None:
         if self._budget_notices is not None:
@@ -462,5 +490,7 @@ class Planning:
             "waiting": sum(plan.state is PlanState.PROPOSED for plan in self.plans.open_plans()),
             "open": [plan.id for plan in self.plans.open_plans()],
             "budgets": [self.budgets.shown(used) for used in self.budgets.used()],
-            "trouble": "; ".join(filter(None, (*dict.fromkeys(self._troubles), self.templates.trouble))),
+            "trouble": "; ".join(
+                filter(None, (*dict.fromkeys(self._troubles), self.templates.trouble, self._unworkable))
+            ),
         }

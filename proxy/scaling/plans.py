@@ -22,7 +22,7 @@ from typing import Final
 
 import orjson
 
-from policies.plans import Plan, PlanEvent, PlanState, open_plan, plan_from
+from policies.plans import Plan, PlanEvent, PlanState, plan_from
 
 log = logging.getLogger("tidegate")
 
@@ -30,7 +30,9 @@ PLANS_FILE: Final = "plans.jsonl"
 KEPT_PLANS: Final = 1000
 """Of those that have ended."""
 MOST_LINES: Final = 5 * KEPT_PLANS
-"""The file is written anew when it has more."""
+"""The file is written anew when it has more, and twice as many as there are plans."""
+COUNTED_S: Final = 32 * 86400.0
+"""What a template pays for is counted for so long after its end: a month."""
 LEAST_PREFIX: Final = 4
 """Characters of an id that may stand for the whole."""
 
@@ -55,6 +57,8 @@ class Plans:
         self.path = path
         self._wall = wall
         self._plans: dict[str, Plan] = {}
+        self._last: dict[str, str] = {}
+        """Id of the last plan of each standby: the open one, if there is one."""
         self._executor = executor or ThreadPoolExecutor(1, "plans")
         self.closed = True
         """Whether nothing can be written: it is not open yet, or not any more."""
@@ -66,7 +70,7 @@ class Plans:
 
     def open(self) -> None:
         """Read the file, and write it anew with what is still needed. Blocks. Raises OSError."""
-        self._plans = {}
+        self._plans, self._last = {}, {}
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
@@ -82,6 +86,8 @@ class Plans:
                 continue
             self._plans.pop(plan.id, None)  # the latest stands last
             self._plans[plan.id] = plan
+        for plan in sorted(self._plans.values(), key=lambda plan: (plan.open, plan.created)):
+            self._note(plan)
         self._forget()
         self._write_anew(self._plans.values())
         self.closed = False
@@ -103,18 +109,26 @@ class Plans:
         """The newest first."""
         return sorted(self._plans.values(), key=lambda plan: plan.created, reverse=True)
 
+    def on_accounts(self) -> list[Plan]:
+        """Those that templates pay for, or have paid for."""
+        return [plan for plan in self._plans.values() if plan.template and plan.started]
+
+    def template_of(self, id: str) -> str:
+        """Whose account a plan is on; empty: no template's, or there is no such plan."""
+        return self._plans[id].template if id in self._plans else ""
+
     def open_plans(self) -> list[Plan]:
         """Those that hold standbys, the oldest first."""
         return sorted((plan for plan in self._plans.values() if plan.open), key=lambda plan: plan.created)
 
     def holding(self, standby: str) -> Plan | None:
         """The open plan of a standby."""
-        return open_plan([*self._plans.values()], standby)
+        plan = self._plans.get(self._last.get(standby, ""))
+        return plan if plan is not None and plan.open else None
 
     def latest_refusal(self, standby: str) -> Plan | None:
         """The last plan of a standby, if somebody has refused it."""
-        of = [plan for plan in self._plans.values() if standby in plan.standbys]
-        last = max(of, key=lambda plan: plan.created, default=None)
+        last = self._plans.get(self._last.get(standby, ""))
         return last if last is not None and last.state is PlanState.REFUSED else None
 
     def find(self, id: str) -> Plan:
@@ -178,8 +192,7 @@ class Plans:
     def _expired(self, plan: Plan) -> Plan | None:
         if not plan.is_due(self._wall()):
             return None
-        reason = f"it waited too long: {plan.waits_for or 'nothing came of it'}"
-        return plan.moved(PlanEvent.EXPIRE, "manager", reason, self._wall())
+        return plan.moved(PlanEvent.EXPIRE, "manager", f"it waited too long: {plan.waiting}", self._wall())
 
     # On the disk
 
@@ -190,21 +203,28 @@ class Plans:
         await loop.run_in_executor(self._executor, self._append, plan)
         before = self._plans.pop(plan.id, None)
         self._plans[plan.id] = plan
+        if before is None:
+            self._note(plan)
         if len(self._plans) > 2 * KEPT_PLANS:
             self._forget()
         if before is None or before.state is not plan.state:
             self.changed(plan)
 
     def _forget(self) -> None:
-        """Keep the open ones, and the last that have ended."""
-        ended = [id for id, plan in self._plans.items() if not plan.open]
+        """Keep the open ones, those that their template has to pay for, and the last that have ended."""
+        since = self._wall() - COUNTED_S
+        ended = [id for id, plan in self._plans.items() if not plan.open and not plan.is_paid_for(since)]
         for id in ended[:-KEPT_PLANS]:
             del self._plans[id]
+        self._last = {name: id for name, id in self._last.items() if id in self._plans}
+
+    def _note(self, plan: Plan) -> None:
+        self._last |= dict.fromkeys(plan.standbys, plan.id)
 
     def _append(self, plan: Plan) -> None:
         """In the writing thread."""
         try:
-            if self._handle < 0 or self._lines >= MOST_LINES:
+            if self._handle < 0 or self._lines >= max(MOST_LINES, 2 * len(self._plans)):
                 others = [other for other in self._plans.values() if other.id != plan.id]
                 self._write_anew([*others, plan])
             else:

@@ -107,7 +107,7 @@ def provided(section: BackendConfig) -> dict[str, Any]:
     written = section.model_dump(mode="json")
     standby = written["standby"] or {}
     kept = {name: written[name] for name in ("url", "models", "engine", "api_key_env", "api_key_file", "tls")}
-    kept["provider"] = {name: standby.get(name) for name in PROVIDERS}
+    kept["provider"] = {name: standby.get(name) for name in (*PROVIDERS, "card", "cards", "task", "image")}
     return kept
 
 

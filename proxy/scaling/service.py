@@ -208,7 +208,7 @@ class Standbys:
             )
             scaling.journal.read()
             if gate is not None:
-                gate.state_of, gate.approved = scaling.state_of, scaling.wanted
+                gate.standby_of, gate.approved = scaling.standby_of, scaling.wanted
         made = scaling.make_all(sections, provider(config, self._launch))
 
         def follow() -> None:

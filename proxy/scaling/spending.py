@@ -37,7 +37,8 @@ class Span:
 
 
 class TokenSpending:
-    """Costs of this month, nano-units. `count` and `read` may be called by different threads."""
+    """Costs of this month, nano-units. `count` and `read` may be called by different threads, the sums by any: none
+    of these waits for the database."""
 
     def __init__(
         self, engine: sa.Engine, wall: float, zone: tzinfo, currency: str, shared: SharedBudgets | None = None
@@ -56,22 +57,25 @@ class TokenSpending:
         self._early: dict[tuple[str, str], int] = {}
         """The same of the next month, before anybody has read."""
         self.lock = shared.lock if shared is not None else threading.Lock()
-        """Held while rows are inserted and counted."""
+        """Held while rows are inserted and counted, for as long as a database takes: not for the event loop."""
+        self._figures = threading.Lock()
+        """Held while figures change, or are summed."""
 
     def count(self, rows: Iterable[Values]) -> None:
         """These rows of ours are in the ledger now. The lock is held."""
         rows = list(rows)
         if self._shared is not None:
             self._shared.count(rows)
-        for row in rows:
-            cost = row[_COST]
-            if not cost or row[_CURRENCY] != self.currency:
-                continue
-            arrived = row[_ARRIVED] / 1e6
-            if arrived >= self.begin:
-                since = self._since if arrived < self.end else self._early
-                of = row[_SITE], row[_BACKEND]
-                since[of] = since.get(of, 0) + cost
+        with self._figures:
+            for row in rows:
+                cost = row[_COST]
+                if not cost or row[_CURRENCY] != self.currency:
+                    continue
+                arrived = row[_ARRIVED] / 1e6
+                if arrived >= self.begin:
+                    since = self._since if arrived < self.end else self._early
+                    of = row[_SITE], row[_BACKEND]
+                    since[of] = since.get(of, 0) + cost
 
     def read(self, wall: float, accounts: dict[str, Sequence[Span]] | None = None) -> None:
         """Look into the database. Blocks: run it in a thread. Raises SQLAlchemy's errors; all is then as before.
@@ -80,7 +84,7 @@ class TokenSpending:
         """
         with self.lock:
             begin, end = self.begin, self.end
-            if wall >= end:
+            if not begin <= wall < end:  # also where a clock had been set forward, and was put right
                 begin, end = month_bounds(wall, self._zone)
             sites: dict[str, int] = {}
             for line in usage(self._engine, "site", begin):
@@ -88,18 +92,19 @@ class TokenSpending:
                     site = line.group["site"]
                     sites[site] = sites.get(site, 0) + line.cost_nano
             found = {name: self._of_spans(begin, spans) for name, spans in (accounts or {}).items()}
-            self._sites, self._accounts, self._since, self._early = sites, found, {}, {}
-            self.begin, self.end = begin, end
+            with self._figures:
+                self._sites, self._accounts, self._since, self._early = sites, found, {}, {}
+                self.begin, self.end = begin, end
 
     def site(self, name: str) -> int:
         """Of all its backends."""
-        with self.lock:
+        with self._figures:
             since = sum(cost for (site, _), cost in self._since.items() if site == name)
             return self._sites.get(name, 0) + since
 
     def sites(self) -> dict[str, int]:
         """By site, those with costs."""
-        with self.lock:
+        with self._figures:
             found = dict(self._sites)
             for (site, _), cost in self._since.items():
                 found[site] = found.get(site, 0) + cost
@@ -108,7 +113,7 @@ class TokenSpending:
     def account(self, name: str, running: Iterable[str] = ()) -> int:
         """Of one of the accounts at the last `read`, and since then of the backends that run on it."""
         backends = frozenset(running)
-        with self.lock:
+        with self._figures:
             since = sum(cost for (_, backend), cost in self._since.items() if backend in backends)
             return self._accounts.get(name, 0) + since
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from ruamel.yaml import YAML
 
 from policies.match import LOCAL
@@ -73,11 +73,21 @@ class Template(FileModel):
     standbys: list[Name] = Field(default_factory=list, description="Just these. Default: the cheapest.")
     automatic: Automatic | None = Field(None, description="When it fires by itself. Default: when it is run.")
 
+    @property
+    def most(self) -> int:
+        """Standbys that it comes to."""
+        return self.count or len(self.standbys) or 1
+
 
 class TemplatesFile(FileModel):
     """The file."""
 
     templates: dict[Name, Template]
+
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        return {} if value is None else value  # as where all of them are commented out
 
     @model_validator(mode="after")
     def _check(self) -> TemplatesFile:
@@ -100,6 +110,7 @@ class Shortage:
     spilling_s: float = 0.0
     """For so long a tier with backends of its model has been too full; 0: none is."""
     queue: int = 0
+    """Requests of its model that wait."""
     oldest_s: float = 0.0
     saturation: float = 0.0
     """Of local backends of its model, on average."""
@@ -118,8 +129,10 @@ def fires(automatic: Automatic, now: Shortage) -> str:
     return ""
 
 
-def choose(template: Template, offered: Mapping[str, Offer], sites: frozenset[str]) -> list[Offer]:
-    """The standbys that it comes to, the cheapest first.
+def choose(
+    template: Template, offered: Mapping[str, Offer], sites: frozenset[str], out: Container[str] = ()
+) -> list[Offer]:
+    """The standbys that it comes to, the cheapest first; `out`: cannot start now, so that others take their places.
 
     Raises BadValueError with the field that cannot be satisfied, and what is nearest.
     """
@@ -142,12 +155,12 @@ def choose(template: Template, offered: Mapping[str, Offer], sites: frozenset[st
             raise BadValueError(f"'{odd.name}' {_why_not(template, key, odd)}", at=("standbys", number))
         left = keeps
     left.sort(key=lambda one: one.rank)
-    count = template.count or len(template.standbys) or 1
+    count = template.most
     if count > len(left):
         names = listed((one.name for one in left), "and")
         fit = "1 standby fits" if len(left) == 1 else f"{len(left)} standbys fit"
         raise BadValueError(f"{count} are wanted, and {fit}: {names}", str(len(left)), at=("count",))
-    return left[:count]
+    return ([one for one in left if one.name not in out] or left)[:count]
 
 
 def _steps(template: Template) -> Iterator[tuple[str, Any]]:
@@ -223,19 +236,35 @@ def problems(
 
 
 def check_templates(
-    text: str, name: str, offered: Mapping[str, Offer], sites: frozenset[str]
-) -> TemplatesFile:
-    """The templates in a text, each of which comes to some standbys. Raises FileProblems."""
-    document = parse_yaml(text, name)
-    file = document.validate(TemplatesFile)
-    if found := problems(document, file, offered, sites):
+    text: str, name: str, offered: Mapping[str, Offer], sites: frozenset[str], *, more: bool = False
+) -> tuple[dict[str, Template], list[Problem]]:
+    """The templates in a text, and what of them cannot work until there are `more` standbys than are offered.
+
+    Raises FileProblems: it is no such text, or there will not be more.
+    """
+    if _is_empty(text):
+        return {}, []
+    document, file = _parsed(text, name)
+    found = problems(document, file, offered, sites)
+    if found and not more:
         raise document.failed(found)
-    return file
+    return file.templates, found
 
 
 def sites_of(config: Config) -> frozenset[str]:
     """That templates may name."""
     return frozenset({*config.sites, *(backend.site for backend in config.backends)})
+
+
+def _is_empty(text: str) -> bool:
+    """Whether there are but comments."""
+    return all(not line or line.startswith("#") for line in map(str.strip, text.splitlines()))
+
+
+def _parsed(text: str, name: str) -> tuple[Document, TemplatesFile]:
+    """Raises FileProblems."""
+    document = parse_yaml(text, name)
+    return document, document.validate(TemplatesFile)
 
 
 class Templates:
@@ -249,6 +278,8 @@ class Templates:
         """Changes with what is known."""
         self._known: dict[str, Template] = {}
         self._seen: tuple[int, int, int] | None = None
+        self._read: tuple[Document, TemplatesFile] | None = None
+        """None: there is no file that can be used."""
 
     def __contains__(self, name: object) -> bool:
         return name in self._known
@@ -274,9 +305,8 @@ class Templates:
         self.version += 1
         try:
             text = self.path.read_text(encoding="utf-8") if stamp is not None else ""
-            self._known = (
-                dict(parse_yaml(text, str(self.path)).validate(TemplatesFile).templates) if text else {}
-            )
+            self._read = None if _is_empty(text) else _parsed(text, str(self.path))
+            self._known = dict(self._read[1].templates) if self._read is not None else {}
             self.trouble = ""
         except FileProblems as error:
             self.trouble = str(error)
@@ -285,17 +315,27 @@ class Templates:
             self.trouble = f"{self.path}: {reason}"
         return True
 
+    def unworkable(self, offered: Mapping[str, Offer], sites: frozenset[str]) -> str:
+        """What of the file cannot work with these standbys, with its lines; empty: nothing."""
+        if self._read is None:
+            return ""
+        document, file = self._read
+        found = problems(document, file, offered, sites)
+        return str(document.failed(found)) if found else ""
+
     def save(
         self, name: str, written: Mapping[str, Any], offered: Mapping[str, Offer], sites: frozenset[str]
     ) -> Template:
         """Write one, in place of the one of its name; the rest of the file stays as people wrote it.
 
-        `written`: as it would stand in the file. Raises FileProblems: it cannot work, or the file is broken
-        already; OSError.
+        `written`: as it would stand in the file. Raises FileProblems or BadValueError: it cannot work, or the
+        file is broken already; OSError.
         """
-        text = self._changed(lambda templates: templates.__setitem__(name, dict(written)))
-        document = parse_yaml(text, str(self.path))
-        file = document.validate(TemplatesFile)
+        try:
+            text = self._changed(lambda templates: templates.__setitem__(name, dict(written)))
+        except RecursionError:
+            raise BadValueError("it is nested too deep", at=("templates", name)) from None
+        document, file = _parsed(text, str(self.path))
         try:
             choose(file.templates[name], offered, sites)
         except BadValueError as error:
@@ -315,18 +355,19 @@ class Templates:
         yaml.width = 4096
         yaml.preserve_quotes = True
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        if text.strip():
-            parse_yaml(text, str(self.path)).validate(TemplatesFile)
-        content = yaml.load(text) if text.strip() else None
-        if content is None:
-            content = {}
+        content = {}
+        if not _is_empty(text):
+            _parsed(text, str(self.path))
+            content = yaml.load(text)
         templates = content.get("templates")
         if templates is None:
             templates = content["templates"] = {}
         change(templates)
         output = io.StringIO()
         yaml.dump(content, output)
-        return output.getvalue() if text.strip() else HEAD + output.getvalue()
+        if not _is_empty(text):
+            return output.getvalue()
+        return (text.rstrip("\n") + "\n" if text.strip() else HEAD) + output.getvalue()
 
     def _write(self, text: str) -> None:
         """Whole or not at all."""

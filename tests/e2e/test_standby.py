@@ -95,8 +95,10 @@ async def test_by_hand_with_words_for_what_is_not_possible(tidegate: StartTidega
     assert (status, complaint) == (1, "tidegate: no standby is called 'b'; there are a\n")
     assert (await ask(proxy, "start", "a", "--for", "soon"))[0] == 1
     assert (await ask(proxy, "start", "a", "--for", "0s"))[0] == 1
-    status, out, _ = await ask(proxy, "start", "a")
+    status, out, _ = await ask(proxy, "start", "a", "--by", "ada")
     assert (status, out) == (0, "a is told to start: now it is standby\n")
+    (plan,) = json.loads(await asyncio.to_thread(get, f"{proxy.admin}/plans"))["plans"]
+    assert [made["by"] for made in plan["decisions"]][:1] == ["ada"]
     row = await until(proxy, "ready")
     assert row["pinned"]
     assert answers(port)

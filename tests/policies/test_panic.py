@@ -62,6 +62,14 @@ class TestPanic:
                 f"{n}" for n in range(used)
             }
 
+    def test_what_has_no_budget_left_is_not_missed(self) -> None:
+        homes = fleet(*(backend(f"{n}", probed_up=n != 1) for n in range(4)), health=Health(panic=0.5))
+        for name in "23":
+            homes[name].over_budget = True
+        homes.refresh(1.0)
+        valve = Valve(one_tier(), homes)
+        assert [decided(valve.submit(request(name), 1.0)) for name in "xyz"] == ["0", "0", "hold"]
+
     def test_one_that_refuses_connections_is_never_used(self) -> None:
         homes = fleet(sick("a", connects=False), health=Health(panic=1.0))
         homes.refresh(1.0)

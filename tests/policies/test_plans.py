@@ -20,10 +20,10 @@ from policies.plans import (
     Resources,
     Trigger,
     forecast_of,
-    open_plan,
     plan_from,
 )
 from policies.profile import Capacity, Limits, Origin, Profile, Source, Step
+from policies.standby import Event, Standby, State
 
 SOURCE = Source(origin=Origin.GIVEN, text="made up")
 events = st.lists(st.sampled_from(PlanEvent), max_size=12)
@@ -156,26 +156,56 @@ def test_what_is_stopped_before_it_is_done_comes_to_nothing() -> None:
     assert plan_from(later.as_dict()) == later
 
 
-def test_only_what_waits_is_ever_due() -> None:
-    plan = a_plan()
+def test_it_waits_for_approval_and_as_long_again_for_what_is_to_begin() -> None:
+    plan = a_plan("a", "b")
     assert not plan.is_due(1899.9)
     assert plan.is_due(1900.0)
     assert not plan.is_due(100.0), "a clock that was put right"
     assert plan.is_due(99.0), "or set back for years"
-    begun = plan.moved(PlanEvent.APPROVE, "Ada", "", 1.0)
+    late = plan.moved(PlanEvent.APPROVE, "Ada", "", 1899.0)
+    assert late is not None
+    assert (late.due, late.waiting) == (2799.0, "a and b to begin")
+    assert not late.is_due(1900.0), "nobody approves for a second"
+    assert late.is_due(2799.0)
+    half = late.began_with("a", 2000.0, "")
+    assert half is not None
+    assert half.waiting == "b to begin"
+    assert not half.is_due(2899.0)
+    assert half.is_due(2900.0), "b is not started hours later"
+    begun = half.began_with("b", 2500.0, "")
     assert begun is not None
-    assert begun.is_due(1900.0)
-    begun = begun.began_with("nj", 1.0, "")
-    assert begun is not None
-    assert not begun.is_due(1e12)
+    assert (begun.waiting, begun.is_due(1e12)) == ("", False)
 
 
-def test_one_open_plan_holds_a_standby() -> None:
-    refused = a_plan().moved(PlanEvent.REFUSE, "Ada", "", 1.0)
-    assert refused is not None
-    held = a_plan("nj", "xa", id="b")
-    assert open_plan([refused, held], "xa") is held
-    assert open_plan([refused], "nj") is None
+moves = st.lists(
+    st.tuples(st.sampled_from("ab"), st.sampled_from([event for event in Event if event is not Event.FOUND])),
+    max_size=14,
+)
+
+
+@given(moves, st.integers(0, 14))
+def test_what_a_crash_has_swallowed_is_seen_from_where_the_standbys_are(
+    steps: list[tuple[str, Event]], told: int
+) -> None:
+    """Moves behind the first `told` never reached the plan: it ends up where the standbys are all the same."""
+    standbys = {name: Standby(name) for name in "ab"}
+    plan = a_plan("a", "b").moved(PlanEvent.APPROVE, "Ada", "", 1.0)
+    assert plan is not None
+    for number, (name, event) in enumerate(steps):
+        one = standbys[name]
+        if one.runs and event is Event.START and number >= told:
+            continue  # nothing is started twice on a plan that is open
+        move = one.move(event, "", 2.0 + number, "later" if one.runs else plan.id)
+        if move is not None and number < told and move.plan == plan.id:
+            plan = plan.after(move) or plan
+    for standby in standbys.values():
+        plan = plan.as_seen(standby, 99.0) or plan
+    on = {name for name, one in standbys.items() if one.plan == plan.id and one.state is not State.STANDBY}
+    assert on <= set(plan.started) or not plan.open
+    assert {name for name in plan.started if name not in dict(plan.stopped)} <= on
+    if any(one.runs for one in standbys.values()):
+        assert plan.state is not PlanState.APPROVED
+    assert all(plan.as_seen(standby, 99.0) is None for standby in standbys.values()), "and stays there"
 
 
 # The forecast

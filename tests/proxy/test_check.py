@@ -119,6 +119,53 @@ def test_standbys_are_told_of_with_their_money(folder: Path) -> None:
         assert said in text
 
 
+TEMPLATES = """\
+templates:
+  rush: {model: m, sites: [nanjing]}
+  night: {model: m, cards: [H20]}
+"""
+
+
+def test_templates_that_cannot_work_are_refused_with_their_field(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(STANDBYS)
+    (folder / "tidegate-data").mkdir()
+    file = folder / "tidegate-data" / "templates.yaml"
+    file.write_text(TEMPLATES)
+    said = (
+        "3:28: templates.night.cards: none of them fits; the nearest is 'a', which has no card that is known"
+    )
+    found = check()
+    assert found.exit_code == 1
+    assert found.stderr.startswith(f"{file}:{said}, and not H20")
+    (problem,) = reported()["problems"]
+    assert (problem["file"], problem["path"]) == (str(file), "templates.night.cards")
+    assert check(str(file)).stderr == found.stderr
+    assert reported(str(file))["kind"] == "templates"
+    file.write_text(TEMPLATES.replace("H20", "H100").replace("  night", "# night"))
+    assert f"\nTemplates in {file}: rush.\n" in check().stdout
+    assert check(str(file)).stdout == f"{file}: rush\n"
+    file.write_bytes(b"\xff")
+    assert check().stderr.startswith(f"{file}:1:1: the file is not UTF-8 text")
+
+
+def test_templates_may_wait_for_what_a_platform_places(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLATFORM_SECRET", "a-secret-of-16-bytes")
+    platform = "  scheduler: {url: 'http://127.0.0.1:9', secret_env: PLATFORM_SECRET}\n"
+    (folder / "tidegate.yaml").write_text(STANDBYS + platform)
+    (folder / "tidegate-data").mkdir()
+    (folder / "tidegate-data" / "templates.yaml").write_text(TEMPLATES)
+    found = check()
+    assert found.exit_code == 0
+    assert f"warning: {folder}/tidegate-data/templates.yaml:3:28: templates.night.cards: none" in found.stdout
+
+
+def test_templates_without_a_configuration_are_read_at_least(folder: Path) -> None:
+    (folder / "templates.yaml").write_text(TEMPLATES)
+    assert check("templates.yaml").stdout.startswith("templates.yaml: rush, night; without a configuration")
+    (folder / "templates.yaml").write_text(TEMPLATES.replace("cards", "card"))
+    assert "templates.yaml:3:21: templates.night.card" in check("templates.yaml").stderr
+
+
 PROFILE = """\
 name: appliance
 card: L40

@@ -194,6 +194,16 @@ async def test_a_proxy_whose_backends_all_sleep_is_ready_and_says_so() -> None:
     assert unready(w.runtime) == "no backend is available"
 
 
+def test_nobody_waits_for_a_standby_whose_budget_is_used_up() -> None:
+    w = asleep("z", "y")
+    for name in "zy":
+        assert unready(w.runtime) == ""
+        w.runtime.fleet[name].over_budget = True
+    assert unready(w.runtime) == "no backend is available"
+    said = {row["name"]: row["unavailable"] for row in state(w.runtime, 0.0)["backends"]}
+    assert said == dict.fromkeys("zy", "its budget for this month is used up")
+
+
 def test_models_of_standbys_are_listed() -> None:
     assert list(asleep().runtime.models(None)) == ["m"]
 

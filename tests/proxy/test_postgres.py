@@ -22,6 +22,8 @@ from sqlalchemy.exc import OperationalError
 
 import proxy.database
 from benchmarks.postgres import PostgresServer
+from policies.standby import Standby
+from policies.standby import State as StandbyState
 from proxy.access.keys import create_key
 from proxy.check import _has_keys
 from proxy.config import Config
@@ -30,10 +32,13 @@ from proxy.journal import Journal
 from proxy.ledger import Ledger, _Insert
 from proxy.migrations import REVISIONS
 from proxy.records import OUTCOMES, Row, to_values
+from proxy.scaling.hours import Hours, spent
+from proxy.scaling.journal import Kept
 from proxy.tables import ledger, metadata, usage_hourly
 from proxy.waiting import opened_in_time
 from tests.databases import running_postgres
 from tests.proxy.rows import PRICES, a_row, eventually
+from tests.proxy.scaling.engines import section
 from tests.proxy.test_ledger import State, added_up, hourly, rows_of, using
 
 Open = Callable[..., Engine]
@@ -70,13 +75,19 @@ def state(tmp_path: Path, own_server: PostgresServer) -> Iterator[State]:
 # Opening
 
 
-def test_migrations_make_the_tables_that_the_code_describes(postgres: PostgresServer, opened: Open) -> None:
+def not_as_described(engine: Engine) -> list[Any]:
+    """What of its tables is not as `proxy.tables` has it."""
+
     def compare(_: Any, __: Any, column: Column[Any], *___: Any) -> bool | None:
         return False if isinstance(column.type, JSON) else None  # PostgreSQL has no `=` for json
 
-    with opened(postgres.url(postgres.create())).connect() as connection:
+    with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": compare})
-        assert compare_metadata(context, metadata) == []
+        return list(compare_metadata(context, metadata))
+
+
+def test_migrations_make_the_tables_that_the_code_describes(postgres: PostgresServer, opened: Open) -> None:
+    assert not_as_described(opened(postgres.url(postgres.create()))) == []
 
 
 def test_what_failed_before_the_upgrade_is_counted_from_its_rows(
@@ -92,6 +103,26 @@ def test_what_failed_before_the_upgrade_is_counted_from_its_rows(
         connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     assert hourly(opened(url)) == before
     assert before[0][-1] == 4
+
+
+def test_a_database_of_before_gets_hours_of_capacity_and_keeps_what_it_has(
+    postgres: PostgresServer, opened: Open
+) -> None:
+    url = postgres.url(postgres.create())
+    engine = opened(url)
+    _Insert(engine).rows([to_values(a_row())])
+    before = hourly(engine)
+    with writing(engine) as connection:
+        connection.execute(text("DROP TABLE capacity_hourly"))
+        connection.execute(text("UPDATE alembic_version SET version_num = '0002'"))
+    engine = opened(url)
+    assert (hourly(engine), not_as_described(engine)) == (before, [])
+    hours = Hours(engine, "CNY")
+    run = Kept(Standby("a", StandbyState.READY, "a-1-1"), paid_since=3600.0)
+    hours.open(run, section("a"), "rush", 3600.0, 0.0)
+    for _ in range(2):
+        asyncio.run(hours.write(7200.0, 3600.0))
+    assert spent(engine, "local", 3600.0, 7200.0, "rush", "CNY") == 36 * 10**9
 
 
 def test_several_processes_may_open_a_new_database_at_once(postgres: PostgresServer, opened: Open) -> None:

@@ -237,6 +237,28 @@ def test_spill_is_told_by_tier() -> None:
     assert "spill     no request has met a tier with thresholds yet" in shown(now)
 
 
+def test_plans_that_wait_and_budgets_are_told() -> None:
+    _, now = busy()
+    assert "plans" not in shown(now)
+    budget = {
+        "scope": "site",
+        "name": "nanjing",
+        "budget": 100.0,
+        "used": 91.5,
+        "ratio": 0.915,
+        "currency": "CNY",
+    }
+    month = budget | {"scope": "month", "name": ""}
+    now["plans"] = {"waiting": 2, "budgets": [budget, month], "trouble": "it cannot be written\nfor long"}
+    text = shown(now)
+    assert "! plans: it cannot be written\n" in text
+    assert "plans     2 wait: tidegate plans list\n" in text
+    assert "budget    site nanjing: 91.50 of 100.00 CNY used, 92%\n" in text
+    assert "budget    month: 91.50 of" in text
+    now["plans"] |= {"waiting": 1}
+    assert "plans     1 waits:" in shown(now)
+
+
 def test_hosts_are_told_with_their_age_and_what_is_wrong() -> None:
     _, now = busy()
     assert "host " not in shown(now)

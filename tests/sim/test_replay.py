@@ -291,6 +291,27 @@ def test_what_was_held_for_standbys_is_decided_again() -> None:
     assert found.end == "it is over"
 
 
+def test_a_budget_that_is_used_up_counts_again_in_a_replay() -> None:
+    records: Records = []
+    source = PolicySource("test", PICK.format("least-load"), 0)
+    log = EventLog(lambda one: records.append(orjson.loads(orjson.dumps(one))), source)
+    homes = [Backend(name, slots=9, models=frozenset({"m"})) for name in "yz"]
+    router = ByHand(homes, read_policy(source.text, source.name).rules, log=log)
+    for number in range(9):
+        if number in (3, 6):
+            router.fleet["z"].over_budget = number == 3
+            router.fleet.version += 1
+            router.fleet.refresh(float(number))
+            router.poll(float(number))
+        router.submit(Request(RequestFacts(f"r{number}", "m", arrived=float(number))), float(number))
+    log.end("it is over")
+    assert "".join(record["send"] for record in records if "send" in record)[3:6] == "yyy"
+    assert compare(records).difference is None
+    told = next(record for record in records if record.get("event") == "figures")
+    del told["backends"]["z"]["over_budget"]
+    assert compare(records).difference is not None
+
+
 def test_a_request_that_left_the_queue_has_the_time_at_which_it_left() -> None:
     records: Records = []
     source = PolicySource("test", PICK.format("least-load"), 0)

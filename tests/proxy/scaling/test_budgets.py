@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,6 +110,17 @@ def test_a_zone_says_when_a_month_begins(engine: Engine) -> None:
     assert there.begin > process.spending.begin
 
 
+def test_a_clock_that_was_in_the_next_month_for_a_while_costs_no_budget(engine: Engine) -> None:
+    process = Process(engine)
+    process.pays(70)
+    process.spending.read(DECEMBER)
+    assert process.spending.site("nanjing") == 0
+    process.spending.read(NOVEMBER)
+    assert process.spending.site("nanjing") == 70
+    process.pays(5)
+    assert process.spending.site("nanjing") == 75
+
+
 def test_another_currency_is_not_money(engine: Engine) -> None:
     process = Process(engine)
     process.pays(70, currency="USD")
@@ -130,6 +142,22 @@ def test_an_account_pays_what_its_backends_cost_while_they_run_for_it(engine: En
     assert process.spending.account("long", ["nj"]) == 1107
     assert process.spending.account("rush") == 110
     assert process.spending.account("nobody") == 0
+
+
+def test_no_sum_waits_for_the_database(engine: Engine) -> None:
+    process = Process(engine)
+    process.pays(70, backend="nj")
+    found: list[object] = []
+
+    def sums() -> None:
+        spending = process.spending
+        found.extend((spending.site("nanjing"), spending.sites(), spending.account("rush", ["nj"])))
+
+    with process.spending.lock:  # rows are being inserted
+        reader = threading.Thread(target=sums, daemon=True)
+        reader.start()
+        reader.join(5.0)
+        assert found == [70, {"nanjing": 70}, 70]
 
 
 def test_budgets_of_keys_are_counted_along(engine: Engine) -> None:

@@ -24,12 +24,12 @@ from proxy.scaling.sections import StandbySection
 FACTS = Facts("nj", "http://127.0.0.1:8000", ["m"])
 
 
-def provider(folder: Path, text: str, **section: Any) -> CommandProvider:
+def provider(folder: Path, text: str, facts: Facts = FACTS, **section: Any) -> CommandProvider:
     script = folder / "standby.sh"
     script.write_text(f"#!/bin/sh\n{text}\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     command = {"command": [str(script), "first"], **section}
-    return CommandProvider(StandbySection.model_validate({"command": command}), FACTS)
+    return CommandProvider(StandbySection.model_validate({"command": command}), facts)
 
 
 async def test_what_the_script_is_told(tmp_path: Path) -> None:
@@ -41,6 +41,25 @@ async def test_what_the_script_is_told(tmp_path: Path) -> None:
     assert (tmp_path / "calls").read_text().splitlines() == [
         f"first {operation} nj r1 http://127.0.0.1:8000 h20" for operation in ("prepare", "start", "stop")
     ]
+
+
+async def test_the_script_is_told_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the images say at that moment, and nothing where they do not know."""
+    monkeypatch.setenv("TIDEGATE_IMAGE", "of somebody else")
+    launch: Launch | None = Launch(
+        "vllm:v1", (), ("--model", "my model", "--port", "8000"), {"A": "1", "B": "x y"}
+    )
+    script = f'eval "set -- $TIDEGATE_ARGUMENTS"; printf "%s|" "$TIDEGATE_IMAGE" "$@" > {tmp_path}/told'
+    script += f'; eval "set -- $TIDEGATE_ENVIRONMENT"; printf "%s|" "$@" >> {tmp_path}/told'
+    one = provider(tmp_path, script, facts=replace(FACTS, launch=lambda: launch))
+    await one.start("r1")
+    assert (tmp_path / "told").read_text() == "vllm:v1|--model|my model|--port|8000|A=1|B=x y|"
+    launch = Launch(command=("serve", "it"), arguments=("--port", "8000"))
+    await one.start("r2")
+    assert (tmp_path / "told").read_text() == "|serve|it|--port|8000||"
+    launch = None
+    await one.start("r3")
+    assert (tmp_path / "told").read_text() == "||"
 
 
 @pytest.mark.parametrize(
@@ -192,24 +211,6 @@ async def test_a_status_that_hangs_says_so_before_nobody_waits_any_more(
     found = await provider(tmp_path, "echo asking the cloud >&2; sleep 1000").status()
     assert found.presence is Presence.UNKNOWN
     assert found.detail == "`standby.sh status` took longer than 0.5 s and was ended: asking the cloud"
-
-
-LAUNCH = Launch("vllm:v1", (), ("--port", "8000", "--name", "a b"), {"VLLM_USE_V1": "0"})
-
-
-async def test_what_is_to_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TIDEGATE_IMAGE", "of somebody else")
-    text = f"""echo "$TIDEGATE_IMAGE" >> {tmp_path}/told
-eval "printf '%s\\n' $TIDEGATE_ARGUMENTS" >> {tmp_path}/told
-echo "$TIDEGATE_LAUNCH" > {tmp_path}/launch"""
-    section = provider(tmp_path, text)._section
-    standby = StandbySection.model_validate({"command": section})
-    await CommandProvider(standby, replace(FACTS, launch=lambda: LAUNCH)).start("r1")
-    assert (tmp_path / "told").read_text().splitlines() == ["vllm:v1", "--port", "8000", "--name", "a b"]
-    assert json.loads((tmp_path / "launch").read_text()) == LAUNCH.as_dict()
-    (tmp_path / "told").unlink()
-    await CommandProvider(standby, FACTS).start("r1")
-    assert (tmp_path / "told").read_text().split() == []
 
 
 @pytest.mark.parametrize("operation", ["prepare", "start", "stop"])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from policies.standby import Standby, State
 from proxy.database import open_database
-from proxy.scaling.hours import Hours, month_of, spent
+from proxy.scaling.hours import Hours, spent
 from proxy.scaling.journal import Kept
 from tests.proxy.scaling.engines import section
 
@@ -45,6 +44,8 @@ def test_an_hour_costs_what_an_hour_costs_however_often_it_is_written(tmp_path: 
         assert spent(engine, "local", ON_THE_HOUR, ON_THE_HOUR + 3600) / NANO == pytest.approx(18.0)
         assert spent(engine, "elsewhere", 0.0, 1e12) == 0
         assert spent(engine, None, 0.0, 1e12, "t") / NANO == pytest.approx(36.0)
+        assert spent(engine, None, 0.0, 1e12, currency="CNY") / NANO == pytest.approx(36.0)
+        assert spent(engine, None, 0.0, 1e12, currency="USD") == 0, "a ledger that once counted in another"
         engine.dispose()
 
     asyncio.run(whole())
@@ -69,6 +70,18 @@ def test_a_run_that_goes_on_while_no_proxy_runs_is_counted_once(tmp_path: Path) 
     asyncio.run(whole())
 
 
+def test_a_template_pays_for_a_run_that_a_crash_found_unwritten(tmp_path: Path) -> None:
+    async def whole() -> None:
+        engine, wall = open_database(tmp_path), ON_THE_HOUR
+        hours = Hours(engine, "CNY")
+        await hours.begin([(kept(wall), section("a"), "rush")], wall + 30, 0.0)
+        await hours.write(wall + 60, 30.0)
+        assert spent(engine, None, 0.0, 1e12, "rush") / NANO == pytest.approx(0.6)
+        engine.dispose()
+
+    asyncio.run(whole())
+
+
 def test_what_cannot_be_written_is_written_later(tmp_path: Path) -> None:
     async def whole() -> None:
         hours, wall = Hours(open_database(tmp_path), "CNY"), ON_THE_HOUR
@@ -87,23 +100,5 @@ def test_what_cannot_be_written_is_written_later(tmp_path: Path) -> None:
         assert total(hours) == pytest.approx(0.6)
         assert engine is not None
         engine.dispose()
-
-    asyncio.run(whole())
-
-
-def test_a_month_is_one_of_the_calendar() -> None:
-    begin, end = month_of(datetime(2026, 12, 31, 23, tzinfo=UTC).timestamp())
-    assert datetime.fromtimestamp(begin, UTC) == datetime(2026, 12, 1, tzinfo=UTC)
-    assert datetime.fromtimestamp(end, UTC) == datetime(2027, 1, 1, tzinfo=UTC)
-
-
-def test_a_run_that_is_taken_up_before_it_was_written_stays_on_its_account(tmp_path: Path) -> None:
-    async def whole() -> None:
-        hours, wall = Hours(open_database(tmp_path), "CNY"), ON_THE_HOUR
-        await hours.begin([(kept(wall), section("a"), "t")], wall + 30, 0.0)
-        await hours.write(wall + 60, 30.0)
-        assert hours.engine is not None
-        assert spent(hours.engine, None, 0.0, 1e12, "t") / NANO == pytest.approx(0.6)
-        hours.engine.dispose()
 
     asyncio.run(whole())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
 
 from policies.yamlfile import FileProblems
+from proxy.cli import register
 from proxy.config import BackendConfig
 from proxy.scaling.images import (
     FIELDS,
@@ -243,3 +247,49 @@ def test_what_a_platform_starts_without_an_image_of_ours_is_its_own(labels: dict
     placement = BackendConfig.model_validate({**backend, "standby": {"scheduler": {"placement": "p"}}})
     generic = Images([entry("for all")]) if not labels else load_images()
     assert offer(placement, generic).launch is None
+
+
+# The command
+
+COMMAND = typer.Typer()
+register(COMMAND, "images")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tidegate(*arguments: str) -> Result:
+    return CliRunner().invoke(COMMAND, arguments)
+
+
+def test_the_command_says_what_is_taken(folder: Path) -> None:
+    said = tidegate("--model", "Qwen/Qwen3-32B", "--card", "Tesla V100", "--cards", "2").stdout
+    assert said.startswith("vllm/vllm-openai:v0.8.5.post1\n")
+    assert "--model Qwen/Qwen3-32B --port 8000 --tensor-parallel-size 2 --dtype half\n" in said
+    assert "  environment  VLLM_USE_V1=0\n" in said
+    found = json.loads(tidegate("--model", "m", "--card", "910b", "--json").stdout)["found"]
+    assert found["arguments"][:3] == ["vllm", "serve", "m"]
+    (folder / "own.yaml").write_text("images:\n  - {image: mine, cards: [V100], source: our registry}\n")
+    (folder / "tidegate.yaml").write_text(
+        "backends: [{name: a, url: 'http://a'}]\nscaling: {images: own.yaml}\n"
+    )
+    assert tidegate("--model", "m", "--card", "V100").stdout.startswith("mine\n")
+
+
+def test_the_command_says_what_is_missing(folder: Path) -> None:
+    found = tidegate("--model", "m", "--card", "H20", "--protocol", "anthropic")
+    assert found.exit_code == 1
+    assert "there is no image for m on H20, generate, anthropic; the nearest is" in found.stderr
+    assert found.stderr.endswith("for protocol openai\n")
+    for wrong in ("--task", "--protocol"):
+        found = tidegate(wrong, "chat")
+        assert (found.exit_code, found.stderr.startswith(f"tidegate: {wrong}: ")) == (2, True)
+
+
+def test_the_command_lists_what_fits(folder: Path) -> None:
+    assert tidegate().stdout.count("\n  ") == len(load_images().entries)
+    assert "vllm-ascend" in tidegate("--card", "910B").stdout
+    assert tidegate("--card", "MLU370").exit_code == 1

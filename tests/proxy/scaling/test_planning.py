@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,113 +13,16 @@ import pytest
 from aiohttp import web
 
 from policies.plans import PlanState, Trigger
-from policies.scaling import Step
-from policies.standby import Event, Standby
+from policies.standby import Event, Standby, State
 from policies.state import Backend, Fleet
-from proxy.config import BackendConfig, Config
-from proxy.records import to_values
-from proxy.scaling.planning import Planning
-from proxy.scaling.service import Standbys, scaling_in
+from proxy.config import BackendConfig
+from proxy.scaling.service import scaling_in
 from proxy.scaling.signing import signed, verify
 from proxy.scaling.templates import Shortage
-from proxy.serve import Service
-from tests.e2e.proxy_fixtures import command, eventually
-from tests.proxy.rows import a_row
+from tests.e2e.proxy_fixtures import eventually
+from tests.proxy.scaling.planned import STEP, Start, standby
 
 SECRET = "a-secret-of-16-bytes"
-STEP = Step("nj", Event.START, "demand of 900 tokens is above 80% of 1000", {"demand": 900.0})
-
-
-def standby(name: str, site: str, **section: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "url": "http://127.0.0.1:9",
-        "site": site,
-        "models": ["qwen3-32b"],
-        "slots": 8,
-        "standby": {"command": {"command": ["true"]}, "cost_per_hour": 10.0, **section},
-    }
-
-
-class Proxy:
-    """One with two standbys, and what a test asks of it."""
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        self.state = str(service.state)
-
-    @property
-    def planning(self) -> Planning:
-        found = self.service.runtime.planning
-        assert found is not None
-        return found
-
-    def pays(self, amount: float, site: str = "nanjing") -> None:
-        """A request at this site has cost so much, and is in the ledger."""
-        row = a_row(
-            site=site, backend="nj", currency="CNY", cost_nano=round(amount * 1e9), arrived=time.time()
-        )
-        self.service.runtime.ledger._put([to_values(row)])
-
-    async def turn(self) -> None:
-        await self.planning.turn()
-
-    async def lives(self, one: Standby, *events: Event, plan: str = "") -> None:
-        """A standby makes these moves."""
-        for event in events:
-            move = one.move(event, f"it is to {event}", time.time(), plan)
-            assert move is not None
-            self.planning.moved(move)
-        await self.turn()
-
-    async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
-        fields = {"content-type": "application/json", **headers}
-        url = f"http://{self.service.ports.admin}{path}"
-        async with (
-            aiohttp.ClientSession() as session,
-            session.request(method, url, data=data, headers=fields) as response,
-        ):
-            return response.status, await response.json()
-
-    async def says(self, *arguments: str, status: int = 0) -> str:
-        """What `tidegate ...` says to this proxy."""
-        found, out, complaint = await command(*arguments, "--state", self.state)
-        assert found == status, (out, complaint)
-        return out + complaint
-
-
-Start = Callable[..., Awaitable[Proxy]]
-
-
-@pytest.fixture
-async def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
-    """Starts a proxy whose standbys nobody looks after: the test says what becomes of them."""
-    monkeypatch.setattr(Standbys, "begin", lambda self: None)
-    async with AsyncExitStack() as stack:
-
-        async def one(**scaling: Any) -> Proxy:
-            config = Config.model_validate(
-                {
-                    "listen": "127.0.0.1:0",
-                    "admin": "127.0.0.1:0",
-                    "state": tmp_path / "state",
-                    "log": "off",
-                    "currency": "CNY",
-                    "sites": {"nanjing": {}, "xian": {}},
-                    "backends": [
-                        standby("nj", "nanjing", card="H20"),
-                        standby("xa", "xian", cost_per_hour=4.0),
-                    ],
-                    "scaling": scaling,
-                }
-            )
-            service = Service(config)
-            await service.start()
-            stack.push_async_callback(service.stop)
-            return Proxy(service)
-
-        yield one
 
 
 # By whose word
@@ -176,6 +78,28 @@ async def test_the_image_of_a_plan_is_what_is_started(start: Start, tmp_path: Pa
     assert told.read_text() == plan.resources.image != ""
 
 
+async def test_what_a_crash_has_swallowed_is_seen_with_the_next_turn(start: Start) -> None:
+    proxy = await start()
+    id = await proxy.planning.want("nj", STEP)
+    assert id is not None
+    nj = Standby("nj")
+    assert nj.move(Event.START, "", time.time(), id), "and the proxy was killed before its plan heard of it"
+    proxy.planning.standby_of = {"nj": nj}.get
+    await proxy.turn()
+    assert proxy.planning.plans.find(id).state is PlanState.EXECUTING
+    assert nj.move(Event.PREPARED, "", time.time())
+    assert nj.move(Event.STARTED, "", time.time())
+    await proxy.turn()
+    assert proxy.planning.plans.find(id).state is PlanState.DONE
+    assert nj.move(Event.FAIL, "", time.time())
+    assert nj.move(Event.RECOVERED, "", time.time())
+    await proxy.turn()
+    assert proxy.planning.plans.find(id).stopped == (), "it has ended, and is looked at once"
+    proxy.planning._all_seen = False  # the next start
+    await proxy.turn()
+    assert proxy.planning.plans.find(id).stopped == (("nj", nj.since),)
+
+
 async def test_in_mode_confirm_somebody_has_to_approve(start: Start) -> None:
     proxy = await start(mode="confirm")
     assert await proxy.planning.want("nj", STEP) is None
@@ -196,6 +120,8 @@ async def test_in_mode_confirm_somebody_has_to_approve(start: Start) -> None:
     assert "there is no plan ffffffff: `tidegate plans list`" in said
     listed = json.loads(await proxy.says("plans", "list", "--all", "--json"))
     assert [row["id"] for row in listed["plans"]] == [plan.id]
+    await proxy.planning.want("xa", STEP)
+    assert "and 1 older ones (--last shows more)" in await proxy.says("plans", "list", "--all", "--last", "1")
 
 
 async def test_what_was_refused_is_left_alone_for_a_while(start: Start) -> None:
@@ -327,12 +253,7 @@ async def test_a_ceiling_is_kept_over_a_restart_and_gives_back_when_it_is_raised
     await again.turn()
     nj = again.service.runtime.fleet["nj"]
     assert nj.over_budget
-    scaling = again.planning.config.scaling.model_copy(
-        update={
-            "budgets": again.planning.config.scaling.budgets.model_copy(update={"sites": {"nanjing": 200}})
-        }
-    )
-    again.planning.use(again.planning.config.model_copy(update={"scaling": scaling}))
+    again.uses(budgets={"sites": {"nanjing": 200}})
     await again.turn()
     assert not nj.over_budget
 
@@ -340,10 +261,7 @@ async def test_a_ceiling_is_kept_over_a_restart_and_gives_back_when_it_is_raised
 async def test_with_money_again_a_plan_in_mode_auto_goes_on(start: Start) -> None:
     proxy = await start(budgets={"month": 5})
     assert await proxy.planning.want("nj", STEP) is None
-    scaling = proxy.planning.config.scaling.model_copy(
-        update={"budgets": proxy.planning.config.scaling.budgets.model_copy(update={"month": 50.0})}
-    )
-    proxy.planning.use(proxy.planning.config.model_copy(update={"scaling": scaling}))
+    proxy.uses(budgets={"month": 50})
     await proxy.turn()
     (plan,) = proxy.planning.plans.all()
     assert plan.state is PlanState.APPROVED
@@ -369,12 +287,17 @@ async def test_templates_from_the_terminal(start: Start) -> None:
     assert "--model" in said
     assert "rush: qwen3-32b" in await proxy.says("templates", "list")
     assert json.loads(await proxy.says("templates", "show", "rush"))["sla"] == {"ttft": 2.0}
-    said = await proxy.says("templates", "run", "rush", "--by", "ada")
+    said = await proxy.says("templates", "run", "rush", "--by", "[/ada]")
     (plan,) = proxy.planning.plans.all()
-    assert (plan.standbys, plan.template, plan.reason) == (("nj",), "rush", "template rush: ada has run it")
+    assert (plan.standbys, plan.template, plan.reason) == (
+        ("nj",),
+        "rush",
+        "template rush: [/ada] has run it",
+    )
     assert f"approve it: tidegate plans approve {plan.id}" in said
+    assert plan.reason in await proxy.says("plans", "list"), "it is text, and no markup"
     said = await proxy.says("templates", "run", "rush", status=1)
-    assert "all that template 'rush' would start is on, or is being started" in said
+    assert "all that template 'rush' would start is on, is being started, or has failed" in said
     await proxy.says("templates", "save", "again", "--plan", plan.id)
     assert proxy.planning.templates.find("again").standbys == ["nj"]
     await proxy.says("templates", "delete", "rush")
@@ -399,6 +322,18 @@ async def test_an_automatic_template_fires_once_for_a_shortage(start: Start) -> 
     assert (plan.standbys, plan.reason) == (("xa", "nj"), "template rush: 20 requests wait")
     assert (plan.state, plan.cost_per_hour) == (PlanState.APPROVED, 14.0)
     assert {name for name, _, _ in proxy.planning.wanted()} == {"nj", "xa"}
+
+
+async def test_a_template_passes_over_what_has_failed(start: Start) -> None:
+    proxy = await start()
+    failed = Standby("xa", State.FAILED)
+    proxy.planning.standby_of = {"xa": failed}.get
+    template = {"model": "qwen3-32b", "automatic": {"queue": 1}}
+    assert (await proxy.ask("PUT", "/templates/rush", template))[0] == 200
+    proxy.planning.shortage = lambda model: Shortage(queue=9)  # type: ignore[method-assign]
+    await proxy.turn()
+    (plan,) = proxy.planning.plans.all()
+    assert plan.standbys == ("nj",), "xa is cheaper, and is not there"
 
 
 async def test_a_template_pays_for_what_runs_on_its_account(start: Start) -> None:

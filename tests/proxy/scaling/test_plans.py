@@ -147,8 +147,9 @@ async def test_whatever_happens_the_disk_knows_it_and_no_standby_has_two(
                     await store.plans.move(plan.id, what, "somebody", "")
                 except ConflictError:
                     assert not plan.may(what)
-            held = [name for plan in store.plans.open_plans() for name in plan.standbys]
-            assert len(held) == len(set(held))
+            held = {name: plan for plan in store.plans.open_plans() for name in plan.standbys}
+            assert len(held) == sum(len(plan.standbys) for plan in store.plans.open_plans())
+            assert all(store.plans.holding(name) == held.get(name) for name in ("s0", "s1", "s2"))
     finally:
         store.plans.close()
 
@@ -160,7 +161,7 @@ async def test_half_a_line_is_dropped_and_the_rest_stays(
     whole = store.path.read_bytes()
     await store.plans.move(plan.id, PlanEvent.APPROVE, "Ada", "")
     both = store.path.read_bytes()
-    for length in range(len(whole), len(both)):
+    for length in (*range(len(whole), len(both), 97), len(both) - 1):
         store.path.write_bytes(both[:length])
         assert store.restart().find(plan.id).state is PlanState.PROPOSED, length
         assert store.path.read_bytes() == whole, "what follows begins a line of its own"
@@ -206,6 +207,28 @@ async def test_the_file_and_what_is_kept_are_bounded(store: Store, monkeypatch: 
     assert store.restart().find("held") == held, "an open one is never forgotten"
     assert [plan.id for plan in store.plans.all()][:5] == [f"plan-{n}" for n in range(59, 54, -1)]
     assert len(store.plans) == 6
+
+
+async def test_what_a_template_pays_for_is_not_forgotten_before_the_month_is_over(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEPT_PLANS", 5)
+    paid = await store.plans.propose(a_plan("paid", id="paid", template="rush", created=0.0))
+    await store.plans.move(paid.id, PlanEvent.APPROVE, "Ada", "")
+    await store.plans.update(paid.id, lambda plan: plan.began_with("paid", 1000.0, ""))
+    await store.plans.update(paid.id, lambda plan: plan.stopped_with("paid", 2000.0, ""))
+
+    async def others(first: int) -> None:
+        for number in range(first, first + 20):
+            plan = await store.plans.propose(a_plan(id=f"plan-{number}"))
+            await store.plans.move(plan.id, PlanEvent.REFUSE, "Ada", "")
+
+    await others(0)
+    assert store.restart().find("paid").stopped == (("paid", 2000.0),)
+    store.wall = 2000.0 + 33 * 86400
+    await others(20)
+    with pytest.raises(UnknownPlanError):
+        store.plans.find("paid")
 
 
 def test_ids_differ_and_can_be_typed() -> None:

@@ -16,6 +16,7 @@ from proxy.scaling.command import CommandProvider
 from proxy.scaling.process import ProcessProvider
 from proxy.scaling.providers import check_standby, facts_of, provider_of
 from proxy.scaling.scheduler import SchedulerProvider
+from proxy.scaling.seams import provided
 from proxy.scaling.sections import SchedulerPlatform
 from proxy.scaling.sleep import SleepProvider
 from proxy.scaling.webhook import WebhookProvider
@@ -124,3 +125,9 @@ def test_a_kind_that_is_not_here_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_a_backend_without_standby_is_none(tmp_path: Path) -> None:
     plain = BackendConfig.model_validate({"name": "a", "url": "http://127.0.0.1:1"})
     assert not list(check_standby(plain, tmp_path))
+
+
+def test_one_with_another_image_is_another() -> None:
+    one, other = (backend(command={"command": ["true"]}, image=image) for image in ("a", "b"))
+    assert provided(one) == provided(one.model_copy())
+    assert provided(one) != provided(other)

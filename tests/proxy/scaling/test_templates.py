@@ -71,6 +71,17 @@ def test_the_cheapest_that_fit() -> None:
     assert names(model="bge-m3", task="embed") == ["xa-2"]
 
 
+def test_others_take_the_place_of_what_cannot_start_now() -> None:
+    def without(*out: str, **fields: Any) -> list[str]:
+        template = Template(**{"model": "qwen3-32b"} | fields)
+        return [one.name for one in choose(template, OFFERS, SITES, out)]
+
+    assert without("xa-1") == ["nj-2"]
+    assert without("xa-1", count=2) == ["nj-2", "nj-1"]
+    assert without("nj-2", count=3) == ["xa-1", "nj-1"], "as many as there are"
+    assert without("xa-1", "nj-1", "nj-2") == ["xa-1"], "if nobody can, its plan says why"
+
+
 @pytest.mark.parametrize(
     ("fields", "at", "said", "meant"),
     [
@@ -232,7 +243,25 @@ def test_what_cannot_work_is_not_saved(kept: Templates) -> None:
             save(kept, "bad", **fields)
     with pytest.raises(FileProblems):
         save(kept, "no name")
+    deep: Any = []
+    for _ in range(1000):
+        deep = [deep]
+    with pytest.raises(BadValueError, match="nested too deep"):
+        save(kept, "bad", sites=deep)
     assert kept.path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "text", ["# rush: {model: qwen3-32b}\n", "templates:\n  # rush: {model: qwen3-32b}\n"]
+)
+def test_what_is_commented_out_is_gone_and_stays_to_be_read(kept: Templates, text: str) -> None:
+    save(kept, "rush", automatic={"queue": 1})
+    kept.path.write_text(text)
+    assert kept.look()
+    assert (kept.all(), kept.trouble) == ({}, "")
+    save(kept, "night")
+    assert list(kept.all()) == ["night"]
+    assert "# rush: {model: qwen3-32b}" in kept.path.read_text()
 
 
 def test_a_broken_file_keeps_what_was_there_and_is_not_written_over(kept: Templates) -> None:
