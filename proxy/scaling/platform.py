@@ -346,7 +346,7 @@ class Platform:
     async def _written(self) -> bool:
         """Have all of it on the disk. False, and told once: that cannot be."""
         try:
-            await asyncio.to_thread(_write, self._file, self.placements.dump(self._now(), self._wall()))
+            await asyncio.to_thread(self._write)
         except OSError as error:
             trouble = f"{self._file} cannot be written: {in_words(error)}"
             if trouble != self._trouble:
@@ -356,6 +356,10 @@ class Platform:
         self._unwritten = self._urgent = False
         self._trouble = ""
         return True
+
+    def _write(self) -> None:
+        """In a thread: it may be two megabytes, and nothing changes meanwhile."""
+        _write(self._file, self.placements.dump(self._now(), self._wall()))
 
     # What we ask of the platform
 
