@@ -21,7 +21,7 @@ from tests.e2e.proxy_fixtures import Answer, Proxy, StartProxy, chat, eventually
 
 pytestmark = pytest.mark.e2e
 
-COLD_START = {"command": {"command": ["/bin/true"]}}
+COLD_START = {"command": {"command": ["/bin/true"]}, "stop_timeout": 1}  # it never says that it has stopped
 """Whoever manages standbys would call it; here the test does its work."""
 
 
