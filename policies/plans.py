@@ -250,6 +250,14 @@ class Plan:
         earliest = self.due - 2.0 * (self.expires - self.created)
         return not earliest <= wall < self.due
 
+    def dearer(self, cost_per_hour: float) -> str:
+        """Why it does not hold any more if its standbys cost so much an hour now; empty: it does, or has begun."""
+        if self.state is PlanState.EXECUTING or self.cost_per_hour is None:
+            return ""
+        if cost_per_hour <= self.cost_per_hour * (1.0 + 1e-9):
+            return ""
+        return f"it costs {cost_per_hour:g} an hour now, not {self.cost_per_hour:g}"
+
     def began_with(self, standby: str, wall: float, reason: str) -> Plan | None:
         """After one of its standbys was told to start. None: that changes nothing."""
         if standby not in self.standbys or standby in self.started:

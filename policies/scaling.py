@@ -40,6 +40,8 @@ SHORT = 4
 """Samples of what is offered in which a rush is seen: a minute."""
 DECIDED_S = 60.0
 """Added to a cold start: demand is known by the minute."""
+FORGOTTEN_S = 86400.0
+"""After which nothing is known any more of a model that no backend serves."""
 BACK = 0.8
 """Of its cost by the hour: what a standby does has to cost less than that by the token before it is given back."""
 
@@ -181,6 +183,8 @@ class Controller:
         for step in stops:
             if step.name not in kept:
                 steps.setdefault(step.name, step)
+        for model in [model for model, past in self._pasts.items() if now - past.noted_at > FORGOTTEN_S]:
+            del self._pasts[model]
         return list(steps.values())
 
     def ahead(self, model: str, horizon_s: float) -> Ahead | None:
@@ -210,7 +214,18 @@ class _Room:
 class _Past:
     """What is remembered of a pool."""
 
-    __slots__ = ("alarmed", "demand", "forecast", "held", "held_sum", "peaks", "started_at", "tpot", "ttft")
+    __slots__ = (
+        "alarmed",
+        "demand",
+        "forecast",
+        "held",
+        "held_sum",
+        "noted_at",
+        "peaks",
+        "started_at",
+        "tpot",
+        "ttft",
+    )
 
     def __init__(self) -> None:
         self.forecast = Forecast()
@@ -219,6 +234,7 @@ class _Past:
         """When something of it was last started."""
         self.alarmed = False
         """Something was started for the alarm that goes on."""
+        self.noted_at = -inf
         self.demand = 0.0
         self.held: deque[tuple[float, float]] = deque()
         """When, and how many tokens were held, of the last `SMOOTH_S`."""
@@ -227,6 +243,7 @@ class _Past:
         """When demand was noted, and how much; only those that no later one exceeds."""
 
     def note(self, pool: Pool, now: float, wall: float) -> None:
+        self.noted_at = now
         self.demand = demand = self._demand(pool, now)
         self.forecast.note(demand, wall)
         while self.peaks and self.peaks[-1][1] <= demand:

@@ -170,7 +170,7 @@ class Planning:
         if not self.acting:
             return
         await self._see()
-        await self.plans.expire()
+        await self.plans.expire(self._dearer)
         self.budgets.turn()
         for plan in self.plans.open_plans():
             await self._look_again(plan)
@@ -220,7 +220,7 @@ class Planning:
         """
         plan = self.plans.holding(name)
         if plan is not None and plan.state is not PlanState.PROPOSED:
-            return None if self.over(name) else plan.id
+            return None if self.over(name) or self._dearer(plan) else plan.id
         if self.acting and plan is None and name not in self._asking and self.allowed(name):
             self._asking.add(name)
             self.runtime.tasks.spawn(self._asked(name, step), f"plan for {name}")
@@ -254,7 +254,7 @@ class Planning:
         unseen = {move.plan for move in self._moves}
         found = []
         for plan in self.plans.open_plans() if self.acting else ():
-            if plan.state is not PlanState.PROPOSED and plan.id not in unseen:
+            if plan.state is not PlanState.PROPOSED and plan.id not in unseen and not self._dearer(plan):
                 for name in plan.standbys:
                     if (
                         name not in plan.started
@@ -405,10 +405,8 @@ class Planning:
 
     def _waits_for(self, plan: Plan) -> str:
         """Empty: nothing."""
-        words, _ = self._against(plan)
-        if words:
-            return words
-        return "approval" if CONFIRM in (plan.mode, self._mode_now(plan)) else ""
+        asked = CONFIRM in (plan.mode, self._mode_now(plan))
+        return self._against(plan)[0] or ("approval" if asked else "")
 
     def _mode_now(self, plan: Plan) -> str:
         """It may have been proposed before somebody wanted to be asked."""
@@ -417,9 +415,15 @@ class Planning:
 
     def _against(self, plan: Plan) -> tuple[str, str]:
         """What of money stands against it, and what to do about that, in words; empty: nothing."""
-        of = [self.offers[name] for name in plan.standbys if name in self.offers]
-        costs = [(one.site, nano_of(one.cost_per_hour or 0.0)) for one in of]
+        costs = [(one.site, nano_of(one.cost_per_hour or 0.0)) for one in self._of(plan)]
         return self.money.against(costs, plan.template)
+
+    def _of(self, plan: Plan) -> list[Offer]:
+        return [self.offers[name] for name in plan.standbys if name in self.offers]
+
+    def _dearer(self, plan: Plan) -> str:
+        """Why a plan does not hold any more: it costs more than it says. Empty: it holds."""
+        return plan.dearer(sum(one.cost_per_hour or 0.0 for one in self._of(plan)))
 
     async def _follow(self) -> None:
         """Have plans know what their standbys did. Raises OSError."""

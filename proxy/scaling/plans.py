@@ -184,15 +184,16 @@ class Plans:
             id, lambda plan: replace(plan, waits_for=what) if plan.state is PlanState.PROPOSED else None
         )
 
-    async def expire(self) -> list[Plan]:
-        """End those that have waited too long. Raises OSError."""
-        found = [await self.update(plan.id, self._expired) for plan in self.open_plans()]
-        return [plan for plan in found if plan is not None]
+    async def expire(self, invalid: Callable[[Plan], str] = lambda plan: "") -> list[Plan]:
+        """End those that have waited too long, or do not hold any more. `invalid`: why. Raises OSError."""
 
-    def _expired(self, plan: Plan) -> Plan | None:
-        if not plan.is_due(self._wall()):
-            return None
-        return plan.moved(PlanEvent.EXPIRE, "manager", f"it waited too long: {plan.waiting}", self._wall())
+        def expired(plan: Plan) -> Plan | None:
+            wall = self._wall()
+            reason = f"it waited too long: {plan.waiting}" if plan.is_due(wall) else invalid(plan)
+            return plan.moved(PlanEvent.EXPIRE, "manager", reason, wall) if reason else None
+
+        found = [await self.update(plan.id, expired) for plan in self.open_plans()]
+        return [plan for plan in found if plan is not None]
 
     # On the disk
 

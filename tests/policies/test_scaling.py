@@ -544,3 +544,15 @@ def test_what_was_started_for_what_is_offered_is_not_given_back_for_the_same(
     assert not started(again, controller=Controller(settings))
     if on > ready:
         assert not stopped(again, controller=Controller(settings))
+
+
+def test_a_model_that_nobody_serves_any_more_is_forgotten_after_a_day() -> None:
+    controller = Controller(REACTIVE)
+    for minute in range(60):
+        controller.decide([pool(units(1, ready=1), 10.0)], minute * 60.0, WALL + minute * 60.0)
+    other = Pool("other", units(1, ready=1))
+    controller.decide([other], 3600.0 + 40_000.0, WALL + 43_600.0)
+    assert controller.ahead("m", 60.0) is not None
+    controller.decide([other], 3600.0 + 90_000.0, WALL + 93_600.0)
+    assert controller.ahead("m", 60.0) is None
+    assert controller.ahead("other", 60.0) is None

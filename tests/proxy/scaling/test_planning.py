@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,24 @@ async def test_the_manager_asks_and_is_woken_when_it_may(start: Start) -> None:
         assert proxy.planning.may_start("nj", STEP) is None, "a plan is on its way to the disk"
     (id,) = await eventually(lambda: woken)
     assert [plan.id for plan in proxy.planning.plans.all()] == [id]
+
+
+async def test_a_plan_does_not_hold_for_what_has_become_dearer(start: Start) -> None:
+    proxy = await start()
+    planning = proxy.planning
+    id = await planning.want("nj", STEP)
+    assert id is not None
+    planning.offers["nj"] = replace(planning.offers["nj"], cost_per_hour=9.0)
+    assert planning.may_start("nj", STEP) == id
+    planning.offers["nj"] = replace(planning.offers["nj"], cost_per_hour=12.0)
+    assert planning.may_start("nj", STEP) is None
+    assert planning.wanted() == []
+    await proxy.turn()
+    plan = planning.plans.find(id)
+    assert (plan.state, plan.decisions[-1].reason) == (PlanState.EXPIRED, "it costs 12 an hour now, not 10")
+    after = await planning.want("nj", STEP)
+    assert after is not None
+    assert planning.plans.find(after).cost_per_hour == 12.0
 
 
 async def test_a_failure_ends_its_plan(start: Start) -> None:
