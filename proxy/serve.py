@@ -54,6 +54,7 @@ from proxy.reload import NEXT_START, keep_connections, owed, swap
 from proxy.requestlog import RequestLog
 from proxy.responses import StoredResponses
 from proxy.runtime import Runtime
+from proxy.scaling.overlay import judges
 from proxy.scaling.planning import Planning
 from proxy.scaling.platform import Platform
 from proxy.scaling.service import Standbys
@@ -417,7 +418,7 @@ class Service:
         config = self.platform.overlaid(config)
         loop = asyncio.get_running_loop()
         built = build(config, loop, self._seed, before, self._resolver, self.path)
-        self._resolver.judge(self.platform.judges(config))
+        self._resolver.judge(judges(config))
         return built
 
     def _use(self, built: Built, follow: Callable[[], None]) -> list[str]:

@@ -6,7 +6,8 @@ the file (any more) is left out and told of, while all others serve.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from proxy.config import BackendConfig, Config
 from proxy.scaling.messages import MessageError, Placement, problem_of
 from proxy.scaling.offers import unpriced
 from proxy.scaling.sections import SchedulerPlatform
-from proxy.ssrf import check_url
+from proxy.ssrf import check_url, may_be_reached
 
 
 class LeftOut(NamedTuple):
@@ -72,6 +73,22 @@ def _fits(
     if why := unpriced(config, section):
         raise MessageError("cost_per_hour", why)
     return section
+
+
+def judges(config: Config) -> dict[str, Callable[[str], bool]]:
+    """Who may be connected to, for each name that only placements have: see `probes.resolver`."""
+    section = config.scaling.scheduler
+    networks = section.networks if section is not None else ()
+    ours: set[str] = set()
+    theirs: set[str] = set()
+    for backend in config.backends:
+        if backend.url.startswith("unix:"):
+            continue
+        is_placement = backend.standby is not None and backend.standby.scheduler is not None
+        host = backend.url.partition("://")[2].partition("/")[0].rpartition("@")[2]
+        name = host.partition(":")[0] if not host.startswith("[") else host
+        (theirs if is_placement else ours).add(name.lower())
+    return {name: partial(may_be_reached, allowed=networks) for name in theirs - ours}
 
 
 def check_place(url: str, networks: Sequence[Network]) -> None:

@@ -16,7 +16,6 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -48,7 +47,7 @@ from proxy.scaling.placements import Answered, Placements
 from proxy.scaling.provider import ProviderError
 from proxy.scaling.sections import SchedulerPlatform
 from proxy.scaling.signing import SignatureError, secrets_of, verify, what_is_signed
-from proxy.ssrf import check_url, checked_addresses, may_be_reached
+from proxy.ssrf import check_url, checked_addresses
 
 log = logging.getLogger("tidegate")
 
@@ -153,21 +152,6 @@ class Platform:
             if self._said.get(id) != words:
                 log.warning("placement %s is left out: %s", id, words)
         self._said = said
-
-    def judges(self, config: Config) -> dict[str, Callable[[str], bool]]:
-        """Who may be connected to, for each name that only placements have: see `probes.resolver`."""
-        section = config.scaling.scheduler
-        networks = section.networks if section is not None else ()
-        ours: set[str] = set()
-        theirs: set[str] = set()
-        for backend in config.backends:
-            if backend.url.startswith("unix:"):
-                continue
-            is_placement = backend.standby is not None and backend.standby.scheduler is not None
-            host = backend.url.partition("://")[2].partition("/")[0].rpartition("@")[2]
-            name = host.partition(":")[0] if not host.startswith("[") else host
-            (theirs if is_placement else ours).add(name.lower())
-        return {name: partial(may_be_reached, allowed=networks) for name in theirs - ours}
 
     def seen_from(self, backends: Mapping[str, Backend], now: float) -> None:
         """Round trips that the platform tells of count until they have been measured."""
@@ -346,7 +330,7 @@ class Platform:
     async def _written(self) -> bool:
         """Have all of it on the disk. False, and told once: that cannot be."""
         try:
-            await asyncio.to_thread(_write, self._file, self.placements.dump(self._now(), self._wall()))
+            await asyncio.to_thread(self._write)
         except OSError as error:
             trouble = f"{self._file} cannot be written: {in_words(error)}"
             if trouble != self._trouble:
@@ -356,6 +340,10 @@ class Platform:
         self._unwritten = self._urgent = False
         self._trouble = ""
         return True
+
+    def _write(self) -> None:
+        """In a thread: it may be two megabytes, and nothing changes meanwhile."""
+        _write(self._file, self.placements.dump(self._now(), self._wall()))
 
     # What we ask of the platform
 

@@ -17,6 +17,7 @@ from proxy.build import ConfigError, build
 from proxy.check import check_file
 from proxy.config import load_config
 from proxy.scaling.messages import MOST_BODY_BYTES, ScaleRequest
+from proxy.scaling.overlay import judges
 from proxy.scaling.signing import TOLERANCE_S, verify
 from proxy.tasks import Tasks
 from tests.patience import examples
@@ -136,10 +137,10 @@ async def test_a_name_that_moves_inside_is_not_followed(tmp_path: Path) -> None:
     serving = Serving(CONFIG, tmp_path)
     async with pushing(serving) as push:
         await push.put(url="http://engine.example:8000")
-    judges = serving.platform.judges(serving.served)
-    assert set(judges) == {"engine.example"}
-    assert judges["engine.example"]("93.184.215.14")
-    assert not judges["engine.example"]("10.0.0.7")
+    found = judges(serving.served)
+    assert set(found) == {"engine.example"}
+    assert found["engine.example"]("93.184.215.14")
+    assert not found["engine.example"]("10.0.0.7")
 
 
 async def test_what_cannot_be_served_from_now_may_come_again(
