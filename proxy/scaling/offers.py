@@ -174,13 +174,7 @@ def unworkable(config: Config) -> Iterator[BadValueError]:
         for site in named:
             if site not in places:
                 yield BadValueError(f"there is no site '{site}'", closest(site, places), at=(*path, site))
-    platform = scaling.scheduler
-    if platform is not None and platform.api_key_env and not os.environ.get(platform.api_key_env, "").strip():
-        yield BadValueError(
-            "this variable is not set in the environment", at=("scaling", "scheduler", "api_key_env")
-        )
     for notice, path in (
-        (scaling.scheduler, ("scaling", "scheduler")),
         (scaling.approval_webhook, ("scaling", "approval_webhook")),
         (scaling.budgets.webhook, ("scaling", "budgets", "webhook")),
     ):
