@@ -177,6 +177,7 @@ class Controller:
                 steps.setdefault(step.name, step)
             if starts:
                 past.started_at = now
+                past.on = (past.on or set()) | {step.name for step in starts}
             given_back = [] if starts else view.stops()
             stops += given_back
             kept |= {unit.name for unit in pool.units} - {step.name for step in given_back}
@@ -221,6 +222,7 @@ class _Past:
         "held",
         "held_sum",
         "noted_at",
+        "on",
         "peaks",
         "started_at",
         "tpot",
@@ -235,20 +237,26 @@ class _Past:
         self.alarmed = False
         """Something was started for the alarm that goes on."""
         self.noted_at = -inf
+        self.on: set[str] | None = None
+        """Standbys that ran, or were to, when that was looked at last."""
         self.demand = 0.0
         self.held: deque[tuple[float, float]] = deque()
         """When, and how many tokens were held, of the last `SMOOTH_S`."""
         self.held_sum = 0.0
         self.peaks: deque[tuple[float, float]] = deque()
-        """When demand was noted, and how much; only those that no later one exceeds."""
+        """When something was held, and how much; only those that no later one exceeds."""
 
     def note(self, pool: Pool, now: float, wall: float) -> None:
         self.noted_at = now
+        on = {unit.name for unit in pool.units if unit.state in PENDING or unit.state is State.READY}
+        if self.on is not None and not on <= self.on:
+            self.started_at = now  # by somebody else
+        self.on = on
         self.demand = demand = self._demand(pool, now)
         self.forecast.note(demand, wall)
-        while self.peaks and self.peaks[-1][1] <= demand:
+        while self.peaks and self.peaks[-1][1] <= pool.held:
             self.peaks.pop()
-        self.peaks.append((now, demand))
+        self.peaks.append((now, pool.held))
         for trend, value in ((self.ttft, pool.ttft_s), (self.tpot, pool.tpot_s)):
             if value > 0.0:
                 trend.note(value, now)
@@ -266,7 +274,7 @@ class _Past:
         return max(self.held_sum / len(self.held), sum(recent) / len(recent))
 
     def peak(self, since: float) -> float:
-        """The highest demand since a time."""
+        """The most that was held since a time."""
         while len(self.peaks) > 1 and self.peaks[0][0] < since:
             self.peaks.popleft()
         return self.peaks[0][1]
@@ -338,19 +346,21 @@ class _View:
         pool, up, have, demand, ahead = (
             self.pool, self.settings.up, self.there + self.coming, self.demand, self.ahead,
         )  # fmt: skip
+        if have <= 0.0 and pool.held > 0.0:
+            return f"{pool.held:.0f} tokens are asked for, and nothing serves them"
         if self.offered and have > 0.0:
             if (use := self._use(unit.tokens, have)) > self.settings.least_use:
                 return f"{use:.0%} of it would be in use above {up:.0%} of {have:.0f} tokens"
             if demand > have:
                 return f"demand of {demand:.0f} tokens is above {have:.0f}"
-        elif demand > up * have:
+        elif have > 0.0 and demand > up * have:
             return f"demand of {demand:.0f} tokens is above {up:.0%} of {have:.0f}"
         elif ahead is not None and ahead.high > (have or self.settings.down * unit.tokens):
             return (
                 f"within {self.horizon_s:.0f} s {ahead.expected:.0f} tokens are expected, {ahead.high:.0f} with a "
                 f"margin of {ahead.margin:.0%}, and there is room for {have:.0f}"
             )
-        if self.coming > 0.0 or demand <= 0.0:
+        if self.coming > 0.0 or demand <= 0.0 or have <= 0.0:
             return ""  # what follows has been answered, or nobody asks
         for name, value, objective in self._objectives(unit.cold_start_s):
             if value > objective:

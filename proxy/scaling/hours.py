@@ -120,6 +120,7 @@ class Hours:
         if found is not None:
             self._count(found, wall, now)
             found.open = False
+            self._write_at = 0.0  # what it has cost is to be seen, and no crash is to lose it
 
     def advance(self, wall: float, now: float) -> None:
         """Count all that run."""

@@ -556,3 +556,37 @@ def test_a_model_that_nobody_serves_any_more_is_forgotten_after_a_day() -> None:
     controller.decide([other], 3600.0 + 90_000.0, WALL + 93_600.0)
     assert controller.ahead("m", 60.0) is None
     assert controller.ahead("other", 60.0) is None
+
+
+def test_what_was_asked_for_a_minute_ago_starts_nothing_from_zero() -> None:
+    controller = Controller(REACTIVE)
+    asked = replace(pool(units(2, ready=1), 10.0, offered=[10.0] * 20), ttft_s=9.0, ttft_objective_s=1.0)
+    for second in range(60):
+        decide(asked, now=float(second), controller=controller)
+    nobody = replace(asked, units=units(2), tokens_in_use=0.0)
+    for second in range(60, 300):
+        assert not decide(nobody, now=float(second), controller=controller)
+    assert started(replace(nobody, tokens_waiting=5.0, waiting=1), now=300.0, controller=controller) == ["u00"]
+
+
+def test_the_last_one_goes_as_soon_as_nothing_was_held_for_long_enough() -> None:
+    controller = Controller(replace(REACTIVE, settle_s=10.0))
+    for second in range(30):
+        decide(pool(units(1, ready=1), 10.0, offered=[10.0] * 20), now=float(second), controller=controller)
+    gone = [
+        second
+        for second in range(30, 60)
+        if stopped(pool(units(1, ready=1), 0.0, offered=[10.0] * 20), now=float(second), controller=controller)
+    ]
+    assert gone[0] == 40
+
+
+def test_what_somebody_else_has_started_is_not_given_back_at_once() -> None:
+    controller = Controller(replace(REACTIVE, settle_s=30.0))
+    decide(pool(units(2, ready=1), 10.0), now=0.0, controller=controller)
+    gone = [
+        second
+        for second in range(100, 200)
+        if stopped(pool(units(2, ready=2), 10.0), now=float(second), controller=controller)
+    ]
+    assert gone[0] == 130
