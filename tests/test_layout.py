@@ -78,7 +78,6 @@ TESTED_BY = {
     "proxy/probing.py": "tests/e2e/test_standby.py",
     "proxy/migrations/versions/revision_0003.py": "tests/proxy/test_database.py",
     "proxy/scaling/decisions.py": "tests/proxy/scaling/test_manager.py",
-    "proxy/scaling/guarded.py": "tests/proxy/scaling/test_manager.py",
     "proxy/scaling/seams.py": "tests/proxy/scaling/test_manager.py",
     "proxy/scaling/service.py": "tests/e2e/test_standby.py",
     "proxy/scaling/shown.py": "tests/e2e/test_standby.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from proxy.scaling.provider import Presence, Provider, ProviderError, Status
@@ -15,10 +15,10 @@ STATUS_S: Final = 5.0
 """So long a provider may take to say how a standby is, and as often it is asked about one that does not answer."""
 
 
-async def attempt(operation: Coroutine[Any, Any, None], failed: list[str], name: str) -> None:
+async def attempt(operation: Callable[[], Coroutine[Any, Any, None]], failed: list[str], name: str) -> None:
     """Do one thing; what it fails by is appended to `failed`."""
     try:
-        await operation
+        await operation()  # made here: it may be cancelled before it begins
     except ProviderError as error:
         failed.append(str(error))
     except Exception as error:

@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Any, Final, Protocol
 
@@ -264,12 +265,14 @@ class Keeper:
 
     async def _prepare(self) -> None:
         run = self.standby.run
-        outcome = await self._operate(self.provider.prepare(run), self.terms.prepare_timeout, "to prepare")
+        outcome = await self._operate(
+            partial(self.provider.prepare, run), self.terms.prepare_timeout, "to prepare"
+        )
         await self._after(outcome, Event.PREPARED, "all that it needs is there")
 
     async def _start(self) -> None:
         run = self.standby.run
-        outcome = await self._operate(self.provider.start(run), self.terms.start_timeout, "to start")
+        outcome = await self._operate(partial(self.provider.start, run), self.terms.start_timeout, "to start")
         look_at, self._absent = self.owner.now() + STATUS_S, 0
         while outcome is None and not self.owner.answers(self.name):
             now = self.owner.now()
@@ -395,7 +398,7 @@ class Keeper:
     async def _stopped(self) -> bool:
         """Have it stopped, once; whether the provider then says that nothing is left. Pauses if not."""
         outcome = await self._operate(
-            self.provider.stop(self.standby.run), self.terms.stop_timeout, "to stop", stoppable=False
+            partial(self.provider.stop, self.standby.run), self.terms.stop_timeout, "to stop", stoppable=False
         )
         status = await self._status()
         if status.presence is Presence.ABSENT:
@@ -411,7 +414,12 @@ class Keeper:
         return False
 
     async def _operate(
-        self, operation: Coroutine[Any, Any, None], timeout_s: float, doing: str, *, stoppable: bool = True
+        self,
+        operation: Callable[[], Coroutine[Any, Any, None]],
+        timeout_s: float,
+        doing: str,
+        *,
+        stoppable: bool = True,
     ) -> str | _Asked | None:
         """Do one thing; None: it went well, else why it did not, or the stop that has ended it."""
         failed: list[str] = []

@@ -566,7 +566,9 @@ def test_what_was_asked_for_a_minute_ago_starts_nothing_from_zero() -> None:
     nobody = replace(asked, units=units(2), tokens_in_use=0.0)
     for second in range(60, 300):
         assert not decide(nobody, now=float(second), controller=controller)
-    assert started(replace(nobody, tokens_waiting=5.0, waiting=1), now=300.0, controller=controller) == ["u00"]
+    assert started(replace(nobody, tokens_waiting=5.0, waiting=1), now=300.0, controller=controller) == [
+        "u00"
+    ]
 
 
 def test_the_last_one_goes_as_soon_as_nothing_was_held_for_long_enough() -> None:
@@ -576,7 +578,9 @@ def test_the_last_one_goes_as_soon_as_nothing_was_held_for_long_enough() -> None
     gone = [
         second
         for second in range(30, 60)
-        if stopped(pool(units(1, ready=1), 0.0, offered=[10.0] * 20), now=float(second), controller=controller)
+        if stopped(
+            pool(units(1, ready=1), 0.0, offered=[10.0] * 20), now=float(second), controller=controller
+        )
     ]
     assert gone[0] == 40
 
