@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from math import inf, isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from sim.cluster_file import ClusterFile
     from sim.evaluate import PolicyText
     from sim.workload import Workload
+
+LEAST_WIDTH: Final = 110
+"""Characters of the table."""
 
 
 def show(
@@ -231,6 +234,7 @@ def _print(found: Autoscaled, cluster: ClusterFile) -> None:
             *(f"{row[name]:,.2f}" for name in ("cost_of_hours", "cost_of_tokens", "cost")),
         )
     console = Console()
+    console.width = max(console.width, LEAST_WIDTH)  # a figure that is cut says nothing
     console.print(table)
     total = shown["total"]
     if total["hours_without_a_price"]:
