@@ -17,6 +17,7 @@ from proxy.access.shared import SHARE
 from proxy.config import Config
 from proxy.config_values import time_zone
 from proxy.database import said
+from proxy.prices import amount
 from proxy.scaling.accounts import accounts, running_for
 from proxy.scaling.budgets import SITE, TEMPLATE, TOLD_FILE, Budgets, ceilings
 from proxy.scaling.hours import spent
@@ -104,7 +105,8 @@ class Money:
         used = self.budgets.refuses(costs, template)
         if used is None:
             return "", ""
-        words = used.in_words(self.spending.currency)
+        hour = amount(sum(cost for _, cost in costs))
+        words = f"{used.in_words(self.spending.currency)}, and an hour of it costs {hour}"
         return words, f"a plan needs an hour of it: raise {used.ceiling.key} first"
 
     def _read(self, wall: float, of: dict[str, Sequence[Span]]) -> None:

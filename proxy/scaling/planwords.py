@@ -14,7 +14,8 @@ def in_words(plan: Plan, currency: str) -> str:
     cost = plan.cost_per_hour
     said.append("at a cost that is not known" if cost is None else f"{cost:,.2f} {currency} an hour")
     said.append(forecast_in_words(plan.forecast))
-    return ", ".join(filter(None, said))
+    waits = f" (it waits for {plan.waits_for})" if plan.waits_for else ""
+    return ", ".join(filter(None, said)) + waits
 
 
 def forecast_in_words(forecast: Forecast) -> str:
