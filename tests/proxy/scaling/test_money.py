@@ -112,7 +112,8 @@ async def test_a_template_that_is_new_has_its_ceiling_at_once(start: Start) -> N
     template = {"model": "qwen3-32b", "standbys": ["nj"], "budget": 5}
     assert (await proxy.ask("PUT", "/templates/rush", template))[0] == 200
     _, plan = await proxy.ask("POST", "/templates/rush/run", {"by": "ada"})
-    assert plan["waits_for"] == "the budget of template rush: 0.0000 of 5.0000 CNY used, and an hour of it costs 10.0000"
+    hour = "the budget of template rush: 0.0000 of 5.0000 CNY used, and an hour of it costs 10.0000"
+    assert plan["waits_for"] == hour
 
 
 async def test_a_backend_that_a_reload_makes_anew_gets_nothing_at_a_ceiling(start: Start) -> None:

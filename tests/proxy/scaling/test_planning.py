@@ -242,7 +242,8 @@ async def test_at_a_ceiling_nothing_new_is_sent_or_started(start: Start) -> None
     assert proxy.planning.allowed("nj")
     assert await proxy.planning.want("nj", STEP) is None, "an hour of it costs 10"
     (plan,) = proxy.planning.plans.all()
-    assert plan.waits_for == "the budget of site nanjing: 91.0000 of 100.0000 CNY used, and an hour of it costs 10.0000"
+    hour = "the budget of site nanjing: 91.0000 of 100.0000 CNY used, and an hour of it costs 10.0000"
+    assert plan.waits_for == hour
     assert plan.budget_left == 9.0
     said = await proxy.says("plans", "approve", plan.id, status=1)
     assert "raise scaling.budgets.sites.nanjing first" in said
