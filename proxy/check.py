@@ -12,6 +12,7 @@ from typing import Any
 from policies.explain import explain_policy
 from policies.filechecks import KnownKeys, KnownNames
 from policies.files import CompiledPolicy, library_policy, read_policy
+from policies.match import LOCAL
 from policies.state import Backend
 from policies.units import BadValueError
 from policies.yamlfile import Document, FileProblems, Problem, parse_yaml, read_yaml
@@ -263,6 +264,7 @@ def _unused(config: Config, document: Document) -> Iterator[Problem]:
     """What is written in a configuration and does nothing, or cannot work as things stand."""
     yield from _unknown_models(config, document)
     yield from _generation_costs(config, document)
+    yield from _never_started(config, document)
     for number, certificate in enumerate(load_certificates(config.tls)):
         if warning := certificate.warning(time.time()):
             yield document.problem(("tls", number, "certificate"), warning)
@@ -392,6 +394,26 @@ def _generation_costs(config: Config, document: Document) -> Iterator[Problem]:
                 f"{config.ledger_currency} an hour ({tokens})"
             )
             yield document.problem(("probing", "generate"), message)
+
+
+def _never_started(config: Config, document: Document) -> Iterator[Problem]:
+    """Standbys that a budget, or their own times, keep from ever running."""
+    budgets = config.scaling.budgets
+    for number, section in enumerate(config.backends):
+        standby = section.standby
+        if standby is None:
+            continue
+        limits = {f"site {section.site}": budgets.sites.get(section.site)}
+        if section.site != LOCAL:
+            limits["the month"] = budgets.month
+        for what, limit in limits.items():
+            if limit is not None and limit < (standby.cost_per_hour or 0.0):
+                why = f"an hour costs more than the budget of {what}, {limit:g}"
+                message = f"backend {section.name} never starts: {why}"
+                yield document.problem(("backends", number, "standby", "cost_per_hour"), message)
+        if standby.cold_start > standby.start_timeout:
+            message = f"backend {section.name} never starts: it would take longer than `start_timeout`"
+            yield document.problem(("backends", number, "standby", "cold_start"), message)
 
 
 def _backend(section: BackendConfig, backend: Backend, currency: str) -> Iterator[str]:

@@ -480,6 +480,17 @@ def test_what_probes_for_a_token_cost_is_warned_of(folder: Path) -> None:
     assert "its probes cost" not in check().stdout
 
 
+def test_standbys_that_can_never_start_are_warned_of(folder: Path) -> None:
+    (folder / "tidegate.yaml").write_text(STANDBYS)
+    assert reported()["warnings"] == []
+    dear = STANDBYS.replace("cost_per_hour: 10}", "cost_per_hour: 900, cold_start: 20m}")
+    (folder / "tidegate.yaml").write_text(dear)
+    assert [(one["path"].rpartition(".")[2], one["message"]) for one in reported()["warnings"]] == [
+        ("cost_per_hour", "backend a never starts: an hour costs more than the budget of site nanjing, 800"),
+        ("cold_start", "backend a never starts: it would take longer than `start_timeout`"),
+    ]
+
+
 def test_names_that_no_key_has_are_warned_of(folder: Path) -> None:
     (folder / "tidegate.yaml").write_text(CONFIG + "policy: own.yaml\n")
     rules = "rules: [{name: a, when: {tenant: vpi, labels: {knid: batch}}}, {name: b}]"
