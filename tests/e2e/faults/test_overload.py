@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -37,9 +38,10 @@ async def test_f18_memory_that_runs_short_is_shed_in_time(
     begun: list[Client] = []
     shed: list[Answer] = []
     peak = 0
-    with Watch(proxy.admin, 0.02) as watch:
+    with Watch(proxy.admin, 0.02) as watch, ExitStack() as opened:
         while len(shed) < 10 and len(begun) < 200:
             client = Client(*await asyncio.open_connection("127.0.0.1", proxy.port))
+            opened.callback(client.reset)
             running = backend.running
             answer = asyncio.gather(client.answer(), return_exceptions=True)
             await asyncio.gather(client.send(chat(body)), return_exceptions=True)
@@ -59,7 +61,9 @@ async def test_f18_memory_that_runs_short_is_shed_in_time(
             if peak > 0.85 * most and not shed:
                 await asyncio.sleep(0.26)  # it looks four times a second
         assert len(shed) == 10, "it was not enough"
-        assert {(one.status, one.code) for one in shed} == {(503, "overloaded")}
+        assert {one.status for one in shed} == {503}
+        # Whoever is turned away while it still sends may find the connection reset amid the answer's body.
+        assert {one.code for one in shed if one.complete} == {"overloaded"}
         assert all(int(one.fields["retry-after"]) >= 1 for one in shed)
         assert (await asyncio.to_thread(proxy.state))["memory"]["shedding"] >= 2
         backend.then = answers()
