@@ -136,10 +136,14 @@ class Pool:
         return self.tokens_in_use + self.tokens_waiting
 
     @property
+    def offered_lately(self) -> float:
+        """Tokens, the mean of the last minute; 0: nothing was, or it is not known."""
+        return _mean(self.offered[-SHORT:]) if self.offered else 0.0
+
+    @property
     def demand(self) -> float:
         """Tokens, as far as the last minute tells."""
-        recent = self.offered[-SHORT:]
-        return max(self.held, sum(recent) / len(recent)) if recent else self.held
+        return max(self.held, self.offered_lately)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,11 +271,10 @@ class _Past:
         self.held_sum += pool.held
         while self.held[0][0] <= now - SMOOTH_S:
             self.held_sum -= self.held.popleft()[1]
-        recent = pool.offered[-SHORT:]
-        if not recent:
+        if not pool.offered:
             return pool.held
         # What is held at a moment is a matter of chance.
-        return max(self.held_sum / len(self.held), sum(recent) / len(recent))
+        return max(self.held_sum / len(self.held), pool.offered_lately)
 
     def peak(self, since: float) -> float:
         """The most that was held since a time."""
@@ -303,7 +306,7 @@ class _View:
         if pool.offered:
             more = max(self.ahead.more, 0.0) if self.ahead is not None else 0.0
             self.offered = [(sample + more) / settings.up for sample in pool.offered]
-            self.figures["offered"] = sum(pool.offered) / len(pool.offered)
+            self.figures["offered"] = _mean(pool.offered)
 
     def _use(self, tokens: float, beyond: float) -> float:
         """The share of a unit that would be in use beyond so many tokens: the higher mean, of the last minute or of
@@ -311,8 +314,7 @@ class _View:
         if tokens <= 0.0:
             return 0.0
         use = [min(max(sample - beyond, 0.0), tokens) / tokens for sample in self.offered]
-        recent = use[-SHORT:]
-        return max(sum(recent) / len(recent), sum(use) / len(use))
+        return max(_mean(use[-SHORT:]), _mean(use))
 
     def starts(self, room: _Room) -> list[Step]:
         found: list[Step] = []
@@ -361,7 +363,7 @@ class _View:
                 f"margin of {ahead.margin:.0%}, and there is room for {have:.0f}"
             )
         if self.coming > 0.0 or demand <= 0.0 or have <= 0.0:
-            return ""  # what follows has been answered, or nobody asks
+            return ""  # what follows has been answered, nobody asks, or from zero only a request starts one
         for name, value, objective in self._objectives(unit.cold_start_s):
             if value > objective:
                 return (
@@ -442,6 +444,10 @@ class _View:
         if not paid or len(paid) < len(prices):
             return False  # somebody else would do it for nothing more
         return unit.tokens_per_s * 3600.0 * min(paid) > BACK * unit.cost_per_hour
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _spent(unit: Unit) -> float:
